@@ -1,0 +1,21 @@
+"""FlashRNN: fast, exact recurrent neural networks with multi-head recurrence.
+
+Importing this package touches no GPU and compiles nothing.
+"""
+
+from flashrnn.cells import Cell, available_functions, cell, register
+from flashrnn.cells.spec import CellError
+from flashrnn.config import FlashRNNConfig
+from flashrnn.functional import flashrnn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cell",
+    "CellError",
+    "FlashRNNConfig",
+    "available_functions",
+    "cell",
+    "flashrnn",
+    "register",
+]

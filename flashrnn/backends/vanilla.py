@@ -1,0 +1,101 @@
+"""Backend ``vanilla``: the recurrence as a plain PyTorch loop, on any device.
+
+It is the definition that every other backend is held against, and the one that can be
+differentiated twice. One batched product and one call of the cell a step; everything that
+does not depend on the step before is computed for all steps at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashrnn.problem import Problem
+
+
+def unavailable() -> str | None:
+    """Nothing: it runs wherever PyTorch does."""
+    return None
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Nothing: it supports every problem."""
+    return None
+
+
+def run(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.Backend`."""
+    cell, dtype, carry_dtype = problem.cell, problem.dtype, problem.carry_dtype
+    S, B, T, N, D = len(cell.states), problem.B, problem.T, problem.N, problem.D
+    recurrent = cell.fed_by("R")
+    Gr = len(recurrent)
+    # R's gates first, so that the product adds to one block; `declared` undoes it.
+    order = (*recurrent, *(k for k in range(len(cell.gates)) if k not in recurrent))
+    declared = sorted(range(len(order)), key=order.__getitem__)
+
+    inputs = _input_preactivations(problem, Wx.to(carry_dtype), b.to(carry_dtype), order)
+    recurrent_matrix = R.to(carry_dtype).permute(1, 3, 0, 2).reshape(N, D, Gr * D)
+    # [S, B, 1, N, D] to a contiguous [N, B, D] a state, as the cell will return them.
+    carried = tuple(state.transpose(0, 1).contiguous() for state in states.squeeze(2).unbind(0))
+
+    trajectory: list[tuple[Tensor, ...]] = []
+    for inputs_t in inputs.unbind(0):
+        # What multiplies R has been rounded to dtype: the same h that is returned.
+        h = carried[0].to(dtype).to(carry_dtype)
+        if problem.gradient_recurrent_cut:
+            h = h.detach()
+        elif problem.gradient_recurrent_clipval is not None:
+            h = _ClipGradient.apply(h, problem.gradient_recurrent_clipval)
+        product = torch.baddbmm(inputs_t[..., : Gr * D], h, recurrent_matrix)
+        gates = (
+            *product.view(N, B, Gr, D).unbind(2),
+            *inputs_t[..., Gr * D :].view(N, B, -1, D).unbind(2),
+        )
+        carried = tuple(cell.step(carried, tuple(gates[k] for k in declared)))
+        if problem.forward_clipval is not None:
+            clipped = carried[0].clamp(-problem.forward_clipval, problem.forward_clipval)
+            carried = (clipped, *carried[1:])
+        trajectory.append(carried)
+
+    last_states = torch.stack(carried).transpose(1, 2).unsqueeze(2).contiguous()
+    if T == 0:
+        return Wx.new_empty(S, B, 0, N, D), last_states
+    steps = torch.stack([step[s] for s in range(S) for step in trajectory])
+    every_state = steps.view(S, T, N, B, D).permute(0, 3, 1, 2, 4)
+    return every_state.to(dtype).contiguous(), last_states
+
+
+def _input_preactivations(problem: Problem, Wx: Tensor, b: Tensor, order: tuple[int, ...]) -> Tensor:
+    """What reaches the gates without the recurrent product, ``[T, N, B, G * D]``."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    wx_index = {k: position for position, k in enumerate(cell.fed_by("Wx"))}
+    b_index = {k: position for position, k in enumerate(cell.fed_by("b"))}
+    gates = []
+    for k in order:
+        if k in wx_index and k in b_index:
+            gate = Wx[:, :, wx_index[k]] + b[b_index[k]]
+        elif k in wx_index:
+            gate = Wx[:, :, wx_index[k]]
+        elif k in b_index:
+            gate = b[b_index[k]].expand(B, T, N, D)
+        else:
+            gate = Wx.new_zeros(B, T, N, D)
+        gates.append(gate.permute(1, 2, 0, 3))
+    return torch.stack(gates, dim=3).view(T, N, B, len(order) * D)
+
+
+class _ClipGradient(torch.autograd.Function):
+    """The identity, whose gradient is clipped element by element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clipval: float) -> Tensor:
+        ctx.clipval = clipval
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].clamp(-ctx.clipval, ctx.clipval), None

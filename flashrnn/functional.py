@@ -1,0 +1,206 @@
+"""``flashrnn()``: checks, the choice of a backend, one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashrnn import backends
+from flashrnn.cells.spec import Cell, resolve
+from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
+from flashrnn.problem import Problem, carry_dtype
+
+
+def flashrnn(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None = None,
+    function: str | Cell = "lstm",
+    backend: str = "auto",
+    *,
+    config: FlashRNNConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrent network with block-diagonal (multi-head) recurrence over a sequence.
+
+    At step t and in head n the pre-activation of gate g is ``R[g, n] @ h + Wx[:, t, g, n] +
+    b[g, n]``, and the cell turns states and gates into the next states (FlashRNN, Pöppel et
+    al., 2024, equations 1 and 2). T is the sequence length, B the batch size, N the number of
+    heads, D the head dimension, S the number of states. Which gates ``Wx``, ``R`` and ``b``
+    hold, and in which order, is ``cell.gate_names("Wx")`` and so on; for LSTM and sLSTM all
+    hold (i, f, z, o), for GRU ``Wx`` holds (r, z, n), ``R`` (g, r, z) and ``b`` (g, r, z, n).
+
+    Args:
+        Wx: ``[B, T, Gw, N, D]``, input pre-activations, computed outside by a linear layer.
+        R: ``[Gr, N, D, D]``, the recurrent matrix: the last dimension is the one that is
+            summed over.
+        b: ``[Gb, N, D]``, the bias.
+        states: ``[S, B, 1, N, D]``, the initial states, ``h`` first; ``None``: zeros, or
+            ``config.initial_val``. Of the inputs' dtype, or float32 where that has 16 bits.
+        function: ``"lstm"``, ``"gru"``, ``"elman"``, ``"slstm"``, another name out of
+            :func:`flashrnn.available_functions`, or a cell made by :func:`flashrnn.cell`.
+        backend: ``"auto"``, the fastest that supports the call; or a backend's name, which is
+            then used or an error says why it cannot be.
+        config: further options; see :class:`flashrnn.FlashRNNConfig`.
+        dtype: the dtype that ``Wx``, ``R`` and ``b`` are cast to; takes the place of
+            ``config.dtype``. ``None``: the inputs' dtype, which must then be one.
+
+    Returns:
+        ``states`` ``[S, B, T, N, D]``, the states after every step, ``states[0]`` being ``h``,
+        contiguous, in the dtype of the computation; and ``last_states`` ``[S, B, 1, N, D]``,
+        those after the last step as they are carried from step to step (float32 where the
+        computation has 16 bits), so that ``states=last_states`` continues the sequence exactly.
+        Gradients flow from both to ``Wx``, ``R``, ``b`` and ``states``.
+
+    Raises:
+        TypeError: something that is no tensor, a dtype other than float16, bfloat16, float32,
+            float64, or several dtypes at once.
+        ValueError: a shape that does not fit, several devices, an unknown function or backend,
+            or a named backend that cannot do this call.
+
+    Example:
+        >>> B, T, N, D = 8, 32, 3, 16
+        >>> Wx, R, b = torch.randn(B, T, 4, N, D), torch.randn(4, N, D, D), torch.randn(4, N, D)
+        >>> states, last_states = flashrnn(Wx, R, b, function="lstm")
+        >>> states.shape, last_states.shape
+        (torch.Size([2, 8, 32, 3, 16]), torch.Size([2, 8, 1, 3, 16]))
+    """
+    config = config or FlashRNNConfig()
+    cell = resolve(function)
+    tensors = {"Wx": Wx, "R": R, "b": b} | ({} if states is None else {"states": states})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
+    B, T, N, D = _sizes(cell, Wx, R, b, states)
+    device = _device(tensors)
+    autocast = _autocast_enabled(device)
+    computed_in = _dtype(tensors, config, dtype, autocast)
+
+    problem = Problem(
+        cell=cell,
+        B=B,
+        T=T,
+        N=N,
+        D=D,
+        dtype=computed_in,
+        device=device,
+        needs_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()),
+        gradient_recurrent_cut=config.gradient_recurrent_cut,
+        gradient_recurrent_clipval=config.gradient_recurrent_clipval,
+        forward_clipval=config.forward_clipval,
+    )
+    chosen = backends.choose(backend, problem)
+    if states is None:
+        start = torch.tensor(config.initial_values(cell.states), dtype=problem.carry_dtype)
+        states = start.to(device).view(-1, 1, 1, 1, 1).expand(-1, B, 1, N, D)
+    without_autocast = (
+        torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext()
+    )
+    with without_autocast:
+        return chosen.run(
+            problem,
+            Wx.to(computed_in),
+            R.to(computed_in),
+            b.to(computed_in),
+            states.to(problem.carry_dtype),
+        )
+
+
+def _sizes(
+    cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None
+) -> tuple[int, int, int, int]:
+    """B, T, N and D, once every shape is found to fit.
+
+    Each tensor is held to the sizes that ``Wx`` sets, so that a message names one culprit.
+    """
+    _check_rank("Wx", Wx, "[B, T, Gw, N, D]")
+    B, T, _, N, D = Wx.shape
+    if N == 0 or D == 0:
+        raise ValueError(
+            f"Wx has shape {tuple(Wx.shape)}, {N} heads of {D} units; accepted are N and D ≥ 1"
+        )
+    _check_gates(cell, "Wx", Wx.shape[2])
+    _check_rank("R", R, "[Gr, N, D, D]")
+    _check_gates(cell, "R", R.shape[0])
+    _check_shape("R", R, "[Gr, N, D, D]", (len(cell.fed_by("R")), N, D, D))
+    _check_rank("b", b, "[Gb, N, D]")
+    _check_gates(cell, "b", b.shape[0])
+    _check_shape("b", b, "[Gb, N, D]", (len(cell.fed_by("b")), N, D))
+    if states is not None:
+        _check_rank("states", states, "[S, B, 1, N, D]")
+        if states.shape[0] != len(cell.states):
+            raise ValueError(
+                f"states has shape {tuple(states.shape)}, {states.shape[0]} states; "
+                f"{cell.name} has {len(cell.states)}: {', '.join(cell.states)}"
+            )
+        _check_shape("states", states, "[S, B, 1, N, D]", (len(cell.states), B, 1, N, D))
+    return B, T, N, D
+
+
+def _check_rank(name: str, tensor: Tensor, layout: str) -> None:
+    rank = layout.count(",") + 1
+    if tensor.ndim != rank:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; accepted are {rank} dimensions, {layout}"
+        )
+
+
+def _check_gates(cell: Cell, name: str, given: int) -> None:
+    expected = cell.gate_names(name)
+    if given != len(expected):
+        raise ValueError(
+            f"{name} holds {given} gates; {cell.name} takes {len(expected)} there: "
+            f"{', '.join(expected) or 'none'}"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, layout: str, expected: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; with this Wx it must be "
+            f"{tuple(expected)}, {layout}"
+        )
+
+
+def _device(tensors: dict[str, Tensor]) -> torch.device:
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        given = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"{given}; accepted is one device for all: move them with .to(device)")
+    return tensors["Wx"].device
+
+
+def _autocast_enabled(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _dtype(
+    tensors: dict[str, Tensor],
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+    autocast: bool,
+) -> torch.dtype:
+    """The dtype of the computation, once every given dtype is found to fit."""
+    given = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+    if any(tensor.dtype not in SUPPORTED_DTYPES for tensor in tensors.values()):
+        names = ", ".join(str(supported) for supported in SUPPORTED_DTYPES)
+        raise TypeError(f"{given}; accepted are {names}")
+
+    requested = dtype if dtype is not None else config.dtype
+    if autocast and config.enable_automatic_mixed_precision:
+        default = torch.get_autocast_dtype(tensors["Wx"].device.type)
+        return parse_dtype(default if requested is None else requested)
+    if requested is not None:
+        return parse_dtype(requested)
+
+    found = tensors["Wx"].dtype
+    accepted = {name: {found} for name in tensors} | {"states": {found, carry_dtype(found)}}
+    if any(tensor.dtype not in accepted[name] for name, tensor in tensors.items()):
+        raise TypeError(
+            f"{given}; accepted is one dtype for all (states may be float32 beside 16 bits). "
+            "Cast them, or let dtype=... do it"
+        )
+    return found

@@ -1,0 +1,54 @@
+"""A call's problem: what a backend is asked to compute, without the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashrnn.cells.spec import Cell
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The problem that a backend supports or not.
+
+    Attributes:
+        cell: the cell.
+        B: batch size.
+        T: sequence length.
+        N: number of heads.
+        D: head dimension.
+        dtype: of ``Wx``, ``R``, ``b`` and the returned ``states``.
+        device: where all tensors are.
+        needs_gradient: whether a gradient may be asked for.
+        gradient_recurrent_cut: see :class:`flashrnn.FlashRNNConfig`, as the two below.
+        gradient_recurrent_clipval: ...
+        forward_clipval: ...
+    """
+
+    cell: Cell
+    B: int
+    T: int
+    N: int
+    D: int
+    dtype: torch.dtype
+    device: torch.device
+    needs_gradient: bool = False
+    gradient_recurrent_cut: bool = False
+    gradient_recurrent_clipval: float | None = None
+    forward_clipval: float | None = None
+
+    @property
+    def carry_dtype(self) -> torch.dtype:
+        """The dtype in which the cell computes and its states go from step to step.
+
+        float32 where ``dtype`` has 16 bits, so that what is stored is rounded and what is
+        carried is not; else ``dtype``.
+        """
+        return carry_dtype(self.dtype)
+
+
+def carry_dtype(dtype: torch.dtype) -> torch.dtype:
+    """See :attr:`Problem.carry_dtype`."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
