@@ -49,7 +49,7 @@ def _minimum(x: float, y: float) -> float:
 
 
 def _sign(x: float) -> float:
-    return x if x == 0 or math.isnan(x) else math.copysign(1.0, x)
+    return float((x > 0) - (x < 0))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """From a cell's step function to the graphs of the step and of its derivative.
 
 ``make_fx`` records the step as aten operations, and ``torch.func.vjp`` under ``make_fx``
-records its derivative, with composite operations decomposed. FX removes what is computed
-twice or never used. What remains is lowered to the few operations of the table, on scalars.
+records its derivative, with composite operations decomposed. Both are then lowered to the few
+operations of the table, on scalars: what is computed twice gets one name, what is never used
+none.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
 
 from flashrnn.cells.graph import Argument, Assignment, Graph
 from flashrnn.cells.operations import OPERATIONS
@@ -68,7 +69,11 @@ def trace(cell: Cell) -> CellGraphs:
 
     return CellGraphs(
         forward=_trace_function(cell, forward, states + gates),
-        derivative=_trace_function(cell, derivative, states + gates + gradients),
+        # Some of PyTorch's own backward formulas work in place; a cell's step must not, so
+        # only the derivative is functionalized.
+        derivative=_trace_function(
+            cell, torch.func.functionalize(derivative), states + gates + gradients
+        ),
     )
 
 
@@ -134,8 +139,6 @@ def _trace_function(
                 "tensors with torch.where(condition, a, b) instead"
             ) from error
         raise CellError(f"cell {cell.name!r} failed while it was traced: {error}") from error
-    module = CSEPass()(module).graph_module
-    module.graph.eliminate_dead_code()
     return _Lowering(cell, module, names).graph()
 
 
@@ -164,6 +167,8 @@ _SYNONYMS = {
 }
 # Operations that hand their first argument on.
 _IDENTITIES = {"alias", "detach", "clone", "lift_fresh_copy"}
+# Uninitialized tensors: decompositions take nothing from them but their shape.
+_EMPTY = {"empty", "empty_like", "empty_permuted"}
 _CONSTANTS = {"full", "full_like", "scalar_tensor", "zeros_like", "ones_like"}
 
 
@@ -175,7 +180,7 @@ class _Lowering:
         self.module = module
         self.names = tuple(names)
         self.values: dict[fx.Node, Argument] = {}
-        self.body: list[Assignment] = []
+        self.body: dict[tuple[Any, ...], Assignment] = {}
 
     def graph(self) -> Graph:
         names = iter(self.names)
@@ -191,19 +196,21 @@ class _Lowering:
         return Graph(self.names, self._needed(outputs), outputs)
 
     def _needed(self, outputs: tuple[Argument, ...]) -> tuple[Assignment, ...]:
-        """The body without what lowering itself left unused, as where(x, 0, 0) does."""
+        """The body without what no output depends on."""
         wanted = {name for name in outputs if isinstance(name, str)}
         kept: list[Assignment] = []
-        for assignment in reversed(self.body):
+        for assignment in reversed(self.body.values()):
             if assignment.name in wanted:
                 kept.append(assignment)
                 wanted.update(a for a in assignment.arguments if isinstance(a, str))
         return tuple(reversed(kept))
 
     def _emit(self, operation: str, *arguments: Argument) -> str:
-        name = f"v{len(self.body)}"
-        self.body.append(Assignment(name, operation, arguments))
-        return name
+        """The name of an operation's result: the first one where it is a common subexpression."""
+        # repr tells 0.0 from -0.0 and True from 1.0.
+        key = (operation, *map(repr, arguments))
+        assignment = Assignment(f"v{len(self.body)}", operation, arguments)
+        return self.body.setdefault(key, assignment).name
 
     def _value(self, argument: Any) -> Argument:
         if isinstance(argument, fx.Node):
@@ -236,6 +243,8 @@ class _Lowering:
 
         if name in _IDENTITIES:
             return self._value(arguments[0])
+        if name in _EMPTY:
+            return math.nan
         if name in _CONSTANTS:
             return self._constant(name, arguments)
         if name == "_to_copy":
@@ -263,6 +272,11 @@ class _Lowering:
     def _constant(self, name: str, arguments: tuple[Any, ...]) -> Argument:
         if name in ("zeros_like", "ones_like"):
             return float(name == "ones_like")
+        if name == "full" and tuple(arguments[0]) not in ((), _TRACED_SHAPE):
+            raise CellError(
+                f"cell {self.cell.name!r} makes a tensor of shape {tuple(arguments[0])}; "
+                "write a Python number, or torch.full_like(h, number)"
+            )
         return self._value(arguments[0] if name == "scalar_tensor" else arguments[1])
 
     def _convert(self, node: fx.Node) -> Argument:
@@ -314,6 +328,8 @@ class _Lowering:
     def _refusal(self, overload: torch._ops.OpOverload) -> str:
         supported = ", ".join(OPERATIONS)
         name = f"cell {self.cell.name!r} uses {overload}"
+        if torch.Tag.nondeterministic_seeded in overload.tags:
+            return f"{name}, which draws random numbers; feed them through a gate (Wx)"
         if overload._schema.is_mutable:
             return f"{name}, which changes a tensor in place; write h = h * x, not h.mul_(x)"
         if torch.Tag.pointwise in overload.tags:

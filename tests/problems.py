@@ -1,0 +1,92 @@
+"""Random problems, and how results are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashrnn import Cell, flashrnn
+from flashrnn.cells import resolve
+from flashrnn.problem import carry_dtype
+
+BUILT_IN = ("elman", "lstm", "gru", "slstm")
+
+
+@dataclass
+class Inputs:
+    """The arguments of a call, leaves that require gradients."""
+
+    Wx: Tensor
+    R: Tensor
+    b: Tensor
+    states: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return vars(self)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values as new leaves in another dtype; states in the carry's."""
+        converted = {name: x.detach().to(dtype) for name, x in vars(self).items()}
+        converted["states"] = self.states.detach().to(carry_dtype(dtype))
+        return Inputs(**{name: x.requires_grad_() for name, x in converted.items()})
+
+
+def random_inputs(
+    function: str | Cell,
+    B: int,
+    T: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Inputs of ordinary size: R keeps the recurrence neither dead nor chaotic.
+
+    The initial states are ones that a step could have left: for sLSTM n ≥ 1, elsewhere within
+    (−1, 1).
+    """
+    cell = resolve(function)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    states = torch.tanh(normal(len(cell.states), B, 1, N, D))
+    if "n" in cell.states:
+        states[cell.states.index("n")].abs_().add_(1)
+    leaves = {
+        "Wx": normal(B, T, len(cell.fed_by("Wx")), N, D),
+        "R": normal(len(cell.fed_by("R")), N, D, D) / D**0.5,
+        "b": normal(len(cell.fed_by("b")), N, D),
+        "states": states,
+    }
+    cast = {name: x.to(device, dtype) for name, x in leaves.items()}
+    cast["states"] = leaves["states"].to(device, carry_dtype(dtype))
+    return Inputs(**{name: x.requires_grad_() for name, x in cast.items()})
+
+
+def call(function: str | Cell, inputs: Inputs, **options: object) -> tuple[Tensor, Tensor]:
+    return flashrnn(**inputs.tensors(), function=function, **options)  # type: ignore[arg-type]
+
+
+def gradients(outputs: tuple[Tensor, Tensor], inputs: Inputs, seed: int = 1) -> dict[str, Tensor]:
+    """Gradients of a random weighted sum of both outputs.
+
+    The weights depend on the shapes alone, so that two precisions get the same ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
+    ]
+    found = torch.autograd.grad(outputs, list(inputs.tensors().values()), weights)
+    return dict(zip(inputs.tensors(), found, strict=True))
+
+
+def relative_error(given: Tensor, truth: Tensor) -> float:
+    """``‖given − truth‖ / ‖truth‖``; NaN in ``given`` gives NaN, which no bound accepts."""
+    truth = truth.double()
+    difference = (given.double() - truth).norm()
+    return float(difference / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))
