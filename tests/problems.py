@@ -81,12 +81,13 @@ def gradients(outputs: tuple[Tensor, Tensor], inputs: Inputs, seed: int = 1) -> 
     weights = [
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
     ]
-    found = torch.autograd.grad(outputs, list(inputs.tensors().values()), weights)
+    leaves = list(inputs.tensors().values())
+    found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, materialize_grads=True)
     return dict(zip(inputs.tensors(), found, strict=True))
 
 
 def relative_error(given: Tensor, truth: Tensor) -> float:
     """``‖given − truth‖ / ‖truth‖``; NaN in ``given`` gives NaN, which no bound accepts."""
-    truth = truth.double()
-    difference = (given.double() - truth).norm()
+    given, truth = given.detach().double(), truth.detach().double()
+    difference = (given - truth).norm()
     return float(difference / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))

@@ -53,7 +53,7 @@ def run(
         product = torch.baddbmm(inputs_t[..., : Gr * D], h, recurrent_matrix)
         gates = (
             *product.view(N, B, Gr, D).unbind(2),
-            *inputs_t[..., Gr * D :].view(N, B, -1, D).unbind(2),
+            *inputs_t[..., Gr * D :].view(N, B, len(order) - Gr, D).unbind(2),
         )
         carried = tuple(cell.step(carried, tuple(gates[k] for k in declared)))
         if problem.forward_clipval is not None:
@@ -63,7 +63,8 @@ def run(
 
     last_states = torch.stack(carried).transpose(1, 2).unsqueeze(2).contiguous()
     if T == 0:
-        return Wx.new_empty(S, B, 0, N, D), last_states
+        # Nothing, but of everything: backward then finds its way and gives zeros.
+        return Wx.new_empty(S, B, 0, N, D) + (Wx.sum() + R.sum() + b.sum()), last_states
     steps = torch.stack([step[s] for s in range(S) for step in trajectory])
     every_state = steps.view(S, T, N, B, D).permute(0, 3, 1, 2, 4)
     return every_state.to(dtype).contiguous(), last_states

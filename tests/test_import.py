@@ -1,0 +1,27 @@
+"""Importing the package is cheap and touches no GPU."""
+
+import json
+import subprocess
+import sys
+
+PROBE = """
+import json, sys, time
+import torch
+before = time.perf_counter()
+import flashrnn
+seconds = time.perf_counter() - before
+loaded = [name for name in sys.modules if name.split(".")[0] in ("triton", "cuda")]
+print(json.dumps([seconds, loaded, torch.cuda.is_initialized()]))
+"""
+
+
+def test_import_takes_50_ms_beyond_torch_and_loads_no_gpu_code():
+    seconds = []
+    for _ in range(3):
+        printed = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
+        ).stdout
+        taken, loaded, initialized = json.loads(printed)
+        seconds.append(taken)
+        assert loaded == [] and not initialized
+    assert min(seconds) < 0.050
