@@ -32,10 +32,10 @@ def run(
     cell, dtype, carry_dtype = problem.cell, problem.dtype, problem.carry_dtype
     S, B, T, N, D = len(cell.states), problem.B, problem.T, problem.N, problem.D
     recurrent = cell.fed_by("R")
-    Gr = len(recurrent)
+    G, Gr = len(cell.gates), len(recurrent)
     # R's gates first, so that the product adds to one block; `declared` undoes it.
-    order = (*recurrent, *(k for k in range(len(cell.gates)) if k not in recurrent))
-    declared = sorted(range(len(order)), key=order.__getitem__)
+    order = (*recurrent, *(k for k in range(G) if k not in recurrent))
+    declared = sorted(range(G), key=order.__getitem__)
 
     inputs = _input_preactivations(problem, Wx.to(carry_dtype), b.to(carry_dtype), order)
     recurrent_matrix = R.to(carry_dtype).permute(1, 3, 0, 2).reshape(N, D, Gr * D)
@@ -43,18 +43,16 @@ def run(
     carried = tuple(state.transpose(0, 1).contiguous() for state in states.squeeze(2).unbind(0))
 
     trajectory: list[tuple[Tensor, ...]] = []
-    for inputs_t in inputs.unbind(0):
+    for inputs_t in inputs.permute(1, 3, 0, 2, 4).unbind(0):
         # What multiplies R has been rounded to dtype: the same h that is returned.
         h = carried[0].to(dtype).to(carry_dtype)
         if problem.gradient_recurrent_cut:
             h = h.detach()
         elif problem.gradient_recurrent_clipval is not None:
             h = _ClipGradient.apply(h, problem.gradient_recurrent_clipval)
-        product = torch.baddbmm(inputs_t[..., : Gr * D], h, recurrent_matrix)
-        gates = (
-            *product.view(N, B, Gr, D).unbind(2),
-            *inputs_t[..., Gr * D :].view(N, B, len(order) - Gr, D).unbind(2),
-        )
+        fed, unfed = inputs_t[:, :, :Gr], inputs_t[:, :, Gr:]
+        product = torch.baddbmm(fed.reshape(N, B, Gr * D), h, recurrent_matrix)
+        gates = (*product.view(N, B, Gr, D).unbind(2), *unfed.unbind(2))
         carried = tuple(cell.step(carried, tuple(gates[k] for k in declared)))
         if problem.forward_clipval is not None:
             clipped = carried[0].clamp(-problem.forward_clipval, problem.forward_clipval)
@@ -71,22 +69,15 @@ def run(
 
 
 def _input_preactivations(problem: Problem, Wx: Tensor, b: Tensor, order: tuple[int, ...]) -> Tensor:
-    """What reaches the gates without the recurrent product, ``[T, N, B, G * D]``."""
+    """What reaches the gates without the recurrent product: ``[B, T, G, N, D]``, in ``order``."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    wx_index = {k: position for position, k in enumerate(cell.fed_by("Wx"))}
-    b_index = {k: position for position, k in enumerate(cell.fed_by("b"))}
-    gates = []
-    for k in order:
-        if k in wx_index and k in b_index:
-            gate = Wx[:, :, wx_index[k]] + b[b_index[k]]
-        elif k in wx_index:
-            gate = Wx[:, :, wx_index[k]]
-        elif k in b_index:
-            gate = b[b_index[k]].expand(B, T, N, D)
-        else:
-            gate = Wx.new_zeros(B, T, N, D)
-        gates.append(gate.permute(1, 2, 0, 3))
-    return torch.stack(gates, dim=3).view(T, N, B, len(order) * D)
+    bias = dict(zip(cell.fed_by("b"), b.unbind(0), strict=True))
+    b = torch.stack([bias.get(k, b.new_zeros(N, D)) for k in order])
+    if cell.fed_by("Wx") != order:
+        given = dict(zip(cell.fed_by("Wx"), Wx.unbind(2), strict=True))
+        nothing = Wx.new_zeros(()).expand(B, T, N, D)
+        Wx = torch.stack([given.get(k, nothing) for k in order], dim=2)
+    return Wx + b
 
 
 class _ClipGradient(torch.autograd.Function):
