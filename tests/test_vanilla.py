@@ -85,9 +85,7 @@ def nn_weights(module, function, N, D):
     ("function", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU), ("elman", nn.RNN)]
 )
 @settings(max_examples=20, deadline=None)
-@given(
-    B=st.integers(1, 5), T=st.integers(1, 9), D=st.integers(1, 8), seed=st.integers(0, 2**31)
-)
+@given(B=st.integers(1, 5), T=st.integers(1, 9), D=st.integers(1, 8), seed=st.integers(0, 2**31))
 def test_equals_torch_nn(function, kind, B, T, D, seed):
     torch.manual_seed(seed)
     module = kind(3, D, batch_first=True).double()
@@ -108,9 +106,7 @@ def test_equals_torch_nn(function, kind, B, T, D, seed):
     leaves = [x, start, *module.parameters()]
     weights = [torch.randn_like(out), torch.randn_like(last)]
     expected = torch.autograd.grad([out, last], leaves, weights)
-    found = torch.autograd.grad(
-        [states[0].flatten(2), last_states.view_as(last)], leaves, weights
-    )
+    found = torch.autograd.grad([states[0].flatten(2), last_states.view_as(last)], leaves, weights)
     for gradient, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, truth, rtol=1e-12, atol=1e-12)
 
@@ -151,7 +147,9 @@ def test_splitting_a_sequence_changes_no_bit(function, dtype, sizes, cut):
     second, final = flashrnn(Wx[:, cut:], R, b, between, function)
     assert torch.equal(torch.cat([first, second], dim=2), states)
     assert torch.equal(final, last)
-    assert torch.equal(last[:, :, 0].to(dtype), states[:, :, -1] if sizes["T"] else start[:, :, 0].to(dtype))
+    assert torch.equal(
+        last[:, :, 0].to(dtype), states[:, :, -1] if sizes["T"] else start[:, :, 0].to(dtype)
+    )
 
 
 @pytest.mark.parametrize("function", [*BUILT_IN, sparse], ids=str)
@@ -234,7 +232,9 @@ def test_slstm_first_step_does_not_depend_on_the_stabilizer_of_an_empty_state():
         inputs.Wx[:, 0, 0] = -40.0
     states, _ = call("slstm", inputs)
     i, _, z, o = (
-        inputs.Wx + torch.einsum("gndp,bnp->bgnd", inputs.R, inputs.states[0, :, 0])[:, None] + inputs.b
+        inputs.Wx
+        + torch.einsum("gndp,bnp->bgnd", inputs.R, inputs.states[0, :, 0])[:, None]
+        + inputs.b
     ).unbind(2)
     torch.testing.assert_close(states[0], torch.sigmoid(o) * torch.tanh(z))
     torch.testing.assert_close(states[3], i)
@@ -278,9 +278,7 @@ def test_gradient_recurrent_cut(function):
                 gates[k] = gates[k] + tensor
         now = list(kind.step(tuple(now), tuple(gates)))
         seen.append(torch.stack(now))
-    expected = gradients(
-        (torch.stack(seen, dim=2), torch.stack(now).unsqueeze(2)), inputs
-    )
+    expected = gradients((torch.stack(seen, dim=2), torch.stack(now).unsqueeze(2)), inputs)
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
     assert relative_error(found["Wx"], uncut["Wx"]) > 1e-3

@@ -68,7 +68,9 @@ def run(
     return every_state.to(dtype).contiguous(), last_states
 
 
-def _input_preactivations(problem: Problem, Wx: Tensor, b: Tensor, order: tuple[int, ...]) -> Tensor:
+def _input_preactivations(
+    problem: Problem, Wx: Tensor, b: Tensor, order: tuple[int, ...]
+) -> Tensor:
     """What reaches the gates without the recurrent product: ``[B, T, G, N, D]``, in ``order``."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     bias = dict(zip(cell.fed_by("b"), b.unbind(0), strict=True))

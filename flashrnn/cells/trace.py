@@ -64,7 +64,7 @@ def trace(cell: Cell) -> CellGraphs:
 
     def derivative(*inputs: Tensor) -> tuple[Tensor, ...]:
         values, cotangents = inputs[: -len(states)], inputs[-len(states) :]
-        _, pull_back = torch.func.vjp(forward, *values)
+        pull_back = torch.func.vjp(forward, *values)[1]
         return pull_back(cotangents)
 
     return CellGraphs(
@@ -236,7 +236,9 @@ class _Lowering:
     def _lower(self, node: fx.Node) -> Argument:
         overload = node.target
         if not isinstance(overload, torch._ops.OpOverload):
-            raise CellError(f"cell {self.cell.name!r} uses {overload}, which is not an aten operation")
+            raise CellError(
+                f"cell {self.cell.name!r} uses {overload}, which is not an aten operation"
+            )
         name = overload.overloadpacket.__name__
         name = _SYNONYMS.get(name, name)
         arguments, keywords = node.args, node.kwargs
@@ -322,7 +324,9 @@ class _Lowering:
             )
         value: Argument = 1.0
         for _ in range(abs(int(exponent))):
-            value = self._value(base) if value == 1.0 else self._emit("mul", value, self._value(base))
+            value = (
+                self._value(base) if value == 1.0 else self._emit("mul", value, self._value(base))
+            )
         return self._emit("div", 1.0, value) if exponent < 0 else value
 
     def _refusal(self, overload: torch._ops.OpOverload) -> str:

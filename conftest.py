@@ -1,0 +1,25 @@
+"""What the tests and the docstrings' examples share."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+# Looking for examples imports every module, and these import Triton.
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["flashrnn/kernels/*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch sees none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _names_in_examples(doctest_namespace: dict[str, object]) -> None:
+    doctest_namespace["torch"] = torch

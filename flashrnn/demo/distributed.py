@@ -1,0 +1,108 @@
+"""One process, or as many as ``torchrun`` started: the same code for both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flashrnn.demo.errors import DemoError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Attributes:
+        rank: this process.
+        size: how many there are.
+        device: where this one computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that prints, plots and writes."""
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This process's part of ``total`` rows, as even as it gets."""
+        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, made to start from rank 0's parameters and to average gradients."""
+        return model if self.size == 1 else DistributedDataParallel(model)
+
+    def mean(self, *values: float) -> tuple[float, ...]:
+        """Each value's mean over the processes, the same bits on all of them.
+
+        What they decide by it, they decide alike.
+        """
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return tuple((total / self.size).tolist())
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, on the CPU, in the order of ranks; sizes may differ.
+
+        All processes must call it; only rank 0 gets something.
+        """
+        tensor = tensor.cpu()
+        if self.size == 1:
+            return [tensor]
+        gathered: list[Tensor] | None = [tensor] * self.size if self.leads else None
+        dist.gather_object(tensor, gathered)
+        return gathered or []
+
+
+@contextmanager
+def join(device: str | None) -> Iterator[World]:
+    """Find the other processes, if ``torchrun`` started any, and leave them at the end.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``None``: a GPU if there is one.
+
+    Raises:
+        DemoError: a device that is not there.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    found = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if size == 1:
+        yield World(rank=0, size=1, device=found)
+        return
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, found)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str | None, local_rank: int) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            # torchrun's processes on one machine take a GPU each.
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        raise DemoError(
+            f"--device {name}: this machine offers cpu and {count} CUDA GPUs, and process "
+            f"{local_rank} found none for itself; use --device cpu"
+            + (f", or torchrun --nproc-per-node {count}" if local_rank and count else "")
+        ) from error
+    return device
