@@ -95,8 +95,7 @@ def flashrnn(
     )
     chosen = backends.choose(backend, problem)
     if states is None:
-        start = torch.tensor(config.initial_values(cell.states), dtype=problem.carry_dtype)
-        states = start.to(device).view(-1, 1, 1, 1, 1).expand(-1, B, 1, N, D)
+        states = _initial_states(problem, config)
     without_autocast = (
         torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext()
     )
@@ -108,6 +107,18 @@ def flashrnn(
             b.to(computed_in),
             states.to(problem.carry_dtype),
         )
+
+
+def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
+    """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
+    values = config.initial_values(problem.cell.states)
+    dtype, device = problem.carry_dtype, problem.device
+    if len(set(values)) == 1:
+        # Filled where it is needed: no copy from the host, none to wait for.
+        start = torch.full((1,), values[0], dtype=dtype, device=device).expand(len(values))
+    else:
+        start = torch.tensor(values, dtype=dtype, device=device)
+    return start.view(-1, 1, 1, 1, 1).expand(-1, problem.B, 1, problem.N, problem.D)
 
 
 def _sizes(

@@ -19,7 +19,8 @@ from torch import Tensor
 from flashrnn.cells.spec import unknown_name
 from flashrnn.problem import Problem
 
-PREFERENCE = ("vanilla",)
+PREFERENCE = ("triton", "vanilla")
+_ALIASES = {"triton_fused": "triton"}
 
 
 class Backend(Protocol):
@@ -55,6 +56,7 @@ def load(name: str) -> Backend:
     Raises:
         ValueError: no such backend; names the nearest.
     """
+    name = _ALIASES.get(name, name)
     if name not in PREFERENCE:
         raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
     return cast(Backend, importlib.import_module(f"{__name__}.{name}"))

@@ -1,4 +1,9 @@
-"""The table of operations: every aten operation that a traced cell may contain."""
+"""The table of operations: every aten operation that a traced cell may contain.
+
+Each has a meaning on Python floats and a spelling in Triton and in CUDA C++, on float32 values.
+A spelling that a plain expression cannot give (tanh without overflow or cancellation) calls a
+helper of the same name: :mod:`flashrnn.kernels.pointwise` for Triton, ``pointwise.cuh`` for CUDA.
+"""
 
 from __future__ import annotations
 
@@ -58,41 +63,47 @@ class Operation:
 
     Attributes:
         python: the operation on Python floats, with PyTorch's result for infinities and NaN.
+        triton: its spelling, ``{0}``, ``{1}`` standing for the arguments.
         returns_bool: whether the result is a truth value.
     """
 
     python: Callable[..., Scalar]
+    triton: str
     returns_bool: bool = False
 
 
+def _comparison(python: Callable[..., bool], symbol: str) -> Operation:
+    return Operation(python, f"({{0}} {symbol} {{1}})", returns_bool=True)
+
+
 OPERATIONS: dict[str, Operation] = {
-    "add": Operation(lambda x, y: x + y),
-    "sub": Operation(lambda x, y: x - y),
-    "mul": Operation(lambda x, y: x * y),
-    "div": Operation(_divide),
-    "neg": Operation(lambda x: -x),
-    "abs": Operation(abs),
-    "sign": Operation(_sign),
-    "sqrt": Operation(_sqrt),
-    "exp": Operation(_exp),
-    "expm1": Operation(_expm1),
-    "log": Operation(_log),
-    "log1p": Operation(_log1p),
-    "sin": Operation(math.sin),
-    "cos": Operation(math.cos),
-    "erf": Operation(math.erf),
-    "tanh": Operation(math.tanh),
-    "sigmoid": Operation(_sigmoid),
-    "maximum": Operation(_maximum),
-    "minimum": Operation(_minimum),
-    "eq": Operation(lambda x, y: x == y, returns_bool=True),
-    "ne": Operation(lambda x, y: x != y, returns_bool=True),
-    "lt": Operation(lambda x, y: x < y, returns_bool=True),
-    "le": Operation(lambda x, y: x <= y, returns_bool=True),
-    "gt": Operation(lambda x, y: x > y, returns_bool=True),
-    "ge": Operation(lambda x, y: x >= y, returns_bool=True),
-    "logical_and": Operation(lambda x, y: bool(x) and bool(y), returns_bool=True),
-    "logical_or": Operation(lambda x, y: bool(x) or bool(y), returns_bool=True),
-    "logical_not": Operation(lambda x: not x, returns_bool=True),
-    "where": Operation(lambda condition, x, y: x if condition else y),
+    "add": Operation(lambda x, y: x + y, "{0} + {1}"),
+    "sub": Operation(lambda x, y: x - y, "{0} - {1}"),
+    "mul": Operation(lambda x, y: x * y, "{0} * {1}"),
+    "div": Operation(_divide, "{0} / {1}"),
+    "neg": Operation(lambda x: -x, "-{0}"),
+    "abs": Operation(abs, "tl.abs({0})"),
+    "sign": Operation(_sign, "pointwise.sign({0})"),
+    "sqrt": Operation(_sqrt, "tl.sqrt({0})"),
+    "exp": Operation(_exp, "tl.exp({0})"),
+    "expm1": Operation(_expm1, "pointwise.expm1({0})"),
+    "log": Operation(_log, "tl.log({0})"),
+    "log1p": Operation(_log1p, "pointwise.log1p({0})"),
+    "sin": Operation(math.sin, "tl.sin({0})"),
+    "cos": Operation(math.cos, "tl.cos({0})"),
+    "erf": Operation(math.erf, "tl.erf({0})"),
+    "tanh": Operation(math.tanh, "pointwise.tanh({0})"),
+    "sigmoid": Operation(_sigmoid, "pointwise.sigmoid({0})"),
+    "maximum": Operation(_maximum, "tl.maximum({0}, {1}, tl.PropagateNan.ALL)"),
+    "minimum": Operation(_minimum, "tl.minimum({0}, {1}, tl.PropagateNan.ALL)"),
+    "eq": _comparison(lambda x, y: x == y, "=="),
+    "ne": _comparison(lambda x, y: x != y, "!="),
+    "lt": _comparison(lambda x, y: x < y, "<"),
+    "le": _comparison(lambda x, y: x <= y, "<="),
+    "gt": _comparison(lambda x, y: x > y, ">"),
+    "ge": _comparison(lambda x, y: x >= y, ">="),
+    "logical_and": _comparison(lambda x, y: bool(x) and bool(y), "&"),
+    "logical_or": _comparison(lambda x, y: bool(x) or bool(y), "|"),
+    "logical_not": Operation(lambda x: not x, "({0} == 0)", returns_bool=True),
+    "where": Operation(lambda condition, x, y: x if condition else y, "tl.where({0}, {1}, {2})"),
 }

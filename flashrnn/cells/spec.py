@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -97,8 +98,16 @@ class Cell:
 
         return trace(self)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name and digest: the same for the same cell in every process."""
+        program = f"{self.states} {self.gates} {self.graphs.forward} {self.graphs.derivative}"
+        return f"{self.name}-{hashlib.sha256(program.encode()).hexdigest()[:16]}"
+
     def __repr__(self) -> str:
-        return f"<cell {self.name}: states {self.states}, gates {tuple(g.name for g in self.gates)}>"
+        return (
+            f"<cell {self.name}: states {self.states}, gates {tuple(g.name for g in self.gates)}>"
+        )
 
 
 class CellError(ValueError):
@@ -147,7 +156,8 @@ def cell(
     specs = tuple(Gate(gate, tuple(sources)) for gate, sources in gates.items())
 
     def decorate(step: Step) -> Cell:
-        return Cell(name or getattr(step, "__name__", "cell"), tuple(states), specs, step)
+        own_name = str(getattr(step, "__name__", "cell"))
+        return Cell(name or own_name, tuple(states), specs, step)
 
     return decorate
 
@@ -156,6 +166,19 @@ def _distinct(names: Sequence[str]) -> Sequence[str]:
     if len(set(names)) != len(names):
         raise ValueError(f"gates {tuple(names)!r}: each needs a name of its own")
     return names
+
+
+@cache
+def clipped(cell: Cell, clipval: float | None) -> Cell:
+    """The cell whose new ``h`` is clipped to ``[-clipval, clipval]``; ``None``: the cell itself."""
+    if clipval is None:
+        return cell
+
+    def step(states: tuple[torch.Tensor, ...], gates: tuple[torch.Tensor, ...]) -> Any:
+        h, *others = cell.step(states, gates)
+        return (h.clamp(-clipval, clipval), *others)
+
+    return Cell(f"{cell.name}_clipped", cell.states, cell.gates, step)
 
 
 _library: dict[str, Cell] = {}

@@ -1,0 +1,215 @@
+"""The one differentiable operator through which every fused backend runs.
+
+A fused backend's module offers, beside what :class:`flashrnn.backends.Backend` asks:
+
+    forward(problem, Wx, R, b, states) -> (states, last_states, gates)
+    backward(problem, R, states_initial, states, gates, d_states, d_last_states)
+        -> (d_gates, d_states_initial)
+
+The residuals are the same for all: the states and, where a gradient may be asked for, the gates'
+pre-activations ``[B, T, G, N, D]``. The gradients of Wx, R and b follow from that of the gates,
+here, once: dR and db as a product and a sum over all steps, in a fixed order.
+
+``torch.library`` makes operators of both directions, so that ``torch.compile`` sees them whole.
+An operator's arguments are tensors, numbers and strings: a cell goes in by its key.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from flashrnn.cells.spec import Cell
+from flashrnn.problem import Problem, carry_dtype
+
+_cells: dict[str, Cell] = {}
+
+
+class FusedBackend(Protocol):
+    """What a fused backend offers to the operator."""
+
+    def forward(
+        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States, last states, and the gates' pre-activations (empty without gradients)."""
+
+    def backward(
+        self,
+        problem: Problem,
+        R: Tensor,
+        states_initial: Tensor,
+        states: Tensor,
+        gates: Tensor,
+        d_states: Tensor,
+        d_last_states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the pre-activations and of the initial states."""
+
+
+def run(
+    backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
+    every_state, last_states, _ = scan(
+        Wx,
+        R,
+        b,
+        states,
+        backend,
+        _key(problem.cell),
+        problem.needs_gradient,
+        problem.gradient_recurrent_cut,
+        problem.gradient_recurrent_clipval,
+        problem.forward_clipval,
+    )
+    return every_state, last_states
+
+
+def _key(cell: Cell) -> str:
+    """The string that stands for a cell in a graph: the same in every process."""
+    key = cell.fingerprint
+    _cells[key] = cell
+    return key
+
+
+def _backend(name: str) -> FusedBackend:
+    return cast(FusedBackend, importlib.import_module(f"flashrnn.backends.{name}"))
+
+
+@torch.library.custom_op("flashrnn::scan", mutates_args=())
+def scan(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    backend: str,
+    cell: str,
+    save_gates: bool,
+    cut: bool,
+    clipval: float | None,
+    forward_clipval: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every step's states, the last states as carried, and the gates' pre-activations."""
+    B, T, _, N, D = Wx.shape
+    problem = Problem(
+        _cells[cell], B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval
+    )
+    return _backend(backend).forward(problem, Wx, R, b, states)
+
+
+@scan.register_fake
+def _(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    backend: str,
+    cell: str,
+    save_gates: bool,
+    cut: bool,
+    clipval: float | None,
+    forward_clipval: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, _, N, D = Wx.shape
+    S, G = len(_cells[cell].states), len(_cells[cell].gates)
+    return (
+        Wx.new_empty(S, B, T, N, D),
+        Wx.new_empty(S, B, 1, N, D, dtype=carry_dtype(Wx.dtype)),
+        Wx.new_empty((B, T, G, N, D) if save_gates else (0,)),
+    )
+
+
+@torch.library.custom_op("flashrnn::scan_backward", mutates_args=())
+def scan_backward(
+    R: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    d_states: Tensor,
+    d_last_states: Tensor,
+    backend: str,
+    cell: str,
+    cut: bool,
+    clipval: float | None,
+    forward_clipval: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the gates' pre-activations and of the initial states."""
+    _, B, T, N, D = states.shape
+    problem = Problem(
+        _cells[cell], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
+    )
+    return _backend(backend).backward(
+        problem, R, states_initial, states, gates, d_states, d_last_states
+    )
+
+
+@scan_backward.register_fake
+def _(
+    R: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    d_states: Tensor,
+    d_last_states: Tensor,
+    backend: str,
+    cell: str,
+    cut: bool,
+    clipval: float | None,
+    forward_clipval: float | None,
+) -> tuple[Tensor, Tensor]:
+    return gates.new_empty(gates.shape), states_initial.new_empty(states_initial.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, R, _, states_initial, backend, cell, _, cut, clipval, forward_clipval = inputs
+    states, _, gates = output
+    ctx.save_for_backward(R, states_initial, states, gates)
+    ctx.mark_non_differentiable(gates)
+    ctx.set_materialize_grads(False)
+    ctx.call = (backend, cell, cut, clipval, forward_clipval)
+
+
+def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
+    R, states_initial, states, gates = ctx.saved_tensors
+    cell = _cells[ctx.call[1]]
+    # A gradient that nobody asked through is one zero, read again and again.
+    if d_states is None:
+        d_states = states.new_zeros(()).expand_as(states)
+    if d_last is None:
+        d_last = states_initial.new_zeros(()).expand_as(states_initial)
+    d_gates, d_initial = scan_backward(
+        R, states_initial, states, gates, d_states, d_last, *ctx.call
+    )
+    needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
+    d_Wx = _select(d_gates, 2, cell.fed_by("Wx")) if needs_Wx else None
+    d_R = _recurrent_gradient(cell, d_gates, states_initial[0], states[0]) if needs_R else None
+    d_b = None
+    if needs_b:
+        # The sum runs in float32 and is rounded once.
+        d_b = _select(d_gates.sum((0, 1)), 0, cell.fed_by("b"))
+    return d_Wx, d_R, d_b, d_initial if needs_states else None, *(None,) * 6
+
+
+scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
+    """Some gates: a view where they are neighbours."""
+    first, count = indices[0] if indices else 0, len(indices)
+    if indices == tuple(range(first, first + count)):
+        return gates.narrow(dim, first, count)
+    return gates.index_select(dim, torch.tensor(indices, device=gates.device))
+
+
+def _recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
+    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
+    B, T, _, N, D = d_gates.shape
+    # What the product saw: h rounded, one step earlier.
+    before = torch.cat([h_initial.to(h.dtype), h[:, :-1]], dim=1)[:, :T].reshape(B * T, N, D)
+    fed = _select(d_gates, 2, cell.fed_by("R"))
+    Gr = fed.shape[2]
+    flat = fed.permute(3, 2, 4, 0, 1).reshape(N, Gr * D, B * T)
+    return (flat @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)

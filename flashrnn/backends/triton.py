@@ -1,0 +1,183 @@
+"""Backend ``triton``: one fused kernel forward and one backward, for every cell."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends import autograd
+from flashrnn.cells.render import render_triton
+from flashrnn.cells.spec import Cell, clipped
+from flashrnn.jit.source import load_source
+from flashrnn.problem import Problem
+from flashrnn.tiling import plan_scan
+
+
+def unavailable() -> str | None:
+    """Why Triton does not run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU, and PyTorch sees none"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return None
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why it cannot do this problem."""
+    if problem.device.type != ("cpu" if _interpreted() else "cuda"):
+        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
+    if problem.dtype == torch.float64:
+        return "dtype float64; it computes in float16, bfloat16 and float32"
+    return None
+
+
+def run(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.Backend`."""
+    return autograd.run("triton", problem, Wx, R, b, states)
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def forward(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    from flashrnn.kernels import scan
+
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    S, G = len(cell.states), len(cell.gates)
+    every_state = Wx.new_empty(S, B, T, N, D)
+    last_states = Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype)
+    gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
+    if B == 0:
+        return every_state, last_states, gates
+    plan = plan_scan(problem)
+    scan.scan_forward[(N * -(-B // plan.BB),)](
+        Wx,
+        R.contiguous(),
+        b.contiguous(),
+        states,
+        every_state,
+        last_states,
+        gates,
+        T,
+        B,
+        N,
+        *Wx.stride(),
+        *_strides(states),
+        every_state.stride(0),
+        D,
+        plan.DD,
+        plan.BB,
+        S,
+        _positions(cell, "Wx"),
+        _positions(cell, "R"),
+        _positions(cell, "b"),
+        problem.needs_gradient,
+        _operand(problem),
+        _precision(problem),
+        _rendered(cell, problem.forward_clipval).step,
+        num_warps=plan.warps,
+    )
+    return every_state, last_states, gates
+
+
+def backward(
+    problem: Problem,
+    R: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    d_states: Tensor,
+    d_last_states: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    from flashrnn.kernels import scan
+
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    d_gates = torch.empty_like(gates)
+    d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
+    if B == 0:
+        return d_gates, d_initial
+    plan = plan_scan(problem)
+    clipval = problem.gradient_recurrent_clipval
+    scan.scan_backward[(N * -(-B // plan.BB),)](
+        R.contiguous(),
+        states_initial,
+        states,
+        gates,
+        d_states,
+        d_last_states,
+        d_gates,
+        d_initial,
+        clipval or 0.0,
+        T,
+        B,
+        N,
+        *_strides(states_initial),
+        *d_states.stride(),
+        *_strides(d_last_states),
+        states.stride(0),
+        D,
+        plan.DD,
+        plan.BB,
+        _positions(cell, "R"),
+        tuple(range(len(cell.states))),
+        tuple(range(len(cell.gates))),
+        problem.gradient_recurrent_cut,
+        clipval is not None,
+        _operand(problem),
+        _precision(problem),
+        _rendered(cell, problem.forward_clipval).derivative,
+        num_warps=plan.warps,
+    )
+    return d_gates, d_initial
+
+
+def _strides(states: Tensor) -> tuple[int, int, int, int]:
+    """Of ``[S, B, 1, N, D]``, without that of the 1."""
+    s, b, _, n, d = states.stride()
+    return s, b, n, d
+
+
+@cache
+def _positions(cell: Cell, source: str) -> tuple[int, ...]:
+    """Where each gate stands in ``source``'s gate dimension; -1 where it does not feed it."""
+    fed = cell.fed_by(source)
+    return tuple(fed.index(k) if k in fed else -1 for k in range(len(cell.gates)))
+
+
+def _operand(problem: Problem) -> Any:
+    """The dtype of the product's operands; see :mod:`flashrnn.kernels.scan`."""
+    import triton.language as tl
+
+    if _interpreted():
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(problem.dtype, tl.float32)
+
+
+def _precision(problem: Problem) -> str:
+    """How float32 products round, as PyTorch's own matrix products are set to."""
+    tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+@cache
+def _rendered(cell: Cell, forward_clipval: float | None) -> ModuleType:
+    return load_source(render_triton(clipped(cell, forward_clipval)))
