@@ -1,4 +1,8 @@
-"""One process, or as many as ``torchrun`` started: the same code for both."""
+"""One process, or as many as ``torchrun`` started: the same code for both.
+
+All of them draw the whole batch from one seed, and each works on its share. So their number
+changes how fast a run is, and its results only by how sums are rounded.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flashrnn.demo.errors import DemoError
@@ -42,8 +47,8 @@ class World:
         """The model, made to start from rank 0's parameters and to average gradients."""
         return model if self.size == 1 else DistributedDataParallel(model)
 
-    def mean(self, *values: float) -> tuple[float, ...]:
-        """Each value's mean over the processes, the same bits on all of them.
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Each value's sum over the processes, the same bits on all of them.
 
         What they decide by it, they decide alike.
         """
@@ -51,19 +56,15 @@ class World:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return tuple((total / self.size).tolist())
+        return tuple(total.tolist())
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every process's tensor, on the CPU, in the order of ranks; sizes may differ.
-
-        All processes must call it; only rank 0 gets something.
-        """
-        tensor = tensor.cpu()
+    def from_leader(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
         if self.size == 1:
-            return [tensor]
-        gathered: list[Tensor] | None = [tensor] * self.size if self.leads else None
-        dist.gather_object(tensor, gathered)
-        return gathered or []
+            return value
+        carrier = [value]
+        dist.broadcast_object_list(carrier, device=self.device)
+        return carrier[0]
 
 
 @contextmanager

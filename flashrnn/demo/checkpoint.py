@@ -1,0 +1,87 @@
+"""A training's state in a file, and stopping in good order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from flashrnn.demo.errors import DemoError
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; whoever reads the file finds the old one or the new one, whole.
+
+    Args:
+        path: where to.
+        content: tensors, numbers, strings, and lists and dictionaries of them.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What was saved, on the CPU; ``None`` where there is no such file.
+
+    Args:
+        path: where from.
+        settings: what the checkpoint must have under ``"settings"`` for the training to go on.
+
+    Raises:
+        DemoError: the file is no checkpoint, or one of a training with other settings.
+    """
+    if not path.exists():
+        return None
+    way_out = "Move it away, or name another folder with --output"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = dict(content["settings"])
+    except Exception as error:
+        # A file that is no checkpoint fails in as many ways as there are files.
+        raise DemoError(f"{path} is not a checkpoint of this demo. {way_out}") from error
+    differing = [
+        f"{name} {found.get(name)} there, {settings.get(name)} now"
+        for name in {**found, **settings}
+        if found.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise DemoError(
+            f"{path} holds a training with other settings ({'; '.join(differing)}). "
+            f"Repeat its command to go on with it. {way_out}"
+        )
+    return content
+
+
+class Stop:
+    """Whether somebody asked this process to stop, by Ctrl-C or SIGTERM."""
+
+    requested = False
+
+    def _request(self, signal_number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """Note Ctrl-C and SIGTERM instead of dying of them, so that a step is finished and saved.
+
+    Further signals change nothing: ``torchrun`` sends one more to every process.
+    """
+    stop = Stop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop._request) for number in signals]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
