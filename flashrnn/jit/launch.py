@@ -1,0 +1,130 @@
+"""Kernels of a cubin, launched on a stream of PyTorch's, singly or as a recorded run.
+
+A stream is meant by its handle, ``torch.cuda.Stream.cuda_stream``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: out of :func:`load_kernels`.
+        config: out of :func:`configure`.
+        arguments: integers, addresses among them.
+    """
+
+    kernel: Any
+    config: Any
+    arguments: tuple[int, ...]
+
+
+def load_kernels(cubin: bytes, names: Sequence[str], device: int) -> list[Any]:
+    """Kernels of a cubin, loaded onto a device."""
+    from cuda.bindings import driver
+    from cuda.core import ObjectCode
+
+    make_current(device)
+    with _while_a_stream_may_be_captured():
+        code = ObjectCode.from_cubin(cubin)
+        kernels = [code.get_kernel(name) for name in names]
+        for kernel in kernels:
+            # Loading is lazy; the first launch might be in a capture, where nothing is loaded.
+            _check(driver.cuKernelGetFunction(kernel.handle))
+    return kernels
+
+
+def configure(grid: int, threads: int, overlaps: bool = False) -> Any:
+    """The shape of a launch.
+
+    Args:
+        grid: thread blocks.
+        threads: threads of a block.
+        overlaps: whether it may start before the launch before it in the stream is complete, for
+            which it then waits itself.
+    """
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=threads, programmatic_stream_serialization=overlaps)
+
+
+def make_current(device: int) -> None:
+    """Make a device the current one of this thread, also where PyTorch has not done so yet."""
+    from cuda.core import Device
+
+    Device(device).set_current()
+
+
+def enqueue(launches: Iterable[Launch], stream: int) -> None:
+    """Launch on a stream of the current device, in turn."""
+    _enqueue(launches, _stream(stream))
+
+
+def _enqueue(launches: Iterable[Launch], stream: Any) -> None:
+    from cuda.core import launch
+
+    for one in launches:
+        launch(stream, one.config, one.kernel, *one.arguments)
+
+
+class Recording:
+    """A run of launches as a CUDA graph of the current device: replayed at the cost of one."""
+
+    def __init__(self, launches: Iterable[Launch]) -> None:
+        from cuda.core import Device
+
+        builder = Device().create_graph_builder()
+        # Other threads may go on with whatever they do.
+        builder.begin_building("thread_local")
+        _enqueue(launches, builder)
+        builder.end_building()
+        self._graph = builder.complete()
+        builder.close()
+
+    def replay(self, stream: int) -> None:
+        """Enqueue the run on a stream."""
+        self._graph.launch(_stream(stream))
+
+
+@lru_cache(maxsize=256)
+def _stream(handle: int) -> Any:
+    from cuda.core import LEGACY_DEFAULT_STREAM, Stream
+
+    return Stream.from_handle(handle) if handle else LEGACY_DEFAULT_STREAM
+
+
+@contextlib.contextmanager
+def _while_a_stream_may_be_captured() -> Iterator[None]:
+    """Lets this thread load code although a capture, its own or another's, forbids it."""
+    from cuda.bindings import driver
+
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    (before,) = _check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        _check(driver.cuThreadExchangeStreamCaptureMode(before))
+
+
+def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of the driver returned beside its error code."""
+    error, *values = result
+    if error:
+        raise RuntimeError(f"the CUDA driver failed: {error!r}")
+    return tuple(values)
+
+
+def architecture(device: torch.device) -> str:
+    """What a device's kernels are compiled for: ``"sm_90"``, ..."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,141 @@
+"""CUDA C++ text to a cubin: compiled by NVRTC once, kept in memory and in the cache folder.
+
+A program is self-contained: it includes nothing, so nothing but this text, the architecture and
+the compiler's version decides what comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from flashrnn.jit.source import cache_folder
+
+INSTALL = 'pip install "flashrnn[cuda]"'
+
+_STANDARD = "c++17"
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+_cubins: dict[str, bytes] = {}
+_lock = threading.Lock()
+
+
+def _forget_lock() -> None:
+    # Another thread may have held it when this process was forked off.
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a program: its log, which quotes the lines, and what the program was for."""
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here, with the command that mends it; ``None`` if it can."""
+    try:
+        _version()
+    except Exception as error:
+        # Missing packages, and shared libraries that are missing or do not fit.
+        return f"it compiles its kernels with cuda.core and NVRTC ({error}): {INSTALL}"
+    return None
+
+
+def compile_program(parts: Mapping[str, str], arch: str) -> bytes:
+    """The cubin of a program.
+
+    Args:
+        parts: the program's text in parts, in order, each under the name that errors give it.
+        arch: what it is compiled for: ``"sm_90"``, ``"sm_90a"``, ...
+
+    Raises:
+        CompileError: a program that is not one; quotes the lines.
+    """
+    source = join(parts)
+    key = _key(source, arch)
+    with _lock:
+        if key not in _cubins:
+            path = cache_folder() / f"{key}.cubin"
+            cubin = _read(path, key)
+            if cubin is None:
+                cubin = _compile(source, arch, parts)
+                _write(path, key, cubin)
+            _cubins[key] = cubin
+        return _cubins[key]
+
+
+def join(parts: Mapping[str, str]) -> str:
+    """One text, in which every line knows its part."""
+    return "\n".join(f'#line 1 "{_printable(name)}"\n{text}' for name, text in parts.items()) + "\n"
+
+
+def _printable(name: str) -> str:
+    """A part's name as a C string's content."""
+    return "".join(c if c.isprintable() and c not in '"\\' else "?" for c in name)
+
+
+def _key(source: str, arch: str) -> str:
+    described = "\0".join([source, arch, _STANDARD, *map(str, _version())])
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _version() -> tuple[int, int]:
+    """NVRTC's version; an error where there is no NVRTC or no cuda.core to call it with."""
+    import cuda.core
+    from cuda.bindings import nvrtc
+
+    if not hasattr(cuda.core, "launch"):
+        raise ImportError(f"cuda.core {cuda.core.__version__} is too old")
+    error, major, minor = nvrtc.nvrtcVersion()
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"NVRTC does not tell its version: {error}")
+    return major, minor
+
+
+def _compile(source: str, arch: str, parts: Mapping[str, str]) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    try:
+        program = Program(source, "c++", ProgramOptions(arch=arch, std=_STANDARD))
+        return bytes(program.compile("cubin").code)
+    except Exception as error:
+        names = ", ".join(parts)
+        raise CompileError(f"NVRTC could not compile ({names}) for {arch}: {error}") from error
+
+
+def _digest(key: str, cubin: bytes) -> bytes:
+    """What makes a file out of this cubin, under this key, and tells it from every other."""
+    return hashlib.sha256(key.encode() + cubin).digest()
+
+
+def _read(path: Path, key: str) -> bytes | None:
+    """The cubin in a file; ``None`` where there is none, or where its content is another."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+    return cubin if digest == _digest(key, cubin) else None
+
+
+def _write(path: Path, key: str, cubin: bytes) -> None:
+    """Keep a cubin, if the disk lets us; processes may race, each with a file of its own."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".cubin")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(_digest(key, cubin) + cubin)
+        os.replace(temporary, path)
+    except OSError:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
