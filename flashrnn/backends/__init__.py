@@ -19,7 +19,7 @@ from torch import Tensor
 from flashrnn.cells.spec import unknown_name
 from flashrnn.problem import Problem
 
-PREFERENCE = ("triton", "vanilla")
+PREFERENCE = ("triton", "cuda", "vanilla")
 _ALIASES = {"triton_fused": "triton"}
 
 

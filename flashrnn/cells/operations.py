@@ -64,38 +64,45 @@ class Operation:
     Attributes:
         python: the operation on Python floats, with PyTorch's result for infinities and NaN.
         triton: its spelling, ``{0}``, ``{1}`` standing for the arguments.
+        cuda: its spelling in CUDA C++, likewise. The compiler brings C's functions for float.
         returns_bool: whether the result is a truth value.
     """
 
     python: Callable[..., Scalar]
     triton: str
+    cuda: str
     returns_bool: bool = False
 
 
 def _comparison(python: Callable[..., bool], symbol: str) -> Operation:
-    return Operation(python, f"({{0}} {symbol} {{1}})", returns_bool=True)
+    spelling = f"({{0}} {symbol} {{1}})"
+    return Operation(python, spelling, spelling, returns_bool=True)
 
 
 OPERATIONS: dict[str, Operation] = {
-    "add": Operation(lambda x, y: x + y, "{0} + {1}"),
-    "sub": Operation(lambda x, y: x - y, "{0} - {1}"),
-    "mul": Operation(lambda x, y: x * y, "{0} * {1}"),
-    "div": Operation(_divide, "{0} / {1}"),
-    "neg": Operation(lambda x: -x, "-{0}"),
-    "abs": Operation(abs, "tl.abs({0})"),
-    "sign": Operation(_sign, "pointwise.sign({0})"),
-    "sqrt": Operation(_sqrt, "tl.sqrt({0})"),
-    "exp": Operation(_exp, "tl.exp({0})"),
-    "expm1": Operation(_expm1, "pointwise.expm1({0})"),
-    "log": Operation(_log, "tl.log({0})"),
-    "log1p": Operation(_log1p, "pointwise.log1p({0})"),
-    "sin": Operation(math.sin, "tl.sin({0})"),
-    "cos": Operation(math.cos, "tl.cos({0})"),
-    "erf": Operation(math.erf, "tl.erf({0})"),
-    "tanh": Operation(math.tanh, "pointwise.tanh({0})"),
-    "sigmoid": Operation(_sigmoid, "pointwise.sigmoid({0})"),
-    "maximum": Operation(_maximum, "tl.maximum({0}, {1}, tl.PropagateNan.ALL)"),
-    "minimum": Operation(_minimum, "tl.minimum({0}, {1}, tl.PropagateNan.ALL)"),
+    "add": Operation(lambda x, y: x + y, "{0} + {1}", "{0} + {1}"),
+    "sub": Operation(lambda x, y: x - y, "{0} - {1}", "{0} - {1}"),
+    "mul": Operation(lambda x, y: x * y, "{0} * {1}", "{0} * {1}"),
+    "div": Operation(_divide, "{0} / {1}", "{0} / {1}"),
+    "neg": Operation(lambda x: -x, "-{0}", "-{0}"),
+    "abs": Operation(abs, "tl.abs({0})", "fabsf({0})"),
+    "sign": Operation(_sign, "pointwise.sign({0})", "sign({0})"),
+    "sqrt": Operation(_sqrt, "tl.sqrt({0})", "sqrtf({0})"),
+    "exp": Operation(_exp, "tl.exp({0})", "expf({0})"),
+    "expm1": Operation(_expm1, "pointwise.expm1({0})", "expm1f({0})"),
+    "log": Operation(_log, "tl.log({0})", "logf({0})"),
+    "log1p": Operation(_log1p, "pointwise.log1p({0})", "log1pf({0})"),
+    "sin": Operation(math.sin, "tl.sin({0})", "sinf({0})"),
+    "cos": Operation(math.cos, "tl.cos({0})", "cosf({0})"),
+    "erf": Operation(math.erf, "tl.erf({0})", "erff({0})"),
+    "tanh": Operation(math.tanh, "pointwise.tanh({0})", "tanhf({0})"),
+    "sigmoid": Operation(_sigmoid, "pointwise.sigmoid({0})", "sigmoid({0})"),
+    "maximum": Operation(
+        _maximum, "tl.maximum({0}, {1}, tl.PropagateNan.ALL)", "maximum({0}, {1})"
+    ),
+    "minimum": Operation(
+        _minimum, "tl.minimum({0}, {1}, tl.PropagateNan.ALL)", "minimum({0}, {1})"
+    ),
     "eq": _comparison(lambda x, y: x == y, "=="),
     "ne": _comparison(lambda x, y: x != y, "!="),
     "lt": _comparison(lambda x, y: x < y, "<"),
@@ -104,6 +111,10 @@ OPERATIONS: dict[str, Operation] = {
     "ge": _comparison(lambda x, y: x >= y, ">="),
     "logical_and": _comparison(lambda x, y: bool(x) and bool(y), "&"),
     "logical_or": _comparison(lambda x, y: bool(x) or bool(y), "|"),
-    "logical_not": Operation(lambda x: not x, "({0} == 0)", returns_bool=True),
-    "where": Operation(lambda condition, x, y: x if condition else y, "tl.where({0}, {1}, {2})"),
+    "logical_not": Operation(lambda x: not x, "({0} == 0)", "({0} == 0)", returns_bool=True),
+    "where": Operation(
+        lambda condition, x, y: x if condition else y,
+        "tl.where({0}, {1}, {2})",
+        "{0} ? {1} : {2}",
+    ),
 }

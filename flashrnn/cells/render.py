@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from flashrnn.cells.graph import Argument, Graph
-from flashrnn.cells.operations import OPERATIONS
+from flashrnn.cells.operations import OPERATIONS, Scalar
 from flashrnn.cells.spec import Cell
+
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 _TRITON_HEADER = """\
 import triton
@@ -64,3 +67,84 @@ def _triton_function(name: str, graph: Graph, counts: dict[str, int]) -> str:
     lines.append(f"return ({''.join(f'{output}, ' for output in outputs)})")
     head = f"@triton.jit\ndef {name}({', '.join(groups)}):"
     return "\n    ".join([head, *lines]) + "\n"
+
+
+def render_cuda(cell: Cell) -> str:
+    """What a CUDA kernel needs of a cell, as C++ text.
+
+    Constants: ``S``, ``G`` and ``GR``, the numbers of states, of gates and of gates that ``R``
+    feeds; ``FED_WX``, ``FED_R`` and ``FED_B``, where each gate stands in the gate dimension of
+    ``Wx``, ``R`` and ``b``, -1 where it does not; ``RECURRENT``, the gates that ``R`` feeds. And
+    the functions ``step(states, gates, new_states)`` and ``derivative(states, gates, gradients,
+    d_states, d_gates)`` on arrays of float32 numbers, of which they write the last ones. They
+    call ``pointwise.cuh``.
+    """
+    graphs = cell.graphs
+    states, gates = len(cell.states), len(cell.gates)
+    fed = {source: cell.fed_by(source) for source in ("Wx", "R", "b")}
+    positions = {
+        source: [indices.index(k) if k in indices else -1 for k in range(gates)]
+        for source, indices in fed.items()
+    }
+    return "\n\n".join(
+        [
+            f"constexpr int S = {states}, G = {gates}, GR = {len(fed['R'])};\n"
+            f"constexpr int FED_WX[G] = {{{_listed(positions['Wx'])}}};\n"
+            f"constexpr int FED_R[G] = {{{_listed(positions['R'])}}};\n"
+            f"constexpr int FED_B[G] = {{{_listed(positions['b'])}}};\n"
+            f"constexpr int RECURRENT[GR] = {{{_listed(fed['R'])}}};",
+            _cuda_function(
+                "step",
+                graphs.forward,
+                inputs={"states": states, "gates": gates},
+                outputs={"new_states": states},
+            ),
+            _cuda_function(
+                "derivative",
+                graphs.derivative,
+                inputs={"states": states, "gates": gates, "gradients": states},
+                outputs={"d_states": states, "d_gates": gates},
+            ),
+        ]
+    )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _cuda_function(
+    name: str, graph: Graph, inputs: Mapping[str, int], outputs: Mapping[str, int]
+) -> str:
+    spelled = dict(zip(graph.inputs, _elements(inputs), strict=True))
+
+    def spell(argument: Argument) -> str:
+        if isinstance(argument, str):
+            return spelled.get(argument, argument)
+        return _cuda_constant(argument)
+
+    lines = []
+    for assignment in graph.body:
+        text = OPERATIONS[assignment.operation].cuda.format(*map(spell, assignment.arguments))
+        lines.append(f"const auto {assignment.name} = {text};")
+    for element, output in zip(_elements(outputs), graph.outputs, strict=True):
+        lines.append(f"{element} = {spell(output)};")
+    parameters = [f"const float (&{group})[{count}]" for group, count in inputs.items()]
+    parameters += [f"float (&{group})[{count}]" for group, count in outputs.items()]
+    head = f"__device__ inline void {name}(\n    {', '.join(parameters)}) {{"
+    return "\n    ".join([head, *lines]) + "\n}"
+
+
+def _elements(groups: Mapping[str, int]) -> list[str]:
+    return [f"{group}[{k}]" for group, count in groups.items() for k in range(count)]
+
+
+def _cuda_constant(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if math.isnan(value):
+        return "NOT_A_NUMBER"
+    # A negative one in parentheses, for `-` may stand before it.
+    if abs(value) > _LARGEST_FLOAT32:
+        return "INFINITE" if value > 0 else "(-INFINITE)"
+    return f"{value!r}f" if math.copysign(1, value) > 0 else f"({value!r}f)"

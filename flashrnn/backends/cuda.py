@@ -1,0 +1,165 @@
+"""Backend ``cuda``: a launch for each step, product and cell in one, for any head dimension.
+
+Its kernels are compiled when a problem first needs them, and their launches replayed from
+recordings (:mod:`flashrnn.jit`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends import autograd
+from flashrnn.cells.spec import Cell, clipped
+from flashrnn.jit import launch, nvrtc, runs
+from flashrnn.kernels import step
+from flashrnn.problem import Problem
+
+
+def unavailable() -> str | None:
+    """Why its kernels do not run here."""
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU, and PyTorch sees none"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return nvrtc.unavailable()
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why it cannot do this problem."""
+    if problem.device.type != "cuda":
+        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
+    if problem.dtype == torch.float64:
+        return "dtype float64; it computes in float16, bfloat16 and float32"
+    return None
+
+
+def run(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.Backend`."""
+    return autograd.run("cuda", problem, Wx, R, b, states)
+
+
+def forward(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    S, G = len(cell.states), len(cell.gates)
+    every_state = Wx.new_empty(S, B, T, N, D)
+    gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
+    if B == 0 or T == 0:
+        return every_state, states.clone(memory_format=torch.contiguous_format), gates
+    last_states = states.new_empty(S, B, 1, N, D)
+    R, b, h = _aligned(R), b.contiguous(), states[0].to(Wx.dtype).contiguous()
+    tensors = (Wx, R, b, states, h, every_state, gates, last_states)
+    fields = (
+        *(x.data_ptr() for x in tensors),
+        *Wx.stride(),
+        *_strides(states),
+        T,
+    )
+    runs.run(_forward_stepper(*_key(problem), problem.needs_gradient), fields, T)
+    return every_state, last_states, gates
+
+
+def backward(
+    problem: Problem,
+    R: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    d_states: Tensor,
+    d_last_states: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    d_gates = torch.empty_like(gates)
+    T, cut = problem.T, problem.gradient_recurrent_cut
+    if problem.B == 0 or T == 0:
+        return d_gates, d_last_states.clone(memory_format=torch.contiguous_format)
+    d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
+    # Rows of what the step's product sums over: [N, D summed over by the step, Gr, D].
+    transposed = R.permute(1, 3, 0, 2).contiguous()
+    tensors = (transposed, states_initial, states, gates, d_states, d_last_states)
+    fields = (
+        *(x.data_ptr() for x in (*tensors, d_gates, d_initial)),
+        *_strides(states_initial),
+        *d_states.stride(),
+        *_strides(d_last_states),
+        T,
+    )
+    # The last launch adds what reaches the initial h through R.
+    count = T if cut else T + 1
+    clipval = problem.gradient_recurrent_clipval
+    runs.run(_backward_stepper(*_key(problem), cut, clipval), fields, count)
+    return d_gates, d_initial
+
+
+def _aligned(R: Tensor) -> Tensor:
+    """Contiguous, and from a multiple of 16 bytes on."""
+    R = R.contiguous()
+    return R if R.data_ptr() % 16 == 0 else R.clone()
+
+
+def _strides(states: Tensor) -> tuple[int, int, int, int]:
+    """Of ``[S, B, 1, N, D]``, without that of the 1."""
+    s, b, _, n, d = states.stride()
+    return s, b, n, d
+
+
+def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:
+    """What of a problem both directions' kernels and their launches depend on."""
+    cell = clipped(problem.cell, problem.forward_clipval)
+    precision = step.precision_of(problem.dtype)
+    return cell, problem.B, problem.N, problem.D, precision, problem.device
+
+
+@lru_cache(maxsize=256)
+def _forward_stepper(
+    cell: Cell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
+) -> runs.Stepper:
+    plan = step.plan_step(cell, B, N, D, precision, backward=False)
+    parts = step.forward_source(cell, precision, plan, save_gates)
+    return _stepper("step_forward", parts, step.FORWARD_CALL, plan, (B, N, D), device)
+
+
+@lru_cache(maxsize=256)
+def _backward_stepper(
+    cell: Cell,
+    B: int,
+    N: int,
+    D: int,
+    precision: str,
+    device: torch.device,
+    cut: bool,
+    clipval: float | None,
+) -> runs.Stepper:
+    plan = step.plan_step(cell, B, N, D, precision, backward=True)
+    parts = step.backward_source(cell, precision, plan, cut, clipval)
+    return _stepper("step_backward", parts, step.BACKWARD_CALL, plan, (B, N, D), device)
+
+
+def _stepper(
+    name: str,
+    parts: dict[str, str],
+    fields: tuple[str, ...],
+    plan: step.StepPlan,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+) -> runs.Stepper:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    cubin = nvrtc.compile_program(parts, launch.architecture(device))
+    set_call, kernel = launch.load_kernels(cubin, ("set_call", name), index)
+    return runs.Stepper(
+        device=index,
+        set_call=set_call,
+        step=kernel,
+        fields=len(fields),
+        grid=plan.grid(*sizes),
+        threads=plan.threads,
+        sizes=sizes,
+        overlaps=torch.cuda.get_device_capability(device) >= (9, 0),
+    )

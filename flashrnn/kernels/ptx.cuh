@@ -1,0 +1,90 @@
+// What C++ has no words for: conversions, tensor cores, and the order of dependent launches.
+//
+// All assembly is here. A file with the same names and no assembly runs the kernels on a CPU.
+
+struct float16 {
+    unsigned short bits;
+};
+
+struct bfloat16 {
+    unsigned short bits;
+};
+
+// float32 whose products see 10 bits of its mantissa.
+struct tf32 {};
+
+__device__ inline float to_float(float x) { return x; }
+
+__device__ inline float to_float(float16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+__device__ inline float to_float(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+
+__device__ inline void round_to(float& y, float x) { y = x; }
+
+__device__ inline void round_to(float16& y, float x) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+
+__device__ inline void round_to(bfloat16& y, float x) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+}
+
+__device__ inline unsigned round_to_tf32(unsigned bits) {
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(bits)));
+    return y;
+}
+
+// The warp's c[16 x 8] += a[16 x 16] b[16 x 8] (for tf32 a[16 x 8] b[8 x 8]).
+//
+// Lane 4 i + j holds of c the rows i (c[0], c[1]) and i + 8 (c[2], c[3]), columns 2 j and 2 j + 1;
+// of a the row i in a0 and a2 and i + 8 in a1 and a3; of b the column i. The words a0, a1 and b0
+// are of one part of the summed dimension, a2, a3 and b1 of another: both parts' places are the
+// lane's j.
+
+__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1, float16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1, bfloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1, tf32) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(round_to_tf32(a0)), "r"(round_to_tf32(a1)), "r"(round_to_tf32(a2)),
+          "r"(round_to_tf32(a3)), "r"(round_to_tf32(b0)), "r"(round_to_tf32(b1)));
+}
+
+// Lets the launch that depends on this one start. Before its own wait it may read what nothing
+// of this launch writes.
+__device__ inline void start_dependent_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Returns once the launch before this one is complete and all it wrote can be read.
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

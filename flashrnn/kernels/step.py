@@ -1,0 +1,195 @@
+"""The host side of step_forward.cu and step_backward.cu: what they are compiled with.
+
+Both are one step of the recurrence, product and cell in one launch. What sizes their registers
+and shared memory is compiled in, and follows from a :class:`StepPlan`; B, T, N, D and all
+addresses are run-time arguments. The addresses do not come as arguments of each launch but in a
+block of device memory, the call, so that a recorded run of launches serves every call: ``set_call``
+writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from flashrnn.cells.render import render_cuda
+from flashrnn.cells.spec import Cell
+
+FORWARD_CALL = (
+    *("Wx", "R", "b", "initial", "h_initial", "states", "gates", "carried"),
+    *("Wx_b", "Wx_t", "Wx_g", "Wx_n", "Wx_d"),
+    *("initial_s", "initial_b", "initial_n", "initial_d"),
+    *("T", "done"),
+)
+"""The fields of step_forward.cu's call: addresses, strides in elements, T, and how many steps are
+done before the run's first launch."""
+
+BACKWARD_CALL = (
+    *("R", "initial", "states", "gates", "d_states", "d_last", "d_gates", "d_carried"),
+    *("initial_s", "initial_b", "initial_n", "initial_d"),
+    *("d_states_s", "d_states_b", "d_states_t", "d_states_n", "d_states_d"),
+    *("d_last_s", "d_last_b", "d_last_n", "d_last_d"),
+    *("T", "done"),
+)
+"""The fields of step_backward.cu's call."""
+
+# Registers that the chunks on their way may take, of the 128 with which two blocks of 256 threads
+# share a multiprocessor: the next step's block starts beside this one's.
+_REGISTERS_FOR_CHUNKS = 72
+_REGISTERS_FOR_SUMS = 64
+_REGISTERS_FOR_BOTH = 112
+_SHARED_MEMORY = 48 * 1024
+_MOST_BLOCKS = 4
+# Thread blocks below which a larger tile of sequences would leave multiprocessors idle.
+_ENOUGH_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Tiles of a step kernel.
+
+    Attributes:
+        units: units of a head that a thread block computes.
+        tiles: tiles of 16 rows of the product.
+        blocks: blocks of 8 sequences.
+        segments: segments of D elements of the dimension that the product sums over.
+        threads: threads of a block.
+        depth: chunks of the operands that a warp keeps on their way.
+        aligned: whether every row begins at a multiple of 16 bytes.
+    """
+
+    units: int
+    tiles: int
+    blocks: int
+    segments: int
+    threads: int
+    depth: int
+    aligned: bool
+
+    def grid(self, B: int, N: int, D: int) -> int:
+        """Thread blocks of a launch."""
+        return _tiles(D, self.units) * N * _tiles(B, 8 * self.blocks)
+
+
+def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool) -> StepPlan:
+    """The tiles of a step kernel for a problem.
+
+    Args:
+        cell: the cell.
+        B: batch size.
+        N: number of heads.
+        D: head dimension.
+        precision: ``"float16"``, ``"bfloat16"``, ``"tf32"`` or ``"float32"``.
+        backward: whether for step_backward.cu.
+    """
+    recurrent = len(cell.fed_by("R"))
+    # Forward two gates share a tile of 16 rows, 8 units of each.
+    units, tiles, segments = (16, 1, recurrent) if backward else (8, _tiles(recurrent, 2), 1)
+    itemsize = 2 if precision in ("float16", "bfloat16") else 4
+    chunks = segments * _tiles(D * itemsize, 64)
+    warps = min(8, 1 << (chunks - 1).bit_length())
+    # Of a tile and block; a product that no tensor core does keeps more.
+    sums = 16 if precision == "float32" else 4
+    blocks = 1
+    while (
+        2 * blocks <= _MOST_BLOCKS
+        and 2 * blocks * tiles * sums <= _REGISTERS_FOR_SUMS
+        and 8 * blocks < B
+        and _tiles(D, units) * N * _tiles(B, 16 * blocks) >= _ENOUGH_BLOCKS
+    ):
+        blocks *= 2
+    while warps * 8 * blocks * (16 * tiles + 4) * 4 > _SHARED_MEMORY:
+        warps //= 2
+    registers = min(_REGISTERS_FOR_CHUNKS, _REGISTERS_FOR_BOTH - blocks * tiles * sums)
+    depth = min(_tiles(chunks, warps), registers // (4 * (2 * tiles + blocks)))
+    return StepPlan(
+        units=units,
+        tiles=tiles,
+        blocks=blocks,
+        segments=segments,
+        threads=32 * warps,
+        depth=max(1, depth),
+        aligned=D * itemsize % 16 == 0,
+    )
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def forward_source(cell: Cell, precision: str, plan: StepPlan, save_gates: bool) -> dict[str, str]:
+    """The parts of step_forward.cu's program, each under the name that an error gives it."""
+    options = {"SAVE_GATES": save_gates}
+    return _program("step_forward.cu", FORWARD_CALL, cell, precision, plan, options)
+
+
+def backward_source(
+    cell: Cell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
+) -> dict[str, str]:
+    """The parts of step_backward.cu's program, each under the name that an error gives it."""
+    options = {"CUT": cut, "CLIP": clipval is not None}
+    text = f"constexpr float CLIPVAL = {float(clipval or 0)!r};"
+    return {
+        "clip value": text,
+        **_program("step_backward.cu", BACKWARD_CALL, cell, precision, plan, options),
+    }
+
+
+def _program(
+    kernel: str,
+    call: tuple[str, ...],
+    cell: Cell,
+    precision: str,
+    plan: StepPlan,
+    options: Mapping[str, bool],
+) -> dict[str, str]:
+    element = "float" if precision == "tf32" else _SPELLED[precision]
+    return {
+        "plan": "\n".join(
+            [
+                f"constexpr int UNITS = {plan.units}, TILES = {plan.tiles};",
+                f"constexpr int BLOCKS = {plan.blocks}, SEGMENTS = {plan.segments};",
+                f"constexpr int THREADS = {plan.threads}, DEPTH = {plan.depth};",
+                f"constexpr bool ALIGNED = {str(plan.aligned).lower()};",
+                *(f"constexpr bool {name} = {str(x).lower()};" for name, x in options.items()),
+            ]
+        ),
+        "ptx.cuh": read("ptx.cuh"),
+        "types": f"using Element = {element};\nusing Operand = {_SPELLED[precision]};",
+        "pointwise.cuh": read("pointwise.cuh"),
+        f"cell {cell.name}": render_cuda(cell),
+        "call": _render_call(call),
+        "tile.cuh": read("tile.cuh"),
+        "product.cuh": read("product.cuh"),
+        kernel: read(kernel),
+    }
+
+
+_SPELLED = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
+
+
+def _render_call(fields: tuple[str, ...]) -> str:
+    """The struct, and the kernel of one thread that writes it in the order of the stream."""
+    parameters = ", ".join(f"long long {field}" for field in fields)
+    return (
+        f"struct Call {{\n    long long {', '.join(fields)};\n}};\n\n"
+        f'extern "C" __global__ void set_call(Call* call, {parameters}) {{\n'
+        f"    *call = {{{', '.join(fields)}}};\n}}"
+    )
+
+
+@cache
+def read(name: str) -> str:
+    """The text of a source file beside this one."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of a dtype are computed; of float32, as PyTorch's own are set to be."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,345 @@
+"""Backend ``cuda`` without a GPU: its kernels compiled for every architecture, and run on the CPU.
+
+``emulation`` compiles the same text as C++ and runs it thread by thread, so these tests see
+whatever the kernels compute, but neither the tensor cores' own rounding nor a race.
+"""
+
+import ctypes
+import io
+import math
+
+import pytest
+import torch
+
+from flashrnn import FlashRNNConfig, cell
+from flashrnn.backends import cuda
+from flashrnn.cells import resolve
+from flashrnn.jit import nvrtc
+from flashrnn.kernels import step
+from flashrnn.problem import Problem
+from tests.emulation import Library, emulated, emulation, needs_compiler  # noqa: F401
+from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error
+from tests.test_graphs import everything
+from tests.test_jit import needs_nvrtc
+
+PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+
+@cell(states=("h", "a"), gates={"x": ("Wx",), "p": ("R",), "y": ("Wx", "R"), "q": ("Wx", "b")})
+def sparse(states, gates):
+    """Every kind of gate that no built-in cell has, R's gates in the middle."""
+    h, a = states
+    x, p, y, q = gates
+    a = torch.sigmoid(p) * a + torch.tanh(x)
+    return torch.tanh(a + y * torch.sigmoid(q)) + 0.1 * h, a
+
+
+@cell(states=("h",), gates=[f"g{k}" for k in range(7)])
+def wide(states, gates):
+    """More gates than any built-in cell."""
+    (h,) = states
+    return (torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates))) * torch.sigmoid(h),)
+
+
+def program(kind, B, N, D, precision, backward):
+    kind = resolve(kind)
+    plan = step.plan_step(kind, B, N, D, precision, backward)
+    if backward:
+        return step.backward_source(kind, precision, plan, False, None)
+    return step.forward_source(kind, precision, plan, True)
+
+
+def spilled(parts, arch):
+    """What the assembler says of the kernels whose registers do not hold everything."""
+    from cuda.core import Program, ProgramOptions
+
+    log = io.StringIO()
+    options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
+    Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
+    lines = [line for line in log.getvalue().splitlines() if "spill" in line]
+    assert len(lines) == 2, log.getvalue()
+    return [line for line in lines if "0 bytes spill stores, 0 bytes spill loads" not in line]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide, everything], ids=str)
+def test_compiles_for_every_architecture_without_spills(kind, arch, backward):
+    for precision in ("bfloat16", "float32"):
+        assert spilled(program(kind, 16, 1, 768, precision, backward), arch) == [], precision
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sizes", [(16, 12, 64), (256, 1, 768), (7, 5, 41), (16, 1, 4096)], ids=str)
+def test_compiles_for_every_plan_without_spills(sizes, precision, backward):
+    for kind in ("lstm", "slstm"):
+        assert spilled(program(kind, *sizes, precision, backward), "sm_90") == [], kind
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_plans_cover_every_problem(precision, backward):
+    for kind in (*BUILT_IN, sparse, wide):
+        for B in (1, 7, 8, 9, 24, 64, 300):
+            for N in (1, 5):
+                for D in (1, 16, 40, 41, 96, 320, 4096):
+                    plan = step.plan_step(resolve(kind), B, N, D, precision, backward)
+                    assert plan.grid(B, N, D) * plan.units * 8 * plan.blocks >= B * N * D
+                    partial = plan.threads // 32 * 8 * plan.blocks * (16 * plan.tiles + 4) * 4
+                    assert 32 <= plan.threads <= 1024 and plan.depth >= 1 and partial <= 48 * 1024
+
+
+# ---- the cell's text
+
+
+@pytest.fixture(scope="module")
+def cell_text(tmp_path_factory):
+    """``apply(kind, name, inputs) -> outputs`` of a cell's rendered functions."""
+    libraries = {}
+
+    def library(kind):
+        if kind not in libraries:
+            text = emulated(
+                {"pointwise": step.read("pointwise.cuh"), "cell": step.render_cuda(resolve(kind))}
+            )
+            text += """
+            extern "C" void run_step(int units, const float* in, float* out) {
+                for (int i = 0; i < units; ++i) {
+                    step(*(const float(*)[S])(in + i * (S + G)),
+                         *(const float(*)[G])(in + i * (S + G) + S), *(float(*)[S])(out + i * S));
+                }
+            }
+            extern "C" void run_derivative(int units, const float* in, float* out) {
+                for (int i = 0; i < units; ++i) {
+                    const float* mine = in + i * (2 * S + G);
+                    derivative(*(const float(*)[S])mine, *(const float(*)[G])(mine + S),
+                               *(const float(*)[S])(mine + S + G),
+                               *(float(*)[S])(out + i * (S + G)),
+                               *(float(*)[G])(out + i * (S + G) + S));
+                }
+            }
+            """
+            libraries[kind] = Library(text, tmp_path_factory.mktemp("cell")).functions
+        return libraries[kind]
+
+    def apply(kind, name, inputs):
+        S, G = len(resolve(kind).states), len(resolve(kind).gates)
+        rows = torch.stack(inputs, dim=1).float().contiguous()
+        out = torch.full((len(rows), S if name == "step" else S + G), math.nan)
+        function = getattr(library(kind), f"run_{name}")
+        function(len(rows), *(ctypes.c_void_p(x.data_ptr()) for x in (rows, out)))
+        return out.T
+
+    return apply
+
+
+def reference(kind, inputs):
+    """The step and its derivative by PyTorch, in the inputs' dtype."""
+    kind = resolve(kind)
+    S, G = len(kind.states), len(kind.gates)
+    leaves = [x.clone().requires_grad_() for x in inputs[: S + G]]
+    new = kind.step(tuple(leaves[:S]), tuple(leaves[S:]))
+    used = [(y, d) for y, d in zip(new, inputs[S + G :], strict=True) if y.requires_grad]
+    found = torch.autograd.grad(
+        [y for y, _ in used],
+        leaves,
+        [d for _, d in used],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.stack([y.detach() for y in new]), torch.stack(found)
+
+
+def some_inputs(kind, units, scale):
+    """Float32 numbers as float64: states, gates, gradients of the new states."""
+    kind = resolve(kind)
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * len(kind.states) + len(kind.gates)
+    inputs = [scale * torch.randn(units, generator=generator) for _ in range(count)]
+    if "n" in kind.states:
+        inputs[kind.states.index("n")].abs_().add_(1)
+    return [x.double() for x in inputs]
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 4.0])
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, everything], ids=str)
+def test_cell_text_is_the_cell_to_float32_accuracy(cell_text, kind, scale):
+    inputs = some_inputs(kind, 4096, scale)
+    S, G = len(resolve(kind).states), len(resolve(kind).gates)
+    new, derivative = reference(kind, inputs)
+    given = cell_text(kind, "step", inputs[: S + G]), cell_text(kind, "derivative", inputs)
+    for mine, truth in zip([*given[0], *given[1]], [*new, *derivative], strict=True):
+        assert relative_error(mine, truth) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_cell_text_gives_nan_only_where_pytorch_does(cell_text, kind):
+    extremes = torch.tensor([0.0, -0.0, 1e-30, 1.0, -1.0, 20.0, 100.0, -100.0, 3e38])
+    extremes = torch.cat([extremes, torch.tensor([math.inf, -math.inf, math.nan])])
+    kind = resolve(kind)
+    S, G = len(kind.states), len(kind.gates)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(extremes), (2 * S + G, 20_000), generator=generator)
+    inputs = list(extremes[draws])
+    new, derivative = reference(kind, inputs)
+    given = cell_text(kind, "step", inputs[: S + G]), cell_text(kind, "derivative", inputs)
+    for mine, theirs in zip([*given[0], *given[1]], [*new, *derivative], strict=True):
+        wrong = mine.isnan() & ~theirs.isnan()
+        assert not wrong.any(), [x[wrong][0].item() for x in inputs]
+
+
+# ---- the kernels
+
+
+def check(kind, B, T, N, D, dtype, *, change=None, **options):
+    """Hold the backend to vanilla in float64, and to vanilla's own error in the dtype."""
+    config = FlashRNNConfig(**options)
+    inputs = random_inputs(kind, B, T, N, D, dtype)
+    if change is not None:
+        inputs = change(inputs)
+    exact = inputs.to(torch.float64)
+    truth = call(kind, exact, backend="vanilla", config=config)
+    plain = call(kind, inputs, backend="vanilla", config=config)
+    given = call(kind, inputs, backend="cuda", config=config)
+    # Residuals are rounded to the dtype, which vanilla's graph is spared.
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
+    for mine, theirs, right in zip(given, plain, truth, strict=True):
+        assert mine.is_contiguous() and mine.dtype == theirs.dtype
+        assert relative_error(mine, right) <= 2 * relative_error(theirs, right) + 1e-6
+    right, theirs, mine = (
+        gradients(outputs, leaves)
+        for outputs, leaves in ((truth, exact), (plain, inputs), (given, inputs))
+    )
+    for name in right:
+        error = relative_error(mine[name], right[name])
+        assert error <= 2 * relative_error(theirs[name], right[name]) + rounding, name
+
+
+@pytest.fixture
+def on_the_cpu(emulation):  # noqa: F811
+    """Backend ``cuda`` is emulated."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide], ids=str)
+def test_equals_vanilla(on_the_cpu, kind, dtype):
+    check(kind, 7, 3, 2, 40, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 1),
+        (2, 5, 3, 17),
+        (25, 2, 1, 41),
+        # A warp's chunks are more than it keeps on their way.
+        (2, 2, 1, 420),
+        (2, 2, 1, 840),
+        # Several blocks of sequences in a tile; many tiles.
+        (70, 2, 1, 136),
+        # More steps than the longest recording.
+        (1, 130, 1, 8),
+    ],
+    ids=str,
+)
+def test_sizes(on_the_cpu, sizes, dtype):
+    check("lstm", *sizes, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(0, 3, 2, 8), (3, 0, 2, 8)], ids=str)
+def test_empty(on_the_cpu, sizes):
+    check("slstm", *sizes, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_recurrent_cut": True},
+        {"gradient_recurrent_clipval": 0.05},
+        {"forward_clipval": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_options(on_the_cpu, kind, options):
+    check(kind, 5, 4, 2, 24, torch.float32, **options)
+
+
+@needs_compiler
+def test_tf32(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(step, "precision_of", lambda dtype: "tf32")
+    inputs = random_inputs("lstm", 3, 4, 2, 40, torch.float32)
+    truth = call("lstm", inputs.to(torch.float64), backend="vanilla")
+    given = call("lstm", inputs, backend="cuda")
+    error = relative_error(given[0], truth[0])
+    assert 1e-6 < error < 1e-3
+
+
+def strided(x):
+    """The same values, neither contiguous nor aligned, of the same leaf."""
+    *sizes, last = x.shape
+    room = torch.full((last, *sizes, 2), math.nan, dtype=x.dtype)
+    view = room[..., 1].movedim(0, -1)
+    view.copy_(x.detach())
+    return view.requires_grad_()
+
+
+@needs_compiler
+def test_any_strides(on_the_cpu):
+    def change(inputs):
+        return type(inputs)(**{name: strided(x) for name, x in inputs.tensors().items()})
+
+    check("lstm", 3, 4, 2, 24, torch.bfloat16, change=change)
+
+
+@needs_compiler
+def test_no_gradient_asked_for(on_the_cpu):
+    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
+    with torch.no_grad():
+        given = call("slstm", inputs, backend="cuda")
+    expected = call("slstm", inputs, backend="cuda")
+    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+
+
+@needs_compiler
+def test_continues_a_sequence_exactly(on_the_cpu):
+    inputs = random_inputs("lstm", 3, 5, 2, 24, torch.bfloat16)
+    whole, last = call("lstm", inputs, backend="cuda")
+    Wx, *others = inputs.tensors().values()
+    first = type(inputs)(Wx[:, :2], *others)
+    states, carried = call("lstm", first, backend="cuda")
+    rest, end = call("lstm", type(inputs)(Wx[:, 2:], *others[:2], carried), backend="cuda")
+    assert torch.equal(torch.cat([states, rest], dim=2), whole) and torch.equal(end, last)
+
+
+# ---- what it says of itself
+
+
+def test_says_why_it_cannot():
+    if not torch.cuda.is_available():
+        assert "NVIDIA GPU" in cuda.unavailable()
+    values = {"cell": resolve("lstm"), "B": 1, "T": 1, "N": 1, "D": 1, "dtype": torch.float32}
+    on_cpu = Problem(**values, device=torch.device("cpu"))
+    assert "cpu" in cuda.unsupported(on_cpu)
+    double = Problem(**{**values, "dtype": torch.float64}, device=torch.device("cuda"))
+    assert "float64" in cuda.unsupported(double)
+    assert cuda.unsupported(Problem(**values, device=torch.device("cuda"))) is None
+
+
+def test_asked_for_by_name_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(nvrtc, "_version", lambda: 1 / 0)
+    with pytest.raises(ValueError, match=r'pip install "flashrnn\[cuda\]"'):
+        call("lstm", random_inputs("lstm", 1, 1, 1, 1, torch.float32), backend="cuda")
