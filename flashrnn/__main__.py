@@ -10,15 +10,8 @@ from flashrnn import __version__, info
 from flashrnn.demo import command as demo
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sub-command.
-
-    Args:
-        arguments: ``None``: those of the process.
-
-    Returns:
-        The exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; ``run`` of what it returns does the work."""
     parser = argparse.ArgumentParser(
         prog="python -m flashrnn",
         description="FlashRNN: recurrent networks with multi-head recurrence.",
@@ -34,7 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        arguments: ``None``: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
+    """
+    options = make_parser().parse_args(arguments)
     code: int = options.run(options)
     return code
 

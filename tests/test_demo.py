@@ -391,17 +391,25 @@ def test_the_default_demo_learns_parity(function, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_come_to_the_result_of_one(tmp_path):
-    """Under torchrun, on the CPU with gloo: the same losses but for rounding, printed once."""
+    """Under torchrun, on the CPU with gloo: the same losses but for rounding, printed once; and
+    each goes on from what the other saved."""
     (tmp_path / "shells.txt").write_text(TEXT * 2, encoding="utf-8")
     demo = ["-m", "flashrnn", "demo", "--device=cpu", "--steps=3", "--text=shells.txt"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    histories = []
-    for start, folder in (([], "one"), (torchrun, "two")):
+
+    def run(start, folder):
         command = [sys.executable, *start, *demo, f"--output={folder}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Bits per character:") == 1
-        histories.append(torch.load(tmp_path / folder / "text-shells-slstm.pt")["history"])
         assert is_png(tmp_path / folder / "text-shells-slstm.png")
-    assert [step for step, *_ in histories[0]] == [3]
-    torch.testing.assert_close(*histories, rtol=1e-3, atol=0)
+        return done.stdout, torch.load(tmp_path / folder / "text-shells-slstm.pt")["history"]
+
+    printed, one = run([], "one")
+    assert "processes" not in printed
+    printed, two = run(torchrun, "two")
+    assert "on cpu, 2 processes" in printed
+    assert [step for step, *_ in one] == [3]
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=0)
+    printed, again = run(torchrun, "one")
+    assert "Going on from step 3 of 3" in printed and again == one

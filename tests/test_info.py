@@ -2,14 +2,17 @@
 
 import json
 import platform
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from flashrnn import __version__, available_functions, backends, info
-from flashrnn.__main__ import main
+from flashrnn.__main__ import main, make_parser
 
 
 def test_json_says_which_backends_run_and_why_the_others_do_not(monkeypatch, capsys):
@@ -76,3 +79,15 @@ def test_unknown_commands_are_refused_with_the_known_ones(arguments, capsys):
     assert leaving.value.code == 2
     printed = capsys.readouterr().err
     assert "COMMAND" in printed or "info, demo" in printed or "--jason" in printed
+
+
+def test_the_commands_that_readme_prints_are_ones():
+    readme = Path(__file__).parent.parent / "README.md"
+    found = re.findall(
+        r"^(?:python|torchrun .*) -m flashrnn (.*)$",
+        readme.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert {"info", "demo"} <= {command.split()[0] for command in found}
+    for command in found:
+        make_parser().parse_args(shlex.split(command, comments=True))

@@ -42,8 +42,8 @@ class Schedule:
 # By task: how it is trained, and the network's layers, heads and units a head.
 SCHEDULES = {
     "parity": (Schedule(1500, 128, 5e-3, 0.9, 150), (1, 4, 16)),
-    "mod": (Schedule(8000, 128, 5e-3, 0.8, 800), (1, 4, 16)),
-    "s5": (Schedule(8000, 256, 1e-2, 0.6, 1500), (1, 1, 128)),
+    "mod": (Schedule(8000, 128, 5e-3, 0.9, 800), (1, 4, 16)),
+    "s5": (Schedule(8000, 128, 5e-3, 0.9, 800), (1, 1, 128)),
 }
 
 
