@@ -17,7 +17,13 @@ from flashrnn.cells import resolve
 from flashrnn.jit import nvrtc
 from flashrnn.kernels import step
 from flashrnn.problem import Problem
-from tests.emulation import Library, emulated, emulation, needs_compiler  # noqa: F401
+from tests.emulation import (  # noqa: F401
+    Library,
+    emulated,
+    emulation,
+    needs_compiler,
+    poisoned,
+)
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error
 from tests.test_graphs import everything
 from tests.test_jit import needs_nvrtc
@@ -222,8 +228,8 @@ def check(kind, B, T, N, D, dtype, *, change=None, **options):
 
 
 @pytest.fixture
-def on_the_cpu(emulation):  # noqa: F811
-    """Backend ``cuda`` is emulated."""
+def on_the_cpu(emulation, poisoned):  # noqa: F811
+    """Backend ``cuda`` is emulated, and what it allocates is NaN."""
 
 
 @needs_compiler

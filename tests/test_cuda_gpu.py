@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig
+from tests.emulation import poisoned  # noqa: F401
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error
 from tests.test_cuda import sparse, strided
 
@@ -18,14 +19,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned():
-    """What PyTorch allocates begins as NaN, so that an element that is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
+def _poisoned(poisoned):  # noqa: F811
+    """See :func:`tests.emulation.poisoned`."""
 
 
 def run(kind, inputs, **options):

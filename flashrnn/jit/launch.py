@@ -34,8 +34,7 @@ def load_kernels(cubin: bytes, names: Sequence[str], device: int) -> list[Any]:
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
-    make_current(device)
-    with _while_a_stream_may_be_captured():
+    with on_device(device), _while_a_stream_may_be_captured():
         code = ObjectCode.from_cubin(cubin)
         kernels = [code.get_kernel(name) for name in names]
         for kernel in kernels:
@@ -58,11 +57,18 @@ def configure(grid: int, threads: int, overlaps: bool = False) -> Any:
     return LaunchConfig(grid=grid, block=threads, programmatic_stream_serialization=overlaps)
 
 
-def make_current(device: int) -> None:
-    """Make a device the current one of this thread, also where PyTorch has not done so yet."""
+@contextlib.contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Makes a device the current one of this thread, for PyTorch and for the driver.
+
+    The driver does not know it yet in a thread where PyTorch has only ever used its default, as
+    those of autograd.
+    """
     from cuda.core import Device
 
-    Device(device).set_current()
+    with torch.cuda.device(device):
+        Device(device).set_current()
+        yield
 
 
 def enqueue(launches: Iterable[Launch], stream: int) -> None:

@@ -86,16 +86,15 @@ def run(stepper: Stepper, fields: Sequence[int], count: int) -> None:
         fields: the block's, without the last one, ``done``.
         count: how many steps.
     """
-    device = torch.device("cuda", stepper.device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    launch.make_current(stepper.device)
-    if torch.cuda.is_current_stream_capturing():
+    with launch.on_device(stepper.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        if not torch.cuda.is_current_stream_capturing():
+            _recorded(stepper, stream).run(fields, count)
+            return
         # The steps become part of the graph that is being captured, and so does the block.
-        block = _new_block(stepper, device)
+        block = _new_block(stepper)
         call = stepper.call(block.data_ptr(), (*fields, 0))
         launch.enqueue([call, *stepper.steps(block.data_ptr(), count)], stream)
-        return
-    _recorded(stepper, stream).run(fields, count)
 
 
 class _Recorded:
@@ -104,7 +103,7 @@ class _Recorded:
     def __init__(self, stepper: Stepper, stream: int) -> None:
         self.stepper = stepper
         self.stream = stream
-        self.block = _new_block(stepper, torch.device("cuda", stepper.device))
+        self.block = _new_block(stepper)
         self.recordings: dict[int, launch.Recording] = {}
         self.lock = threading.Lock()
 
@@ -121,8 +120,8 @@ class _Recorded:
             done += length
 
 
-def _new_block(stepper: Stepper, device: torch.device) -> torch.Tensor:
-    return torch.empty(stepper.fields, dtype=torch.int64, device=device)
+def _new_block(stepper: Stepper) -> torch.Tensor:
+    return torch.empty(stepper.fields, dtype=torch.int64, device=f"cuda:{stepper.device}")
 
 
 # The least recently used first.
