@@ -11,16 +11,20 @@ pre-activations ``[B, T, G, N, D]``. The gradients of Wx, R and b follow from th
 here, once: dR and db as a product and a sum over all steps, in a fixed order.
 
 ``torch.library`` makes operators of both directions, so that ``torch.compile`` sees them whole.
-An operator's arguments are tensors, numbers and strings: a cell goes in by its key.
+An operator's arguments are tensors, numbers and strings: a cell goes in by its key. Where nothing
+records operators, an autograd function with the same two halves runs instead, at a third of the
+operator's cost on the host.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn.cells.spec import Cell
 from flashrnn.problem import Problem, carry_dtype
@@ -53,7 +57,13 @@ def run(
     backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
-    every_state, last_states, _ = scan(
+    recorded = (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
+    run_scan = scan if recorded else _Scan.apply
+    every_state, last_states, _ = run_scan(
         Wx,
         R,
         b,
@@ -75,12 +85,12 @@ def _key(cell: Cell) -> str:
     return key
 
 
+@cache
 def _backend(name: str) -> FusedBackend:
     return cast(FusedBackend, importlib.import_module(f"flashrnn.backends.{name}"))
 
 
-@torch.library.custom_op("flashrnn::scan", mutates_args=())
-def scan(
+def _scan(
     Wx: Tensor,
     R: Tensor,
     b: Tensor,
@@ -98,6 +108,9 @@ def scan(
         _cells[cell], B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval
     )
     return _backend(backend).forward(problem, Wx, R, b, states)
+
+
+scan = torch.library.custom_op("flashrnn::scan", _scan, mutates_args=())
 
 
 @scan.register_fake
@@ -196,6 +209,18 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
 scan.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Scan(torch.autograd.Function):
+    """The same as :func:`scan`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _scan(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
 def _select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     """Some gates: a view where they are neighbours."""
     first, count = indices[0] if indices else 0, len(indices)
@@ -211,5 +236,6 @@ def _recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tenso
     before = torch.cat([h_initial.to(h.dtype), h[:, :-1]], dim=1)[:, :T].reshape(B * T, N, D)
     fed = _select(d_gates, 2, cell.fed_by("R"))
     Gr = fed.shape[2]
-    flat = fed.permute(3, 2, 4, 0, 1).reshape(N, Gr * D, B * T)
-    return (flat @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+    # A head's gradients together, for one product a head: a copy by whole rows of D.
+    rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
+    return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)

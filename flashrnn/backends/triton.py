@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,18 @@ from flashrnn.cells.render import render_triton
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit.source import load_source
 from flashrnn.problem import Problem
-from flashrnn.tiling import plan_scan
+from flashrnn.tiling import ScanPlan, plan_scan
+
+OLDEST = (3, 3)
 
 
 def unavailable() -> str | None:
     """Why Triton does not run here."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed: pip install triton"
+    if _version() < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"it needs Triton {oldest} or later: pip install 'triton>={oldest}'"
     if _interpreted():
         return None
     if not torch.cuda.is_available():
@@ -37,7 +43,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, and its kernels run on a GPU"
     if problem.dtype == torch.float64:
         return "dtype float64; it computes in float16, bfloat16 and float32"
-    return None
+    plan = plan_scan(problem, *_device(problem))
+    return plan if isinstance(plan, str) else None
 
 
 def run(
@@ -45,13 +52,6 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashrnn.backends.Backend`."""
     return autograd.run("triton", problem, Wx, R, b, states)
-
-
-def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def forward(
@@ -67,7 +67,8 @@ def forward(
     gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
     if B == 0:
         return every_state, last_states, gates
-    plan = plan_scan(problem)
+    plan = _plan(problem)
+    alignment, wx_strides = _aligned(Wx)
     scan.scan_forward[(N * -(-B // plan.BB),)](
         Wx,
         R.contiguous(),
@@ -78,18 +79,22 @@ def forward(
         gates,
         T,
         B,
-        N,
-        *Wx.stride(),
+        *wx_strides,
         *_strides(states),
-        every_state.stride(0),
+        N,
         D,
         plan.DD,
         plan.BB,
+        plan.SS,
+        plan.GG,
         S,
         _positions(cell, "Wx"),
         _positions(cell, "R"),
         _positions(cell, "b"),
+        alignment,
         problem.needs_gradient,
+        plan.resident,
+        plan.stages,
         _operand(problem),
         _precision(problem),
         _rendered(cell, problem.forward_clipval).step,
@@ -110,13 +115,14 @@ def backward(
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     from flashrnn.kernels import scan
 
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     if B == 0:
         return d_gates, d_initial
-    plan = plan_scan(problem)
+    plan = _plan(problem)
     clipval = problem.gradient_recurrent_clipval
+    alignment, d_states_strides = _aligned(d_states)
     scan.scan_backward[(N * -(-B // plan.BB),)](
         R.contiguous(),
         states_initial,
@@ -127,27 +133,63 @@ def backward(
         d_gates,
         d_initial,
         clipval or 0.0,
-        T,
+        problem.T,
         B,
-        N,
         *_strides(states_initial),
-        *d_states.stride(),
+        *d_states_strides,
         *_strides(d_last_states),
-        states.stride(0),
+        N,
         D,
         plan.DD,
         plan.BB,
+        plan.SS,
+        plan.GG,
+        len(cell.states),
         _positions(cell, "R"),
-        tuple(range(len(cell.states))),
-        tuple(range(len(cell.gates))),
+        alignment,
         problem.gradient_recurrent_cut,
         clipval is not None,
+        plan.resident,
+        plan.stages,
+        plan.parts,
         _operand(problem),
         _precision(problem),
         _rendered(cell, problem.forward_clipval).derivative,
         num_warps=plan.warps,
     )
     return d_gates, d_initial
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _plan(problem: Problem) -> ScanPlan:
+    plan = plan_scan(problem, *_device(problem))
+    assert isinstance(plan, ScanPlan), "flashrnn() asks unsupported() first"
+    return plan
+
+
+def _device(problem: Problem) -> tuple[bool, int]:
+    """Whether float32 products are exact, and a program's shared memory in bytes."""
+    exact = not torch.backends.cuda.matmul.allow_tf32
+    return exact, _shared_memory(problem.device) if problem.device.type == "cuda" else 1 << 20
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _aligned(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """A number that divides all strides but the last, and the strides, those divided by it."""
+    *strides, innermost = tensor.stride()
+    alignment = math.gcd(16, *strides)
+    return alignment, (*(stride // alignment for stride in strides), innermost)
 
 
 def _strides(states: Tensor) -> tuple[int, int, int, int]:
@@ -181,3 +223,15 @@ def _precision(problem: Problem) -> str:
 @cache
 def _rendered(cell: Cell, forward_clipval: float | None) -> ModuleType:
     return load_source(render_triton(clipped(cell, forward_clipval)))
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))

@@ -88,7 +88,7 @@ OPERATIONS: dict[str, Operation] = {
     "abs": Operation(abs, "tl.abs({0})", "fabsf({0})"),
     "sign": Operation(_sign, "pointwise.sign({0})", "sign({0})"),
     "sqrt": Operation(_sqrt, "tl.sqrt({0})", "sqrtf({0})"),
-    "exp": Operation(_exp, "tl.exp({0})", "expf({0})"),
+    "exp": Operation(_exp, "pointwise.exp({0})", "expf({0})"),
     "expm1": Operation(_expm1, "pointwise.expm1({0})", "expm1f({0})"),
     "log": Operation(_log, "tl.log({0})", "logf({0})"),
     "log1p": Operation(_log1p, "pointwise.log1p({0})", "log1pf({0})"),

@@ -81,7 +81,12 @@ class Cell:
 
         Their order is the order of the gate dimension of ``Wx``, ``R`` and ``b``.
         """
-        return tuple(k for k, gate in enumerate(self.gates) if source in gate.sources)
+        return self._fed_by[source]
+
+    @cached_property
+    def _fed_by(self) -> dict[str, tuple[int, ...]]:
+        gates = tuple(enumerate(self.gates))
+        return {s: tuple(k for k, gate in gates if s in gate.sources) for s in SOURCES}
 
     def gate_names(self, source: str) -> tuple[str, ...]:
         """Names of the gates that ``source`` feeds, in the order of its gate dimension."""

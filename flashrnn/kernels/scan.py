@@ -1,21 +1,33 @@
 """The scan over time as two Triton kernels, forward and backward, for any cell.
 
-One program owns one head and one tile of BB sequences for all T steps, so no program waits for
-another. What lives where:
+One program owns one head and BB sequences for all T steps, so no program waits for another. In a
+tile, units run down and sequences across: BB may then be 8, half of what a product's rows would
+need, and twice as many programs share the work. Gates stand one below another in a tile
+[GG·DD, BB], states in one [SS·DD, BB], so that a step is one product, one load and one store of
+each: what costs most in a step is the passage of a tile from one thread layout to another, which
+takes shared memory and barriers. Taking such a tile apart and putting it together moves nothing
+between threads, as long as a warp holds 16 units of every gate. DD is D's next power of two, at
+least 16; GG and SS are the next powers of two of the numbers of gates and states, at least 2 (the
+compiler copies such tiles asynchronously, and smaller ones not always).
 
-- registers: the head's blocks of R (the compiler hoists them, in the layout of the product's
-  operand), the bias, the carried states in float32, and the inputs of the step to come;
-- shared memory: h (forward) or the gates' gradients (backward) on their way from the layout in
-  which the cell leaves them to the one in which the product reads them;
-- global memory: everything else, each element read or written once.
+What lives where:
 
-Within a step: the loads for the next step are issued; the product runs on h of the step before;
-the cell; the stores. Only product and cell depend on the step before.
+- registers: R, where RESIDENT, as the product's operand; the bias; the carried states in float32;
+- shared memory: the inputs of the STAGES steps to come, copied asynchronously; h (forward) or the
+  gates' gradients (backward) on their way from the layout in which the cell leaves them to the one
+  in which the product reads them;
+- global memory: everything else, each element read or written once. Where R is not RESIDENT it is
+  read again at every step, slice by slice, out of the L2 cache.
 
-Shapes are padded to tiles by masks alone: DD is D's next power of two, at least 16. A gate that
-a tensor does not feed has position -1 in that tensor's FED_... tuple. OPERAND is the dtype in
-which the product gets its operands: the tensors' own, but for Triton's interpreter, whose product
-does not know bfloat16.
+The loop is turned so that the product has a twin outside of it, the first (forward) or the last
+(backward): the compiler moves the only use of a product's operand into the loop together with the
+copy of R from shared memory to registers, and leaves it outside where there are two. In the forward
+scan the product of the next step comes before the stores of this one, for which nothing waits.
+
+Sizes are padded to tiles by masks alone. A gate that a tensor does not feed has position -1 in
+that tensor's FED_... tuple. OPERAND is the dtype in which the product gets its operands: the
+tensors' own, but for Triton's interpreter, whose product does not know bfloat16. Strides come in
+units of ..._ALIGN elements, so that the compiler knows what divides them whatever T and B are.
 """
 
 import triton
@@ -23,25 +35,105 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_each(pointer, offsets, stride, mask, FED: tl.constexpr):
-    """A float32 tile for each fed gate, 0.0 for the others."""
-    tiles = ()
+def _unpack(tile, SLOTS: tl.constexpr, COUNT: tl.constexpr):
+    """The first COUNT of the SLOTS tiles that stand one below another in one."""
+    tiles = (tile,)
+    for _ in tl.static_range(SLOTS.bit_length() - 1):
+        halves = ()
+        for k in tl.static_range(len(tiles)):
+            whole = tiles[k]
+            pairs = tl.reshape(whole, [2, whole.shape[0] // 2, whole.shape[1]])
+            upper, lower = tl.split(tl.permute(pairs, (1, 2, 0)))
+            halves = halves + (upper, lower)
+        tiles = halves
+    wanted = ()
+    for k in tl.static_range(COUNT):
+        wanted = wanted + (tiles[k],)
+    return wanted
+
+
+@triton.jit
+def _pack(tiles, SLOTS: tl.constexpr):
+    """Tiles one below another in one; the slots beyond them hold no meaning."""
+    for _ in tl.static_range(SLOTS - len(tiles)):
+        tiles = tiles + (tiles[0],)
+    for _ in tl.static_range(SLOTS.bit_length() - 1):
+        joined = ()
+        for k in tl.static_range(len(tiles) // 2):
+            upper, lower = tiles[2 * k], tiles[2 * k + 1]
+            pairs = tl.permute(tl.join(upper, lower), (2, 0, 1))
+            joined = joined + (tl.reshape(pairs, [2 * upper.shape[0], upper.shape[1]]),)
+        tiles = joined
+    return tiles[0]
+
+
+@triton.jit
+def _positions(slots, FED: tl.constexpr):
+    """``FED[slot]`` for every slot, -1 beyond FED's end."""
+    positions = tl.full(slots.shape, -1, tl.int32)
     for k in tl.static_range(len(FED)):
-        if FED[k] >= 0:
-            tile = tl.load(pointer + offsets + FED[k] * stride, mask=mask, other=0.0)
-            tiles = tiles + (tile,)
-        else:
-            tiles = tiles + (0.0,)
-    return tiles
+        positions = tl.where(slots == k, FED[k], positions)
+    return positions
 
 
 @triton.jit
-def _store_each(pointer, offsets, stride, mask, tiles):
+def _load_block(R, n, gates, produced, summed, N, D: tl.constexpr, OPERAND: tl.constexpr):
+    """``R[gates, n, produced, summed]``; 0.0 where a gate is -1 or a unit beyond D."""
+    offsets = ((gates * N + n) * D + produced) * D + summed
+    mask = (gates >= 0) & (produced < D) & (summed < D)
+    # Not the load's own `other`: a choice after the load keeps the compiler from moving the
+    # operand into the loop.
+    return tl.where(mask, tl.load(R + offsets, mask=mask), 0.0).to(OPERAND)
+
+
+@triton.jit
+def _in_product_layout(tiles, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The tiles themselves, in the thread layout in which products come out.
+
+    Adding a product of zeros costs less than finding out later that what is computed from a
+    loaded tile and what is computed from a product lie in different threads.
+    """
+    moved = ()
     for k in tl.static_range(len(tiles)):
-        tl.store(pointer + offsets + k * stride, tiles[k].to(pointer.dtype.element_ty), mask=mask)
+        left = tl.zeros([tiles[k].shape[0], 16], OPERAND)
+        right = tl.zeros([16, tiles[k].shape[1]], OPERAND)
+        moved = moved + (tl.dot(left, right, tiles[k], input_precision=PRECISION),)
+    return moved
 
 
 @triton.jit
+def _add_streamed_product(
+    accumulator,
+    h,
+    stride,
+    row_mask,
+    dtype: tl.constexpr,
+    R,
+    n,
+    gates,
+    produced,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DD: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``accumulator + block @ h``, both read from memory; ``h`` points at each row's first unit."""
+    for first in tl.range(0, DD, 16, num_stages=3):
+        summed = first + tl.arange(0, 16)
+        block = _load_block(R, n, gates, produced, summed[None, :], N, D, OPERAND)
+        mask = (summed < D)[:, None] & row_mask
+        part = tl.load(h + summed[:, None] * stride, mask=mask, other=0.0).to(dtype).to(OPERAND)
+        accumulator = tl.dot(block, part, accumulator, input_precision=PRECISION)
+    return accumulator
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("T", "B", "wx_stride_b", "wx_stride_t", "wx_stride_g", "wx_stride_n"),
+        *("initial_stride_s", "initial_stride_b", "initial_stride_n"),
+    ]
+)
 def scan_forward(
     Wx,
     R,
@@ -52,7 +144,6 @@ def scan_forward(
     gates,
     T,
     B,
-    N,
     wx_stride_b,
     wx_stride_t,
     wx_stride_g,
@@ -62,15 +153,20 @@ def scan_forward(
     initial_stride_b,
     initial_stride_n,
     initial_stride_d,
-    states_stride_s,
+    N: tl.constexpr,
     D: tl.constexpr,
     DD: tl.constexpr,
     BB: tl.constexpr,
+    SS: tl.constexpr,
+    GG: tl.constexpr,
     S: tl.constexpr,
     FED_WX: tl.constexpr,
     FED_R: tl.constexpr,
     FED_B: tl.constexpr,
+    WX_ALIGN: tl.constexpr,
     STORE_GATES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     step: tl.constexpr,
@@ -82,78 +178,125 @@ def scan_forward(
     if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous.
     """
     G: tl.constexpr = len(FED_WX)
+    width: tl.constexpr = N * D
     dtype = Wx.dtype.element_ty
     n = (tl.program_id(0) % N).to(tl.int64)
-    rows = (tl.program_id(0) // N).to(tl.int64) * BB + tl.arange(0, BB)[:, None]
-    columns = tl.arange(0, DD)[None, :]
-    unit = columns < D
-    mask = (rows < B) & unit
+    row = (tl.program_id(0) // N).to(tl.int64) * BB + tl.arange(0, BB)[None, :]
+    gate_line = tl.arange(0, GG * DD)[:, None]
+    gate, gate_unit = gate_line // DD, gate_line % DD
+    state_line = tl.arange(0, SS * DD)[:, None]
+    state, state_unit = state_line // DD, state_line % DD
+    gates_mask = (gate < G) & (gate_unit < D) & (row < B)
+    states_mask = (state < S) & (state_unit < D) & (row < B)
 
-    # R's blocks transposed, [summed over, D], so that h @ block is R @ h for every row.
-    summed = tl.arange(0, DD)[:, None]
-    blocks = ()
-    biases = ()
-    for k in tl.static_range(G):
-        if FED_R[k] >= 0:
-            block = tl.load(
-                R + ((FED_R[k] * N + n) * D + columns) * D + summed,
-                mask=(summed < D) & unit,
-                other=0.0,
-            )
-            blocks = blocks + (block.to(OPERAND),)
-        else:
-            blocks = blocks + (0.0,)
-        if FED_B[k] >= 0:
-            bias = tl.load(b + (FED_B[k] * N + n) * D + columns, mask=unit, other=0.0)
-            biases = biases + (bias.to(tl.float32),)
-        else:
-            biases = biases + (0.0,)
-
-    carried = ()
-    for s in tl.static_range(S):
-        state = tl.load(
-            states_initial + s * initial_stride_s + rows * initial_stride_b
-            + n * initial_stride_n + columns * initial_stride_d,
-            mask=mask,
+    carried = _unpack(
+        tl.load(
+            states_initial + state * initial_stride_s + row * initial_stride_b
+            + n * initial_stride_n + state_unit * initial_stride_d,
+            mask=states_mask,
             other=0.0,
-        )  # fmt: skip
-        carried = carried + (state.to(tl.float32),)
+        ).to(tl.float32),
+        SS,
+        S,
+    )  # fmt: skip
+    fed_b, fed_r, fed_wx = (
+        _positions(gate, FED_B),
+        _positions(gate, FED_R),
+        _positions(gate, FED_WX),
+    )
+    bias = tl.load(
+        b + (fed_b * N + n) * D + gate_unit, mask=(fed_b >= 0) & (gate_unit < D), other=0.0
+    ).to(tl.float32)
+    if RESIDENT:
+        block = _load_block(R, n, fed_r, gate_unit, tl.arange(0, DD)[None, :], N, D, OPERAND)
 
-    wx_offsets = rows * wx_stride_b + n * wx_stride_n + columns * wx_stride_d
-    # states: [S, B, T, N, D]; gates: [B, T, G, N, D].
-    width = N * D
-    states_offsets = rows * T * width + n * D + columns
-    gates_offsets = rows * T * (G * width) + n * D + columns
+    wx_mask = gates_mask & (fed_wx >= 0)
+    wx_offsets = (
+        row * (wx_stride_b * WX_ALIGN) + n * (wx_stride_n * WX_ALIGN)
+        + fed_wx * (wx_stride_g * WX_ALIGN) + gate_unit * wx_stride_d
+    )  # fmt: skip
+    states_offsets = (state * tl.cast(B, tl.int64) + row) * T * width + n * D + state_unit
+    gates_offsets = row * T * (G * width) + gate * width + n * D + gate_unit
 
-    inputs = _load_each(Wx, wx_offsets, wx_stride_g, mask & (T > 0), FED_WX)
-    for t in range(T):
-        following = _load_each(
-            Wx, wx_offsets + (t + 1) * wx_stride_t, wx_stride_g, mask & (t + 1 < T), FED_WX
-        )
+    # The product of the first step, then in every step that of the next.
+    inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (T > 0), other=0.0)
+    preactivations = inputs.to(tl.float32) + bias
+    if RESIDENT:
         # What multiplies R has been rounded: the same h that is stored.
         h = carried[0].to(dtype).to(OPERAND)
-        preactivations = ()
-        for k in tl.static_range(G):
-            gate = tl.zeros([BB, DD], tl.float32)
-            if FED_WX[k] >= 0:
-                gate = inputs[k].to(tl.float32)
-            if FED_B[k] >= 0:
-                gate = gate + biases[k]
-            if FED_R[k] >= 0:
-                gate = tl.dot(h, blocks[k], gate, input_precision=PRECISION)
-            preactivations = preactivations + (gate,)
-        carried = step(carried, preactivations)
-        _store_each(states, states_offsets, states_stride_s, mask, carried)
+        preactivations = tl.dot(block, h, preactivations, input_precision=PRECISION)
+    else:
+        preactivations = _add_streamed_product(
+            preactivations, states_initial + row * initial_stride_b + n * initial_stride_n,
+            initial_stride_d, row < B, dtype, R, n, fed_r, gate_unit, N, D, DD, OPERAND, PRECISION
+        )  # fmt: skip
+    for t in tl.range(0, T, num_stages=STAGES):
+        wx_offsets += wx_stride_t * WX_ALIGN
+        inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
+        carried = step(carried, _unpack(preactivations, GG, G))
+        following = inputs.to(tl.float32) + bias
+        if RESIDENT:
+            h = carried[0].to(dtype).to(OPERAND)
+            following = tl.dot(block, h, following, input_precision=PRECISION)
+        tl.store(states + states_offsets, _pack(carried, SS).to(dtype), mask=states_mask)
+        if not RESIDENT:
+            tl.debug_barrier()
+            following = _add_streamed_product(
+                following, states + (row * T + t) * width + n * D,
+                1, row < B, dtype, R, n, fed_r, gate_unit, N, D, DD, OPERAND, PRECISION
+            )  # fmt: skip
         if STORE_GATES:
-            _store_each(gates, gates_offsets, width, mask, preactivations)
+            tl.store(gates + gates_offsets, preactivations.to(dtype), mask=gates_mask)
         states_offsets += width
         gates_offsets += G * width
-        inputs = following
-    last_offsets = rows * width + n * D + columns
-    _store_each(last_states, last_offsets, tl.cast(B, tl.int64) * width, mask, carried)
+        preactivations = following
+    last_offsets = (state * tl.cast(B, tl.int64) + row) * width + n * D + state_unit
+    tl.store(last_states + last_offsets, _pack(carried, SS), mask=states_mask)
 
 
 @triton.jit
+def _product(blocks, operands, PRECISION: tl.constexpr):
+    """The sum of each block's product with its operand."""
+    total = tl.dot(blocks[0], operands[0], input_precision=PRECISION)
+    for k in tl.static_range(1, len(operands)):
+        total += tl.dot(blocks[k], operands[k], input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _streamed_product(
+    d_gates,
+    row_mask,
+    R,
+    n,
+    unit,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DD: tl.constexpr,
+    FED_R: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As _product, both read from memory; ``d_gates`` points at each row's first gate and unit."""
+    total = tl.zeros([DD, row_mask.shape[1]], tl.float32)
+    for first in tl.range(0, len(FED_R) * DD, 16, num_stages=3):
+        summed = first + tl.arange(0, 16)
+        gate, produced = summed // DD, summed % DD
+        fed = _positions(gate[None, :], FED_R)
+        block = _load_block(R, n, fed, produced[None, :], unit, N, D, OPERAND)
+        offsets = (gate * (N * D) + produced)[:, None]
+        part = tl.load(d_gates + offsets, mask=(produced < D)[:, None] & row_mask, other=0.0)
+        total = tl.dot(block, part.to(OPERAND), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("clipval", "T", "B", "initial_stride_s", "initial_stride_b", "initial_stride_n"),
+        *("d_states_stride_s", "d_states_stride_b", "d_states_stride_t", "d_states_stride_n"),
+        *("d_last_stride_s", "d_last_stride_b", "d_last_stride_n"),
+    ]
+)
 def scan_backward(
     R,
     states_initial,
@@ -166,7 +309,6 @@ def scan_backward(
     clipval,
     T,
     B,
-    N,
     initial_stride_s,
     initial_stride_b,
     initial_stride_n,
@@ -180,15 +322,20 @@ def scan_backward(
     d_last_stride_b,
     d_last_stride_n,
     d_last_stride_d,
-    states_stride_s,
+    N: tl.constexpr,
     D: tl.constexpr,
     DD: tl.constexpr,
     BB: tl.constexpr,
+    SS: tl.constexpr,
+    GG: tl.constexpr,
+    S: tl.constexpr,
     FED_R: tl.constexpr,
-    EVERY_STATE: tl.constexpr,
-    EVERY_GATE: tl.constexpr,
+    D_STATES_ALIGN: tl.constexpr,
     CUT: tl.constexpr,
     CLIP: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     derivative: tl.constexpr,
@@ -199,95 +346,118 @@ def scan_backward(
     [S, B, 1, N, D], both contiguous. The gradients of R, b and Wx follow from d_gates outside.
     CUT: no gradient through R. CLIP: that gradient is clipped to ±clipval at every step.
     """
-    S: tl.constexpr = len(EVERY_STATE)
-    G: tl.constexpr = len(EVERY_GATE)
+    G: tl.constexpr = len(FED_R)
+    slots: tl.constexpr = GG // PARTS
+    width: tl.constexpr = N * D
     dtype = R.dtype.element_ty
     n = (tl.program_id(0) % N).to(tl.int64)
-    rows = (tl.program_id(0) // N).to(tl.int64) * BB + tl.arange(0, BB)[:, None]
-    columns = tl.arange(0, DD)[None, :]
-    unit = columns < D
-    mask = (rows < B) & unit
+    row = (tl.program_id(0) // N).to(tl.int64) * BB + tl.arange(0, BB)[None, :]
+    unit = tl.arange(0, DD)[:, None]
+    gate_line = tl.arange(0, GG * DD)[:, None]
+    gate, gate_unit = gate_line // DD, gate_line % DD
+    state_line = tl.arange(0, SS * DD)[:, None]
+    state, state_unit = state_line // DD, state_line % DD
+    gates_mask = (gate < G) & (gate_unit < D) & (row < B)
+    states_mask = (state < S) & (state_unit < D) & (row < B)
 
-    # R's blocks as they are, [D, summed over]: d_gate @ block is Rᵀ @ d_gate for every row.
-    produced = tl.arange(0, DD)[:, None]
+    initial = tl.load(
+        states_initial + state * initial_stride_s + row * initial_stride_b
+        + n * initial_stride_n + state_unit * initial_stride_d,
+        mask=states_mask,
+        other=0.0,
+    )  # fmt: skip
+    initial = _in_product_layout(_unpack(initial.to(tl.float32), SS, S), OPERAND, PRECISION)
+    d_carried = _unpack(
+        tl.load(
+            d_last_states + state * d_last_stride_s + row * d_last_stride_b
+            + n * d_last_stride_n + state_unit * d_last_stride_d,
+            mask=states_mask,
+            other=0.0,
+        ).to(tl.float32),
+        SS,
+        S,
+    )  # fmt: skip
+    # R transposed, a gate beside another, times d_gates, a gate below another. It comes in PARTS,
+    # whose products do not wait for one another.
     blocks = ()
-    for k in tl.static_range(G):
-        if FED_R[k] >= 0 and not CUT:
-            block = tl.load(
-                R + ((FED_R[k] * N + n) * D + produced) * D + columns,
-                mask=(produced < D) & unit,
-                other=0.0,
-            )
-            blocks = blocks + (block.to(OPERAND),)
-        else:
-            blocks = blocks + (0.0,)
+    if RESIDENT:
+        for k in tl.static_range(PARTS):
+            summed = tl.arange(0, slots * DD)[None, :]
+            fed = _positions(summed // DD + k * slots, FED_R)
+            blocks = blocks + (_load_block(R, n, fed, summed % DD, unit, N, D, OPERAND),)
 
-    initial_offsets = rows * initial_stride_b + n * initial_stride_n + columns * initial_stride_d
-    d_last_offsets = rows * d_last_stride_b + n * d_last_stride_n + columns * d_last_stride_d
-    initial = ()
-    d_carried = ()
-    for s in tl.static_range(S):
-        state = tl.load(
-            states_initial + s * initial_stride_s + initial_offsets, mask=mask, other=0.0
-        )
-        initial = initial + (state.to(tl.float32),)
-        d_state = tl.load(
-            d_last_states + s * d_last_stride_s + d_last_offsets, mask=mask, other=0.0
-        )
-        d_carried = d_carried + (d_state.to(tl.float32),)
-
-    width = N * D
     last = tl.cast(T, tl.int64) - 1
     # `states` is read one step earlier than the rest: the states that the step started from.
-    states_offsets = (rows * T + last - 1) * width + n * D + columns
-    gates_offsets = (rows * T + last) * (G * width) + n * D + columns
+    states_offsets = (
+        ((state * tl.cast(B, tl.int64) + row) * T + last - 1) * width + n * D + state_unit
+    )
+    gates_offsets = (row * T + last) * (G * width) + gate * width + n * D + gate_unit
     d_states_offsets = (
-        rows * d_states_stride_b + last * d_states_stride_t
-        + n * d_states_stride_n + columns * d_states_stride_d
+        state * (d_states_stride_s * D_STATES_ALIGN) + row * (d_states_stride_b * D_STATES_ALIGN)
+        + last * (d_states_stride_t * D_STATES_ALIGN) + n * (d_states_stride_n * D_STATES_ALIGN)
+        + state_unit * d_states_stride_d
     )  # fmt: skip
 
-    before = _load_each(states, states_offsets, states_stride_s, mask & (T > 1), EVERY_STATE)
-    some = mask & (T > 0)
-    preactivations = _load_each(gates, gates_offsets, width, some, EVERY_GATE)
-    d_given = _load_each(d_states, d_states_offsets, d_states_stride_s, some, EVERY_STATE)
-    for i in range(T):
-        # The loads for step t - 1, issued before anything of step t waits.
-        more = mask & (i + 1 < T)
-        states_offsets -= width
-        next_before = _load_each(
-            states, states_offsets, states_stride_s, mask & (i + 2 < T), EVERY_STATE
+    # Every step begins with the product that takes the gates' gradients of the step after it to
+    # h, and the initial states' gradient ends with one; the last step has none after it.
+    operands = ()
+    for _ in tl.static_range(PARTS):
+        operands = operands + (tl.zeros([slots * DD, BB], OPERAND),)
+    for i in tl.range(0, T, num_stages=STAGES):
+        before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
+        preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
+        d_given = tl.load(d_states + d_states_offsets, mask=states_mask, other=0.0)
+        before = _in_product_layout(_unpack(before.to(tl.float32), SS, S), OPERAND, PRECISION)
+        preactivations = _in_product_layout(
+            _unpack(preactivations.to(tl.float32), GG, G), OPERAND, PRECISION
         )
-        next_preactivations = _load_each(gates, gates_offsets - G * width, width, more, EVERY_GATE)
-        d_states_offsets -= d_states_stride_t
-        next_d_given = _load_each(d_states, d_states_offsets, d_states_stride_s, more, EVERY_STATE)
+        d_given = _unpack(d_given.to(tl.float32), SS, S)
 
-        first = i + 1 == T
+        if not CUT:
+            if RESIDENT:
+                d_h = _product(blocks, operands, PRECISION)
+            else:
+                tl.debug_barrier()
+                d_h = _streamed_product(
+                    d_gates + (row * T + last - i + 1) * (G * width) + n * D,
+                    (row < B) & (i > 0), R, n, unit, N, D, DD, FED_R, OPERAND, PRECISION
+                )  # fmt: skip
+            if CLIP:
+                d_h = tl.minimum(tl.maximum(d_h, -clipval), clipval)
+            d_carried = (d_carried[0] + d_h,) + d_carried[1:]
         values = ()
         gradients = ()
         for s in tl.static_range(S):
-            values = values + (tl.where(first, initial[s], before[s].to(tl.float32)),)
-            gradients = gradients + (d_carried[s] + d_given[s].to(tl.float32),)
-        activations = ()
-        for k in tl.static_range(G):
-            activations = activations + (preactivations[k].to(tl.float32),)
-        d_inputs = derivative(values, activations, gradients)
+            values = values + (tl.where(i + 1 == T, initial[s], before[s]),)
+            gradients = gradients + (d_carried[s] + d_given[s],)
+        d_inputs = derivative(values, preactivations, gradients)
 
-        d_carried = ()
-        for s in tl.static_range(S):
-            d_carried = d_carried + (d_inputs[s],)
-        d_h = tl.zeros([BB, DD], tl.float32)
+        d_carried = d_inputs[:S]
+        d_preactivations = ()
         for k in tl.static_range(G):
-            d_gate = d_inputs[S + k].to(dtype)
-            tl.store(d_gates + gates_offsets + k * width, d_gate, mask=mask)
-            if FED_R[k] >= 0 and not CUT:
-                d_h = tl.dot(d_gate.to(OPERAND), blocks[k], d_h, input_precision=PRECISION)
+            d_preactivations = d_preactivations + (d_inputs[S + k].to(dtype),)
+        for _ in tl.static_range(GG - G):
+            # Zeros, not whatever: these slots meet R's zeros in the product.
+            d_preactivations = d_preactivations + (tl.zeros([DD, BB], dtype),)
+        operands = ()
+        for k in tl.static_range(PARTS):
+            part = d_preactivations[k * slots : (k + 1) * slots]
+            operands = operands + (_pack(part, slots).to(OPERAND),)
+        tl.store(d_gates + gates_offsets, _pack(d_preactivations, GG), mask=gates_mask)
+        states_offsets -= width
+        gates_offsets -= G * width
+        d_states_offsets -= d_states_stride_t * D_STATES_ALIGN
+    if not CUT:
+        if RESIDENT:
+            d_h = _product(blocks, operands, PRECISION)
+        else:
+            tl.debug_barrier()
+            d_h = _streamed_product(
+                d_gates + row * T * (G * width) + n * D,
+                (row < B) & (T > 0), R, n, unit, N, D, DD, FED_R, OPERAND, PRECISION
+            )  # fmt: skip
         if CLIP:
             d_h = tl.minimum(tl.maximum(d_h, -clipval), clipval)
         d_carried = (d_carried[0] + d_h,) + d_carried[1:]
-
-        gates_offsets -= G * width
-        before = next_before
-        preactivations = next_preactivations
-        d_given = next_d_given
-    d_initial_offsets = rows * width + n * D + columns
-    _store_each(d_states_initial, d_initial_offsets, tl.cast(B, tl.int64) * width, mask, d_carried)
+    d_initial_offsets = (state * tl.cast(B, tl.int64) + row) * width + n * D + state_unit
+    tl.store(d_states_initial + d_initial_offsets, _pack(d_carried, SS), mask=states_mask)
