@@ -6,14 +6,12 @@ What is compiled is the very program that NVRTC gets, but for ptx.cuh.
 from __future__ import annotations
 
 import ctypes
-import math
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from flashrnn.backends import cuda
 from flashrnn.jit import nvrtc, runs
@@ -89,15 +87,3 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     yield
     cuda._forward_stepper.cache_clear()
     cuda._backward_stepper.cache_clear()
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a backend allocates begins as NaN, so that an element that it never writes shows."""
-    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
-
-    def filled(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: filled(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: filled(new_empty(*a, **k)))

@@ -1,4 +1,4 @@
-"""Random problems, and how results are compared."""
+"""Random problems, cells to try them on, and how results are compared."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashrnn import Cell, flashrnn
+from flashrnn import Cell, cell, flashrnn
 from flashrnn.cells import resolve
 from flashrnn.problem import carry_dtype
 
 BUILT_IN = ("elman", "lstm", "gru", "slstm")
+
+
+@cell(states=("h", "a"), gates={"x": ("Wx",), "p": ("R",), "y": ("Wx", "R"), "q": ("Wx", "b")})
+def sparse(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Every kind of gate that no built-in cell has, R's gates in the middle."""
+    h, a = states
+    x, p, y, q = gates
+    a = torch.sigmoid(p) * a + torch.tanh(x)
+    return torch.tanh(a + y * torch.sigmoid(q)) + 0.1 * h, a
+
+
+@cell(states=("h",), gates=[f"g{k}" for k in range(7)])
+def wide(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """More gates than any built-in cell."""
+    (h,) = states
+    return (torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates))) * torch.sigmoid(h),)
 
 
 @dataclass

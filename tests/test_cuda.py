@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, cell
 from flashrnn.backends import cuda
 from flashrnn.cells import resolve
 from flashrnn.jit import nvrtc
@@ -22,30 +21,14 @@ from tests.emulation import (  # noqa: F401
     emulated,
     emulation,
     needs_compiler,
-    poisoned,
 )
-from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error
+from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
 from tests.test_graphs import everything
 from tests.test_jit import needs_nvrtc
 
 PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-
-
-@cell(states=("h", "a"), gates={"x": ("Wx",), "p": ("R",), "y": ("Wx", "R"), "q": ("Wx", "b")})
-def sparse(states, gates):
-    """Every kind of gate that no built-in cell has, R's gates in the middle."""
-    h, a = states
-    x, p, y, q = gates
-    a = torch.sigmoid(p) * a + torch.tanh(x)
-    return torch.tanh(a + y * torch.sigmoid(q)) + 0.1 * h, a
-
-
-@cell(states=("h",), gates=[f"g{k}" for k in range(7)])
-def wide(states, gates):
-    """More gates than any built-in cell."""
-    (h,) = states
-    return (torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates))) * torch.sigmoid(h),)
 
 
 def program(kind, B, N, D, precision, backward):
@@ -203,28 +186,8 @@ def test_cell_text_gives_nan_only_where_pytorch_does(cell_text, kind):
 # ---- the kernels
 
 
-def check(kind, B, T, N, D, dtype, *, change=None, **options):
-    """Hold the backend to vanilla in float64, and to vanilla's own error in the dtype."""
-    config = FlashRNNConfig(**options)
-    inputs = random_inputs(kind, B, T, N, D, dtype)
-    if change is not None:
-        inputs = change(inputs)
-    exact = inputs.to(torch.float64)
-    truth = call(kind, exact, backend="vanilla", config=config)
-    plain = call(kind, inputs, backend="vanilla", config=config)
-    given = call(kind, inputs, backend="cuda", config=config)
-    # Residuals are rounded to the dtype, which vanilla's graph is spared.
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
-    for mine, theirs, right in zip(given, plain, truth, strict=True):
-        assert mine.is_contiguous() and mine.dtype == theirs.dtype
-        assert relative_error(mine, right) <= 2 * relative_error(theirs, right) + 1e-6
-    right, theirs, mine = (
-        gradients(outputs, leaves)
-        for outputs, leaves in ((truth, exact), (plain, inputs), (given, inputs))
-    )
-    for name in right:
-        error = relative_error(mine[name], right[name])
-        assert error <= 2 * relative_error(theirs[name], right[name]) + rounding, name
+def check(*problem, **options):
+    hold_to_vanilla("cuda", *problem, **options)
 
 
 @pytest.fixture
@@ -233,7 +196,7 @@ def on_the_cpu(emulation, poisoned):  # noqa: F811
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide], ids=str)
 def test_equals_vanilla(on_the_cpu, kind, dtype):
     check(kind, 7, 3, 2, 40, dtype)
@@ -268,15 +231,7 @@ def test_empty(on_the_cpu, sizes):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient_recurrent_cut": True},
-        {"gradient_recurrent_clipval": 0.05},
-        {"forward_clipval": 0.3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_options(on_the_cpu, kind, options):
     check(kind, 5, 4, 2, 24, torch.float32, **options)
@@ -292,21 +247,9 @@ def test_tf32(on_the_cpu, monkeypatch):
     assert 1e-6 < error < 1e-3
 
 
-def strided(x):
-    """The same values, neither contiguous nor aligned, of the same leaf."""
-    *sizes, last = x.shape
-    room = torch.full((last, *sizes, 2), math.nan, dtype=x.dtype)
-    view = room[..., 1].movedim(0, -1)
-    view.copy_(x.detach())
-    return view.requires_grad_()
-
-
 @needs_compiler
 def test_any_strides(on_the_cpu):
-    def change(inputs):
-        return type(inputs)(**{name: strided(x) for name, x in inputs.tensors().items()})
-
-    check("lstm", 3, 4, 2, 24, torch.bfloat16, change=change)
+    check("lstm", 3, 4, 2, 24, torch.bfloat16, change=all_strided)
 
 
 @needs_compiler

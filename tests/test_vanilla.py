@@ -7,9 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flashrnn import FlashRNNConfig, available_functions, cell, flashrnn
+from flashrnn import FlashRNNConfig, available_functions, flashrnn
 from flashrnn.cells import resolve
-from tests.problems import BUILT_IN, Inputs, call, gradients, random_inputs, relative_error
+from tests.problems import (
+    BUILT_IN,
+    Inputs,
+    call,
+    gradients,
+    random_inputs,
+    relative_error,
+    sparse,
+)
 
 small_sizes = {
     "B": st.integers(0, 4),
@@ -18,15 +26,6 @@ small_sizes = {
     "D": st.integers(1, 5),
     "seed": st.integers(0, 2**31),
 }
-
-
-@cell(states=("h", "a"), gates={"x": ("Wx",), "p": ("R",), "y": ("Wx", "R"), "q": ("Wx", "b")})
-def sparse(states, gates):
-    """Every kind of gate that no built-in cell has, R's gates last and in the middle."""
-    h, a = states
-    x, p, y, q = gates
-    a = torch.sigmoid(p) * a + torch.tanh(x)
-    return torch.tanh(a + y * torch.sigmoid(q)) + 0.1 * h, a
 
 
 def step_by_step(function, inputs):

@@ -1,0 +1,94 @@
+"""What every fused backend is held to, on the CPU as on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashrnn import Cell, FlashRNNConfig
+from tests.problems import Inputs, call, gradients, random_inputs, relative_error
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+OPTIONS = [
+    {"gradient_recurrent_cut": True},
+    {"gradient_recurrent_clipval": 0.05},
+    {"forward_clipval": 0.3},
+]
+# Of a 16-bit residual: half a unit in the last place. vanilla's graph keeps float32 instead, so
+# what its own gradients are off by does not contain it.
+_RESIDUAL = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 0.0}
+
+
+def hold_to_vanilla(
+    backend: str,
+    kind: str | Cell,
+    B: int,
+    T: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    change: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    **options: object,
+) -> None:
+    """Hold every output and gradient to vanilla in float64.
+
+    The error is at most twice that of vanilla in the same dtype, gradients being allowed the
+    rounding of a residual besides; in float32 at most 1e-5; in bfloat16, over 64 steps or more, at
+    most 3e-3 for the states and 7e-3 for gradients.
+    """
+    config = FlashRNNConfig(**options)  # type: ignore[arg-type]
+    inputs = change(random_inputs(kind, B, T, N, D, dtype, device, seed=B + T + N + D))
+    exact = inputs.to(torch.float64)
+    runs = {}
+    for name, leaves, by in (
+        ("truth", exact, "vanilla"),
+        ("plain", inputs, "vanilla"),
+        ("given", inputs, backend),
+    ):
+        outputs = call(kind, leaves, backend=by, config=config)
+        found = gradients(outputs, leaves)
+        runs[name] = dict(zip(("states", "last_states"), outputs, strict=True))
+        runs[name] |= {f"d_{leaf}": gradient for leaf, gradient in found.items()}
+    for name, truth in runs["truth"].items():
+        given, plain = runs["given"][name], runs["plain"][name]
+        assert given.dtype == plain.dtype and given.shape == plain.shape, name
+        if name in ("states", "last_states"):
+            assert given.is_contiguous(), name
+        error, allowed = relative_error(given, truth), 2 * relative_error(plain, truth)
+        if dtype == torch.float32:
+            assert error <= max(allowed, 1e-5), name
+            continue
+        is_gradient = name.startswith("d_")
+        assert error <= allowed + (_RESIDUAL[dtype] if is_gradient else 1e-6), name
+        if dtype == torch.bfloat16 and T >= 64:
+            assert error <= (7e-3 if is_gradient else 3e-3), name
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, neither contiguous nor aligned, as a leaf of its own."""
+    *sizes, last = x.shape
+    room = torch.full((last, *sizes, 2), math.nan, dtype=x.dtype, device=x.device)
+    view = room[..., 1].movedim(0, -1)
+    view.copy_(x.detach())
+    return view.requires_grad_()
+
+
+def all_strided(inputs: Inputs) -> Inputs:
+    return Inputs(**{name: strided(x) for name, x in inputs.tensors().items()})
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend allocates begins as NaN, so that an element that it never writes shows."""
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+
+    def filled(x: Tensor) -> Tensor:
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: filled(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: filled(new_empty(*a, **k)))
