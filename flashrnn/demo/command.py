@@ -150,11 +150,12 @@ def _network(
 
 def _state_tracking(options: argparse.Namespace, world: World) -> int:
     automaton = AUTOMATA[options.task or "parity"]()
-    schedule, size = state_tracking.SCHEDULES[automaton.name]
+    schedule = state_tracking.SCHEDULES[automaton.name]
     schedule = replace(schedule, steps=options.steps or schedule.steps)
     states, tokens = automaton.table.shape
     if world.leads:
         print(f"Task {automaton.name}: {automaton.title}")
+    size = state_tracking.SIZES[automaton.name]
     network = _network(options, world, tokens, states, size)
 
     begun = time.perf_counter()

@@ -39,12 +39,13 @@ class Schedule:
     settle: int
 
 
-# By task: how it is trained, and the network's layers, heads and units a head.
 SCHEDULES = {
-    "parity": (Schedule(1500, 128, 5e-3, 0.9, 150), (1, 4, 16)),
-    "mod": (Schedule(8000, 128, 5e-3, 0.9, 800), (1, 4, 16)),
-    "s5": (Schedule(8000, 128, 5e-3, 0.9, 800), (1, 1, 128)),
+    "parity": Schedule(steps=1500, batch=128, learning_rate=5e-3, mastered=0.9, settle=150),
+    "mod": Schedule(steps=8000, batch=128, learning_rate=5e-3, mastered=0.9, settle=800),
+    "s5": Schedule(steps=8000, batch=128, learning_rate=5e-3, mastered=0.95, settle=1200),
 }
+# Layers, heads and units a head.
+SIZES = {"parity": (1, 4, 16), "mod": (1, 1, 64), "s5": (1, 1, 128)}
 
 
 @dataclass(frozen=True)
