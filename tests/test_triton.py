@@ -1,0 +1,114 @@
+"""Backend ``triton`` without a GPU: its kernels run by Triton's interpreter."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from flashrnn.backends import autograd
+from flashrnn.cells import resolve
+from flashrnn.problem import Problem
+from flashrnn.tiling import ScanPlan, plan_scan
+from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.problems import BUILT_IN, call, random_inputs, sparse, wide
+
+# Triton's own library is interpreted or not as the variable says when it is first imported.
+needs_triton = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs Triton and TRITON_INTERPRET=1, with which `make test` runs this file by itself",
+)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Triton's interpreter, which cuts digits off where a GPU rounds to bfloat16: mended."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def on_the_cpu(interpreter, poisoned):  # noqa: F811
+    """The interpreter, and NaN in whatever the backend allocates."""
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 2, 5), (9, 3, 1, 40)], ids=str)
+def test_equals_vanilla(on_the_cpu, kind, dtype, sizes):
+    hold_to_vanilla("triton", kind, *sizes, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 64, 1, 16), (17, 2, 5, 17), (2, 2, 1, 128)])
+def test_sizes(on_the_cpu, sizes):
+    hold_to_vanilla("triton", "lstm", *sizes, torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", [(0, 3, 2, 8), (3, 0, 2, 8)], ids=str)
+def test_empty(on_the_cpu, sizes):
+    hold_to_vanilla("triton", "slstm", *sizes, torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(on_the_cpu, dtype, options):
+    """In float32 R is read again at every step, in bfloat16 it stays: both ways."""
+    hold_to_vanilla("triton", "lstm", 5, 4, 2, 24, dtype, **options)
+
+
+@needs_triton
+def test_any_strides(on_the_cpu):
+    hold_to_vanilla("triton", "gru", 3, 4, 2, 24, torch.bfloat16, change=all_strided)
+
+
+@needs_triton
+def test_no_gradient_asked_for(on_the_cpu):
+    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
+    with torch.no_grad():
+        given = call("slstm", inputs, backend="triton")
+    expected = call("slstm", inputs, backend="triton")
+    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+
+
+@needs_triton
+def test_operator_passes_opcheck(interpreter):
+    Wx, R, b, states = random_inputs("gru", 2, 3, 2, 8, torch.float32).tensors().values()
+    key = autograd._key(resolve("gru"))
+    torch.library.opcheck(autograd.scan, (Wx, R, b, states, "triton", key, True, False, None, None))
+
+
+# Plans
+
+
+def problem(kind, D, dtype):
+    return Problem(resolve(kind), 16, 8, 2, D, dtype, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plans_cover_every_head_up_to_128(dtype, exact, shared_memory):
+    for kind in BUILT_IN:
+        for D in range(1, 129):
+            plan = plan_scan(problem(kind, D, dtype), exact, shared_memory)
+            assert isinstance(plan, ScanPlan), plan
+            assert plan.DD >= D and plan.DD & (plan.DD - 1) == 0 and 1 <= plan.warps <= 16
+
+
+def test_a_larger_head_is_refused_with_the_reason():
+    assert "a head of 129 units; it takes up to 128" in plan_scan(
+        problem("lstm", 129, torch.bfloat16), False, 227 * 1024
+    )
