@@ -11,7 +11,7 @@ from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from flashrnn.tiling import ScanPlan, plan_scan
 from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
-from tests.problems import BUILT_IN, call, random_inputs, sparse, wide
+from tests.problems import BUILT_IN, call, gradients, random_inputs, sparse, wide
 
 # Triton's own library is interpreted or not as the variable says when it is first imported.
 needs_triton = pytest.mark.skipif(
@@ -72,6 +72,19 @@ def test_options(on_the_cpu, dtype, options):
 @needs_triton
 def test_any_strides(on_the_cpu):
     hold_to_vanilla("triton", "gru", 3, 4, 2, 24, torch.bfloat16, change=all_strided)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of exp where it is inf.
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_extremes_give_no_nan(on_the_cpu, kind):
+    inputs = random_inputs(kind, 9, 2, 1, 4, dtype=torch.float32)
+    with torch.no_grad():
+        inputs.Wx.copy_(100 * torch.randint(-3, 4, inputs.Wx.shape))
+        inputs.states.zero_()
+    outputs = call(kind, inputs, backend="triton")
+    found = gradients(outputs, inputs)
+    assert all(x.isfinite().all() for x in (*outputs, *found.values()))
 
 
 @needs_triton
