@@ -1,12 +1,14 @@
 """The graphs that a traced cell leaves compute the cell and its derivative."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashrnn import cell
 from flashrnn.cells import elman, gru, lstm, slstm
@@ -97,6 +99,48 @@ def test_gradient_free_state_has_no_influence():
     used = {a for x in slstm.graphs.derivative.body for a in x.arguments}
     assert "d_state_m" not in used
     assert {"d_state_h", "d_state_c", "d_state_n"} <= used
+
+
+def test_constants_are_no_inputs():
+    factor = torch.tensor(0.25, requires_grad=True)
+
+    @cell(states=("h", "a"), gates=("g",))
+    def constants(states, gates):
+        h, _ = states
+        h = h * factor * torch.tensor(2.0, dtype=h.dtype, device=h.device) + factor.item()
+        return h, torch.full(h.shape, 7.0, dtype=h.dtype)
+
+    assert evaluate(constants.graphs.forward, (1.0, 2.0, 3.0)) == (0.75, 7.0)
+    assert evaluate(constants.graphs.derivative, (1.0, 2.0, 3.0, 4.0, 5.0)) == (2.0, 0.0, 0.0)
+
+
+def test_cell_without_a_gradient():
+    @cell(states=("h",), gates=("g",))
+    def steps(states, gates):
+        return (torch.sign(states[0]).detach(),)
+
+    assert steps.graphs.derivative.outputs == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu"), FakeTensorMode],
+    ids=str,
+)
+def test_graphs_do_not_depend_on_when_they_are_traced(mode):
+    again, expected = cell(states=("h", "c"), gates=("i", "f", "z", "o"))(lstm.step), lstm.graphs
+    with mode():
+        assert again.graphs == expected
+
+
+def test_graphs_are_traced_under_a_transform():
+    again, expected = cell(states=("h", "c"), gates=("i", "f", "z", "o"))(lstm.step), lstm.graphs
+
+    def loss(x):
+        assert again.graphs == expected
+        return x.sum()
+
+    assert torch.func.grad(loss)(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_graph_is_readable():

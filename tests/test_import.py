@@ -27,3 +27,23 @@ def test_import_takes_50_ms_beyond_torch_and_loads_no_gpu_code():
         seconds.append(taken)
         assert loaded == [] and not initialized
     assert min(seconds) < 0.050
+
+
+TRACE = """
+import json, sys
+import torch
+torchs = set(sys.modules)
+from flashrnn.cells import elman, gru, lstm, slstm
+for cell in (elman, gru, lstm, slstm):
+    cell.graphs
+heavy = ("sympy", "torch._dynamo", "torch._inductor", "torch.fx", "triton", "cuda")
+print(json.dumps([name for name in {*sys.modules} - torchs if name.startswith(heavy)]))
+"""
+
+
+def test_tracing_loads_no_compiler():
+    """They take seconds, of every process's first call."""
+    printed = subprocess.run(
+        [sys.executable, "-c", TRACE], capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(printed) == []
