@@ -77,6 +77,137 @@ def _plan_scan(
     return ScanPlan(8, DD, SS, GG, warps, stages, parts=1, resident=resident)
 
 
+LARGEST_HEAD_OF_A_BLOCK = 128
+
+# Fragments of R, of four registers a lane, that a computing warp holds; the others lie in shared
+# memory.
+_MOST_HELD = 32
+_STAGES = 8
+_FEWEST_STAGES = 3
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What of a GPU plans depend on.
+
+    Attributes:
+        multiprocessors: how many.
+        shared_memory: bytes of it that a thread block may have.
+    """
+
+    multiprocessors: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a thread block owns a head; see ``kernels/head.cuh``.
+
+    Attributes:
+        sequences: sequences a block owns: 2, 4, or a multiple of 8.
+        held: fragments of R that stay in registers.
+        traffic: threads that move data.
+        stages: steps whose inputs are on their way at once, or being read.
+        blocks: blocks that share a multiprocessor.
+        shared_memory: a block's dynamic shared memory in bytes.
+    """
+
+    sequences: int
+    held: int
+    traffic: int
+    stages: int
+    blocks: int
+    shared_memory: int
+
+    def grid(self, B: int, N: int) -> int:
+        """Thread blocks of a launch."""
+        return N * -(-B // self.sequences)
+
+    @staticmethod
+    def computing(D: int) -> int:
+        """Warps that compute a head."""
+        return -(-D // 16)
+
+
+def plan_head(problem: Problem, gpu: GPU, backward: bool) -> HeadPlan | str:
+    """How thread blocks own the heads of a problem, or the reason why they cannot.
+
+    Args:
+        problem: its cell, B, N, D, dtype and whether it needs a gradient decide.
+        gpu: the device.
+        backward: whether for the backward scan.
+    """
+    if problem.D > LARGEST_HEAD_OF_A_BLOCK:
+        return (
+            f"a head of {problem.D} units; it takes up to {LARGEST_HEAD_OF_A_BLOCK}, "
+            "since one thread block computes a whole head"
+        )
+    cell = problem.cell
+    S, G = len(cell.states), len(cell.gates)
+    fed = {source: len(cell.fed_by(source)) for source in ("Wx", "R")}
+    # Rows of a line of the ring, and of what a step writes.
+    inputs = G + 2 * S if backward else fed["Wx"]
+    outputs = [G] if backward else [S, *([G] if problem.needs_gradient else [])]
+    B, N, D, itemsize = problem.B, problem.N, problem.D, problem.dtype.itemsize
+    return _plan_head(fed["R"], inputs, tuple(outputs), B, N, D, itemsize, gpu)
+
+
+@lru_cache(maxsize=1024)
+def _plan_head(
+    recurrent: int,
+    inputs: int,
+    outputs: tuple[int, ...],
+    B: int,
+    N: int,
+    D: int,
+    itemsize: int,
+    gpu: GPU,
+) -> HeadPlan | str:
+    computing = HeadPlan.computing(D)
+    DD = 16 * computing
+    fragments = recurrent * (DD * itemsize // 32)
+    held = min(fragments, _MOST_HELD)
+    spared_bytes = (fragments - held) * computing * 512
+
+    def line(rows: int) -> int:
+        return rows * DD * itemsize + 16
+
+    sequences = _sequences(B, N, gpu)
+    output_bytes = 2 * sum(map(line, outputs))
+    while sequences > 2:
+        least = sequences * (_FEWEST_STAGES * line(inputs) + output_bytes)
+        if spared_bytes + least + 16 <= gpu.shared_memory:
+            break
+        sequences //= 2
+    room = gpu.shared_memory - spared_bytes - sequences * output_bytes - 16
+    stages = min(_STAGES, room // (sequences * line(inputs)))
+    if stages < _FEWEST_STAGES:
+        return (
+            f"{recurrent} gates of {D} units that R feeds; with what a step reads and writes they "
+            f"take more than the {gpu.shared_memory} bytes of shared memory that this GPU gives a "
+            "thread block"
+        )
+    pieces = sequences * inputs * -(-D * itemsize // 16)
+    traffic = 32 * max(2, min(8, -(-pieces // 192)))
+    return HeadPlan(
+        sequences=sequences,
+        held=held,
+        traffic=traffic,
+        stages=stages,
+        blocks=1,
+        # A product may read 16 bytes beyond the last line.
+        shared_memory=spared_bytes + sequences * (stages * line(inputs) + output_bytes) + 16,
+    )
+
+
+def _sequences(B: int, N: int, gpu: GPU) -> int:
+    """The fewest for which every block has a multiprocessor, or at most two share one."""
+    for sequences in (2, 4, 8):
+        if N * -(-B // sequences) <= gpu.multiprocessors:
+            return sequences
+    return 8
+
+
 def _power_of_two(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()

@@ -12,10 +12,12 @@
 #include <functional>
 #include <vector>
 
+
 #define __device__
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __restrict__
 
 struct uint4 {
     unsigned x, y, z, w;
@@ -25,6 +27,16 @@ struct Index {
     int x;
 };
 static Index threadIdx, blockIdx;
+
+// An argument of a launch, of whatever type the kernel declares.
+struct Argument {
+    long long value;
+
+    template <typename T>
+    operator T() const {
+        return (T)value;
+    }
+};
 
 // ---- coroutines: made by makecontext, switched by longjmp, which needs no system call
 
@@ -69,6 +81,7 @@ struct Meeting {
 };
 static Meeting block_meeting, warp_meetings[32];
 static int threads_of_block;
+static void clear_shared_memory();
 
 static void run_kernel(int grid, int threads, std::function<void()> kernel) {
     constexpr size_t STACK = 256 * 1024;
@@ -77,6 +90,7 @@ static void run_kernel(int grid, int threads, std::function<void()> kernel) {
     body = kernel;
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
         coroutines.assign(threads, Coroutine());
+        clear_shared_memory();
         for (int i = 0; i < threads; ++i) {
             ucontext_t& start = coroutines[i].start;
             getcontext(&start);
@@ -175,6 +189,12 @@ static void round_to(bfloat16& y, float x) {
     const unsigned bits = __float_as_uint(x);
     y.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+
+static float exp2_approximate(float x) { return exp2f(x); }
+static float reciprocal_approximate(float x) { return 1.0f / x; }
+static float divide_approximate(float x, float y) { return x / y; }
+static float tanh_approximate(float x) { return tanhf(x); }
+
 // To the nearest, ties away from zero.
 static float rounded_to_tf32(unsigned x) { return __uint_as_float((x + 0x1000) & ~0x1fffu); }
 
@@ -187,6 +207,7 @@ static float dot(unsigned a, unsigned b, bfloat16) {
            to_float(bfloat16{(unsigned short)(a >> 16)}) *
                to_float(bfloat16{(unsigned short)(b >> 16)});
 }
+static float dot(unsigned a, unsigned b, float) { return __uint_as_float(a) * __uint_as_float(b); }
 static float dot(unsigned a, unsigned b, tf32) { return rounded_to_tf32(a) * rounded_to_tf32(b); }
 
 template <typename Operand>
@@ -203,6 +224,56 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
             }
         }
     });
+}
+
+// NaN until it is written.
+static std::vector<unsigned> shared_words(64 * 1024);
+static unsigned char* shared_memory() { return (unsigned char*)shared_words.data(); }
+
+static void load_matrices(unsigned (&words)[4], const void* row) {
+    const size_t address = (size_t)row;
+    exchange({unsigned(address), unsigned(address >> 32)}, [&](unsigned(*lanes)[6]) {
+        const int lane = threadIdx.x % 32;
+        for (int block = 0; block < 4; ++block) {
+            const unsigned* from = lanes[8 * block + lane / 4];
+            memcpy(&words[block], (char*)(from[0] | size_t(from[1]) << 32) + 4 * (lane % 4), 4);
+        }
+    });
+}
+
+// Copied when their group is waited for, as late as a GPU might.
+struct Copy {
+    void* to;
+    const void* from;
+};
+static std::vector<std::vector<Copy>> copy_groups[1024];
+
+static void clear_shared_memory() {
+    shared_words.assign(shared_words.size(), 0x7fff7fff);
+    for (auto& groups : copy_groups) groups.clear();
+}
+
+static std::vector<Copy>& open_copy_group() {
+    auto& groups = copy_groups[threadIdx.x];
+    if (groups.empty()) groups.emplace_back();
+    return groups.back();
+}
+
+static void copy_async(void* to, const void* from) { open_copy_group().push_back({to, from}); }
+
+static void close_copy_group() {
+    open_copy_group();
+    copy_groups[threadIdx.x].emplace_back();
+}
+
+template <int PENDING>
+static void wait_for_copy_groups() {
+    auto& groups = copy_groups[threadIdx.x];
+    // The last one is still open.
+    while (int(groups.size()) - 1 > PENDING) {
+        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, 16);
+        groups.erase(groups.begin());
+    }
 }
 
 static void start_dependent_launch() {}

@@ -6,6 +6,7 @@ What is compiled is the very program that NVRTC gets, but for ptx.cuh.
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from flashrnn.backends import cuda
+from flashrnn.backends import cuda, cuda_fused
 from flashrnn.jit import nvrtc, runs
+from flashrnn.tiling import GPU
 
 HEADER = Path(__file__).with_name("emulation.h")
 COMMAND = ("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC")
@@ -59,6 +61,54 @@ class EmulatedStepper:
                     self.block, ahead, *self.sizes, self.grid, self.threads
                 )
             done += length
+
+
+class EmulatedKernel:
+    """Stands in for the kernels of ``cuda_fused``."""
+
+    def __init__(self, library: Library, grid: int, threads: int):
+        self.library, self.grid, self.threads = library, grid, threads
+
+    def launch(self, tensors, strides, problem) -> None:
+        arguments = (*(x.data_ptr() for x in tensors), *strides, problem.T, problem.B, problem.N)
+        block = (ctypes.c_int64 * len(arguments))(*arguments)
+        self.library.functions.emulate(block, self.grid, self.threads)
+
+
+H200 = GPU(multiprocessors=132, shared_memory=232448)
+
+
+@pytest.fixture
+def fused_emulation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
+
+    @cache
+    def library(name: str, source: str) -> Library:
+        (parameters,) = re.findall(rf"{name}\((.*?)\)", source, re.DOTALL)
+        passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
+        entry = (
+            f'extern "C" void emulate(long long* a, int grid, int threads) {{\n'
+            f"    run_kernel(grid, threads, [=] {{ {name}({passed}); }});\n}}\n"
+        )
+        return Library(source + entry, tmp_path_factory.mktemp("emulation"))
+
+    def kernel(name, parts, plan, D, device, grid):
+        threads = 32 * plan.computing(D) + plan.traffic
+        return EmulatedKernel(library(name, emulated(parts)), grid, threads)
+
+    def forget() -> None:
+        cuda_fused._forward_kernel.cache_clear()
+        cuda_fused._backward_kernel.cache_clear()
+
+    forget()
+    monkeypatch.setattr(cuda_fused, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: H200)
+    monkeypatch.setattr(cuda_fused, "_kernel", kernel)
+    yield
+    forget()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from flashrnn.backends import cuda
 from flashrnn.cells import resolve
 from flashrnn.jit import nvrtc
+from flashrnn.kernels import program as programs
 from flashrnn.kernels import step
 from flashrnn.problem import Problem
 from tests.emulation import (  # noqa: F401
@@ -92,9 +93,7 @@ def cell_text(tmp_path_factory):
 
     def library(kind):
         if kind not in libraries:
-            text = emulated(
-                {"pointwise": step.read("pointwise.cuh"), "cell": step.render_cuda(resolve(kind))}
-            )
+            text = emulated(programs.prelude(resolve(kind), "float32", {}))
             text += """
             extern "C" void run_step(int units, const float* in, float* out) {
                 for (int i = 0; i < units; ++i) {
@@ -239,7 +238,7 @@ def test_options(on_the_cpu, kind, options):
 
 @needs_compiler
 def test_tf32(on_the_cpu, monkeypatch):
-    monkeypatch.setattr(step, "precision_of", lambda dtype: "tf32")
+    monkeypatch.setattr(programs, "precision_of", lambda dtype: "tf32")
     inputs = random_inputs("lstm", 3, 4, 2, 40, torch.float32)
     truth = call("lstm", inputs.to(torch.float64), backend="vanilla")
     given = call("lstm", inputs, backend="cuda")

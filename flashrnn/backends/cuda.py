@@ -14,7 +14,7 @@ from torch import Tensor
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc, runs
-from flashrnn.kernels import step
+from flashrnn.kernels import program, step
 from flashrnn.problem import Problem
 
 
@@ -113,7 +113,7 @@ def _strides(states: Tensor) -> tuple[int, int, int, int]:
 def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:
     """What of a problem both directions' kernels and their launches depend on."""
     cell = clipped(problem.cell, problem.forward_clipval)
-    precision = step.precision_of(problem.dtype)
+    precision = program.precision_of(problem.dtype)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 

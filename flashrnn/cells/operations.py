@@ -83,25 +83,25 @@ OPERATIONS: dict[str, Operation] = {
     "add": Operation(lambda x, y: x + y, "{0} + {1}", "{0} + {1}"),
     "sub": Operation(lambda x, y: x - y, "{0} - {1}", "{0} - {1}"),
     "mul": Operation(lambda x, y: x * y, "{0} * {1}", "{0} * {1}"),
-    "div": Operation(_divide, "{0} / {1}", "{0} / {1}"),
+    "div": Operation(_divide, "{0} / {1}", "divide_approximate({0}, {1})"),
     "neg": Operation(lambda x: -x, "-{0}", "-{0}"),
     "abs": Operation(abs, "tl.abs({0})", "fabsf({0})"),
-    "sign": Operation(_sign, "pointwise.sign({0})", "sign({0})"),
+    "sign": Operation(_sign, "pointwise.sign({0})", "pointwise::sign({0})"),
     "sqrt": Operation(_sqrt, "tl.sqrt({0})", "sqrtf({0})"),
-    "exp": Operation(_exp, "pointwise.exp({0})", "expf({0})"),
+    "exp": Operation(_exp, "pointwise.exp({0})", "pointwise::exp({0})"),
     "expm1": Operation(_expm1, "pointwise.expm1({0})", "expm1f({0})"),
     "log": Operation(_log, "tl.log({0})", "logf({0})"),
     "log1p": Operation(_log1p, "pointwise.log1p({0})", "log1pf({0})"),
     "sin": Operation(math.sin, "tl.sin({0})", "sinf({0})"),
     "cos": Operation(math.cos, "tl.cos({0})", "cosf({0})"),
     "erf": Operation(math.erf, "tl.erf({0})", "erff({0})"),
-    "tanh": Operation(math.tanh, "pointwise.tanh({0})", "tanhf({0})"),
-    "sigmoid": Operation(_sigmoid, "pointwise.sigmoid({0})", "sigmoid({0})"),
+    "tanh": Operation(math.tanh, "pointwise.tanh({0})", "pointwise::tanh({0})"),
+    "sigmoid": Operation(_sigmoid, "pointwise.sigmoid({0})", "pointwise::sigmoid({0})"),
     "maximum": Operation(
-        _maximum, "tl.maximum({0}, {1}, tl.PropagateNan.ALL)", "maximum({0}, {1})"
+        _maximum, "tl.maximum({0}, {1}, tl.PropagateNan.ALL)", "pointwise::maximum({0}, {1})"
     ),
     "minimum": Operation(
-        _minimum, "tl.minimum({0}, {1}, tl.PropagateNan.ALL)", "minimum({0}, {1})"
+        _minimum, "tl.minimum({0}, {1}, tl.PropagateNan.ALL)", "pointwise::minimum({0}, {1})"
     ),
     "eq": _comparison(lambda x, y: x == y, "=="),
     "ne": _comparison(lambda x, y: x != y, "!="),

@@ -72,8 +72,8 @@ def _triton_function(name: str, graph: Graph, counts: dict[str, int]) -> str:
 def render_cuda(cell: Cell) -> str:
     """What a CUDA kernel needs of a cell, as C++ text.
 
-    Constants: ``S``, ``G`` and ``GR``, the numbers of states, of gates and of gates that ``R``
-    feeds; ``FED_WX``, ``FED_R`` and ``FED_B``, where each gate stands in the gate dimension of
+    Constants: ``S``, ``G``, ``GW`` and ``GR``, the numbers of states, of gates and of those that
+    ``Wx`` and ``R`` feed; ``FED_WX``, ``FED_R`` and ``FED_B``, where each gate stands in the gate dimension of
     ``Wx``, ``R`` and ``b``, -1 where it does not; ``RECURRENT``, the gates that ``R`` feeds. And
     the functions ``step(states, gates, new_states)`` and ``derivative(states, gates, gradients,
     d_states, d_gates)`` on arrays of float32 numbers, of which they write the last ones. They
@@ -88,7 +88,8 @@ def render_cuda(cell: Cell) -> str:
     }
     return "\n\n".join(
         [
-            f"constexpr int S = {states}, G = {gates}, GR = {len(fed['R'])};\n"
+            f"constexpr int S = {states}, G = {gates};\n"
+            f"constexpr int GW = {len(fed['Wx'])}, GR = {len(fed['R'])};\n"
             f"constexpr int FED_WX[G] = {{{_listed(positions['Wx'])}}};\n"
             f"constexpr int FED_R[G] = {{{_listed(positions['R'])}}};\n"
             f"constexpr int FED_B[G] = {{{_listed(positions['b'])}}};\n"

@@ -29,8 +29,17 @@ class Launch:
     arguments: tuple[int, ...]
 
 
-def load_kernels(cubin: bytes, names: Sequence[str], device: int) -> list[Any]:
-    """Kernels of a cubin, loaded onto a device."""
+def load_kernels(
+    cubin: bytes, names: Sequence[str], device: int, shared_memory: int = 0
+) -> list[Any]:
+    """Kernels of a cubin, loaded onto a device.
+
+    Args:
+        cubin: the machine code.
+        names: the kernels' names.
+        device: the device's index.
+        shared_memory: bytes of dynamic shared memory that their launches may ask for.
+    """
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
@@ -39,22 +48,29 @@ def load_kernels(cubin: bytes, names: Sequence[str], device: int) -> list[Any]:
         kernels = [code.get_kernel(name) for name in names]
         for kernel in kernels:
             # Loading is lazy; the first launch might be in a capture, where nothing is loaded.
-            _check(driver.cuKernelGetFunction(kernel.handle))
+            (function,) = _check(driver.cuKernelGetFunction(kernel.handle))
+            _check(driver.cuFuncSetAttribute(function, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory))
     return kernels
 
 
-def configure(grid: int, threads: int, overlaps: bool = False) -> Any:
+def configure(grid: int, threads: int, shared_memory: int = 0, overlaps: bool = False) -> Any:
     """The shape of a launch.
 
     Args:
         grid: thread blocks.
         threads: threads of a block.
+        shared_memory: a block's dynamic shared memory in bytes.
         overlaps: whether it may start before the launch before it in the stream is complete, for
             which it then waits itself.
     """
     from cuda.core import LaunchConfig
 
-    return LaunchConfig(grid=grid, block=threads, programmatic_stream_serialization=overlaps)
+    return LaunchConfig(
+        grid=grid,
+        block=threads,
+        shmem_size=shared_memory,
+        programmatic_stream_serialization=overlaps,
+    )
 
 
 @contextlib.contextmanager

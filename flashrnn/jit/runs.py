@@ -59,7 +59,7 @@ class Stepper:
     def steps(self, block: int, count: int) -> list[launch.Launch]:
         """The launches of the next steps. The first one waits for what wrote the block."""
         first = launch.configure(self.grid, self.threads)
-        others = launch.configure(self.grid, self.threads, self.overlaps)
+        others = launch.configure(self.grid, self.threads, overlaps=self.overlaps)
         return [
             launch.Launch(self.step, others if ahead else first, (block, ahead, *self.sizes))
             for ahead in range(count)

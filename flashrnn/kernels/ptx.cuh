@@ -1,4 +1,5 @@
-// What C++ has no words for: conversions, tensor cores, and the order of dependent launches.
+// What C++ has no words for: conversions, approximations, tensor cores, asynchronous copies, and
+// the order of dependent launches.
 //
 // All assembly is here. A file with the same names and no assembly runs the kernels on a CPU.
 
@@ -39,7 +40,34 @@ __device__ inline unsigned round_to_tf32(unsigned bits) {
     return y;
 }
 
-// The warp's c[16 x 8] += a[16 x 16] b[16 x 8] (for tf32 a[16 x 8] b[8 x 8]).
+// The hardware's approximations, right to about two units in the last place of float32 but for
+// tanh (to 2^-11), with numbers below 1e-38 taken for 0.
+
+__device__ inline float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float divide_approximate(float x, float y) {
+    float z;
+    asm("div.full.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
+__device__ inline float tanh_approximate(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The warp's c[16 x 8] += a[16 x 16] b[16 x 8] (of 4-byte elements a[16 x 8] b[8 x 8]).
 //
 // Lane 4 i + j holds of c the rows i (c[0], c[1]) and i + 8 (c[2], c[3]), columns 2 j and 2 j + 1;
 // of a the row i in a0 and a2 and i + 8 in a1 and a3; of b the column i. The words a0, a1 and b0
@@ -72,6 +100,70 @@ __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(round_to_tf32(a0)), "r"(round_to_tf32(a1)), "r"(round_to_tf32(a2)),
           "r"(round_to_tf32(a3)), "r"(round_to_tf32(b0)), "r"(round_to_tf32(b1)));
+}
+
+__device__ inline unsigned high_bits(unsigned x) { return x & 0xffffe000u; }
+
+__device__ inline unsigned low_bits(unsigned x) {
+    return __float_as_uint(__uint_as_float(x) - __uint_as_float(high_bits(x)));
+}
+
+__device__ inline void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                     unsigned a3, unsigned b0, unsigned b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// float32 in full: every factor is the sum of two that have 10 bits of mantissa or so; of their
+// four products the smallest does not matter.
+__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1, float) {
+    mma_truncated(c, low_bits(a0), low_bits(a1), low_bits(a2), low_bits(a3), high_bits(b0),
+                  high_bits(b1));
+    mma_truncated(c, high_bits(a0), high_bits(a1), high_bits(a2), high_bits(a3), low_bits(b0),
+                  low_bits(b1));
+    mma_truncated(c, high_bits(a0), high_bits(a1), high_bits(a2), high_bits(a3), high_bits(b0),
+                  high_bits(b1));
+}
+
+// The block's dynamic shared memory.
+__device__ inline unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+}
+
+__device__ inline unsigned shared_address(const void* generic) {
+    unsigned address;
+    asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }"
+        : "=r"(address)
+        : "l"(generic));
+    return address;
+}
+
+// Four blocks of 8 rows of 16 bytes each: lane l points at row l % 8 of block l / 8, and gets of
+// each block the row l / 4's word l % 4.
+__device__ inline void load_matrices(unsigned (&words)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// 16 bytes from global to shared memory, there once the thread has waited for their group.
+__device__ inline void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+
+__device__ inline void close_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of the thread's groups are on their way.
+template <int PENDING>
+__device__ inline void wait_for_copy_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // Lets the launch that depends on this one start. Before its own wait it may read what nothing

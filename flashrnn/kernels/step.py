@@ -11,13 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-import torch
-
-from flashrnn.cells.render import render_cuda
 from flashrnn.cells.spec import Cell
+from flashrnn.kernels import program
 
 FORWARD_CALL = (
     *("Wx", "R", "b", "initial", "h_initial", "states", "gates", "carried"),
@@ -131,12 +127,8 @@ def backward_source(
     cell: Cell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
 ) -> dict[str, str]:
     """The parts of step_backward.cu's program, each under the name that an error gives it."""
-    options = {"CUT": cut, "CLIP": clipval is not None}
-    text = f"constexpr float CLIPVAL = {float(clipval or 0)!r};"
-    return {
-        "clip value": text,
-        **_program("step_backward.cu", BACKWARD_CALL, cell, precision, plan, options),
-    }
+    options: dict[str, bool | float] = {"CUT": cut, "CLIP": clipval is not None, "CLIPVAL": float(clipval or 0)}
+    return _program("step_backward.cu", BACKWARD_CALL, cell, precision, plan, options)
 
 
 def _program(
@@ -145,31 +137,25 @@ def _program(
     cell: Cell,
     precision: str,
     plan: StepPlan,
-    options: Mapping[str, bool],
+    options: Mapping[str, bool | float],
 ) -> dict[str, str]:
-    element = "float" if precision == "tf32" else _SPELLED[precision]
-    return {
-        "plan": "\n".join(
-            [
-                f"constexpr int UNITS = {plan.units}, TILES = {plan.tiles};",
-                f"constexpr int BLOCKS = {plan.blocks}, SEGMENTS = {plan.segments};",
-                f"constexpr int THREADS = {plan.threads}, DEPTH = {plan.depth};",
-                f"constexpr bool ALIGNED = {str(plan.aligned).lower()};",
-                *(f"constexpr bool {name} = {str(x).lower()};" for name, x in options.items()),
-            ]
-        ),
-        "ptx.cuh": read("ptx.cuh"),
-        "types": f"using Element = {element};\nusing Operand = {_SPELLED[precision]};",
-        "pointwise.cuh": read("pointwise.cuh"),
-        f"cell {cell.name}": render_cuda(cell),
-        "call": _render_call(call),
-        "tile.cuh": read("tile.cuh"),
-        "product.cuh": read("product.cuh"),
-        kernel: read(kernel),
+    constants = {
+        "UNITS": plan.units,
+        "TILES": plan.tiles,
+        "BLOCKS": plan.blocks,
+        "SEGMENTS": plan.segments,
+        "THREADS": plan.threads,
+        "DEPTH": plan.depth,
+        "ALIGNED": plan.aligned,
+        **options,
     }
-
-
-_SPELLED = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
+    return {
+        **program.prelude(cell, precision, constants),
+        "call": _render_call(call),
+        "tile.cuh": program.read("tile.cuh"),
+        "product.cuh": program.read("product.cuh"),
+        kernel: program.read(kernel),
+    }
 
 
 def _render_call(fields: tuple[str, ...]) -> str:
@@ -180,16 +166,3 @@ def _render_call(fields: tuple[str, ...]) -> str:
         f'extern "C" __global__ void set_call(Call* call, {parameters}) {{\n'
         f"    *call = {{{', '.join(fields)}}};\n}}"
     )
-
-
-@cache
-def read(name: str) -> str:
-    """The text of a source file beside this one."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How products of a dtype are computed; of float32, as PyTorch's own are set to be."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return str(dtype).removeprefix("torch.")

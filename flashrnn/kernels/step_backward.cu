@@ -104,7 +104,8 @@ step_backward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
         if (unit.exists) {
             if (recurrent) {
                 const float d_h = total(partial, unit.column, unit.row);
-                gradients[e][0] += CLIP ? maximum(minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
+                gradients[e][0] +=
+                    CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
             }
             float d_before[S], d_preactivations[G];
             if (t >= 0) {

@@ -1,0 +1,201 @@
+"""Backend ``cuda_fused``: one persistent kernel forward and one backward, R kept on chip.
+
+A thread block computes a whole head for a few sequences, all steps of them, and waits for no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends import autograd
+from flashrnn.cells.spec import Cell, clipped
+from flashrnn.jit import launch, nvrtc
+from flashrnn.kernels import head, program
+from flashrnn.problem import Problem
+from flashrnn.tiling import GPU, HeadPlan, plan_head
+
+
+def unavailable() -> str | None:
+    """Why its kernels do not run here."""
+    if not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU, and PyTorch sees none"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return nvrtc.unavailable()
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why it cannot do this problem."""
+    if problem.device.type != "cuda":
+        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
+    if problem.dtype == torch.float64:
+        return "dtype float64; it computes in float16, bfloat16 and float32"
+    gpu = _gpu(problem.device)
+    directions = (False, True) if problem.needs_gradient else (False,)
+    plans = [plan_head(problem, gpu, backward) for backward in directions]
+    return next((plan for plan in plans if isinstance(plan, str)), None)
+
+
+def run(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.Backend`."""
+    return autograd.run("cuda_fused", problem, Wx, R, b, states)
+
+
+def forward(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    S, G = len(cell.states), len(cell.gates)
+    every_state = Wx.new_empty(S, B, T, N, D)
+    gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
+    if B == 0 or T == 0:
+        return every_state, states.clone(memory_format=torch.contiguous_format), gates
+    last_states = states.new_empty(S, B, 1, N, D)
+    R, b = R.contiguous(), b.contiguous()
+    aligned = _aligned(Wx, every_state, gates)
+    plan = _plan(problem, backward=False)
+    kernel = _forward_kernel(
+        clipped(cell, problem.forward_clipval),
+        program.precision_of(problem.dtype),
+        D,
+        plan,
+        aligned,
+        problem.needs_gradient,
+        problem.device,
+        plan.grid(B, N),
+    )
+    tensors = (Wx, R, b, states, every_state, last_states, gates)
+    kernel.launch(tensors, (*Wx.stride(), *_strides(states)), problem)
+    return every_state, last_states, gates
+
+
+def backward(
+    problem: Problem,
+    R: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    d_states: Tensor,
+    d_last_states: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    d_gates = torch.empty_like(gates)
+    if problem.B == 0 or problem.T == 0:
+        return d_gates, d_last_states.clone(memory_format=torch.contiguous_format)
+    d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
+    R = R.contiguous()
+    aligned = _aligned(states, gates, d_states, d_gates)
+    cut, clipval = problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval
+    plan = _plan(problem, backward=True)
+    kernel = _backward_kernel(
+        clipped(problem.cell, problem.forward_clipval),
+        program.precision_of(problem.dtype),
+        problem.D,
+        plan,
+        aligned,
+        cut,
+        clipval,
+        problem.device,
+        plan.grid(problem.B, problem.N),
+    )
+    tensors = (R, states_initial, states, gates, d_states, d_last_states, d_gates, d_initial)
+    strides = (*_strides(states_initial), *d_states.stride(), *_strides(d_last_states))
+    kernel.launch(tensors, strides, problem)
+    return d_gates, d_initial
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel on a device, and the shape of its launches."""
+
+    device: int
+    kernel: Any
+    config: Any
+
+    def launch(self, tensors: Sequence[Tensor], strides: Sequence[int], problem: Problem) -> None:
+        """Enqueue it on PyTorch's current stream of its device."""
+        addresses = (x.data_ptr() for x in tensors)
+        arguments = (*addresses, *strides, problem.T, problem.B, problem.N)
+        with launch.on_device(self.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            launch.enqueue([launch.Launch(self.kernel, self.config, arguments)], stream)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether every row of D elements lies together, from a multiple of 16 bytes on."""
+    share = 16 // tensors[0].element_size()
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and not any(stride % share for stride in (x.shape[-1], *x.stride()[:-1]))
+        for x in tensors
+        if x.numel()
+    )
+
+
+def _strides(states: Tensor) -> tuple[int, int, int, int]:
+    """Of ``[S, B, 1, N, D]``, without that of the 1."""
+    s, b, _, n, d = states.stride()
+    return s, b, n, d
+
+
+def _plan(problem: Problem, backward: bool) -> HeadPlan:
+    plan = plan_head(problem, _gpu(problem.device), backward)
+    assert isinstance(plan, HeadPlan), "flashrnn() asks unsupported() first"
+    return plan
+
+
+@cache
+def _gpu(device: torch.device) -> GPU:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return GPU(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+@lru_cache(maxsize=256)
+def _forward_kernel(
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: HeadPlan,
+    aligned: bool,
+    save_gates: bool,
+    device: torch.device,
+    grid: int,
+) -> _Kernel:
+    parts = head.forward_source(cell, precision, D, plan, aligned, save_gates)
+    return _kernel("head_forward", parts, plan, D, device, grid)
+
+
+@lru_cache(maxsize=256)
+def _backward_kernel(
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: HeadPlan,
+    aligned: bool,
+    cut: bool,
+    clipval: float | None,
+    device: torch.device,
+    grid: int,
+) -> _Kernel:
+    parts = head.backward_source(cell, precision, D, plan, aligned, cut, clipval)
+    return _kernel("head_backward", parts, plan, D, device, grid)
+
+
+def _kernel(
+    name: str, parts: dict[str, str], plan: HeadPlan, D: int, device: torch.device, grid: int
+) -> _Kernel:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    cubin = nvrtc.compile_program(parts, launch.architecture(device))
+    (kernel,) = launch.load_kernels(cubin, (name,), index, plan.shared_memory)
+    threads = 32 * plan.computing(D) + plan.traffic
+    return _Kernel(index, kernel, launch.configure(grid, threads, plan.shared_memory))

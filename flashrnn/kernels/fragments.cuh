@@ -1,0 +1,134 @@
+// A head's recurrent matrix as the left operand of tensor cores, a warp's 16 rows of it, and its
+// product with what lies in shared memory.
+//
+// A fragment is a 16 by 32 byte piece of the matrix, its row i (of the tensor core's order) being
+// the unit 2 i for i < 8 and the unit 2 (i - 8) + 1 for the others. The first HELD fragments stay in
+// registers, the others in shared memory, where a lane finds its 16 bytes of each.
+
+constexpr int STEPS = DD * sizeof(Element) / 32;
+constexpr int FRAGMENTS = GR * STEPS;
+constexpr int SPARED = FRAGMENTS - HELD;
+
+struct alignas(16) Fragment {
+    unsigned words[4];
+};
+
+struct Matrix {
+    Fragment held[HELD];
+    const Fragment* spared;
+
+    // Fragment f belongs to recurrent gate f % GR and to the summed units of step f / GR. FORWARD:
+    // rows are the units that R produces; else those that it reads, and what it produces is summed.
+    template <bool FORWARD>
+    __device__ void load(const Element* R, int n, int N, const Lane& lane, Fragment* spare) {
+        Fragment* mine = spare + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32;
+        spared = mine;
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+            const Element* block = R + (static_cast<long long>(f % GR) * N + n) * D * D;
+            Fragment fragment;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                constexpr int A_WORD = 4 / sizeof(Element);
+                const int unit = lane.first_unit + 2 * lane.i + w % 2;
+                const int summed = f / GR * 2 * SHARE + w / 2 * SHARE + lane.j * A_WORD;
+                Element word[A_WORD] = {};
+#pragma unroll
+                for (int k = 0; k < A_WORD; ++k) {
+                    if (unit < D && summed + k < D) {
+                        word[k] = FORWARD ? block[unit * D + summed + k] : block[(summed + k) * D + unit];
+                    }
+                }
+                memcpy(&fragment.words[w], word, 4);
+            }
+            if (f < HELD) held[f < HELD ? f : 0] = fragment;
+            else mine[(f - HELD) * 32] = fragment;
+        }
+    }
+
+    __device__ Fragment operator[](int f) const {
+        return f < HELD ? held[f < HELD ? f : 0] : spared[(f - HELD) * 32];
+    }
+};
+
+// Where the lane's line begins for load_matrices, of a block of 8 sequences.
+__device__ inline const Element* matrix_line(const Element* lines, int pitch, int block) {
+    const int lane = threadIdx.x % 32;
+    return lines + (8 * block + lane % COLUMNS) * pitch + lane / 8 * SHARE;
+}
+
+template <int COUNT>
+__device__ inline void multiply(float (&sums)[COUNT][4], const Fragment& a,
+                                const unsigned (&right)[COUNT][4], int half) {
+#pragma unroll
+    for (int block = 0; block < COUNT; ++block) {
+        mma(sums[block], a.words[0], a.words[1], a.words[2], a.words[3], right[block][2 * half],
+            right[block][2 * half + 1], Operand{});
+    }
+}
+
+// Products wait for those before them that they add to, so there are several chains of them.
+constexpr int CHAINS_FORWARD = GR * BLOCKS < 3 ? 2 : 1;
+constexpr int CHAINS_BACKWARD = BLOCKS == 1 ? 4 : BLOCKS == 2 ? 2 : 1;
+
+// What R produces from the lines' first row, for each recurrent gate.
+__device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Matrix& matrix,
+                                         const Element* lines, int pitch) {
+    float chains[CHAINS_FORWARD][GR][BLOCKS][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step += 2) {
+        unsigned right[BLOCKS][4];
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+            load_matrices(right[block], matrix_line(lines, pitch, block) + step * 2 * SHARE);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (step + half == STEPS) break;
+#pragma unroll
+            for (int s = 0; s < GR; ++s) {
+                multiply(chains[half % CHAINS_FORWARD][s], matrix[(step + half) * GR + s], right, half);
+            }
+        }
+    }
+#pragma unroll
+    for (int s = 0; s < GR; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4 * BLOCKS; ++i) {
+            sums[s][i / 4][i % 4] = chains[0][s][i / 4][i % 4];
+            if (CHAINS_FORWARD > 1) {
+                sums[s][i / 4][i % 4] += chains[CHAINS_FORWARD - 1][s][i / 4][i % 4];
+            }
+        }
+    }
+}
+
+// The gradient of what R reads, from the lines' rows of gates.
+__device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix& matrix,
+                                          const Element* lines, int pitch) {
+    float chains[CHAINS_BACKWARD][BLOCKS][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step += 2) {
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+            unsigned right[BLOCKS][4];
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block) {
+                load_matrices(right[block], matrix_line(lines, pitch, block) + RECURRENT[s] * DD +
+                                                step * 2 * SHARE);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if (step + half == STEPS) break;
+                const int f = (step + half) * GR + s;
+                multiply(chains[(2 * s + half) % CHAINS_BACKWARD], matrix[f], right, half);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * BLOCKS; ++i) {
+        sums[i / 4][i % 4] = chains[0][i / 4][i % 4];
+#pragma unroll
+        for (int c = 1; c < CHAINS_BACKWARD; ++c) sums[i / 4][i % 4] += chains[c][i / 4][i % 4];
+    }
+}

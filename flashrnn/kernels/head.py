@@ -1,0 +1,86 @@
+"""The host side of head_forward.cu and head_backward.cu: what they are compiled with.
+
+What sizes their registers and shared memory is compiled in, D among it, and follows from a
+:class:`flashrnn.tiling.HeadPlan`; B, T, N, addresses and strides are arguments of the launch.
+"""
+
+from __future__ import annotations
+
+from flashrnn.cells.spec import Cell
+from flashrnn.kernels import program
+from flashrnn.tiling import HeadPlan
+
+
+def forward_source(
+    cell: Cell, precision: str, D: int, plan: HeadPlan, aligned: bool, save_gates: bool
+) -> dict[str, str]:
+    """The parts of head_forward.cu's program, each under the name that an error gives it.
+
+    Args:
+        cell: the cell.
+        precision: out of ``program.PRECISIONS``.
+        D: head dimension.
+        plan: the tiles.
+        aligned: whether every row of every tensor begins at a multiple of 16 bytes.
+        save_gates: whether pre-activations are saved for the backward scan.
+    """
+    return _program("head_forward.cu", cell, precision, D, plan, aligned, SAVE_GATES=save_gates)
+
+
+def backward_source(
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: HeadPlan,
+    aligned: bool,
+    cut: bool,
+    clipval: float | None,
+) -> dict[str, str]:
+    """The parts of head_backward.cu's program; see :func:`forward_source`.
+
+    Args:
+        cell: as there, and so for the next four.
+        precision: ...
+        D: ...
+        plan: ...
+        aligned: ...
+        cut: whether no gradient flows through R.
+        clipval: what that gradient is clipped to at each step, if to anything.
+    """
+    return _program(
+        "head_backward.cu",
+        cell,
+        precision,
+        D,
+        plan,
+        aligned,
+        CUT=cut,
+        CLIP=clipval is not None,
+        CLIPVAL=float(clipval or 0),
+    )
+
+
+def _program(
+    kernel: str,
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: HeadPlan,
+    aligned: bool,
+    **options: bool | float,
+) -> dict[str, str]:
+    constants = {
+        "D": D,
+        "SEQUENCES": plan.sequences,
+        "HELD": plan.held,
+        "TRAFFIC": plan.traffic,
+        "STAGES": plan.stages,
+        "BLOCKS_AN_SM": plan.blocks,
+        "ALIGNED": aligned,
+        **options,
+    }
+    shared = ("head.cuh", "fragments.cuh", "traffic.cuh")
+    return {
+        **program.prelude(cell, precision, constants),
+        **{name: program.read(name) for name in (*shared, kernel)},
+    }

@@ -1,0 +1,164 @@
+// The scan over time, backward, for heads that fit a thread block; see head.cuh for who owns what.
+//
+// What lives where:
+//
+// - registers of the computing warps: R transposed (fragments.cuh), the carried gradients of the
+//   states in float32;
+// - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
+//   inputs, in a line the gates' pre-activations, the states before the step and the given gradients
+//   of those after it; two steps' gradients of the pre-activations, the next product's operand;
+// - global memory: each element read or written once, by the traffic threads, in 16 bytes where
+//   addresses allow it; the initial and last states, which only one step needs, by the computing
+//   warps.
+//
+// What orders the steps is one barrier at the end of each, as in head_forward.cu: before it the
+// computing warps have read a step's inputs and written its gradients; the traffic threads have
+// stored the gradients of the step computed before, have asked for the inputs of the one STAGES - 1
+// steps on, and have seen those of the next one arrive.
+
+constexpr int INPUTS = pitch(G + 2 * S), GATES = pitch(G);
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
+head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
+              const Element* __restrict__ states, const Element* __restrict__ gates,
+              const Element* __restrict__ d_states, const float* __restrict__ d_last,
+              Element* __restrict__ d_gates, float* __restrict__ d_initial, long long initial_s,
+              long long initial_b, long long initial_n, long long initial_d, long long d_states_s,
+              long long d_states_b, long long d_states_t, long long d_states_n,
+              long long d_states_d, long long d_last_s, long long d_last_b, long long d_last_n,
+              long long d_last_d, long long T, long long B, int N) {
+    Fragment* spare = reinterpret_cast<Fragment*>(shared_memory());
+    Element* ring = reinterpret_cast<Element*>(spare + COMPUTING * SPARED * 32);
+    Element* gradients = ring + STAGES * SEQUENCES * INPUTS;
+
+    const int n = blockIdx.x % N;
+    const long long first = static_cast<long long>(blockIdx.x / N) * SEQUENCES;
+    const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
+    const long long width = static_cast<long long>(N) * D;
+
+    // The last step has no gradients after it. In the ring, places that no unit has are zeros.
+    const int clear_from = D == DD ? STAGES * SEQUENCES * INPUTS + SEQUENCES * GATES : 0;
+    for (int i = clear_from + threadIdx.x; i < STAGES * SEQUENCES * INPUTS + 2 * SEQUENCES * GATES;
+         i += THREADS) {
+        round_to(ring[i], 0.0f);
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= 32 * COMPUTING) {
+        const Element* gates_from = gates + (first * T + T - 1) * G * width + n * D;
+        const Element* states_from = states + (first * T + T - 2) * width + n * D;
+        const Element* given_from =
+            d_states + first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
+        long long to_fetch = T;
+        int slot = 0;
+        const auto fetch_next = [&]() {
+            Element* to = ring + slot * SEQUENCES * INPUTS;
+            if (to_fetch > 0) {
+                fetch<G>(to, INPUTS, gates_from, T * G * width, width, 1, last);
+                fetch<S>(to + (G + S) * DD, INPUTS, given_from, d_states_b, d_states_s, d_states_d, last);
+            }
+            if (to_fetch > 1) {
+                fetch<S>(to + G * DD, INPUTS, states_from, T * width, B * T * width, 1, last);
+            }
+            close_copy_group();
+            gates_from -= G * width;
+            states_from -= width;
+            given_from -= d_states_t;
+            --to_fetch;
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
+        };
+        for (int i = 0; i < STAGES - 1; ++i) fetch_next();
+        wait_for_copy_groups<STAGES - 2>();
+        __syncthreads();
+        Element* to = d_gates + (first * T + T - 1) * G * width + n * D;
+        for (int done = 0; done <= T; ++done) {
+            if (done < T) fetch_next();
+            if (done > 0) {
+                store<G>(gradients + (done - 1) % 2 * SEQUENCES * GATES, GATES, to, T * G * width, width,
+                         last);
+                to -= G * width;
+            }
+            wait_for_copy_groups<STAGES - 2>();
+            if (done < T) __syncthreads();
+        }
+        return;
+    }
+
+    const Lane lane;
+    Matrix matrix;
+    if (!CUT) matrix.load<false>(R, n, N, lane, spare);
+    float d_carried[S][OWNED];
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        const bool exists = lane.unit(e) < D && lane.sequence(e) <= last;
+        const float* from =
+            d_last + (first + lane.sequence(e)) * d_last_b + n * d_last_n + lane.unit(e) * d_last_d;
+#pragma unroll
+        for (int s = 0; s < S; ++s) d_carried[s][e] = exists ? from[s * d_last_s] : 0.0f;
+    }
+    __syncthreads();
+
+    const auto add_recurrent_gradient = [&](int done) {
+        if (CUT) return;
+        float sums[BLOCKS][4];
+        transposed_product(sums, matrix, gradients + (done + 1) % 2 * SEQUENCES * GATES, GATES);
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const float d_h = lane.owned(sums, e);
+            d_carried[0][e] +=
+                CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
+        }
+    };
+    int slot = 0;
+    for (int done = 0; done < T; ++done) {
+        add_recurrent_gradient(done);
+        const Element* inputs = ring + slot * SEQUENCES * INPUTS;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        float preactivations[G][OWNED], before[S][OWNED], given[S][OWNED];
+#pragma unroll
+        for (int k = 0; k < G; ++k) load_owned(preactivations[k], inputs + k * DD, INPUTS, lane);
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            load_owned(before[s], inputs + (G + s) * DD, INPUTS, lane);
+            load_owned(given[s], inputs + (G + S + s) * DD, INPUTS, lane);
+        }
+        if (done == T - 1) {
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const bool exists = lane.unit(e) < D && lane.sequence(e) <= last;
+                const float* from = initial + (first + lane.sequence(e)) * initial_b + n * initial_n +
+                                    lane.unit(e) * initial_d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) before[s][e] = exists ? from[s * initial_s] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            float mine[G], old[S], d_after[S], d_before[S], d_mine[G];
+#pragma unroll
+            for (int k = 0; k < G; ++k) mine[k] = preactivations[k][e];
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                old[s] = before[s][e];
+                d_after[s] = d_carried[s][e] + given[s][e];
+            }
+            derivative(old, mine, d_after, d_before, d_mine);
+#pragma unroll
+            for (int k = 0; k < G; ++k) preactivations[k][e] = d_mine[k];
+#pragma unroll
+            for (int s = 0; s < S; ++s) d_carried[s][e] = d_before[s];
+        }
+        Element* to = gradients + done % 2 * SEQUENCES * GATES;
+#pragma unroll
+        for (int k = 0; k < G; ++k) store_owned(to + k * DD, GATES, preactivations[k], lane);
+        __syncthreads();
+    }
+    add_recurrent_gradient(T);
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        if (lane.unit(e) >= D || lane.sequence(e) > last) continue;
+        float* to = d_initial + (first + lane.sequence(e)) * width + n * D + lane.unit(e);
+#pragma unroll
+        for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[s][e];
+    }
+}

@@ -1,0 +1,158 @@
+// The scan over time, forward, for heads that fit a thread block; see head.cuh for who owns what.
+//
+// What lives where:
+//
+// - registers of the computing warps: R (fragments.cuh), the bias, the carried states in float32;
+// - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
+//   inputs; two steps' new states, of which h is also the next product's operand; two steps'
+//   pre-activations, where they are saved;
+// - global memory: each element read or written once, by the traffic threads, in 16 bytes where
+//   addresses allow it.
+//
+// What orders the steps is one barrier at the end of each. Before the barrier of step t the
+// computing warps have read the inputs of step t and written its new states; the traffic threads have
+// stored the new states of step t - 1, have asked for the inputs of step t + STAGES - 1, into the
+// slot that was read in step t - 1, and have seen those of step t + 1 arrive.
+
+constexpr int INPUTS = pitch(GW), STATES = pitch(S), GATES = pitch(G);
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
+head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
+             const Element* __restrict__ b, const float* __restrict__ initial,
+             Element* __restrict__ states, float* __restrict__ last_states,
+             Element* __restrict__ gates, long long Wx_b, long long Wx_t, long long Wx_g,
+             long long Wx_n, long long Wx_d, long long initial_s, long long initial_b,
+             long long initial_n, long long initial_d, long long T, long long B, int N) {
+    Fragment* spare = reinterpret_cast<Fragment*>(shared_memory());
+    Element* ring = reinterpret_cast<Element*>(spare + COMPUTING * SPARED * 32);
+    Element* new_states = ring + STAGES * SEQUENCES * INPUTS;
+    Element* saved = new_states + 2 * SEQUENCES * STATES;
+
+    const int n = blockIdx.x % N;
+    const long long first = static_cast<long long>(blockIdx.x / N) * SEQUENCES;
+    const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
+    const long long width = static_cast<long long>(N) * D;
+
+    // Places that no unit has are zeros, whatever is multiplied with them.
+    if (D != DD) {
+        for (int i = threadIdx.x; i < STAGES * SEQUENCES * INPUTS; i += THREADS) {
+            round_to(ring[i], 0.0f);
+        }
+        __syncthreads();
+    }
+
+    if (threadIdx.x >= 32 * COMPUTING) {
+        const Element* from = Wx + first * Wx_b + n * Wx_n;
+        int fetched = 0, slot = 0;
+        const auto fetch_next = [&]() {
+            if (fetched < T) {
+                fetch<GW>(ring + slot * SEQUENCES * INPUTS, INPUTS, from, Wx_b, Wx_g, Wx_d, last);
+            }
+            close_copy_group();
+            from += Wx_t;
+            ++fetched;
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
+        };
+        for (int t = 0; t < STAGES - 1; ++t) fetch_next();
+        wait_for_copy_groups<STAGES - 2>();
+        __syncthreads();
+        Element* to = states + first * T * width + n * D;
+        Element* gates_to = gates + first * T * G * width + n * D;
+        for (int t = 0; t < T; ++t) {
+            fetch_next();
+            if (t > 0) {
+                const int turn = (t - 1) % 2 * SEQUENCES;
+                store<S>(new_states + turn * STATES, STATES, to, T * width, B * T * width, last);
+                to += width;
+                if (SAVE_GATES) {
+                    store<G>(saved + turn * GATES, GATES, gates_to, T * G * width, width, last);
+                    gates_to += G * width;
+                }
+            }
+            wait_for_copy_groups<STAGES - 2>();
+            __syncthreads();
+        }
+        const int turn = (T - 1) % 2 * SEQUENCES;
+        store<S>(new_states + turn * STATES, STATES, to, T * width, B * T * width, last);
+        if (SAVE_GATES) {
+            store<G>(saved + turn * GATES, GATES, gates_to, T * G * width, width, last);
+        }
+        return;
+    }
+
+    const Lane lane;
+    Matrix matrix;
+    matrix.load<true>(R, n, N, lane, spare);
+    float carried[S][OWNED];
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        const bool exists = lane.unit(e) < D && lane.sequence(e) <= last;
+        const float* from = initial + (first + lane.sequence(e)) * initial_b + n * initial_n +
+                            lane.unit(e) * initial_d;
+#pragma unroll
+        for (int s = 0; s < S; ++s) carried[s][e] = exists ? from[s * initial_s] : 0.0f;
+    }
+    float bias[G][OWNED];
+#pragma unroll
+    for (int k = 0; k < G; ++k) {
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const bool fed = FED_B[k] >= 0 && lane.unit(e) < D;
+            const long long row = static_cast<long long>(FED_B[k]) * N + n;
+            bias[k][e] = fed ? to_float(b[row * D + lane.unit(e)]) : 0.0f;
+        }
+    }
+    // h before the first step lies where that before step 0 would.
+    store_owned(new_states + SEQUENCES * STATES, STATES, carried[0], lane);
+    __syncthreads();
+
+    int slot = 0;
+    for (int t = 0; t < T; ++t) {
+        float sums[GR][BLOCKS][4], preactivations[G][OWNED];
+        recurrent_product(sums, matrix, new_states + (t + 1) % 2 * SEQUENCES * STATES, STATES);
+        // Nothing here depends on the product, and all of it hides behind it.
+        const Element* inputs = ring + slot * SEQUENCES * INPUTS;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            float input[OWNED] = {};
+            if (FED_WX[k] >= 0) load_owned(input, inputs + FED_WX[k] * DD, INPUTS, lane);
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) preactivations[k][e] = input[e] + bias[k][e];
+        }
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                preactivations[RECURRENT[s]][e] += lane.owned(sums[s], e);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            float mine[G], old[S], after[S];
+#pragma unroll
+            for (int k = 0; k < G; ++k) mine[k] = preactivations[k][e];
+#pragma unroll
+            for (int s = 0; s < S; ++s) old[s] = carried[s][e];
+            step(old, mine, after);
+#pragma unroll
+            for (int s = 0; s < S; ++s) carried[s][e] = after[s];
+        }
+        Element* to = new_states + t % 2 * SEQUENCES * STATES;
+#pragma unroll
+        for (int s = 0; s < S; ++s) store_owned(to + s * DD, STATES, carried[s], lane);
+        if (SAVE_GATES) {
+            Element* gates_to = saved + t % 2 * SEQUENCES * GATES;
+#pragma unroll
+            for (int k = 0; k < G; ++k) store_owned(gates_to + k * DD, GATES, preactivations[k], lane);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        if (lane.unit(e) >= D || lane.sequence(e) > last) continue;
+        float* to = last_states + (first + lane.sequence(e)) * width + n * D + lane.unit(e);
+#pragma unroll
+        for (int s = 0; s < S; ++s) to[s * B * width] = carried[s][e];
+    }
+}

@@ -1,0 +1,59 @@
+"""The text that every CUDA program begins with: constants, PTX, the table's functions, the cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from flashrnn.cells.render import render_cuda
+from flashrnn.cells.spec import Cell
+
+PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
+"""How products are computed, and the type that stands for it in CUDA."""
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of a dtype are computed; of float32, as PyTorch's own are set to be."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def itemsize_of(precision: str) -> int:
+    """Bytes of an element of the tensors."""
+    return 2 if precision in ("float16", "bfloat16") else 4
+
+
+def prelude(
+    cell: Cell, precision: str, constants: Mapping[str, bool | int | float]
+) -> dict[str, str]:
+    """The first parts of a program, each under the name that an error gives it.
+
+    Args:
+        cell: its numbers and functions go in as :func:`flashrnn.cells.render.render_cuda` says.
+        precision: out of ``PRECISIONS``; sets the types ``Element``, of the tensors, and
+            ``Operand``, which chooses the product.
+        constants: what else is compiled in.
+    """
+    element = "float" if precision == "tf32" else PRECISIONS[precision]
+    return {
+        "plan": "\n".join(map(_constant, constants, constants.values())),
+        "ptx.cuh": read("ptx.cuh"),
+        "types": f"using Element = {element};\nusing Operand = {PRECISIONS[precision]};",
+        "pointwise.cuh": read("pointwise.cuh"),
+        f"cell {cell.name}": render_cuda(cell),
+    }
+
+
+def _constant(name: str, value: bool | int | float) -> str:
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"constexpr {type(value).__name__} {name} = {text};"
+
+
+@cache
+def read(name: str) -> str:
+    """The text of a source file beside this one."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
