@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu-test clean
+.PHONY: help demo bench test check gpu-test clean
 
 help:
 	@echo 'make demo      train a small network on the CPU or the GPU; ARGS="--task text" for another task'
+	@echo 'make bench     measure speed beside other RNNs; ARGS="head-dim --quick" for less than everything'
 	@echo 'make test      run the tests; those that need a GPU are skipped where there is none'
 	@echo 'make gpu-test  run the tests that need a GPU, and only those'
 	@echo 'make check     lint, format and types, all without changing a file'
@@ -20,6 +21,9 @@ help:
 
 demo: $(INSTALLED)
 	$(BIN)/python -m flashrnn demo $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m flashrnn bench $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

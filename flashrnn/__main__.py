@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from flashrnn import __version__, info
+from flashrnn.bench import command as bench
 from flashrnn.demo import command as demo
 
 
@@ -21,6 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, module, summary in (
         ("info", info, "say what is installed, and which backends run here or why not"),
         ("demo", demo, "train a small network on a task that needs state, or on text"),
+        ("bench", bench, "measure speed, memory and start-up time beside those of others"),
     ):
         command = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -45,8 +45,9 @@ class FlashRNNConfig:
             one for each state.
 
     Raises:
-        TypeError: a dtype other than float16, bfloat16, float32, float64.
-        ValueError: a clip value that is not a positive number.
+        TypeError: a dtype other than float16, bfloat16, float32, float64; a clip or initial value
+            that is no number.
+        ValueError: a clip value that is not positive and finite.
     """
 
     gradient_recurrent_cut: bool = False
@@ -59,8 +60,18 @@ class FlashRNNConfig:
     def __post_init__(self) -> None:
         for option in ("gradient_recurrent_clipval", "forward_clipval"):
             value = getattr(self, option)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{option}={value!r}; accepted are positive numbers, or None")
+            if value is None:
+                continue
+            accepted = "accepted are positive numbers, or None"
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{option} is {type(value).__name__}; {accepted}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{option}={value!r}; {accepted}")
+        values = self.initial_val if isinstance(self.initial_val, Sequence) else [self.initial_val]
+        if not all(isinstance(value, (int, float)) for value in values):
+            raise TypeError(
+                f"initial_val={self.initial_val!r}; accepted is one number, or one for each state"
+            )
         if self.dtype is not None:
             parse_dtype(self.dtype)
 
@@ -70,7 +81,7 @@ class FlashRNNConfig:
         Raises:
             ValueError: ``initial_val`` has another number of values than there are states.
         """
-        if isinstance(self.initial_val, (int, float)):
+        if not isinstance(self.initial_val, Sequence):
             return (float(self.initial_val),) * len(states)
         values = tuple(map(float, self.initial_val))
         if len(values) != len(states):

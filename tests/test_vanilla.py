@@ -206,7 +206,7 @@ def test_precision_against_float64(function, dtype, bound_states, bound_gradient
 
 
 @pytest.mark.parametrize("function", BUILT_IN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_inputs_stay_finite(function, dtype):
     """Pre-activations of ±300 in every combination of gates, twice over."""
     kind = resolve(function)
@@ -312,6 +312,21 @@ def test_forward_clipval_bounds_h_alone(function):
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_clip_values_must_be_positive(option, value):
     with pytest.raises(ValueError, match=f"{option}=.*positive"):
+        FlashRNNConfig(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("forward_clipval", "1", "forward_clipval is str; accepted are positive numbers, or None"),
+        ("gradient_recurrent_clipval", [1.0], "gradient_recurrent_clipval is list; accepted are"),
+        ("initial_val", "10", "initial_val='10'; accepted is one number, or one for each state"),
+        ("initial_val", None, "initial_val=None; accepted is one number"),
+        ("initial_val", (0.0, None), r"initial_val=\(0.0, None\); accepted is one number"),
+    ],
+)
+def test_what_is_no_number_is_refused(option, value, words):
+    with pytest.raises(TypeError, match=words):
         FlashRNNConfig(**{option: value})
 
 

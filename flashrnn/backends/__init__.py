@@ -11,15 +11,16 @@ It is imported when it is first asked for, so that ``import flashrnn`` loads non
 
 from __future__ import annotations
 
-import importlib
-from typing import Protocol, cast
+import operator
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from flashrnn.cells.spec import unknown_name
+from flashrnn.cells.spec import cell_of, unknown_name
 from flashrnn.problem import Problem
 
-PREFERENCE = ("triton", "cuda", "vanilla")
+PREFERENCE = ("cuda_fused", "triton", "cuda", "vanilla")
 _ALIASES = {"triton_fused": "triton"}
 
 
@@ -57,9 +58,24 @@ def load(name: str) -> Backend:
         ValueError: no such backend; names the nearest.
     """
     name = _ALIASES.get(name, name)
-    if name not in PREFERENCE:
-        raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    # Statements that name the modules, for Dynamo can follow those.
+    if name == "cuda_fused":
+        from flashrnn.backends import cuda_fused
+
+        return cuda_fused
+    if name == "triton":
+        from flashrnn.backends import triton
+
+        return triton
+    if name == "cuda":
+        from flashrnn.backends import cuda
+
+        return cuda
+    if name == "vanilla":
+        from flashrnn.backends import vanilla
+
+        return vanilla
+    raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
 
 
 def choose(name: str, problem: Problem) -> Backend:
@@ -68,6 +84,29 @@ def choose(name: str, problem: Problem) -> Backend:
     Raises:
         ValueError: unknown name, or the named backend cannot do the problem; says why.
     """
+    if torch.compiler.is_compiling():
+        # What a backend asks of the machine is nothing that a graph could compute.
+        sizes = operator.index(problem.N), operator.index(problem.D)
+        handle, dtype, device = problem.cell.handle, problem.dtype, problem.device
+        return load(_chosen(name, handle, *sizes, dtype, device, problem.needs_gradient))
+    return load(_choose(name, problem))
+
+
+@torch.compiler.assume_constant_result
+def _chosen(
+    name: str,
+    handle: str,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    needs_gradient: bool,
+) -> str:
+    problem = Problem(cell_of(handle), 1, 1, N, D, dtype, device, needs_gradient)
+    return _choose(name, problem)
+
+
+def _choose(name: str, problem: Problem) -> str:
     if name != "auto":
         backend = load(name)
         reason = backend.unavailable() or backend.unsupported(problem)
@@ -76,9 +115,9 @@ def choose(name: str, problem: Problem) -> Backend:
                 f"backend {name!r} cannot do this call: {reason}. "
                 'backend="auto" takes the fastest one that can'
             )
-        return backend
+        return name
     for candidate in PREFERENCE:
         backend = load(candidate)
         if not (backend.unavailable() or backend.unsupported(problem)):
-            return backend
+            return candidate
     raise AssertionError("vanilla supports every problem")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.problem import Problem, carry_dtype
 
 _cells: dict[str, Cell] = {}
@@ -69,7 +69,7 @@ def run(
         b,
         states,
         backend,
-        _key(problem.cell),
+        _key(problem.cell.handle),
         problem.needs_gradient,
         problem.gradient_recurrent_cut,
         problem.gradient_recurrent_clipval,
@@ -78,11 +78,12 @@ def run(
     return every_state, last_states
 
 
-def _key(cell: Cell) -> str:
+@torch.compiler.assume_constant_result
+def _key(handle: str) -> str:
     """The string that stands for a cell in a graph: the same in every process."""
-    key = cell.fingerprint
-    _cells[key] = cell
-    return key
+    cell = cell_of(handle)
+    _cells[cell.fingerprint] = cell
+    return cell.fingerprint
 
 
 @cache

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -55,14 +57,17 @@ class Cell:
         states: names of the states; the first is ``h``, the one that ``R`` multiplies.
         gates: the gates in the order in which the step function receives them.
         step: ``step(states, gates) -> new states``; tensors of one shape and dtype.
+        handle: stands for the cell within this process; see :func:`cell_of`.
     """
 
     name: str
     states: tuple[str, ...]
     gates: tuple[Gate, ...]
     step: Step
+    handle: str = field(default_factory=lambda: f"cell {next(_numbers)}", init=False)
 
     def __post_init__(self) -> None:
+        _cells[self.handle] = self
         for kind, names in (("state", self.states), ("gate", tuple(g.name for g in self.gates))):
             if not names or len(set(names)) != len(names):
                 raise ValueError(
@@ -113,6 +118,18 @@ class Cell:
         return (
             f"<cell {self.name}: states {self.states}, gates {tuple(g.name for g in self.gates)}>"
         )
+
+
+_numbers = itertools.count()
+_cells: WeakValueDictionary[str, Cell] = WeakValueDictionary()
+
+
+def cell_of(handle: str) -> Cell:
+    """The cell with this handle.
+
+    ``torch.compile`` takes strings, and no cells, as arguments of what it does not look into.
+    """
+    return _cells[handle]
 
 
 class CellError(ValueError):

@@ -45,42 +45,47 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     __syncthreads();
 
     if (threadIdx.x >= 32 * COMPUTING) {
-        const Element* gates_from = gates + (first * T + T - 1) * G * width + n * D;
-        const Element* states_from = states + (first * T + T - 2) * width + n * D;
-        const Element* given_from =
-            d_states + first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
+        const long long at = (first * T + T - 1) * width + n * D;
+        const long long at_gates = (first * T + T - 1) * G * width + n * D;
+        const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
+        Flow<G, const Element> input_gates({gates + at_gates, T * G * width, width, 1}, -G * width,
+                                           INPUTS, last);
+        // Those before the step: one step earlier.
+        Flow<S, const Element> input_states({states + at - width, T * width, B * T * width, 1}, -width,
+                                            INPUTS, last);
+        Flow<S, const Element> input_given({d_states + at_given, d_states_b, d_states_s, d_states_d},
+                                           -d_states_t, INPUTS, last);
+        Flow<G, Element> output({d_gates + at_gates, T * G * width, width, 1}, -G * width, GATES, last);
         long long to_fetch = T;
         int slot = 0;
         const auto fetch_next = [&]() {
             Element* to = ring + slot * SEQUENCES * INPUTS;
             if (to_fetch > 0) {
-                fetch<G>(to, INPUTS, gates_from, T * G * width, width, 1, last);
-                fetch<S>(to + (G + S) * DD, INPUTS, given_from, d_states_b, d_states_s, d_states_d, last);
+                input_gates.fetch(to);
+                input_given.fetch(to + (G + S) * DD);
             }
-            if (to_fetch > 1) {
-                fetch<S>(to + G * DD, INPUTS, states_from, T * width, B * T * width, 1, last);
-            }
-            close_copy_group();
-            gates_from -= G * width;
-            states_from -= width;
-            given_from -= d_states_t;
+            if (to_fetch > 1) input_states.fetch(to + G * DD);
             --to_fetch;
+            close_copy_group();
+            input_gates.advance();
+            input_states.advance();
+            input_given.advance();
             slot = slot + 1 == STAGES ? 0 : slot + 1;
+        };
+        const auto store_next = [&](int done) {
+            output.store(gradients + done % 2 * SEQUENCES * GATES);
+            output.advance();
         };
         for (int i = 0; i < STAGES - 1; ++i) fetch_next();
         wait_for_copy_groups<STAGES - 2>();
         __syncthreads();
-        Element* to = d_gates + (first * T + T - 1) * G * width + n * D;
-        for (int done = 0; done <= T; ++done) {
-            if (done < T) fetch_next();
-            if (done > 0) {
-                store<G>(gradients + (done - 1) % 2 * SEQUENCES * GATES, GATES, to, T * G * width, width,
-                         last);
-                to -= G * width;
-            }
+        for (int done = 0; done < T; ++done) {
+            fetch_next();
+            if (done > 0) store_next(done - 1);
             wait_for_copy_groups<STAGES - 2>();
-            if (done < T) __syncthreads();
+            __syncthreads();
         }
+        store_next(T - 1);
         return;
     }
 

@@ -42,41 +42,38 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     }
 
     if (threadIdx.x >= 32 * COMPUTING) {
-        const Element* from = Wx + first * Wx_b + n * Wx_n;
+        const long long head = first * T * width + n * D, head_gates = first * T * G * width + n * D;
+        Flow<GW, const Element> input(
+            {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUTS, last);
+        Flow<S, Element> output({states + head, T * width, B * T * width, 1}, width, STATES, last);
+        Flow<G, Element> output_gates({gates + head_gates, T * G * width, width, 1}, G * width, GATES,
+                                      last);
         int fetched = 0, slot = 0;
         const auto fetch_next = [&]() {
-            if (fetched < T) {
-                fetch<GW>(ring + slot * SEQUENCES * INPUTS, INPUTS, from, Wx_b, Wx_g, Wx_d, last);
-            }
+            if (fetched++ < T) input.fetch(ring + slot * SEQUENCES * INPUTS);
             close_copy_group();
-            from += Wx_t;
-            ++fetched;
+            input.advance();
             slot = slot + 1 == STAGES ? 0 : slot + 1;
+        };
+        const auto store_next = [&](int t) {
+            const int turn = t % 2 * SEQUENCES;
+            output.store(new_states + turn * STATES);
+            output.advance();
+            if (SAVE_GATES) {
+                output_gates.store(saved + turn * GATES);
+                output_gates.advance();
+            }
         };
         for (int t = 0; t < STAGES - 1; ++t) fetch_next();
         wait_for_copy_groups<STAGES - 2>();
         __syncthreads();
-        Element* to = states + first * T * width + n * D;
-        Element* gates_to = gates + first * T * G * width + n * D;
         for (int t = 0; t < T; ++t) {
             fetch_next();
-            if (t > 0) {
-                const int turn = (t - 1) % 2 * SEQUENCES;
-                store<S>(new_states + turn * STATES, STATES, to, T * width, B * T * width, last);
-                to += width;
-                if (SAVE_GATES) {
-                    store<G>(saved + turn * GATES, GATES, gates_to, T * G * width, width, last);
-                    gates_to += G * width;
-                }
-            }
+            if (t > 0) store_next(t - 1);
             wait_for_copy_groups<STAGES - 2>();
             __syncthreads();
         }
-        const int turn = (T - 1) % 2 * SEQUENCES;
-        store<S>(new_states + turn * STATES, STATES, to, T * width, B * T * width, last);
-        if (SAVE_GATES) {
-            store<G>(saved + turn * GATES, GATES, gates_to, T * G * width, width, last);
-        }
+        store_next(T - 1);
         return;
     }
 

@@ -1,22 +1,18 @@
 // What the traffic threads do: copies between global memory and lines of shared memory.
 //
-// A line has rows of DD places, one for each of COUNT gates or states. `from` and `to` are the
-// addresses in global memory of the step's first row of the head, for sequence 0.
+// A line has rows of DD places, one for each of COUNT gates or states; the rows of a step that lie
+// in global memory lie anywhere, their elements, if ALIGNED, together and from a multiple of 16 bytes
+// on. Then a thread keeps the addresses of its pieces of 16 bytes and moves them on from step to
+// step; else it copies element by element.
 
 constexpr int PIECE = ALIGNED ? SHARE : 1;
 constexpr int PIECES = D / PIECE;
 
-// One of the thread's pieces of a step.
-template <int COUNT>
-struct Place {
-    int sequence, row, unit;
-
-    __device__ Place(int index)
-        : sequence(index / (PIECES * COUNT)),
-          row(index / PIECES % COUNT),
-          unit(index % PIECES * PIECE) {}
-
-    static constexpr int ALL = SEQUENCES * COUNT * PIECES;
+// Where the rows of a tensor lie: `origin` is the first row's first element of sequence 0.
+template <typename T>
+struct Rows {
+    T* origin;
+    long long sequence, row, unit;
 };
 
 template <typename T>
@@ -26,39 +22,82 @@ __device__ inline T load_element(const T* from) {
 
 __device__ inline float load_element(const float* from) { return __ldg(from); }
 
-// Sequences beyond the last are copies of it, and never stored.
-template <int COUNT>
-__device__ inline void fetch(Element* lines, int pitch, const Element* from, long long b_stride,
-                             long long row_stride, long long d_stride, int last) {
-    const int thread = threadIdx.x - 32 * COMPUTING;
-#pragma unroll(ALIGNED ? 16 : 4)
-    for (int index = thread; index < Place<COUNT>::ALL; index += TRAFFIC) {
-        const Place<COUNT> place(index);
-        const int b = place.sequence < last ? place.sequence : last;
-        Element* to = lines + place.sequence * pitch + place.row * DD + place.unit;
-        const Element* source = from + b * b_stride + place.row * row_stride;
-        if constexpr (ALIGNED) {
-            copy_async(to, source + place.unit);
-        } else {
-            *to = load_element(source + place.unit * d_stride);
-        }
-    }
-}
+// One tensor's rows, step after step. T is const where they are read.
+template <int COUNT, typename T>
+struct Flow {
+    static constexpr int ALL = SEQUENCES * COUNT * PIECES;
+    static constexpr int MINE = (ALL + TRAFFIC - 1) / TRAFFIC;
 
-template <int COUNT>
-__device__ inline void store(const Element* lines, int pitch, Element* to, long long b_stride,
-                             long long row_stride, int last) {
-    const int thread = threadIdx.x - 32 * COMPUTING;
-#pragma unroll(ALIGNED ? 16 : 4)
-    for (int index = thread; index < Place<COUNT>::ALL; index += TRAFFIC) {
-        const Place<COUNT> place(index);
-        if (place.sequence > last) continue;
-        const Element* from = lines + place.sequence * pitch + place.row * DD + place.unit;
-        Element* target = to + place.sequence * b_stride + place.row * row_stride + place.unit;
+    Rows<T> rows;
+    long long step;
+    int pitch, last;
+    T* addresses[ALIGNED ? MINE : 1];
+
+    // `last` is the last sequence that exists. Those beyond are read as if they were it, and never
+    // written.
+    __device__ Flow(Rows<T> rows, long long step, int pitch, int last)
+        : rows(rows), step(step), pitch(pitch), last(last) {
         if constexpr (ALIGNED) {
-            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);
-        } else {
-            *target = *from;
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) addresses[i] = address(index(i));
         }
     }
-}
+
+    __device__ static int index(int i) { return threadIdx.x - 32 * COMPUTING + i * TRAFFIC; }
+    __device__ static int sequence(int index) { return index / (PIECES * COUNT); }
+    __device__ static bool exists(int index) { return ALL % TRAFFIC == 0 || index < ALL; }
+
+    __device__ T* address(int index) const {
+        const int b = sequence(index) < last ? sequence(index) : last;
+        return rows.origin + b * rows.sequence + index / PIECES % COUNT * rows.row +
+               index % PIECES * PIECE * (ALIGNED ? 1 : rows.unit);
+    }
+
+    __device__ int place(int index) const {
+        return sequence(index) * pitch + index / PIECES % COUNT * DD + index % PIECES * PIECE;
+    }
+
+    __device__ void advance() {
+        if constexpr (ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) addresses[i] += step;
+        } else {
+            rows.origin += step;
+        }
+    }
+
+    // Asks for the present step's rows.
+    __device__ void fetch(Element* lines) const {
+        if constexpr (ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                if (exists(index(i))) copy_async(lines + place(index(i)), addresses[i]);
+            }
+        } else {
+#pragma unroll 4
+            for (int i = 0; i < MINE; ++i) {
+                if (exists(index(i))) lines[place(index(i))] = load_element(address(index(i)));
+            }
+        }
+    }
+
+    // Writes the present step's rows.
+    __device__ void store(const Element* lines) const {
+        if constexpr (ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                if (exists(index(i)) && sequence(index(i)) <= last) {
+                    *reinterpret_cast<uint4*>(addresses[i]) =
+                        *reinterpret_cast<const uint4*>(lines + place(index(i)));
+                }
+            }
+        } else {
+#pragma unroll 4
+            for (int i = 0; i < MINE; ++i) {
+                if (exists(index(i)) && sequence(index(i)) <= last) {
+                    *address(index(i)) = lines[place(index(i))];
+                }
+            }
+        }
+    }
+};

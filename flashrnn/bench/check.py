@@ -1,0 +1,121 @@
+"""Whether what is timed computes what it should, before it has a time.
+
+The timed configuration itself is run, at its full length. The truth would take minutes there, but
+a recurrence is causal: its first steps, and the gradients of a loss of these alone, are those of a
+sequence that ends with them. So the truth is computed in float64 on a cut of a few steps.
+
+As for its imports, see ``timing.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEPS = 64
+# What a peer may be off by: it rounds as it likes, and a wrong order of gates is off by far more.
+PEERS = 0.05
+
+
+@dataclass(frozen=True)
+class Results:
+    """The first steps of an output and the gradients of a loss of them; whether all is finite."""
+
+    output: Tensor
+    gradients: list[Tensor]
+    finite: bool
+
+
+def results(
+    run: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    inputs: int,
+    time: int,
+    gradient: Tensor,
+    backward: bool,
+) -> Results:
+    """Run, and keep what belongs to the first steps.
+
+    Args:
+        run: what is checked.
+        leaves: its arguments.
+        inputs: how many of them, at the front, have a time axis.
+        time: the axis of time of these and of the output.
+        gradient: of the loss by the output's first steps, and of their shape.
+        backward: whether to ask for gradients.
+    """
+    steps = gradient.shape[time]
+    if not backward:
+        with torch.no_grad():
+            output = run(*leaves)
+        return Results(output.narrow(time, 0, steps), [], bool(output.isfinite().all()))
+    output = run(*leaves)
+    first = output.narrow(time, 0, steps)
+    found = torch.autograd.grad(first, leaves, gradient.to(first))
+    finite = all(bool(x.isfinite().all()) for x in (output, *found))
+    cut = [x.narrow(time, 0, steps) if k < inputs else x for k, x in enumerate(found)]
+    return Results(first.detach(), cut, finite)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far off the results are, ‖given − truth‖ / ‖truth‖, and why they are wrong if so.
+
+    Attributes:
+        output: of the output.
+        gradient: the largest of the gradients; ``None`` where none was asked for.
+        reason: ``None`` where all is right.
+    """
+
+    output: float
+    gradient: float | None
+    reason: str | None
+
+
+def judge(given: Results, truth: Results, plain: Results | None) -> Verdict:
+    """Hold results to the truth.
+
+    Args:
+        given: what is judged.
+        truth: in float64.
+        plain: ours are held to twice the error of these, which are ``vanilla``'s in the same
+            dtype, and a peer, for whom this is ``None``, to 5%.
+    """
+    output = _error(given.output, truth.output)
+    gradients = _errors(given, truth)
+    allowed_output, allowed_gradients = PEERS, [PEERS] * len(gradients)
+    if plain is not None:
+        dtype = plain.output.dtype
+        allowed_output = _allowed(_error(plain.output, truth.output), dtype, residual=0)
+        # Gradients may be computed from what was rounded to 16 bits for them: half a unit in
+        # the last place at most, half of that in the mean.
+        residual = torch.finfo(dtype).eps / 4
+        allowed_gradients = [_allowed(e, dtype, residual) for e in _errors(plain, truth)]
+    wrong = [] if given.finite else ["something is not finite"]
+    if not output <= allowed_output:
+        wrong.append(f"the output is off by {output:.2g}, allowed is {allowed_output:.2g}")
+    wrong += [
+        f"gradient {k} is off by {error:.2g}, allowed is {allowed:.2g}"
+        for k, (error, allowed) in enumerate(zip(gradients, allowed_gradients, strict=True))
+        if not error <= allowed
+    ]
+    reason = f"wrong: {'; '.join(wrong)}" if wrong else None
+    return Verdict(output, max(gradients, default=None), reason)
+
+
+def _allowed(plain: float, dtype: torch.dtype, residual: float) -> float:
+    if dtype.itemsize == 2:
+        return 2 * plain + max(residual, 1e-6)
+    return max(2 * plain, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def _errors(given: Results, truth: Results) -> list[float]:
+    return [_error(a, b) for a, b in zip(given.gradients, truth.gradients, strict=True)]
+
+
+def _error(given: Tensor, truth: Tensor) -> float:
+    given, truth = given.double(), truth.double()
+    return float((given - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))

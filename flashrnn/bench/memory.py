@@ -1,0 +1,34 @@
+"""What a training step allocates on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+HELD, PEAK = "held for backward", "peak of a training step"
+MEASURES = (HELD, PEAK)
+MIB = 1 << 20
+
+
+def measure(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> dict[str, float]:
+    """MiB beside the leaves and the output's gradient: after forward, and at the highest.
+
+    Args:
+        run: ``run(*leaves)`` gives the output.
+        leaves: its arguments, of all of which gradients are asked.
+    """
+    with torch.no_grad():
+        gradient = torch.randn_like(run(*leaves))
+    # Once before: workspaces of libraries stay, and belong to no step.
+    torch.autograd.grad(run(*leaves), leaves, gradient)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = run(*leaves)
+    held = torch.cuda.memory_allocated() - before
+    torch.autograd.grad(output, leaves, gradient)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {HELD: held / MIB, PEAK: peak / MIB}

@@ -1,0 +1,196 @@
+"""What is measured: the suites and their cases."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from flashrnn import available_functions
+from flashrnn.bench.case import Case
+from flashrnn.bench.contender import BOTH, FORWARD
+from flashrnn.bench.memory import HELD, MIB
+from flashrnn.bench.ours import WITH_PRODUCT
+from flashrnn.cells import resolve
+from flashrnn.config import parse_dtype
+
+# Of each row: what the best peer reached on one H200, measured apart from this package or
+# published, and what this package aims for there, in milliseconds.
+GOALS = Path(__file__).with_name("goals.csv")
+B, T, WIDTH = 16, 1024, 768
+HEADS = (48, 24, 12, 6, 3, 2, 1)
+WIDER = (1024, 1280, 1536, 2048, 2560)
+# Heads and units a head, of the suites that vary something else.
+MANY, ONE = (12, 64), (1, 768)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line asks for; ``None``: the suite's own choice."""
+
+    function: str | None = None
+    dtype: torch.dtype | None = None
+    quick: bool = False
+
+    def case(self, N: int, D: int, B: int = B, T: int = T) -> Case:
+        """A case with the function and dtype that were asked for, or LSTM in bfloat16."""
+        return Case(self.function or "lstm", B, T, N, D, self.dtype or torch.bfloat16)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The one that was asked for, or all."""
+        return (self.function,) if self.function else available_functions()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a figure is held against.
+
+    Attributes:
+        goal: what this package aims for.
+        peer: what somebody else reaches, and who; not measured in the same run.
+        peer_value: ...
+    """
+
+    goal: float | None
+    peer: str
+    peer_value: float | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case, and what is special to it.
+
+    Attributes:
+        case: the case.
+        backends: who is measured, where that is not all.
+        alone: whether no peers are, nor other backends than these.
+        marks: by measure.
+    """
+
+    case: Case
+    backends: tuple[str, ...] | None = None
+    alone: bool = False
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of cases.
+
+    Attributes:
+        title: what it is, in a line.
+        entries: its cases.
+        kind: ``"time"``, ``"memory"`` or ``"cold start"``.
+        device: ``"cuda"`` or ``"cpu"``.
+        axis: what its figure has on the horizontal axis, a field of a case; ``None``: no figure.
+    """
+
+    title: str
+    entries: Callable[[Selection], list[Entry]]
+    kind: str = "time"
+    device: str = "cuda"
+    axis: str | None = None
+
+
+def head_dim(selection: Selection) -> list[Entry]:
+    """Heads that share a width of 768, and single ones beyond."""
+    heads, wider = ((12, 3, 1), (1536,)) if selection.quick else (HEADS, WIDER)
+    shapes = [*((N, WIDTH // N) for N in heads), *((1, D) for D in wider)]
+    return [Entry(selection.case(N, D)) for N, D in shapes]
+
+
+def batch(selection: Selection) -> list[Entry]:
+    """Few sequences and many."""
+    if selection.quick:
+        return [Entry(selection.case(*MANY, B=B)) for B in (1, 64)]
+    shapes = [(MANY, (1, 2, 4, 8, 16, 32, 64, 128, 256)), (ONE, (1, 4, 16, 64, 256))]
+    return [Entry(selection.case(*shape, B=B)) for shape, sizes in shapes for B in sizes]
+
+
+def length(selection: Selection) -> list[Entry]:
+    """Short sequences and long ones."""
+    shapes, lengths = (
+        ((MANY,), (256, 1024)) if selection.quick else ((MANY, ONE), (256, 512, 1024, 2048, 4096))
+    )
+    return [Entry(selection.case(*shape, T=T)) for shape in shapes for T in lengths]
+
+
+def functions(selection: Selection) -> list[Entry]:
+    """Every cell, small heads and one large."""
+    shapes = (MANY,) if selection.quick else (MANY, ONE)
+    dtype = selection.dtype or torch.bfloat16
+    return [
+        Entry(Case(function, B, T, N, D, dtype))
+        for N, D in shapes
+        for function in selection.functions
+    ]
+
+
+def goals(selection: Selection) -> list[Entry]:
+    """Every row of goals.csv, for the backend that has the goal."""
+    entries = []
+    with GOALS.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            B, T, N, D = (int(row[name]) for name in "BTND")
+            case = Case(row["function"], B, T, N, D, parse_dtype(row["dtype"]))
+            marks = {
+                measure: Mark(
+                    float(row[f"goal_{short}_ms"]),
+                    row["best_peer"],
+                    float(row[f"peer_{short}_ms"]) if row[f"peer_{short}_ms"] else None,
+                )
+                for measure, short in ((FORWARD, "fw"), (BOTH, "fwbw"))
+            }
+            entries.append(Entry(case, (row["backend"],), True, marks))
+    return [
+        entry
+        for entry in entries
+        if entry.case.function in selection.functions
+        and selection.dtype in (None, entry.case.dtype)
+    ]
+
+
+def memory(selection: Selection) -> list[Entry]:
+    """Every cell, beside what upstream keeps for backward: all states and gates."""
+    entries = []
+    for entry in functions(selection):
+        case = entry.case
+        cell = resolve(case.function)
+        kept = (len(cell.states) + len(cell.gates)) * case.B * case.T * case.N * case.D
+        scheme = Mark(None, "upstream's scheme, computed", kept * case.dtype.itemsize / MIB)
+        entries.append(replace(entry, marks={HELD: scheme}))
+    return entries
+
+
+def cold_start(selection: Selection) -> list[Entry]:
+    """A small head and a large one."""
+    shapes = (MANY,) if selection.quick else (MANY, ONE)
+    return [Entry(selection.case(*shape)) for shape in shapes]
+
+
+def cpu(selection: Selection) -> list[Entry]:
+    """Every cell at a size that a CPU computes at once."""
+    T = 64 if selection.quick else 256
+    dtype = selection.dtype or torch.float32
+    own = ("vanilla", f"vanilla{WITH_PRODUCT}")
+    return [Entry(Case(function, 32, T, 1, 128, dtype), own) for function in selection.functions]
+
+
+SUITES = {
+    "head-dim": Suite(
+        f"over the head dimension: {WIDTH} units in all, and single heads beyond",
+        head_dim,
+        axis="D",
+    ),
+    "batch": Suite("over the batch size", batch, axis="B"),
+    "length": Suite("over the length of the sequences", length, axis="T"),
+    "functions": Suite("every cell", functions, axis="function"),
+    "goals": Suite("every row of the table of goals, by the backend that has the goal", goals),
+    "memory": Suite("GPU memory of a training step", memory, kind="memory"),
+    "cold-start": Suite("first results of fresh processes", cold_start, kind="cold start"),
+    "cpu": Suite("vanilla and torch.nn on the CPU", cpu, device="cpu", axis="function"),
+}
