@@ -19,7 +19,7 @@ from flashrnn.__main__ import main
 from flashrnn.cells import resolve
 from flashrnn.demo import checkpoint, language, state_tracking
 from flashrnn.demo.automata import AUTOMATA, Automaton
-from flashrnn.demo.distributed import World
+from flashrnn.demo.distributed import World, join
 from flashrnn.demo.errors import DemoError
 from flashrnn.demo.model import FORGET_BIAS, RecurrentLayer, RecurrentNetwork
 from tests.problems import BUILT_IN
@@ -163,6 +163,18 @@ def test_shares_cover_the_batch_once(total, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_a_process_on_the_cpu_computes_with_one_thread_and_leaves_the_rest_as_they_were():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with join("cpu") as world:
+            assert torch.get_num_threads() == 1
+            assert world == ALONE
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 # Text
 
 
@@ -291,10 +303,20 @@ def is_png(path):
 def test_state_tracking_from_the_command_line(tmp_path, capsys):
     arguments = ["demo", "--device=cpu", "--steps=3", "--function=gru", "--dtype=bfloat16"]
     assert main([*arguments, f"--output={tmp_path / 'new' / 'folder'}"]) == 0
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
     assert "Task parity" in printed and "gru" in printed
     assert tuple(rows_of(printed)) == state_tracking.TEST_LENGTHS
+    assert "3/3" in bar and "length ≤ " in bar
     assert is_png(tmp_path / "new" / "folder" / "parity-gru.png")
+
+
+def test_state_tracking_stops_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Automaton, "sample", interrupted)
+    assert main(["demo", "--device=cpu", f"--output={tmp_path}"]) == 130
+    assert capsys.readouterr().err.endswith("\nStopped.\n")
 
 
 def test_text_from_the_command_line_and_its_resumption(tmp_path, capsys, monkeypatch):

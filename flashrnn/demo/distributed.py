@@ -71,6 +71,9 @@ class World:
 def join(device: str | None) -> Iterator[World]:
     """Find the other processes, if ``torchrun`` started any, and leave them at the end.
 
+    A process on the CPU computes with one thread meanwhile: a step is too little work to share,
+    and threads that share it wait for each other for long wherever other programs want the cores.
+
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``None``: a GPU if there is one.
 
@@ -81,14 +84,17 @@ def join(device: str | None) -> Iterator[World]:
     found = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    if size == 1:
-        yield World(rank=0, size=1, device=found)
-        return
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    if size > 1:
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    threads = torch.get_num_threads()
+    if found.type == "cpu":
+        torch.set_num_threads(1)
     try:
         yield World(rank, size, found)
     finally:
-        dist.destroy_process_group()
+        torch.set_num_threads(threads)
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def _device(name: str | None, local_rank: int) -> torch.device:
