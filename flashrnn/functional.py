@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
@@ -69,15 +67,17 @@ def flashrnn(
         >>> states.shape, last_states.shape
         (torch.Size([2, 8, 32, 3, 16]), torch.Size([2, 8, 1, 3, 16]))
     """
-    config = config or FlashRNNConfig()
+    config = config or _DEFAULT
     cell = resolve(function)
-    tensors = {"Wx": Wx, "R": R, "b": b} | ({} if states is None else {"states": states})
+    tensors = {"Wx": Wx, "R": R, "b": b}
+    if states is not None:
+        tensors["states"] = states
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
     B, T, N, D = _sizes(cell, Wx, R, b, states)
     device = _device(tensors)
-    autocast = _autocast_enabled(device)
+    autocast = _autocast_enabled(device.type)
     computed_in = _dtype(tensors, config, dtype, autocast)
 
     problem = Problem(
@@ -96,29 +96,53 @@ def flashrnn(
     chosen = backends.choose(backend, problem)
     if states is None:
         states = _initial_states(problem, config)
-    without_autocast = (
-        torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext()
+    arguments = (
+        _cast(Wx, computed_in),
+        _cast(R, computed_in),
+        _cast(b, computed_in),
+        _cast(states, problem.carry_dtype),
     )
-    with without_autocast:
-        return chosen.run(
-            problem,
-            Wx.to(computed_in),
-            R.to(computed_in),
-            b.to(computed_in),
-            states.to(problem.carry_dtype),
-        )
+    if not autocast:
+        return chosen.run(problem, *arguments)
+    with torch.autocast(device.type, enabled=False):
+        return chosen.run(problem, *arguments)
+
+
+_DEFAULT = FlashRNNConfig()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
     values = config.initial_values(problem.cell.states)
     dtype, device = problem.carry_dtype, problem.device
-    if len(set(values)) == 1:
+    if not any(values):
+        start = _zero(dtype, device)
+    elif len(set(values)) == 1:
         # Filled where it is needed: no copy from the host, none to wait for.
-        start = torch.full((1,), values[0], dtype=dtype, device=device).expand(len(values))
+        start = torch.full((), values[0], dtype=dtype, device=device)
     else:
-        start = torch.tensor(values, dtype=dtype, device=device)
-    return start.view(-1, 1, 1, 1, 1).expand(-1, problem.B, 1, problem.N, problem.D)
+        start = torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1, 1)
+    return start.expand(len(values), problem.B, 1, problem.N, problem.D)
+
+
+_zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero, the same one for as long as it may be shared."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return torch.zeros((), dtype=dtype, device=device)
+    if (dtype, device) not in _zeros:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.zeros((), dtype=dtype, device=device)  # The graph's own.
+        with torch.inference_mode(False):
+            # Copied from the host, which waits for it: every stream then sees it.
+            _zeros[dtype, device] = torch.tensor(0.0, dtype=dtype, device=device)
+    return _zeros[dtype, device]
 
 
 def _sizes(
@@ -128,32 +152,32 @@ def _sizes(
 
     Each tensor is held to the sizes that ``Wx`` sets, so that a message names one culprit.
     """
-    _check_rank("Wx", Wx, "[B, T, Gw, N, D]")
+    _check_rank("Wx", Wx, "[B, T, Gw, N, D]", 5)
     B, T, _, N, D = Wx.shape
     if N == 0 or D == 0:
         raise ValueError(
             f"Wx has shape {tuple(Wx.shape)}, {N} heads of {D} units; accepted are N and D ≥ 1"
         )
     _check_gates(cell, "Wx", Wx.shape[2])
-    _check_rank("R", R, "[Gr, N, D, D]")
+    _check_rank("R", R, "[Gr, N, D, D]", 4)
     _check_gates(cell, "R", R.shape[0])
-    _check_shape("R", R, "[Gr, N, D, D]", (len(cell.fed_by("R")), N, D, D))
-    _check_rank("b", b, "[Gb, N, D]")
+    _check_shape("R", R, "[Gr, N, D, D]", (R.shape[0], N, D, D))
+    _check_rank("b", b, "[Gb, N, D]", 3)
     _check_gates(cell, "b", b.shape[0])
-    _check_shape("b", b, "[Gb, N, D]", (len(cell.fed_by("b")), N, D))
+    _check_shape("b", b, "[Gb, N, D]", (b.shape[0], N, D))
     if states is not None:
-        _check_rank("states", states, "[S, B, 1, N, D]")
-        if states.shape[0] != len(cell.states):
+        S = len(cell.states)
+        _check_rank("states", states, "[S, B, 1, N, D]", 5)
+        if states.shape[0] != S:
             raise ValueError(
                 f"states has shape {tuple(states.shape)}, {states.shape[0]} states; "
-                f"{cell.name} has {len(cell.states)}: {', '.join(cell.states)}"
+                f"{cell.name} has {S}: {', '.join(cell.states)}"
             )
-        _check_shape("states", states, "[S, B, 1, N, D]", (len(cell.states), B, 1, N, D))
+        _check_shape("states", states, "[S, B, 1, N, D]", (S, B, 1, N, D))
     return B, T, N, D
 
 
-def _check_rank(name: str, tensor: Tensor, layout: str) -> None:
-    rank = layout.count(",") + 1
+def _check_rank(name: str, tensor: Tensor, layout: str, rank: int) -> None:
     if tensor.ndim != rank:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; accepted are {rank} dimensions, {layout}"
@@ -161,31 +185,33 @@ def _check_rank(name: str, tensor: Tensor, layout: str) -> None:
 
 
 def _check_gates(cell: Cell, name: str, given: int) -> None:
-    expected = cell.gate_names(name)
-    if given != len(expected):
+    if given != len(cell.fed_by(name)):
+        expected = cell.gate_names(name)
         raise ValueError(
             f"{name} holds {given} gates; {cell.name} takes {len(expected)} there: "
             f"{', '.join(expected) or 'none'}"
         )
 
 
-def _check_shape(name: str, tensor: Tensor, layout: str, expected: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
+def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; with this Wx it must be "
-            f"{tuple(expected)}, {layout}"
+            f"{name} has shape {tuple(tensor.shape)}; with this Wx it must be {expected}, {layout}"
         )
 
 
 def _device(tensors: dict[str, Tensor]) -> torch.device:
-    if len({tensor.device for tensor in tensors.values()}) > 1:
+    device = tensors["Wx"].device
+    if any(tensor.device != device for tensor in tensors.values()):
         given = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"{given}; accepted is one device for all: move them with .to(device)")
-    return tensors["Wx"].device
+    return device
 
 
-def _autocast_enabled(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+def _autocast_enabled(device_type: str) -> bool:
+    # Dynamo knows the second question only.
+    has_it = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_it and torch.is_autocast_enabled(device_type)
 
 
 def _dtype(
@@ -195,10 +221,9 @@ def _dtype(
     autocast: bool,
 ) -> torch.dtype:
     """The dtype of the computation, once every given dtype is found to fit."""
-    given = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
     if any(tensor.dtype not in SUPPORTED_DTYPES for tensor in tensors.values()):
         names = ", ".join(str(supported) for supported in SUPPORTED_DTYPES)
-        raise TypeError(f"{given}; accepted are {names}")
+        raise TypeError(f"{_listed(tensors)}; accepted are {names}")
 
     requested = dtype if dtype is not None else config.dtype
     if autocast and config.enable_automatic_mixed_precision:
@@ -208,10 +233,14 @@ def _dtype(
         return parse_dtype(requested)
 
     found = tensors["Wx"].dtype
-    accepted = {name: {found} for name in tensors} | {"states": {found, carry_dtype(found)}}
-    if any(tensor.dtype not in accepted[name] for name, tensor in tensors.items()):
-        raise TypeError(
-            f"{given}; accepted is one dtype for all (states may be float32 beside 16 bits). "
-            "Cast them, or let dtype=... do it"
-        )
+    for name, tensor in tensors.items():
+        if tensor.dtype != found and (name, tensor.dtype) != ("states", carry_dtype(found)):
+            raise TypeError(
+                f"{_listed(tensors)}; accepted is one dtype for all (states may be float32 beside "
+                "16 bits). Cast them, or let dtype=... do it"
+            )
     return found
+
+
+def _listed(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())

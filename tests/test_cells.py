@@ -1,12 +1,14 @@
 """What a cell may be, how it is named, and what is refused with which words."""
 
+import copy
+
 import pytest
 import torch
 
 import flashrnn
 from flashrnn import CellError, cell, register
 from flashrnn.cells import elman, gru, resolve
-from flashrnn.cells.spec import _registered
+from flashrnn.cells.spec import _registered, cell_of
 from tests.problems import BUILT_IN, call, random_inputs
 
 
@@ -40,6 +42,13 @@ def test_own_cell_works_by_object_and_by_name(clean_registry):
     register(mine)
     assert "mine" in flashrnn.available_functions()
     assert torch.equal(call("mine", inputs)[0], expected[0])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_a_cell_of_its_own(copied):
+    other = copied(gru)
+    assert cell_of(other.handle) is other is not gru is cell_of(gru.handle)
+    assert other.fingerprint == gru.fingerprint
 
 
 def test_registering_again_replaces_but_never_a_built_in(clean_registry):

@@ -2,10 +2,14 @@
 
 import importlib.util
 import os
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
+from flashrnn import cell, flashrnn
 from flashrnn.backends import autograd
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
@@ -101,6 +105,94 @@ def test_operator_passes_opcheck(interpreter):
     Wx, R, b, states = random_inputs("gru", 2, 3, 2, 8, torch.float32).tensors().values()
     key = autograd._key(resolve("gru"))
     torch.library.opcheck(autograd.scan, (Wx, R, b, states, "triton", key, True, False, None, None))
+
+
+def coupled(states, gates):
+    _, c = states
+    f, z, o = gates
+    c = torch.sigmoid(f) * c + (1 - torch.sigmoid(f)) * torch.tanh(z)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+@pytest.fixture
+def uncompiled():
+    torch.compiler.reset()
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "own_cell", "autocast"),
+    [
+        ("triton", False, False),
+        ("triton", True, False),
+        ("triton", False, True),
+        ("auto", True, True),
+    ],
+)
+def test_compiled_whole(interpreter, uncompiled, backend, own_cell, autocast):
+    """One graph, the same bits, and a second graph for sizes that change but no third."""
+    own = cell(states=("h", "c"), gates=("f", "z", "o"))
+    # Of two, so that the one that is compiled has not been traced yet.
+    kind, same = (own(coupled), own(coupled)) if own_cell else ("lstm", "lstm")
+
+    def step(*tensors):
+        with torch.autocast("cpu", enabled=autocast):
+            return flashrnn(*tensors, function=kind, backend=backend)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for sizes in [(2, 3), (2, 3), (3, 4), (5, 6)]:
+        inputs = random_inputs(same, *sizes, 2, 8, torch.float32)
+        given = compiled(*inputs.tensors().values())
+        found = gradients(given, inputs)
+        outputs = step(*inputs.tensors().values())
+        expected = gradients(outputs, inputs)
+        assert given[0].dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert all(torch.equal(x, y) for x, y in zip(given, outputs, strict=True))
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert counter.frame_count == 2
+
+
+@needs_triton
+def test_compiled_without_states_and_for_several_heads(interpreter, uncompiled):
+    """N and D decide the plan, and get a graph each; what the eager call keeps is not touched."""
+    compiled = torch.compile(
+        partial(flashrnn, function="elman", backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    for N, D in [(1, 8), (2, 8), (2, 17), (1, 8)]:
+        Wx, R, b, _ = random_inputs("elman", 2, 3, N, D, torch.float32).tensors().values()
+        expected = flashrnn(Wx, R, b, function="elman", backend="triton")
+        assert all(map(torch.equal, compiled(Wx, R, b), expected))
+
+
+@needs_triton
+def test_compiled_call_that_cannot_be_says_why(uncompiled):
+    inputs = random_inputs("lstm", 2, 3, 1, 8, torch.float64)
+    compiled = torch.compile(
+        partial(flashrnn, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match=r"cannot do this call: dtype float64"):
+        compiled(*inputs.tensors().values())
+
+
+@needs_triton
+def test_gradient_of_a_gradient_is_refused(interpreter):
+    inputs = random_inputs("lstm", 2, 3, 1, 8, torch.float32)
+    states, _ = call("lstm", inputs, backend="triton")
+    (d_Wx,) = torch.autograd.grad(states.sum(), inputs.Wx, create_graph=True)
+    with pytest.raises(RuntimeError, match="scan_backward"):
+        torch.autograd.grad(d_Wx.sum(), inputs.R)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Of PyTorch to itself.
+def test_derivative_forward_is_refused(interpreter):
+    Wx, R, b, _ = random_inputs("lstm", 2, 3, 1, 8, torch.float32).tensors().values()
+    with forward_ad.dual_level():
+        Wx = forward_ad.make_dual(Wx.detach(), torch.ones_like(Wx))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            flashrnn(Wx, R.detach(), b.detach(), backend="triton")
 
 
 # Plans

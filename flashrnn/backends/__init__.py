@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashrnn.cells.spec import cell_of, unknown_name
+from flashrnn.cells.spec import unknown_name
 from flashrnn.problem import Problem
 
 PREFERENCE = ("cuda_fused", "triton", "cuda", "vanilla")
@@ -85,28 +85,18 @@ def choose(name: str, problem: Problem) -> Backend:
         ValueError: unknown name, or the named backend cannot do the problem; says why.
     """
     if torch.compiler.is_compiling():
-        # What a backend asks of the machine is nothing that a graph could compute.
-        sizes = operator.index(problem.N), operator.index(problem.D)
-        handle, dtype, device = problem.cell.handle, problem.dtype, problem.device
-        return load(_chosen(name, handle, *sizes, dtype, device, problem.needs_gradient))
-    return load(_choose(name, problem))
+        from flashrnn.backends import constants
+
+        # Plans are made for one N and one D; B and T decide nothing, and stay open.
+        N, D = operator.index(problem.N), operator.index(problem.D)
+        dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
+        handle = problem.cell.handle
+        return load(constants.chosen(name, handle, N, D, dtype, device, needs_gradient))
+    return load(best(name, problem))
 
 
-@torch.compiler.assume_constant_result
-def _chosen(
-    name: str,
-    handle: str,
-    N: int,
-    D: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    needs_gradient: bool,
-) -> str:
-    problem = Problem(cell_of(handle), 1, 1, N, D, dtype, device, needs_gradient)
-    return _choose(name, problem)
-
-
-def _choose(name: str, problem: Problem) -> str:
+def best(name: str, problem: Problem) -> str:
+    """The name of the backend that :func:`choose` gives."""
     if name != "auto":
         backend = load(name)
         reason = backend.unavailable() or backend.unsupported(problem)

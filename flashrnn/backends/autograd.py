@@ -12,21 +12,23 @@ here, once: dR and db as a product and a sum over all steps, in a fixed order.
 
 ``torch.library`` makes operators of both directions, so that ``torch.compile`` sees them whole.
 An operator's arguments are tensors, numbers and strings: a cell goes in by its key. Where nothing
-records operators, an autograd function with the same two halves runs instead, at a third of the
-operator's cost on the host.
+records operators, an autograd function runs instead, or where no gradient is needed, nothing but
+the backend: each takes a fraction of the host time of the one before.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from flashrnn.cells.spec import Cell, cell_of
+from flashrnn.cells.spec import Cell
 from flashrnn.problem import Problem, carry_dtype
 
 _cells: dict[str, Cell] = {}
@@ -57,31 +59,47 @@ def run(
     backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
-    recorded = (
+    if _recorded():
+        every_state, last_states, _ = scan(
+            Wx,
+            R,
+            b,
+            states,
+            backend,
+            _key(problem.cell),
+            problem.needs_gradient,
+            problem.gradient_recurrent_cut,
+            problem.gradient_recurrent_clipval,
+            problem.forward_clipval,
+        )
+        return every_state, last_states
+    # The autograd function also says that it has no derivative forward.
+    if problem.needs_gradient or forward_ad._current_level >= 0:
+        return _Scan.apply(Wx, R, b, states, backend, problem)
+    every_state, last_states, _ = _backend(backend).forward(problem, Wx, R, b, states)
+    return every_state, last_states
+
+
+def _recorded() -> bool:
+    """Whether something takes note of operators."""
+    return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
     )
-    run_scan = scan if recorded else _Scan.apply
-    every_state, last_states, _ = run_scan(
-        Wx,
-        R,
-        b,
-        states,
-        backend,
-        _key(problem.cell.handle),
-        problem.needs_gradient,
-        problem.gradient_recurrent_cut,
-        problem.gradient_recurrent_clipval,
-        problem.forward_clipval,
-    )
-    return every_state, last_states
 
 
-@torch.compiler.assume_constant_result
-def _key(handle: str) -> str:
+def _key(cell: Cell) -> str:
     """The string that stands for a cell in a graph: the same in every process."""
-    cell = cell_of(handle)
+    if torch.compiler.is_compiling():
+        from flashrnn.backends import constants
+
+        return constants.key(cell.handle)
+    return remember(cell)
+
+
+def remember(cell: Cell) -> str:
+    """A cell's key, by which the operators find it from now on."""
     _cells[cell.fingerprint] = cell
     return cell.fingerprint
 
@@ -91,7 +109,8 @@ def _backend(name: str) -> FusedBackend:
     return cast(FusedBackend, importlib.import_module(f"flashrnn.backends.{name}"))
 
 
-def _scan(
+@torch.library.custom_op("flashrnn::scan", mutates_args=())
+def scan(
     Wx: Tensor,
     R: Tensor,
     b: Tensor,
@@ -109,9 +128,6 @@ def _scan(
         _cells[cell], B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval
     )
     return _backend(backend).forward(problem, Wx, R, b, states)
-
-
-scan = torch.library.custom_op("flashrnn::scan", _scan, mutates_args=())
 
 
 @scan.register_fake
@@ -187,16 +203,69 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
+    def pull_back(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return scan_backward(*tensors, *ctx.call)
+
+    return *_gradients(ctx, _cells[ctx.call[1]], pull_back, d_states, d_last), *(None,) * 6
+
+
+scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Scan(torch.autograd.Function):
+    """The same as :func:`scan`, at a fraction of its cost on the host."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        Wx: Tensor,
+        R: Tensor,
+        b: Tensor,
+        states_initial: Tensor,
+        backend: str,
+        problem: Problem,
+    ) -> tuple[Tensor, Tensor]:
+        states, last_states, gates = _backend(backend).forward(problem, Wx, R, b, states_initial)
+        ctx.save_for_backward(R, states_initial, states, gates)
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.problem = backend, problem
+        return states, last_states
+
+    @staticmethod
+    def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
+        backend, problem = ctx.backend, ctx.problem
+
+        def pull_back(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            # In a graph of the gradient, the operator says that it has no derivative of its own.
+            if _recorded() or torch.is_grad_enabled():
+                return scan_backward(
+                    *tensors,
+                    backend,
+                    _key(problem.cell),
+                    problem.gradient_recurrent_cut,
+                    problem.gradient_recurrent_clipval,
+                    problem.forward_clipval,
+                )
+            return _backend(backend).backward(problem, *tensors)
+
+        return *_gradients(ctx, problem.cell, pull_back, d_states, d_last), None, None
+
+
+def _gradients(
+    ctx: Any,
+    cell: Cell,
+    pull_back: Callable[..., tuple[Tensor, Tensor]],
+    d_states: Tensor | None,
+    d_last: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of Wx, R, b and the initial states."""
     R, states_initial, states, gates = ctx.saved_tensors
-    cell = _cells[ctx.call[1]]
     # A gradient that nobody asked through is one zero, read again and again.
     if d_states is None:
         d_states = states.new_zeros(()).expand_as(states)
     if d_last is None:
         d_last = states_initial.new_zeros(()).expand_as(states_initial)
-    d_gates, d_initial = scan_backward(
-        R, states_initial, states, gates, d_states, d_last, *ctx.call
-    )
+    d_gates, d_initial = pull_back(R, states_initial, states, gates, d_states, d_last)
     needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
     d_Wx = _select(d_gates, 2, cell.fed_by("Wx")) if needs_Wx else None
     d_R = _recurrent_gradient(cell, d_gates, states_initial[0], states[0]) if needs_R else None
@@ -204,22 +273,7 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
     if needs_b:
         # The sum runs in float32 and is rounded once.
         d_b = _select(d_gates.sum((0, 1)), 0, cell.fed_by("b"))
-    return d_Wx, d_R, d_b, d_initial if needs_states else None, *(None,) * 6
-
-
-scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Scan(torch.autograd.Function):
-    """The same as :func:`scan`."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _scan(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+    return d_Wx, d_R, d_b, d_initial if needs_states else None
 
 
 def _select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:

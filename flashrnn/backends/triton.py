@@ -21,9 +21,10 @@ from flashrnn.tiling import ScanPlan, plan_scan
 OLDEST = (3, 3)
 
 
+@cache
 def unavailable() -> str | None:
     """Why Triton does not run here."""
-    if not _installed():
+    if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if _version() < OLDEST:
         oldest = ".".join(map(str, OLDEST))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SOURCES = ("Wx", "R", "b")
 
+_numbers = itertools.count()
+
 Step = Callable[
     [tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]],
     Sequence[torch.Tensor],
@@ -114,13 +116,16 @@ class Cell:
         program = f"{self.states} {self.gates} {self.graphs.forward} {self.graphs.derivative}"
         return f"{self.name}-{hashlib.sha256(program.encode()).hexdigest()[:16]}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, here or in another process, gets a handle of its own.
+        return Cell, (self.name, self.states, self.gates, self.step)
+
     def __repr__(self) -> str:
         return (
             f"<cell {self.name}: states {self.states}, gates {tuple(g.name for g in self.gates)}>"
         )
 
 
-_numbers = itertools.count()
 _cells: WeakValueDictionary[str, Cell] = WeakValueDictionary()
 
 
