@@ -79,9 +79,10 @@ def _plan_scan(
 
 LARGEST_HEAD_OF_A_BLOCK = 128
 
-# Fragments of R, of four registers a lane, that a computing warp holds; the others lie in shared
-# memory.
-_MOST_HELD = 32
+# Registers a lane has for all but R, by an element's bytes; products of float32 in full take more.
+_WORKING_REGISTERS = {2: 64, 4: 148}
+# What a lane of a computing warp has where the traffic warps hand theirs over (kernels/head.cuh).
+_SHIFTED_REGISTERS = 216
 _STAGES = 8
 _FEWEST_STAGES = 3
 
@@ -93,10 +94,12 @@ class GPU:
     Attributes:
         multiprocessors: how many.
         shared_memory: bytes of it that a thread block may have.
+        shifts_registers: whether warps can hand registers to others.
     """
 
     multiprocessors: int
     shared_memory: int
+    shifts_registers: bool
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,9 @@ class HeadPlan:
         """Thread blocks of a launch."""
         return N * -(-B // self.sequences)
 
-    @staticmethod
-    def computing(D: int) -> int:
-        """Warps that compute a head."""
-        return -(-D // 16)
+    def threads(self, D: int) -> int:
+        """Threads of a block."""
+        return 32 * -(-D // 16) + self.traffic
 
 
 def plan_head(problem: Problem, gpu: GPU, backward: bool) -> HeadPlan | str:
@@ -163,16 +165,20 @@ def _plan_head(
     itemsize: int,
     gpu: GPU,
 ) -> HeadPlan | str:
-    computing = HeadPlan.computing(D)
+    computing = -(-D // 16)
     DD = 16 * computing
     fragments = recurrent * (DD * itemsize // 32)
-    held = min(fragments, _MOST_HELD)
+    # A fragment is four registers a lane; those that do not fit lie in shared memory. Half of a
+    # block of eight warps' registers are the traffic warps', unless they hand them over.
+    shifted = computing == 8 and gpu.shifts_registers
+    registers = _SHIFTED_REGISTERS if shifted else 168 if computing > 6 else 255
+    held = min(fragments, 32, (registers - _WORKING_REGISTERS[itemsize]) // 4)
     spared_bytes = (fragments - held) * computing * 512
 
     def line(rows: int) -> int:
         return rows * DD * itemsize + 16
 
-    sequences = _sequences(B, N, gpu)
+    sequences = _sequences(B, N, D, gpu)
     output_bytes = 2 * sum(map(line, outputs))
     while sequences > 2:
         least = sequences * (_FEWEST_STAGES * line(inputs) + output_bytes)
@@ -188,7 +194,8 @@ def _plan_head(
             "thread block"
         )
     pieces = sequences * inputs * -(-D * itemsize // 16)
-    traffic = 32 * max(2, min(8, -(-pieces // 192)))
+    # Four warps beside a multiple of four can hand them registers (kernels/head.cuh).
+    traffic = 128 if computing == 8 else 32 * max(2, min(8, -(-pieces // 192)))
     return HeadPlan(
         sequences=sequences,
         held=held,
@@ -200,10 +207,61 @@ def _plan_head(
     )
 
 
-def _sequences(B: int, N: int, gpu: GPU) -> int:
-    """The fewest for which every block has a multiprocessor, or at most two share one."""
-    for sequences in (2, 4, 8):
-        if N * -(-B // sequences) <= gpu.multiprocessors:
+@dataclass(frozen=True)
+class GradientPlan:
+    """Tiles of ``kernels/recurrent_gradient.cu``.
+
+    Attributes:
+        gates: gates whose products a block computes.
+        groups: groups of as many gates.
+        parts: parts into which the sum over all steps is cut.
+        rows: rows of a part.
+        stages: chunks that are on their way at once, or being read.
+        shared_memory: a block's dynamic shared memory in bytes.
+    """
+
+    gates: int
+    groups: int
+    parts: int
+    rows: int
+    stages: int
+    shared_memory: int
+
+
+# Registers of a block's sums: 64 of each of 256 threads.
+_SUMS = 64 * 256
+
+
+def plan_gradient(
+    recurrent: int, rows: int, N: int, D: int, itemsize: int, gpu: GPU
+) -> GradientPlan:
+    """The tiles of R's gradient for heads of at most ``LARGEST_HEAD_OF_A_BLOCK`` units.
+
+    Args:
+        recurrent: gates that R feeds.
+        rows: B · T, what the sum runs over.
+        N: number of heads.
+        D: head dimension.
+        itemsize: bytes of an element of the tensors.
+        gpu: the device.
+    """
+    DD = 16 * -(-D // 16)
+    gates = max(1, min(recurrent, _SUMS // (DD * DD)))
+    groups = -(-recurrent // gates)
+    chunk = 64 // itemsize
+    # Two blocks share a multiprocessor; a part is long enough that its sums' way out is not felt.
+    parts = max(1, min(2 * gpu.multiprocessors // (N * groups), -(-rows // (8 * chunk))))
+    rows_a_part = chunk * -(-rows // (parts * chunk))
+    stages = 3
+    shared_memory = stages * chunk * (gates * DD + DD + 16) * itemsize
+    return GradientPlan(gates, groups, -(-rows // rows_a_part), rows_a_part, stages, shared_memory)
+
+
+def _sequences(B: int, N: int, D: int, gpu: GPU) -> int:
+    """The fewest for which all blocks run at once, or 8."""
+    at_once = gpu.multiprocessors * (2 if D <= 64 else 1)
+    for sequences in (2, 4):
+        if N * -(-B // sequences) <= at_once:
             return sequences
     return 8
 

@@ -226,17 +226,32 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     });
 }
 
+template <typename Operand>
+constexpr int PASSES = 1;
+template <>
+constexpr int PASSES<float> = 3;
+
+// All of a product in the last of its passes.
+template <typename Operand>
+static void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                     unsigned b0, unsigned b1, Operand operand) {
+    if (pass == PASSES<Operand> - 1) mma(c, a0, a1, a2, a3, b0, b1, operand);
+}
+
 // NaN until it is written.
 static std::vector<unsigned> shared_words(64 * 1024);
 static unsigned char* shared_memory() { return (unsigned char*)shared_words.data(); }
 
-static void load_matrices(unsigned (&words)[4], const void* row) {
-    const size_t address = (size_t)row;
-    exchange({unsigned(address), unsigned(address >> 32)}, [&](unsigned(*lanes)[6]) {
+static unsigned shared_address(const void* generic) {
+    return (unsigned char*)generic - shared_memory();
+}
+
+static void load_matrices(unsigned (&words)[4], unsigned row) {
+    exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
         for (int block = 0; block < 4; ++block) {
-            const unsigned* from = lanes[8 * block + lane / 4];
-            memcpy(&words[block], (char*)(from[0] | size_t(from[1]) << 32) + 4 * (lane % 4), 4);
+            const unsigned address = lanes[8 * block + lane / 4][0] + 4 * (lane % 4);
+            memcpy(&words[block], shared_memory() + address, 4);
         }
     });
 }
@@ -247,6 +262,21 @@ struct Copy {
     const void* from;
 };
 static std::vector<std::vector<Copy>> copy_groups[1024];
+
+static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
+    exchange({row}, [&](unsigned(*lanes)[6]) {
+        const int lane = threadIdx.x % 32;
+        for (int block = 0; block < 4; ++block) {
+            words[block] = 0;
+            for (int k = 0; k < 2; ++k) {
+                unsigned short element;
+                const unsigned address = lanes[8 * block + 2 * (lane % 4) + k][0] + lane / 4 * 2;
+                memcpy(&element, shared_memory() + address, 2);
+                words[block] |= unsigned(element) << 16 * k;
+            }
+        }
+    });
+}
 
 static void clear_shared_memory() {
     shared_words.assign(shared_words.size(), 0x7fff7fff);
@@ -275,6 +305,19 @@ static void wait_for_copy_groups() {
         groups.erase(groups.begin());
     }
 }
+
+template <int THREADS>
+static void meet() {
+    __syncthreads();
+}
+
+static void settle(unsigned&) {}
+
+template <int REGISTERS>
+static void keep_registers() {}
+
+template <int REGISTERS>
+static void take_registers() {}
 
 static void start_dependent_launch() {}
 static void wait_for_launch_before() {}

@@ -69,13 +69,13 @@ class EmulatedKernel:
     def __init__(self, library: Library, grid: int, threads: int):
         self.library, self.grid, self.threads = library, grid, threads
 
-    def launch(self, tensors, strides, problem) -> None:
-        arguments = (*(x.data_ptr() for x in tensors), *strides, problem.T, problem.B, problem.N)
+    def launch(self, tensors, numbers) -> None:
+        arguments = (*(x.data_ptr() for x in tensors), *numbers)
         block = (ctypes.c_int64 * len(arguments))(*arguments)
         self.library.functions.emulate(block, self.grid, self.threads)
 
 
-H200 = GPU(multiprocessors=132, shared_memory=232448)
+H200 = GPU(multiprocessors=132, shared_memory=232448, shifts_registers=True)
 
 
 @pytest.fixture
@@ -94,13 +94,12 @@ def fused_emulation(
         )
         return Library(source + entry, tmp_path_factory.mktemp("emulation"))
 
-    def kernel(name, parts, plan, D, device, grid):
-        threads = 32 * plan.computing(D) + plan.traffic
+    def kernel(name, parts, device, grid, threads, shared_memory):
         return EmulatedKernel(library(name, emulated(parts)), grid, threads)
 
     def forget() -> None:
-        cuda_fused._forward_kernel.cache_clear()
-        cuda_fused._backward_kernel.cache_clear()
+        for cached in ("_forward_kernel", "_backward_kernel", "_gradient_kernel"):
+            getattr(cuda_fused, cached).cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda: None)

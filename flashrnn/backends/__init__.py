@@ -12,6 +12,7 @@ It is imported when it is first asked for, so that ``import flashrnn`` loads non
 from __future__ import annotations
 
 import operator
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -92,13 +93,18 @@ def choose(name: str, problem: Problem) -> Backend:
         dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
         handle = problem.cell.handle
         return load(constants.chosen(name, handle, N, D, dtype, device, needs_gradient))
-    return load(best(name, problem))
+    return _loaded(best(name, problem))
+
+
+@cache
+def _loaded(name: str) -> Backend:
+    return load(name)
 
 
 def best(name: str, problem: Problem) -> str:
     """The name of the backend that :func:`choose` gives."""
     if name != "auto":
-        backend = load(name)
+        backend = _loaded(name)
         reason = backend.unavailable() or backend.unsupported(problem)
         if reason:
             raise ValueError(
@@ -107,7 +113,7 @@ def best(name: str, problem: Problem) -> str:
             )
         return name
     for candidate in PREFERENCE:
-        backend = load(candidate)
+        backend = _loaded(candidate)
         if not (backend.unavailable() or backend.unsupported(problem)):
             return candidate
     raise AssertionError("vanilla supports every problem")

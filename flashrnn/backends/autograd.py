@@ -3,12 +3,10 @@
 A fused backend's module offers, beside what :class:`flashrnn.backends.Backend` asks:
 
     forward(problem, Wx, R, b, states) -> (states, last_states, gates)
-    backward(problem, R, states_initial, states, gates, d_states, d_last_states)
-        -> (d_gates, d_states_initial)
+    backward(problem, R, states_initial, states, gates, d_states, d_last_states) -> Gradients
 
 The residuals are the same for all: the states and, where a gradient may be asked for, the gates'
-pre-activations ``[B, T, G, N, D]``. The gradients of Wx, R and b follow from that of the gates,
-here, once: dR and db as a product and a sum over all steps, in a fixed order.
+pre-activations ``[B, T, G, N, D]``.
 
 ``torch.library`` makes operators of both directions, so that ``torch.compile`` sees them whole.
 An operator's arguments are tensors, numbers and strings: a cell goes in by its key. Where nothing
@@ -28,6 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell
 from flashrnn.problem import Problem, carry_dtype
 
@@ -51,8 +50,8 @@ class FusedBackend(Protocol):
         gates: Tensor,
         d_states: Tensor,
         d_last_states: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the pre-activations and of the initial states."""
+    ) -> Gradients:
+        """The gradients of all that went in; Wx's is part of the pre-activations'."""
 
 
 def run(
@@ -165,8 +164,8 @@ def scan_backward(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the gates' pre-activations and of the initial states."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
     _, B, T, N, D = states.shape
     problem = Problem(
         _cells[cell], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
@@ -189,8 +188,14 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
-) -> tuple[Tensor, Tensor]:
-    return gates.new_empty(gates.shape), states_initial.new_empty(states_initial.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, N, D, _ = R.shape
+    return (
+        gates.new_empty(gates.shape),
+        states_initial.new_empty(states_initial.shape),
+        R.new_empty(R.shape),
+        R.new_empty(len(_cells[cell].fed_by("b")), N, D),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -203,8 +208,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
-    def pull_back(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return scan_backward(*tensors, *ctx.call)
+    def pull_back(*tensors: Tensor) -> Gradients:
+        return Gradients(*scan_backward(*tensors, *ctx.call))
 
     return *_gradients(ctx, _cells[ctx.call[1]], pull_back, d_states, d_last), *(None,) * 6
 
@@ -235,16 +240,18 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
 
-        def pull_back(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        def pull_back(*tensors: Tensor) -> Gradients:
             # In a graph of the gradient, the operator says that it has no derivative of its own.
             if _recorded() or torch.is_grad_enabled():
-                return scan_backward(
-                    *tensors,
-                    backend,
-                    _key(problem.cell),
-                    problem.gradient_recurrent_cut,
-                    problem.gradient_recurrent_clipval,
-                    problem.forward_clipval,
+                return Gradients(
+                    *scan_backward(
+                        *tensors,
+                        backend,
+                        _key(problem.cell),
+                        problem.gradient_recurrent_cut,
+                        problem.gradient_recurrent_clipval,
+                        problem.forward_clipval,
+                    )
                 )
             return _backend(backend).backward(problem, *tensors)
 
@@ -254,43 +261,22 @@ class _Scan(torch.autograd.Function):
 def _gradients(
     ctx: Any,
     cell: Cell,
-    pull_back: Callable[..., tuple[Tensor, Tensor]],
+    pull_back: Callable[..., Gradients],
     d_states: Tensor | None,
     d_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of Wx, R, b and the initial states."""
     R, states_initial, states, gates = ctx.saved_tensors
-    # A gradient that nobody asked through is one zero, read again and again.
+    # A gradient that nobody asked through is one row of zeros, read again and again.
     if d_states is None:
-        d_states = states.new_zeros(()).expand_as(states)
+        d_states = states.new_zeros(states.shape[-1]).expand_as(states)
     if d_last is None:
         d_last = states_initial.new_zeros(()).expand_as(states_initial)
-    d_gates, d_initial = pull_back(R, states_initial, states, gates, d_states, d_last)
+    found = pull_back(R, states_initial, states, gates, d_states, d_last)
     needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
-    d_Wx = _select(d_gates, 2, cell.fed_by("Wx")) if needs_Wx else None
-    d_R = _recurrent_gradient(cell, d_gates, states_initial[0], states[0]) if needs_R else None
-    d_b = None
-    if needs_b:
-        # The sum runs in float32 and is rounded once.
-        d_b = _select(d_gates.sum((0, 1)), 0, cell.fed_by("b"))
-    return d_Wx, d_R, d_b, d_initial if needs_states else None
-
-
-def _select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
-    """Some gates: a view where they are neighbours."""
-    first, count = indices[0] if indices else 0, len(indices)
-    if indices == tuple(range(first, first + count)):
-        return gates.narrow(dim, first, count)
-    return gates.index_select(dim, torch.tensor(indices, device=gates.device))
-
-
-def _recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
-    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
-    B, T, _, N, D = d_gates.shape
-    # What the product saw: h rounded, one step earlier.
-    before = torch.cat([h_initial.to(h.dtype), h[:, :-1]], dim=1)[:, :T].reshape(B * T, N, D)
-    fed = _select(d_gates, 2, cell.fed_by("R"))
-    Gr = fed.shape[2]
-    # A head's gradients together, for one product a head: a copy by whole rows of D.
-    rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
-    return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+    return (
+        select(found.gates, 2, cell.fed_by("Wx")) if needs_Wx else None,
+        found.R if needs_R else None,
+        found.b if needs_b else None,
+        found.states if needs_states else None,
+    )

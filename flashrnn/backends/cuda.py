@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
+from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc, runs
 from flashrnn.kernels import program, step
@@ -74,12 +75,13 @@ def backward(
     gates: Tensor,
     d_states: Tensor,
     d_last_states: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     d_gates = torch.empty_like(gates)
     T, cut = problem.T, problem.gradient_recurrent_cut
     if problem.B == 0 or T == 0:
-        return d_gates, d_last_states.clone(memory_format=torch.contiguous_format)
+        d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
+        return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # Rows of what the step's product sums over: [N, D summed over by the step, Gr, D].
     transposed = R.permute(1, 3, 0, 2).contiguous()
@@ -95,7 +97,7 @@ def backward(
     count = T if cut else T + 1
     clipval = problem.gradient_recurrent_clipval
     runs.run(_backward_stepper(*_key(problem), cut, clipval), fields, count)
-    return d_gates, d_initial
+    return complete(problem, d_gates, d_initial, states_initial, states)
 
 
 def _aligned(R: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
+from flashrnn.backends.gradients import Gradients, complete, select
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import head, program
 from flashrnn.problem import Problem
-from flashrnn.tiling import GPU, HeadPlan, plan_head
+from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
 
 
 def unavailable() -> str | None:
@@ -74,7 +75,7 @@ def forward(
         plan.grid(B, N),
     )
     tensors = (Wx, R, b, states, every_state, last_states, gates)
-    kernel.launch(tensors, (*Wx.stride(), *_strides(states)), problem)
+    kernel.launch(tensors, (*Wx.stride(), *_strides(states), T, B, N))
     return every_state, last_states, gates
 
 
@@ -86,31 +87,54 @@ def backward(
     gates: Tensor,
     d_states: Tensor,
     d_last_states: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
-    if problem.B == 0 or problem.T == 0:
-        return d_gates, d_last_states.clone(memory_format=torch.contiguous_format)
+    if B == 0 or T == 0:
+        d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
+        return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
+    d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
     R = R.contiguous()
     aligned = _aligned(states, gates, d_states, d_gates)
     cut, clipval = problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval
     plan = _plan(problem, backward=True)
     kernel = _backward_kernel(
-        clipped(problem.cell, problem.forward_clipval),
+        clipped(cell, problem.forward_clipval),
         program.precision_of(problem.dtype),
-        problem.D,
+        D,
         plan,
         aligned,
         cut,
         clipval,
         problem.device,
-        plan.grid(problem.B, problem.N),
+        plan.grid(B, N),
     )
-    tensors = (R, states_initial, states, gates, d_states, d_last_states, d_gates, d_initial)
+    outputs = (d_gates, d_initial, d_bias)
+    tensors = (R, states_initial, states, gates, d_states, d_last_states, *outputs)
     strides = (*_strides(states_initial), *d_states.stride(), *_strides(d_last_states))
-    kernel.launch(tensors, strides, problem)
-    return d_gates, d_initial
+    kernel.launch(tensors, (*strides, T, B, N))
+    d_R = _recurrent_gradient(problem, d_gates, states_initial[0], states[0])
+    d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
+    return Gradients(d_gates, d_initial, d_R, d_b)
+
+
+def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
+    """See :func:`flashrnn.backends.gradients.recurrent_gradient`, of which this is a kernel."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    recurrent = len(cell.fed_by("R"))
+    # What the product saw.
+    h_initial = h_initial.to(h.dtype).contiguous()
+    gpu = _gpu(problem.device)
+    plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
+    aligned = _aligned(d_gates, h_initial, h)
+    precision = program.precision_of(problem.dtype)
+    grid = N * plan.groups * plan.parts
+    kernel = _gradient_kernel(cell, precision, D, plan, aligned, problem.device, grid)
+    parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
+    kernel.launch((d_gates, h_initial, h, parts), (plan.rows, T, B, N))
+    return parts.sum(0).to(h.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,10 +145,9 @@ class _Kernel:
     kernel: Any
     config: Any
 
-    def launch(self, tensors: Sequence[Tensor], strides: Sequence[int], problem: Problem) -> None:
+    def launch(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Enqueue it on PyTorch's current stream of its device."""
-        addresses = (x.data_ptr() for x in tensors)
-        arguments = (*addresses, *strides, problem.T, problem.B, problem.N)
+        arguments = (*(x.data_ptr() for x in tensors), *numbers)
         with launch.on_device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
             launch.enqueue([launch.Launch(self.kernel, self.config, arguments)], stream)
@@ -157,7 +180,11 @@ def _plan(problem: Problem, backward: bool) -> HeadPlan:
 @cache
 def _gpu(device: torch.device) -> GPU:
     properties: Any = torch.cuda.get_device_properties(device)
-    return GPU(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return GPU(
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_block_optin,
+        shifts_registers=properties.major == 9,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -172,7 +199,8 @@ def _forward_kernel(
     grid: int,
 ) -> _Kernel:
     parts = head.forward_source(cell, precision, D, plan, aligned, save_gates)
-    return _kernel("head_forward", parts, plan, D, device, grid)
+    threads = plan.threads(D)
+    return _kernel("head_forward", parts, device, grid, threads, plan.shared_memory)
 
 
 @lru_cache(maxsize=256)
@@ -188,14 +216,34 @@ def _backward_kernel(
     grid: int,
 ) -> _Kernel:
     parts = head.backward_source(cell, precision, D, plan, aligned, cut, clipval)
-    return _kernel("head_backward", parts, plan, D, device, grid)
+    threads = plan.threads(D)
+    return _kernel("head_backward", parts, device, grid, threads, plan.shared_memory)
+
+
+@lru_cache(maxsize=256)
+def _gradient_kernel(
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: GradientPlan,
+    aligned: bool,
+    device: torch.device,
+    grid: int,
+) -> _Kernel:
+    parts = head.gradient_source(cell, precision, D, plan, aligned)
+    threads = head.GRADIENT_THREADS
+    return _kernel("recurrent_gradient", parts, device, grid, threads, plan.shared_memory)
 
 
 def _kernel(
-    name: str, parts: dict[str, str], plan: HeadPlan, D: int, device: torch.device, grid: int
+    name: str,
+    parts: dict[str, str],
+    device: torch.device,
+    grid: int,
+    threads: int,
+    shared_memory: int,
 ) -> _Kernel:
     index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    (kernel,) = launch.load_kernels(cubin, (name,), index, plan.shared_memory)
-    threads = 32 * plan.computing(D) + plan.traffic
-    return _Kernel(index, kernel, launch.configure(grid, threads, plan.shared_memory))
+    (kernel,) = launch.load_kernels(cubin, (name,), index, shared_memory)
+    return _Kernel(index, kernel, launch.configure(grid, threads, shared_memory))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
+from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit.source import load_source
@@ -44,7 +45,7 @@ def unsupported(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, and its kernels run on a GPU"
     if problem.dtype == torch.float64:
         return "dtype float64; it computes in float16, bfloat16 and float32"
-    plan = plan_scan(problem, *_device(problem))
+    plan = _plan(problem, torch.backends.cuda.matmul.allow_tf32)
     return plan if isinstance(plan, str) else None
 
 
@@ -68,7 +69,8 @@ def forward(
     gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
     if B == 0:
         return every_state, last_states, gates
-    plan = _plan(problem)
+    fixed = _fixed(problem)
+    plan = fixed.plan
     alignment, wx_strides = _aligned(Wx)
     scan.scan_forward[(N * -(-B // plan.BB),)](
         Wx,
@@ -89,16 +91,14 @@ def forward(
         plan.SS,
         plan.GG,
         S,
-        _positions(cell, "Wx"),
-        _positions(cell, "R"),
-        _positions(cell, "b"),
+        *fixed.positions,
         alignment,
         problem.needs_gradient,
         plan.resident,
         plan.stages,
-        _operand(problem),
-        _precision(problem),
-        _rendered(cell, problem.forward_clipval).step,
+        fixed.operand,
+        fixed.precision,
+        fixed.functions.step,
         num_warps=plan.warps,
     )
     return every_state, last_states, gates
@@ -112,7 +112,7 @@ def backward(
     gates: Tensor,
     d_states: Tensor,
     d_last_states: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     from flashrnn.kernels import scan
 
@@ -120,8 +120,9 @@ def backward(
     d_gates = torch.empty_like(gates)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     if B == 0:
-        return d_gates, d_initial
-    plan = _plan(problem)
+        return complete(problem, d_gates, d_initial, states_initial, states)
+    fixed = _fixed(problem)
+    plan = fixed.plan
     clipval = problem.gradient_recurrent_clipval
     alignment, d_states_strides = _aligned(d_states)
     scan.scan_backward[(N * -(-B // plan.BB),)](
@@ -146,21 +147,22 @@ def backward(
         plan.SS,
         plan.GG,
         len(cell.states),
-        _positions(cell, "R"),
+        fixed.positions[1],
         alignment,
         problem.gradient_recurrent_cut,
         clipval is not None,
         plan.resident,
         plan.stages,
         plan.parts,
-        _operand(problem),
-        _precision(problem),
-        _rendered(cell, problem.forward_clipval).derivative,
+        fixed.operand,
+        fixed.precision,
+        fixed.functions.derivative,
         num_warps=plan.warps,
     )
-    return d_gates, d_initial
+    return complete(problem, d_gates, d_initial, states_initial, states)
 
 
+@cache
 def _interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
     import triton
@@ -168,16 +170,50 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _plan(problem: Problem) -> ScanPlan:
-    plan = plan_scan(problem, *_device(problem))
+class _Fixed(NamedTuple):
+    """What of a launch follows from the problem, whatever its B, T and N.
+
+    Attributes:
+        plan: tiles.
+        positions: where each gate stands in the gate dimensions of Wx, R and b; -1 where it is
+            not fed.
+        operand: the dtype of the product's operands; see :mod:`flashrnn.kernels.scan`.
+        precision: how float32 products round, as PyTorch's own matrix products are set to.
+        functions: the module with the cell's step and derivative.
+    """
+
+    plan: ScanPlan
+    positions: tuple[tuple[int, ...], ...]
+    operand: Any
+    precision: str
+    functions: ModuleType
+
+
+def _fixed(problem: Problem) -> _Fixed:
+    # In a cache, B, T and N would only be in the way.
+    return _fixed_for(problem._replace(B=1, T=1, N=1), torch.backends.cuda.matmul.allow_tf32)
+
+
+@lru_cache(maxsize=1024)
+def _fixed_for(problem: Problem, tf32: bool) -> _Fixed:
+    import triton.language as tl
+
+    cell, dtype = problem.cell, problem.dtype
+    plan = _plan(problem, tf32)
     assert isinstance(plan, ScanPlan), "flashrnn() asks unsupported() first"
-    return plan
+    operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return _Fixed(
+        plan=plan,
+        positions=tuple(_positions(cell, source) for source in ("Wx", "R", "b")),
+        operand=tl.float32 if _interpreted() else operands.get(dtype, tl.float32),
+        precision="tf32" if dtype == torch.float32 and tf32 else "ieee",
+        functions=load_source(render_triton(clipped(cell, problem.forward_clipval))),
+    )
 
 
-def _device(problem: Problem) -> tuple[bool, int]:
-    """Whether float32 products are exact, and a program's shared memory in bytes."""
-    exact = not torch.backends.cuda.matmul.allow_tf32
-    return exact, _shared_memory(problem.device) if problem.device.type == "cuda" else 1 << 20
+def _plan(problem: Problem, tf32: bool) -> ScanPlan | str:
+    shared_memory = _shared_memory(problem.device) if problem.device.type == "cuda" else 1 << 20
+    return plan_scan(problem, exact=not tf32, shared_memory=shared_memory)
 
 
 @cache
@@ -199,36 +235,10 @@ def _strides(states: Tensor) -> tuple[int, int, int, int]:
     return s, b, n, d
 
 
-@cache
 def _positions(cell: Cell, source: str) -> tuple[int, ...]:
     """Where each gate stands in ``source``'s gate dimension; -1 where it does not feed it."""
     fed = cell.fed_by(source)
     return tuple(fed.index(k) if k in fed else -1 for k in range(len(cell.gates)))
-
-
-def _operand(problem: Problem) -> Any:
-    """The dtype of the product's operands; see :mod:`flashrnn.kernels.scan`."""
-    import triton.language as tl
-
-    if _interpreted():
-        return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(problem.dtype, tl.float32)
-
-
-def _precision(problem: Problem) -> str:
-    """How float32 products round, as PyTorch's own matrix products are set to."""
-    tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
-
-
-@cache
-def _rendered(cell: Cell, forward_clipval: float | None) -> ModuleType:
-    return load_source(render_triton(clipped(cell, forward_clipval)))
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache

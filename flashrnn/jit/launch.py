@@ -147,6 +147,7 @@ def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def architecture(device: torch.device) -> str:
-    """What a device's kernels are compiled for: ``"sm_90"``, ..."""
+    """What a device's kernels are compiled for: ``"sm_80"``, ``"sm_90a"``, ..."""
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    # Hopper's own instructions, which later GPUs have not all.
+    return f"sm_{major}{minor}" + "a" * (major == 9)

@@ -40,6 +40,8 @@ struct Matrix {
                     }
                 }
                 memcpy(&fragment.words[w], word, 4);
+                // Else all elements are loaded before the first two become one word.
+                settle(fragment.words[w]);
             }
             if (f < HELD) held[f < HELD ? f : 0] = fragment;
             else mine[(f - HELD) * 32] = fragment;
@@ -51,43 +53,47 @@ struct Matrix {
     }
 };
 
-// Where the lane's line begins for load_matrices, of a block of 8 sequences.
-__device__ inline const Element* matrix_line(const Element* lines, int pitch, int block) {
+// The shared address that the lane gives load_matrices for the first block of 8 sequences.
+__device__ inline unsigned matrix_line(const Element* lines, int pitch) {
     const int lane = threadIdx.x % 32;
-    return lines + (8 * block + lane % COLUMNS) * pitch + lane / 8 * SHARE;
+    return shared_address(lines + lane % COLUMNS * pitch + lane / 8 * SHARE);
 }
 
-template <int COUNT>
-__device__ inline void multiply(float (&sums)[COUNT][4], const Fragment& a,
-                                const unsigned (&right)[COUNT][4], int half) {
+__device__ inline void multiply(int pass, float (&sums)[BLOCKS][4], const Fragment& a,
+                                const unsigned (&right)[BLOCKS][4], int half) {
 #pragma unroll
-    for (int block = 0; block < COUNT; ++block) {
-        mma(sums[block], a.words[0], a.words[1], a.words[2], a.words[3], right[block][2 * half],
-            right[block][2 * half + 1], Operand{});
+    for (int block = 0; block < BLOCKS; ++block) {
+        mma_pass(pass, sums[block], a.words[0], a.words[1], a.words[2], a.words[3],
+                 right[block][2 * half], right[block][2 * half + 1], Operand{});
     }
 }
 
-// Products wait for those before them that they add to, so there are several chains of them.
+// An instruction waits for the one before that adds to the same sum. So there are several chains of
+// them, and in each loop neighbours belong to different ones.
 constexpr int CHAINS_FORWARD = GR * BLOCKS < 3 ? 2 : 1;
-constexpr int CHAINS_BACKWARD = BLOCKS == 1 ? 4 : BLOCKS == 2 ? 2 : 1;
+constexpr int CHAINS_BACKWARD = BLOCKS > 1 ? 2 : PASSES<Operand> == 1 ? 4 : 6;
 
-// What R produces from the lines' first row, for each recurrent gate.
+// What R produces from the lines' first row, for each recurrent gate. `line` is matrix_line's.
 __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Matrix& matrix,
-                                         const Element* lines, int pitch) {
+                                         unsigned line, int pitch) {
     float chains[CHAINS_FORWARD][GR][BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
         unsigned right[BLOCKS][4];
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
-            load_matrices(right[block], matrix_line(lines, pitch, block) + step * 2 * SHARE);
+            load_matrices(right[block], line + 8 * block * pitch * sizeof(Element) + step * 32);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (step + half == STEPS) break;
 #pragma unroll
-            for (int s = 0; s < GR; ++s) {
-                multiply(chains[half % CHAINS_FORWARD][s], matrix[(step + half) * GR + s], right, half);
+            for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+#pragma unroll
+                for (int s = 0; s < GR; ++s) {
+                    const Fragment a = matrix[(step + half) * GR + s];
+                    multiply(pass, chains[half % CHAINS_FORWARD][s], a, right, half);
+                }
             }
         }
     }
@@ -105,7 +111,7 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
 
 // The gradient of what R reads, from the lines' rows of gates.
 __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix& matrix,
-                                          const Element* lines, int pitch) {
+                                          unsigned line, int pitch) {
     float chains[CHAINS_BACKWARD][BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
@@ -114,14 +120,18 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
             unsigned right[BLOCKS][4];
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) {
-                load_matrices(right[block], matrix_line(lines, pitch, block) + RECURRENT[s] * DD +
-                                                step * 2 * SHARE);
+                const int offset = 8 * block * pitch + RECURRENT[s] * DD;
+                load_matrices(right[block], line + offset * sizeof(Element) + step * 32);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (step + half == STEPS) break;
-                const int f = (step + half) * GR + s;
-                multiply(chains[(2 * s + half) % CHAINS_BACKWARD], matrix[f], right, half);
+                const Fragment a = matrix[(step + half) * GR + s];
+#pragma unroll
+                for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+                    const int chain = (2 * s + half) * PASSES<Operand> + pass;
+                    multiply(pass, chains[chain % CHAINS_BACKWARD], a, right, half);
+                }
             }
         }
     }

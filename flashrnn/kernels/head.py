@@ -1,14 +1,16 @@
-"""The host side of head_forward.cu and head_backward.cu: what they are compiled with.
+"""The host side of head_forward.cu, head_backward.cu and recurrent_gradient.cu.
 
-What sizes their registers and shared memory is compiled in, D among it, and follows from a
-:class:`flashrnn.tiling.HeadPlan`; B, T, N, addresses and strides are arguments of the launch.
+What sizes their registers and shared memory is compiled in, D among it, and follows from a plan
+(:mod:`flashrnn.tiling`); B, T, N, addresses and strides are arguments of the launch.
 """
 
 from __future__ import annotations
 
 from flashrnn.cells.spec import Cell
 from flashrnn.kernels import program
-from flashrnn.tiling import HeadPlan
+from flashrnn.tiling import GradientPlan, HeadPlan
+
+GRADIENT_THREADS = 256
 
 
 def forward_source(
@@ -60,6 +62,14 @@ def backward_source(
     )
 
 
+def gradient_source(
+    cell: Cell, precision: str, D: int, plan: GradientPlan, aligned: bool
+) -> dict[str, str]:
+    """The parts of recurrent_gradient.cu's program; see :func:`forward_source`."""
+    constants = {"D": D, "GATES": plan.gates, "STAGES": plan.stages, "ALIGNED": aligned}
+    return _join(cell, precision, constants, ("recurrent_gradient.cu",))
+
+
 def _program(
     kernel: str,
     cell: Cell,
@@ -80,7 +90,13 @@ def _program(
         **options,
     }
     shared = ("head.cuh", "fragments.cuh", "traffic.cuh")
+    return _join(cell, precision, constants, (*shared, kernel))
+
+
+def _join(
+    cell: Cell, precision: str, constants: dict[str, bool | int | float], files: tuple[str, ...]
+) -> dict[str, str]:
     return {
         **program.prelude(cell, precision, constants),
-        **{name: program.read(name) for name in (*shared, kernel)},
+        **{name: program.read(name) for name in files},
     }

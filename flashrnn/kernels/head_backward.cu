@@ -3,7 +3,7 @@
 // What lives where:
 //
 // - registers of the computing warps: R transposed (fragments.cuh), the carried gradients of the
-//   states in float32;
+//   states and the sums over time of the pre-activations' gradients, in float32;
 // - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
 //   inputs, in a line the gates' pre-activations, the states before the step and the given gradients
 //   of those after it; two steps' gradients of the pre-activations, the next product's operand;
@@ -22,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
 head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               const Element* __restrict__ states, const Element* __restrict__ gates,
               const Element* __restrict__ d_states, const float* __restrict__ d_last,
-              Element* __restrict__ d_gates, float* __restrict__ d_initial, long long initial_s,
+              Element* __restrict__ d_gates, float* __restrict__ d_initial, float* __restrict__ d_bias,
+              long long initial_s,
               long long initial_b, long long initial_n, long long initial_d, long long d_states_s,
               long long d_states_b, long long d_states_t, long long d_states_n,
               long long d_states_d, long long d_last_s, long long d_last_b, long long d_last_n,
@@ -45,6 +46,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     __syncthreads();
 
     if (threadIdx.x >= 32 * COMPUTING) {
+        if (SHIFT_REGISTERS) keep_registers<TRAFFIC_REGISTERS>();
         const long long at = (first * T + T - 1) * width + n * D;
         const long long at_gates = (first * T + T - 1) * G * width + n * D;
         const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
@@ -78,17 +80,18 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         };
         for (int i = 0; i < STAGES - 1; ++i) fetch_next();
         wait_for_copy_groups<STAGES - 2>();
-        __syncthreads();
+        meet<THREADS>();
         for (int done = 0; done < T; ++done) {
             fetch_next();
             if (done > 0) store_next(done - 1);
             wait_for_copy_groups<STAGES - 2>();
-            __syncthreads();
+            meet<THREADS>();
         }
         store_next(T - 1);
         return;
     }
 
+    if (SHIFT_REGISTERS) take_registers<COMPUTING_REGISTERS>();
     const Lane lane;
     Matrix matrix;
     if (!CUT) matrix.load<false>(R, n, N, lane, spare);
@@ -101,12 +104,14 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
 #pragma unroll
         for (int s = 0; s < S; ++s) d_carried[s][e] = exists ? from[s * d_last_s] : 0.0f;
     }
-    __syncthreads();
+    meet<THREADS>();
 
+    const unsigned line = matrix_line(gradients, GATES);
+    constexpr unsigned TURN = SEQUENCES * GATES * sizeof(Element);
     const auto add_recurrent_gradient = [&](int done) {
         if (CUT) return;
         float sums[BLOCKS][4];
-        transposed_product(sums, matrix, gradients + (done + 1) % 2 * SEQUENCES * GATES, GATES);
+        transposed_product(sums, matrix, line + (done + 1) % 2 * TURN, GATES);
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
             const float d_h = lane.owned(sums, e);
@@ -114,6 +119,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
         }
     };
+    float d_bias_sums[G][OWNED] = {};
     int slot = 0;
     for (int done = 0; done < T; ++done) {
         add_recurrent_gradient(done);
@@ -149,14 +155,17 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
             }
             derivative(old, mine, d_after, d_before, d_mine);
 #pragma unroll
-            for (int k = 0; k < G; ++k) preactivations[k][e] = d_mine[k];
+            for (int k = 0; k < G; ++k) {
+                preactivations[k][e] = d_mine[k];
+                d_bias_sums[k][e] += d_mine[k];
+            }
 #pragma unroll
             for (int s = 0; s < S; ++s) d_carried[s][e] = d_before[s];
         }
         Element* to = gradients + done % 2 * SEQUENCES * GATES;
 #pragma unroll
         for (int k = 0; k < G; ++k) store_owned(to + k * DD, GATES, preactivations[k], lane);
-        __syncthreads();
+        meet<THREADS>();
     }
     add_recurrent_gradient(T);
 #pragma unroll
@@ -165,5 +174,8 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         float* to = d_initial + (first + lane.sequence(e)) * width + n * D + lane.unit(e);
 #pragma unroll
         for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[s][e];
+        float* to_bias = d_bias + (first + lane.sequence(e)) * G * width + n * D + lane.unit(e);
+#pragma unroll
+        for (int k = 0; k < G; ++k) to_bias[k * width] = d_bias_sums[k][e];
     }
 }

@@ -42,6 +42,7 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     }
 
     if (threadIdx.x >= 32 * COMPUTING) {
+        if (SHIFT_REGISTERS) keep_registers<TRAFFIC_REGISTERS>();
         const long long head = first * T * width + n * D, head_gates = first * T * G * width + n * D;
         Flow<GW, const Element> input(
             {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUTS, last);
@@ -66,17 +67,18 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
         };
         for (int t = 0; t < STAGES - 1; ++t) fetch_next();
         wait_for_copy_groups<STAGES - 2>();
-        __syncthreads();
+        meet<THREADS>();
         for (int t = 0; t < T; ++t) {
             fetch_next();
             if (t > 0) store_next(t - 1);
             wait_for_copy_groups<STAGES - 2>();
-            __syncthreads();
+            meet<THREADS>();
         }
         store_next(T - 1);
         return;
     }
 
+    if (SHIFT_REGISTERS) take_registers<COMPUTING_REGISTERS>();
     const Lane lane;
     Matrix matrix;
     matrix.load<true>(R, n, N, lane, spare);
@@ -101,12 +103,14 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     }
     // h before the first step lies where that before step 0 would.
     store_owned(new_states + SEQUENCES * STATES, STATES, carried[0], lane);
-    __syncthreads();
+    meet<THREADS>();
 
+    const unsigned line = matrix_line(new_states, STATES);
+    constexpr unsigned TURN = SEQUENCES * STATES * sizeof(Element);
     int slot = 0;
     for (int t = 0; t < T; ++t) {
         float sums[GR][BLOCKS][4], preactivations[G][OWNED];
-        recurrent_product(sums, matrix, new_states + (t + 1) % 2 * SEQUENCES * STATES, STATES);
+        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES);
         // Nothing here depends on the product, and all of it hides behind it.
         const Element* inputs = ring + slot * SEQUENCES * INPUTS;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -143,7 +147,7 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
             for (int k = 0; k < G; ++k) store_owned(gates_to + k * DD, GATES, preactivations[k], lane);
         }
-        __syncthreads();
+        meet<THREADS>();
     }
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {

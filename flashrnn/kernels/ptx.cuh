@@ -117,16 +117,31 @@ __device__ inline void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, un
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// float32 in full: every factor is the sum of two that have 10 bits of mantissa or so; of their
+// How many instructions a product of operands takes; each adds to c. `pass` is a constant once the
+// loop over it is unrolled.
+template <typename Operand>
+constexpr int PASSES = 1;
+template <>
+constexpr int PASSES<float> = 3;
+
+template <typename Operand>
+__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                unsigned a3, unsigned b0, unsigned b1, Operand operand) {
+    mma(c, a0, a1, a2, a3, b0, b1, operand);
+}
+
+// float32 in full: every factor is the sum of two that have 11 bits of mantissa or so; of their
 // four products the smallest does not matter.
-__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                           unsigned b0, unsigned b1, float) {
-    mma_truncated(c, low_bits(a0), low_bits(a1), low_bits(a2), low_bits(a3), high_bits(b0),
-                  high_bits(b1));
-    mma_truncated(c, high_bits(a0), high_bits(a1), high_bits(a2), high_bits(a3), low_bits(b0),
-                  low_bits(b1));
-    mma_truncated(c, high_bits(a0), high_bits(a1), high_bits(a2), high_bits(a3), high_bits(b0),
-                  high_bits(b1));
+__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                unsigned a3, unsigned b0, unsigned b1, float) {
+    if (pass == 0) {
+        mma_truncated(c, low_bits(a0), low_bits(a1), low_bits(a2), low_bits(a3), high_bits(b0),
+                      high_bits(b1));
+    } else {
+        mma_truncated(c, high_bits(a0), high_bits(a1), high_bits(a2), high_bits(a3),
+                      pass == 1 ? low_bits(b0) : high_bits(b0),
+                      pass == 1 ? low_bits(b1) : high_bits(b1));
+    }
 }
 
 // The block's dynamic shared memory.
@@ -143,12 +158,21 @@ __device__ inline unsigned shared_address(const void* generic) {
     return address;
 }
 
-// Four blocks of 8 rows of 16 bytes each: lane l points at row l % 8 of block l / 8, and gets of
-// each block the row l / 4's word l % 4.
-__device__ inline void load_matrices(unsigned (&words)[4], const void* row) {
+// Four blocks of 8 rows of 16 bytes each: lane l gives the shared address of row l % 8 of block
+// l / 8, and gets of each block the row l / 4's word l % 4.
+__device__ inline void load_matrices(unsigned (&words)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
+                 : "memory");
+}
+
+// As load_matrices, of 16-bit elements, each block transposed: a lane gets of the column l / 4 the
+// elements 2 (l % 4) and the next.
+__device__ inline void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row)
                  : "memory");
 }
 
@@ -164,6 +188,31 @@ __device__ inline void close_copy_group() { asm volatile("cp.async.commit_group;
 template <int PENDING>
 __device__ inline void wait_for_copy_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// A barrier of all threads of a block, which may come to it in different places of the program.
+template <int THREADS>
+__device__ inline void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Has the word computed here, not where it is used first.
+__device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
+
+// Registers that a warp gives back to its block, or takes of what others gave back: all warps of a
+// group of four alike.
+template <int REGISTERS>
+__device__ inline void keep_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
+template <int REGISTERS>
+__device__ inline void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
 }
 
 // Lets the launch that depends on this one start. Before its own wait it may read what nothing

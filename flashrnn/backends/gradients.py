@@ -1,0 +1,68 @@
+"""What follows from the gates' gradients, outside any scan: those of R and b.
+
+A product and a sum over all steps, each in a fixed order, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn.cells.spec import Cell
+from flashrnn.problem import Problem
+
+
+class Gradients(NamedTuple):
+    """What a backward scan leads to.
+
+    Attributes:
+        gates: ``[B, T, G, N, D]``, of the pre-activations.
+        states: ``[S, B, 1, N, D]``, of the initial states.
+        R: ``[Gr, N, D, D]``.
+        b: ``[Gb, N, D]``.
+    """
+
+    gates: Tensor
+    states: Tensor
+    R: Tensor
+    b: Tensor
+
+
+def complete(
+    problem: Problem,
+    d_gates: Tensor,
+    d_initial: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+) -> Gradients:
+    """The gradients of R and b beside what a scan found."""
+    d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0])
+    return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
+
+
+def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
+    """Some gates: a view where they are neighbours."""
+    first, count = indices[0] if indices else 0, len(indices)
+    if indices == tuple(range(first, first + count)):
+        return gates.narrow(dim, first, count)
+    return gates.index_select(dim, torch.tensor(indices, device=gates.device))
+
+
+def recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
+    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
+    B, T, _, N, D = d_gates.shape
+    # What the product saw: h rounded, one step earlier.
+    before = torch.cat([h_initial.to(h.dtype), h[:, :-1]], dim=1)[:, :T].reshape(B * T, N, D)
+    fed = select(d_gates, 2, cell.fed_by("R"))
+    Gr = fed.shape[2]
+    # A head's gradients together, for one product a head: a copy by whole rows of D.
+    rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
+    return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+
+
+def bias_gradient(cell: Cell, d_gates: Tensor) -> Tensor:
+    """``db[g, n, d] = Σ d_gates[b, t, g, n, d]`` over b and t."""
+    # The sum runs in float32 and is rounded once.
+    return select(d_gates.sum((0, 1)), 0, cell.fed_by("b"))

@@ -1,0 +1,163 @@
+// dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p], in parts.
+//
+// A thread block computes, of one head, the GATES gates from gate_group * GATES on, as sums over the
+// rows (b, t) from part * rows_a_part on; the parts are added afterwards, in a fixed order. Its tile has
+// GATES * DD lines of d_gates' units and DD columns of h's.
+//
+// What lives where: the sums in registers, a warp's being 16 lines of every 16 * WARPS and all columns;
+// in shared memory a ring of STAGES chunks of CHUNK rows, which all threads fill, as they lie in global
+// memory, and from which tensor core operands come transposed.
+//
+// What orders the chunks is one barrier for each: a thread has waited for its own copies of the chunk
+// that comes next, and nobody reads the slot any more that is filled next.
+
+constexpr int DD = (D + 15) / 16 * 16;
+constexpr int SHARE = 16 / sizeof(Element);
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNK = 64 / sizeof(Element);
+constexpr int LINES = GATES * DD;
+constexpr int TILES = (LINES / 16 + WARPS - 1) / WARPS;
+// 8 elements more: rows of 16-bit elements are then an odd number of 16 bytes apart, and those of 4
+// bytes begin 8 banks apart.
+constexpr int LINES_PITCH = LINES + 8, COLUMNS_PITCH = DD + 8;
+constexpr int SLOT = CHUNK * (LINES_PITCH + COLUMNS_PITCH);
+constexpr int PIECE = ALIGNED ? SHARE : 1;
+constexpr int PIECES = D / PIECE;
+
+// D elements to shared memory; zeros where there is no row.
+__device__ inline void fetch_pieces(Element* to, const Element* from, bool exists, int piece) {
+    to += piece * PIECE;
+    from += piece * PIECE;
+    if (!exists) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) round_to(to[i], 0.0f);
+    } else if constexpr (ALIGNED) {
+        copy_async(to, from);
+    } else {
+        *to = *from;
+    }
+}
+
+// A 16 by 32 byte operand out of rows of shared memory, the summed dimension running down.
+__device__ inline void load_left(unsigned (&words)[4], const Element* corner, int pitch) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(Element) == 2) {
+        const int row = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
+        load_matrices_transposed(words, shared_address(corner + row * pitch + column));
+    } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            words[w] = __float_as_uint(to_float(corner[(lane % 4 + w / 2 * 4) * pitch + lane / 4 + w % 2 * 8]));
+        }
+    }
+}
+
+// Two of 8 columns each: words 0 and 1, 2 and 3.
+__device__ inline void load_right(unsigned (&words)[4], const Element* corner, int pitch) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(Element) == 2) {
+        const int row = lane % 16, column = lane / 16 * 8;
+        load_matrices_transposed(words, shared_address(corner + row * pitch + column));
+    } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            words[w] = __float_as_uint(to_float(corner[(lane % 4 + w % 2 * 4) * pitch + lane / 4 + w / 2 * 8]));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restrict__ h_initial,
+                   const Element* __restrict__ h, float* __restrict__ parts, unsigned rows_a_part,
+                   unsigned T, unsigned B, int N) {
+    Element* ring = reinterpret_cast<Element*>(shared_memory());
+    constexpr int GROUPS = (GR + GATES - 1) / GATES;
+    const int n = blockIdx.x % N, group = blockIdx.x / N % GROUPS, part = blockIdx.x / N / GROUPS;
+    const long long width = static_cast<long long>(N) * D;
+    const unsigned begin = part * rows_a_part;
+    const unsigned end = begin + rows_a_part < B * T ? begin + rows_a_part : B * T;
+    const int chunks = end <= begin ? 0 : (end - begin + CHUNK - 1) / CHUNK;
+
+    const auto fetch = [&](int chunk) {
+        Element* lines = ring + chunk % STAGES * SLOT;
+        Element* columns = lines + CHUNK * LINES_PITCH;
+        const unsigned first = begin + chunk * CHUNK;
+        for (int i = threadIdx.x; i < CHUNK * GATES * PIECES; i += THREADS) {
+            const int piece = i % PIECES, s = i / PIECES % GATES, row = i / PIECES / GATES;
+            int gate = 0;
+#pragma unroll
+            for (int k = 0; k < GR; ++k) {
+                if (k == group * GATES + s) gate = RECURRENT[k];
+            }
+            const Element* from = d_gates + (static_cast<long long>(first + row) * G + gate) * width + n * D;
+            fetch_pieces(lines + row * LINES_PITCH + s * DD, from, first + row < end, piece);
+        }
+        for (int i = threadIdx.x; i < CHUNK * PIECES; i += THREADS) {
+            const int piece = i % PIECES, row = i / PIECES;
+            const unsigned r = first + row;
+            // h one step earlier.
+            const Element* from = (r % T ? h + (r - 1LL) * width : h_initial + r / T * width) + n * D;
+            fetch_pieces(columns + row * COLUMNS_PITCH, from, r < end, piece);
+        }
+    };
+    for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
+        if (chunk < chunks) fetch(chunk);
+        close_copy_group();
+    }
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sums[TILES][DD / 8][4] = {};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        wait_for_copy_groups<STAGES - 2>();
+        __syncthreads();
+        if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
+        close_copy_group();
+        const Element* lines = ring + chunk % STAGES * SLOT;
+        const Element* columns = lines + CHUNK * LINES_PITCH;
+#pragma unroll
+        for (int row = 0; row < CHUNK; row += 2 * SHARE) {
+            unsigned left[TILES][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                const int line = 16 * (warp + tile * WARPS);
+                if (line < LINES) load_left(left[tile], lines + row * LINES_PITCH + line, LINES_PITCH);
+            }
+#pragma unroll
+            for (int pair = 0; pair < DD / 16; ++pair) {
+                unsigned right[4];
+                load_right(right, columns + row * COLUMNS_PITCH + 16 * pair, COLUMNS_PITCH);
+#pragma unroll
+                for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+#pragma unroll
+                    for (int tile = 0; tile < TILES; ++tile) {
+                        if (16 * (warp + tile * WARPS) >= LINES) continue;
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            mma_pass(pass, sums[tile][2 * pair + half], left[tile][0], left[tile][1],
+                                     left[tile][2], left[tile][3], right[2 * half],
+                                     right[2 * half + 1], Operand{});
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int block = 0; block < DD / 8; ++block) {
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+                const int line = 16 * (warp + tile * WARPS) + lane / 4 + v / 2 * 8;
+                const int s = group * GATES + line / DD, d = line % DD;
+                const int p = 8 * block + 2 * (lane % 4) + v % 2;
+                if (line < LINES && s < GR && d < D && p < D) {
+                    const long long block_of = (static_cast<long long>(part) * GR + s) * N + n;
+                    parts[(block_of * D + d) * D + p] = sums[tile][block][v];
+                }
+            }
+        }
+    }
+}
