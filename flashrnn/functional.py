@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
@@ -134,7 +133,7 @@ _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zero, the same one for as long as it may be shared."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if backends.recorded():
         return torch.zeros((), dtype=dtype, device=device)
     if (dtype, device) not in _zeros:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

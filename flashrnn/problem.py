@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from flashrnn.cells.spec import Cell
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The problem that a backend supports or not.
 
     Attributes:

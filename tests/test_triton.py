@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
-from flashrnn import cell, flashrnn
+from flashrnn import cell, flashrnn, functional
 from flashrnn.backends import autograd
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
@@ -101,10 +101,17 @@ def test_no_gradient_asked_for(on_the_cpu):
 
 
 @needs_triton
-def test_operator_passes_opcheck(interpreter):
+def test_operators_pass_opcheck(interpreter):
     Wx, R, b, states = random_inputs("gru", 2, 3, 2, 8, torch.float32).tensors().values()
-    key = autograd._key(resolve("gru"))
-    torch.library.opcheck(autograd.scan, (Wx, R, b, states, "triton", key, True, False, None, None))
+    named = ("triton", autograd.remember(resolve("gru")))
+    torch.library.opcheck(autograd.scan, (Wx, R, b, states, *named, True, False, None, None))
+    R, states = R.detach(), states.detach()
+    every_state, last_states, gates = autograd.scan(
+        Wx.detach(), R, b.detach(), states, *named, True, False, None, None
+    )
+    saved = (R, states, every_state, gates)
+    asked = (torch.ones_like(every_state), torch.ones_like(last_states))
+    torch.library.opcheck(autograd.scan_backward, (*saved, *asked, *named, False, None, None))
 
 
 def coupled(states, gates):
@@ -174,6 +181,17 @@ def test_compiled_call_that_cannot_be_says_why(uncompiled):
     )
     with pytest.raises(Exception, match=r"cannot do this call: dtype float64"):
         compiled(*inputs.tensors().values())
+
+
+@needs_triton
+def test_default_states_of_inference_serve_training(interpreter, monkeypatch):
+    monkeypatch.setattr(functional, "_zeros", {})
+    Wx, R, b, _ = random_inputs("lstm", 2, 3, 1, 8, torch.float32).tensors().values()
+    with torch.inference_mode():
+        expected, _ = flashrnn(Wx, R, b, backend="triton")
+    states, _ = flashrnn(Wx, R, b, backend="triton")
+    states.sum().backward()
+    assert torch.equal(states, expected)
 
 
 @needs_triton

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashrnn import FlashRNNConfig, available_functions, flashrnn
+from flashrnn import FlashRNNConfig, available_functions, flashrnn, functional
 from flashrnn.cells import resolve
 from tests.problems import (
     BUILT_IN,
@@ -373,3 +374,12 @@ def test_inputs_are_left_alone(grad):
         with torch.no_grad():
             states.zero_(), last_states.zero_()
     assert all(torch.equal(x, before[name]) for name, x in inputs.tensors().items())
+
+
+def test_default_states_are_no_fake_of_an_earlier_call(monkeypatch):
+    monkeypatch.setattr(functional, "_zeros", {})
+    Wx, R, b, states = random_inputs("lstm", 2, 3, 1, 4).tensors().values()
+    with FakeTensorMode():
+        flashrnn(*(torch.ones(x.shape, dtype=x.dtype) for x in (Wx, R, b)))
+    expected = flashrnn(Wx, R, b, torch.zeros_like(states))
+    assert all(map(torch.equal, flashrnn(Wx, R, b), expected))

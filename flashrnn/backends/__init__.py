@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn.cells.spec import unknown_name
 from flashrnn.problem import Problem
@@ -99,6 +100,15 @@ def choose(name: str, problem: Problem) -> Backend:
 @cache
 def _loaded(name: str) -> Backend:
     return load(name)
+
+
+def recorded() -> bool:
+    """Whether something takes note of operators, or gives tensors a meaning of its own."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def best(name: str, problem: Problem) -> str:

@@ -24,8 +24,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+import flashrnn
+from flashrnn.backends import recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell
 from flashrnn.problem import Problem, carry_dtype
@@ -58,7 +59,7 @@ def run(
     backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
-    if _recorded():
+    if recorded():
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -79,15 +80,6 @@ def run(
     return every_state, last_states
 
 
-def _recorded() -> bool:
-    """Whether something takes note of operators."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def _key(cell: Cell) -> str:
     """The string that stands for a cell in a graph: the same in every process."""
     if torch.compiler.is_compiling():
@@ -99,8 +91,10 @@ def _key(cell: Cell) -> str:
 
 def remember(cell: Cell) -> str:
     """A cell's key, by which the operators find it from now on."""
-    _cells[cell.fingerprint] = cell
-    return cell.fingerprint
+    # Graphs are kept on disk, and those of another version may not fit these operators.
+    key = f"{cell.fingerprint}-{flashrnn.__version__}"
+    _cells[key] = cell
+    return key
 
 
 @cache
@@ -170,9 +164,11 @@ def scan_backward(
     problem = Problem(
         _cells[cell], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
     )
-    return _backend(backend).backward(
+    found = _backend(backend).backward(
         problem, R, states_initial, states, gates, d_states, d_last_states
     )
+    # A graph is made for one layout, whichever the backend has.
+    return found.gates, found.states, found.R.contiguous(), found.b.contiguous()
 
 
 @scan_backward.register_fake
@@ -242,7 +238,7 @@ class _Scan(torch.autograd.Function):
 
         def pull_back(*tensors: Tensor) -> Gradients:
             # In a graph of the gradient, the operator says that it has no derivative of its own.
-            if _recorded() or torch.is_grad_enabled():
+            if recorded() or torch.is_grad_enabled():
                 return Gradients(
                     *scan_backward(
                         *tensors,
