@@ -80,7 +80,8 @@ def _plan_scan(
 LARGEST_HEAD_OF_A_BLOCK = 128
 
 # Registers a lane has for all but R, by an element's bytes; products of float32 in full take more.
-_WORKING_REGISTERS = {2: 64, 4: 148}
+_WORKING_REGISTERS = {2: 64, 4: 136}
+_MOST_HELD = {2: 32, 4: 22}
 # What a lane of a computing warp has where the traffic warps hand theirs over (kernels/head.cuh).
 _SHIFTED_REGISTERS = 216
 _STAGES = 8
@@ -168,11 +169,11 @@ def _plan_head(
     computing = -(-D // 16)
     DD = 16 * computing
     fragments = recurrent * (DD * itemsize // 32)
-    # A fragment is four registers a lane; those that do not fit lie in shared memory. Half of a
-    # block of eight warps' registers are the traffic warps', unless they hand them over.
+    # A fragment is four registers a lane; those that do not fit lie in shared memory. Up to eight
+    # warps have all registers that a lane can address; of more, traffic warps may hand theirs over.
     shifted = computing == 8 and gpu.shifts_registers
     registers = _SHIFTED_REGISTERS if shifted else 168 if computing > 6 else 255
-    held = min(fragments, 32, (registers - _WORKING_REGISTERS[itemsize]) // 4)
+    held = min(fragments, _MOST_HELD[itemsize], (registers - _WORKING_REGISTERS[itemsize]) // 4)
     spared_bytes = (fragments - held) * computing * 512
 
     def line(rows: int) -> int:
@@ -194,12 +195,12 @@ def _plan_head(
             "thread block"
         )
     pieces = sequences * inputs * -(-D * itemsize // 16)
-    # Four warps beside a multiple of four can hand them registers (kernels/head.cuh).
-    traffic = 128 if computing == 8 else 32 * max(2, min(8, -(-pieces // 192)))
+    most = 4 if computing > 6 else min(4, 8 - computing)
+    traffic = most if computing == 8 else min(most, max(2, -(-pieces // 192)))
     return HeadPlan(
         sequences=sequences,
         held=held,
-        traffic=traffic,
+        traffic=32 * traffic,
         stages=stages,
         blocks=1,
         # A product may read 16 bytes beyond the last line.

@@ -48,7 +48,7 @@ def spilled(parts, arch):
     options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
     Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
     lines = [line for line in log.getvalue().splitlines() if "spill" in line]
-    assert len(lines) == 2, log.getvalue()
+    assert lines, log.getvalue()
     return [line for line in lines if "0 bytes spill stores, 0 bytes spill loads" not in line]
 
 

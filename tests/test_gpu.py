@@ -13,7 +13,7 @@ from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_er
 
 pytestmark = pytest.mark.gpu
 
-LARGEST_HEAD = {"triton": 128}
+LARGEST_HEAD = {"triton": 128, "cuda_fused": 128}
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def _poisoned(poisoned):  # noqa: F811
     """See :func:`tests.fused.poisoned`."""
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=["cuda_fused", "triton", "cuda"])
 def backend(request):
     return request.param
 
@@ -46,7 +46,11 @@ def test_equals_vanilla(backend, kind, dtype, sizes):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        *(("triton", sizes) for sizes in [(7, 777, 1, 40), (256, 16, 12, 64), (300, 3, 1, 128)]),
+        *(
+            (name, sizes)
+            for name in ("cuda_fused", "triton")
+            for sizes in [(7, 777, 1, 40), (256, 16, 12, 64), (300, 3, 1, 128)]
+        ),
         *(("cuda", sizes) for sizes in [(7, 777, 1, 40), (2, 3, 1, 4096), (256, 4, 1, 768)]),
     ],
     ids=str,

@@ -1,6 +1,6 @@
 """What follows from the gates' gradients, outside any scan: those of R and b.
 
-A product and a sum over all steps, each in a fixed order, so that the same inputs give the same bits.
+A product and a sum over all steps, each in a fixed order: the same inputs give the same bits.
 """
 
 from __future__ import annotations

@@ -73,11 +73,11 @@ def render_cuda(cell: Cell) -> str:
     """What a CUDA kernel needs of a cell, as C++ text.
 
     Constants: ``S``, ``G``, ``GW`` and ``GR``, the numbers of states, of gates and of those that
-    ``Wx`` and ``R`` feed; ``FED_WX``, ``FED_R`` and ``FED_B``, where each gate stands in the gate dimension of
-    ``Wx``, ``R`` and ``b``, -1 where it does not; ``RECURRENT``, the gates that ``R`` feeds. And
-    the functions ``step(states, gates, new_states)`` and ``derivative(states, gates, gradients,
-    d_states, d_gates)`` on arrays of float32 numbers, of which they write the last ones. They
-    call ``pointwise.cuh``.
+    ``Wx`` and ``R`` feed; ``FED_WX``, ``FED_R`` and ``FED_B``, where each gate stands in the gate
+    dimension of ``Wx``, ``R`` and ``b``, -1 where it does not; ``RECURRENT``, the gates that ``R``
+    feeds. And the functions ``step(states, gates, new_states)`` and ``derivative(states, gates,
+    gradients, d_states, d_gates)`` on arrays of float32 numbers, of which they write the last ones.
+    They call ``pointwise.cuh``.
     """
     graphs = cell.graphs
     states, gates = len(cell.states), len(cell.gates)

@@ -43,13 +43,14 @@ def load_kernels(
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     with on_device(device), _while_a_stream_may_be_captured():
         code = ObjectCode.from_cubin(cubin)
         kernels = [code.get_kernel(name) for name in names]
         for kernel in kernels:
             # Loading is lazy; the first launch might be in a capture, where nothing is loaded.
             (function,) = _check(driver.cuKernelGetFunction(kernel.handle))
-            _check(driver.cuFuncSetAttribute(function, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_memory))
+            _check(driver.cuFuncSetAttribute(function, limit, shared_memory))
     return kernels
 
 

@@ -14,13 +14,13 @@ constexpr int COLUMNS = SEQUENCES < 8 ? SEQUENCES : 8;
 constexpr int OWNED = SEQUENCES / 2;
 constexpr int THREADS = 32 * COMPUTING + TRAFFIC;
 
-// A GPU that can moves registers from the traffic threads to the computing warps, both in whole
-// groups of four warps.
-constexpr bool SHIFT_REGISTERS = COMPUTING % 4 == 0 && TRAFFIC == 128 && BLOCKS_AN_SM == 1;
+// Where a lane gets fewer registers than it can address, a GPU that can hands those of the traffic
+// threads to the computing warps, both in whole groups of four warps.
+constexpr bool SHIFT_REGISTERS =
+    COMPUTING % 4 == 0 && TRAFFIC == 128 && THREADS > 256 && BLOCKS_AN_SM == 1;
 constexpr int TRAFFIC_REGISTERS = 72;
-constexpr int ALL_REGISTERS = 65536 / THREADS / 8 * 8 < 255 ? 65536 / THREADS / 8 * 8 : 255;
 constexpr int COMPUTING_REGISTERS =
-    (ALL_REGISTERS * THREADS - TRAFFIC_REGISTERS * TRAFFIC) / (32 * COMPUTING) / 8 * 8;
+    (65536 / THREADS / 8 * 8 * THREADS - TRAFFIC_REGISTERS * TRAFFIC) / (32 * COMPUTING) / 8 * 8;
 
 // Lines of shared memory, one for each sequence, lie an odd number of 16 bytes apart, so that what
 // a warp reads at once, of 8 lines or of 4, comes from different banks.

@@ -19,10 +19,10 @@ __device__ inline float tanh(float x, bfloat16) { return tanh_approximate(x); }
 
 template <typename Rounded>
 __device__ inline float tanh(float x, Rounded) {
-    // (1 - e) / (1 + e) cancels where e is close to 1; there an odd polynomial, tanh's Taylor
+    // 1 - 2 e / (1 + e) cancels where e is close to 1; there an odd polynomial, tanh's Taylor
     // series, is exact to 1e-8.
     const float square = x * x, e = exp(-2.0f * fabsf(x));
-    const float ratio = (1.0f - e) * reciprocal_approximate(1.0f + e);
+    const float ratio = 1.0f - 2.0f * e * reciprocal_approximate(1.0f + e);
     float series = 62.0f / 2835.0f * square - 17.0f / 315.0f;
     series = (series * square + 2.0f / 15.0f) * square - 1.0f / 3.0f;
     return square < 0.0625f ? x + x * square * series : copysignf(ratio, x);
