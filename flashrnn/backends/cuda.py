@@ -6,7 +6,7 @@ recordings (:mod:`flashrnn.jit`).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from flashrnn.kernels import program, step
 from flashrnn.problem import Problem
 
 
+@cache
 def unavailable() -> str | None:
     """Why its kernels do not run here."""
     if not torch.cuda.is_available():
