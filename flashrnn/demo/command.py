@@ -26,13 +26,15 @@ Trains a small recurrent network, on a GPU if there is one, and writes a figure.
 
 tasks:
   parity  is the number of ones so far odd? Trained on lengths 3 to 40 that grow with the
-          network's accuracy, tested up to 256. Well under a minute on two CPU cores.
-  mod     arithmetic modulo 5 from left to right: the running value. Minutes.
+          network's accuracy, tested up to 256. Well under a minute.
+  mod     arithmetic modulo 5 from left to right: the running value. About a minute.
   s5      the product of a stream of swaps of two out of five elements, the word problem of
-          the permutation group S5. Minutes.
+          the permutation group S5. Some four minutes.
   text    a character language model: bits per character on held-out text, and a sample.
-          Python's own reference text, or --text FILE. Ctrl-C saves; the same command again
-          goes on.
+          Python's own reference text, or --text FILE. Some three minutes. Ctrl-C saves; the
+          same command again goes on.
+
+The times are those of one core of a CPU.
 """
 EPILOG = """\
 several processes, each on a GPU of its own if there are GPUs:
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="dtype of the recurrence; the parameters stay float32; default: %(default)s",
     )
-    add("--steps", type=_positive, metavar="N", help="train so many steps (at most, but for text)")
+    add("--steps", type=_positive, metavar="N", help="train N steps; at most N, but for text")
     add("--seed", type=_seed, default=0, metavar="N", help="default: %(default)s")
     add(
         "--output",
