@@ -312,7 +312,7 @@ def test_state_tracking_from_the_command_line(tmp_path, capsys):
 
 def test_state_tracking_stops_without_a_traceback(tmp_path, capsys, monkeypatch):
     def interrupted(*given):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Automaton, "sample", interrupted)
     assert main(["demo", "--device=cpu", f"--output={tmp_path}"]) == 130
