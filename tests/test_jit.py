@@ -267,7 +267,7 @@ def enqueued(monkeypatch):
             log.extend((stream, one) for one in self.launches)
 
     monkeypatch.setattr(runs.launch, "Recording", Recording)
-    monkeypatch.setattr(runs.launch, "configure", lambda *shape: shape)
+    monkeypatch.setattr(runs.launch, "configure", lambda *shape, overlaps=False: (*shape, overlaps))
     monkeypatch.setattr(
         runs.launch, "enqueue", lambda all_, stream: log.extend((stream, one) for one in all_)
     )
@@ -294,7 +294,7 @@ def test_every_step_is_enqueued_once_in_order(enqueued):
             assert (block, sizes) == (1000, [1, 2, 3])
             steps.append(done + ahead)
             # The first step of a run waits for the block; the others may start early.
-            assert one.config == ((5, 64, True) if ahead else (5, 64))
+            assert one.config == (5, 64, ahead > 0)
     assert steps == list(range(300))
 
 

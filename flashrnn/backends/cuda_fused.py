@@ -22,6 +22,7 @@ from flashrnn.problem import Problem
 from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
 
 
+@cache
 def unavailable() -> str | None:
     """Why its kernels do not run here."""
     if not torch.cuda.is_available():

@@ -6,6 +6,7 @@ A stream is meant by its handle, ``torch.cuda.Stream.cuda_stream``.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,17 +75,24 @@ def configure(grid: int, threads: int, shared_memory: int = 0, overlaps: bool = 
     )
 
 
+_thread = threading.local()
+
+
 @contextlib.contextmanager
 def on_device(device: int) -> Iterator[None]:
     """Makes a device the current one of this thread, for PyTorch and for the driver.
 
     The driver does not know it yet in a thread where PyTorch has only ever used its default, as
-    those of autograd.
+    those of autograd. Once it does, it follows PyTorch.
     """
     from cuda.core import Device
 
+    if torch.cuda.current_device() == device and getattr(_thread, "known", None) == device:
+        yield
+        return
     with torch.cuda.device(device):
         Device(device).set_current()
+        _thread.known = device
         yield
 
 

@@ -193,7 +193,7 @@ __device__ inline void wait_for_copy_groups() {
 // A barrier of all threads of a block, which may come to it in different places of the program.
 template <int THREADS>
 __device__ inline void meet() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
 // Has the word computed here, not where it is used first.
