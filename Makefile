@@ -26,8 +26,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m flashrnn bench $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_triton.py $(ARGS)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)

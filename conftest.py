@@ -11,6 +11,11 @@ import torch
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["flashrnn/kernels/*.py"]
 
 
+def pytest_configure() -> None:
+    # Problems here are small: threads that share one do little but wait for each other.
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -227,6 +227,12 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 
 template <typename Operand>
+static unsigned prepare(unsigned word, Operand) {
+    return word;
+}
+static unsigned prepare(unsigned word, tf32) { return __float_as_uint(rounded_to_tf32(word)); }
+
+template <typename Operand>
 constexpr int PASSES = 1;
 template <>
 constexpr int PASSES<float> = 3;

@@ -5,7 +5,6 @@ whatever the kernels compute, but neither the tensor cores' own rounding nor a r
 """
 
 import ctypes
-import io
 import math
 
 import pytest
@@ -24,6 +23,7 @@ from tests.emulation import (  # noqa: F401
     needs_compiler,
 )
 from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.machine_code import spills_in_a_loop
 from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
 from tests.test_graphs import everything
 from tests.test_jit import needs_nvrtc
@@ -40,25 +40,13 @@ def program(kind, B, N, D, precision, backward):
     return step.forward_source(kind, precision, plan, True)
 
 
-def spilled(parts, arch):
-    """What the assembler says of the kernels whose registers do not hold everything."""
-    from cuda.core import Program, ProgramOptions
-
-    log = io.StringIO()
-    options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
-    Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
-    lines = [line for line in log.getvalue().splitlines() if "spill" in line]
-    assert lines, log.getvalue()
-    return [line for line in lines if "0 bytes spill stores, 0 bytes spill loads" not in line]
-
-
 @needs_nvrtc
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide, everything], ids=str)
 def test_compiles_for_every_architecture_without_spills(kind, arch, backward):
     for precision in ("bfloat16", "float32"):
-        assert spilled(program(kind, 16, 1, 768, precision, backward), arch) == [], precision
+        assert not spills_in_a_loop(program(kind, 16, 1, 768, precision, backward), arch), precision
 
 
 @needs_nvrtc
@@ -67,7 +55,7 @@ def test_compiles_for_every_architecture_without_spills(kind, arch, backward):
 @pytest.mark.parametrize("sizes", [(16, 12, 64), (256, 1, 768), (7, 5, 41), (16, 1, 4096)], ids=str)
 def test_compiles_for_every_plan_without_spills(sizes, precision, backward):
     for kind in ("lstm", "slstm"):
-        assert spilled(program(kind, *sizes, precision, backward), "sm_90") == [], kind
+        assert not spills_in_a_loop(program(kind, *sizes, precision, backward), "sm_90a"), kind
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -289,5 +277,6 @@ def test_asked_for_by_name_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(nvrtc, "_version", lambda: 1 / 0)
+    monkeypatch.setattr(cuda, "unavailable", cuda.unavailable.__wrapped__)
     with pytest.raises(ValueError, match=r'pip install "flashrnn\[cuda\]"'):
         call("lstm", random_inputs("lstm", 1, 1, 1, 1, torch.float32), backend="cuda")

@@ -4,25 +4,19 @@ The emulation lets copies to shared memory arrive as late as a GPU may, so a mis
 """
 
 import itertools
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
-from flashrnn.jit import nvrtc
 from flashrnn.kernels import head, program
 from flashrnn.problem import Problem
 from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
 from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.machine_code import spills_in_a_loop
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
-from tests.test_cuda import spilled
 from tests.test_jit import needs_nvrtc
 
 A100 = GPU(multiprocessors=108, shared_memory=166912, shifts_registers=False)
@@ -101,28 +95,6 @@ def programs(kind, B, N, D, precision, gpu):
         head.backward_source(kind, precision, D, plans[1], True, False, None),
         head.gradient_source(kind, precision, D, gradient, True),
     ]
-
-
-def spills_in_a_loop(parts, arch):
-    """Whether a loop moves registers to memory and back; outside of loops nobody would notice."""
-    if not spilled(parts, arch):
-        return False
-    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(nvrtc.compile_program(parts, arch))
-        cubin.flush()
-        command = [disassembler, "-sass", cubin.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)
-    code = [(int(address, 16), instruction) for address, instruction in found]
-    assert len(code) > 100
-    loops = []
-    for address, instruction in code:
-        target = re.search(r"BRA.*?0x([0-9a-f]+)", instruction)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    local = [address for address, instruction in code if re.search(r"\b(LDL|STL)\b", instruction)]
-    return any(begin <= address <= end for begin, end in loops for address in local)
 
 
 @needs_nvrtc

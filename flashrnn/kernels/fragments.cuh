@@ -40,6 +40,7 @@ struct Matrix {
                     }
                 }
                 memcpy(&fragment.words[w], word, 4);
+                fragment.words[w] = prepare(fragment.words[w], Operand{});
                 // Else all elements are loaded before the first two become one word.
                 settle(fragment.words[w]);
             }

@@ -92,22 +92,6 @@ __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                           unsigned b0, unsigned b1, tf32) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(round_to_tf32(a0)), "r"(round_to_tf32(a1)), "r"(round_to_tf32(a2)),
-          "r"(round_to_tf32(a3)), "r"(round_to_tf32(b0)), "r"(round_to_tf32(b1)));
-}
-
-__device__ inline unsigned high_bits(unsigned x) { return x & 0xffffe000u; }
-
-__device__ inline unsigned low_bits(unsigned x) {
-    return __float_as_uint(__uint_as_float(x) - __uint_as_float(high_bits(x)));
-}
-
 __device__ inline void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
                                      unsigned a3, unsigned b0, unsigned b1) {
     asm volatile(
@@ -116,6 +100,26 @@ __device__ inline void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, un
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1, tf32) {
+    mma_truncated(c, round_to_tf32(a0), round_to_tf32(a1), round_to_tf32(a2), round_to_tf32(a3),
+                  round_to_tf32(b0), round_to_tf32(b1));
+}
+
+__device__ inline unsigned high_bits(unsigned x) { return x & 0xffffe000u; }
+
+__device__ inline unsigned low_bits(unsigned x) {
+    return __float_as_uint(__uint_as_float(x) - __uint_as_float(high_bits(x)));
+}
+
+// What a left operand's word becomes, once, before it is multiplied by mma_pass.
+template <typename Operand>
+__device__ inline unsigned prepare(unsigned word, Operand) {
+    return word;
+}
+
+__device__ inline unsigned prepare(unsigned word, tf32) { return round_to_tf32(word); }
 
 // How many instructions a product of operands takes; each adds to c. `pass` is a constant once the
 // loop over it is unrolled.
@@ -128,6 +132,11 @@ template <typename Operand>
 __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
                                 unsigned a3, unsigned b0, unsigned b1, Operand operand) {
     mma(c, a0, a1, a2, a3, b0, b1, operand);
+}
+
+__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                unsigned a3, unsigned b0, unsigned b1, tf32) {
+    mma_truncated(c, a0, a1, a2, a3, round_to_tf32(b0), round_to_tf32(b1));
 }
 
 // float32 in full: every factor is the sum of two that have 11 bits of mantissa or so; of their

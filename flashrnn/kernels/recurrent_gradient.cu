@@ -48,7 +48,9 @@ __device__ inline void load_left(unsigned (&words)[4], const Element* corner, in
     } else {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            words[w] = __float_as_uint(to_float(corner[(lane % 4 + w / 2 * 4) * pitch + lane / 4 + w % 2 * 8]));
+            const int row = lane % 4 + w / 2 * 4, column = lane / 4 + w % 2 * 8;
+            words[w] = __float_as_uint(to_float(corner[row * pitch + column]));
+            words[w] = prepare(words[w], Operand{});
         }
     }
 }
@@ -62,7 +64,8 @@ __device__ inline void load_right(unsigned (&words)[4], const Element* corner, i
     } else {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            words[w] = __float_as_uint(to_float(corner[(lane % 4 + w % 2 * 4) * pitch + lane / 4 + w / 2 * 8]));
+            const int row = lane % 4 + w % 2 * 4, column = lane / 4 + w / 2 * 8;
+            words[w] = __float_as_uint(to_float(corner[row * pitch + column]));
         }
     }
 }

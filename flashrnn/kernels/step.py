@@ -37,7 +37,7 @@ BACKWARD_CALL = (
 # share a multiprocessor: the next step's block starts beside this one's.
 _REGISTERS_FOR_CHUNKS = 72
 _REGISTERS_FOR_SUMS = 64
-_REGISTERS_FOR_BOTH = 112
+_REGISTERS_FOR_BOTH = 110
 _SHARED_MEMORY = 48 * 1024
 _MOST_BLOCKS = 4
 # Thread blocks below which a larger tile of sequences would leave multiprocessors idle.
@@ -83,15 +83,9 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
         backward: whether for step_backward.cu.
     """
     recurrent = len(cell.fed_by("R"))
-    if backward:
-        # Half of a tile's 16 rows stay empty where blocks of 16 units would leave multiprocessors
-        # idle: what takes time is to fetch R.
-        units = 16 if _tiles(D, 16) * N * _tiles(B, 16) >= _ENOUGH_BLOCKS else 8
-        tiles, segments = 1, recurrent
-    else:
-        # Two gates share a tile, 8 units of each.
-        units, tiles, segments = 8, _tiles(recurrent, 2), 1
-    itemsize = 2 if precision in ("float16", "bfloat16") else 4
+    # Forward two gates share a tile of 16 rows, 8 units of each.
+    units, tiles, segments = (16, 1, recurrent) if backward else (8, _tiles(recurrent, 2), 1)
+    itemsize = program.itemsize_of(precision)
     chunks = segments * _tiles(D * itemsize, 64)
     warps = min(8, 1 << (chunks - 1).bit_length())
     # Of a tile and block; a product that no tensor core does keeps more.

@@ -34,7 +34,7 @@ step_backward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
     product.D = D;
     product.rows.first = pointer<const Element>(call->R) + (n * D + unit) * GR * D;
     product.rows.apart = 8 * GR * D;
-    product.rows.count = !recurrent || unit >= D ? 0 : UNITS > 8 && unit + 8 < D ? 2 : 1;
+    product.rows.count = !recurrent ? 0 : unit + 8 < D ? 2 : unit < D ? 1 : 0;
     product.columns.first = d_gates + (sequence * T + t + 1) * G * width + n * D;
     product.columns.apart = 8 * T * G * width;
     product.columns.count = recurrent ? blocks_within(sequence, B) : 0;
