@@ -1,0 +1,27 @@
+"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND``.
+
+Every way that a kernel may be tiled, at sizes that a sanitizer gets through.
+"""
+
+import sys
+
+import torch
+
+from tests.problems import call, gradients, random_inputs, sparse
+
+WORKLOAD = [
+    ("lstm", (3, 4, 2, 64), torch.bfloat16),
+    ("gru", (17, 3, 2, 24), torch.float16),
+    ("slstm", (5, 4, 1, 128), torch.bfloat16),
+    (sparse, (2, 3, 1, 41), torch.float32),
+    ("lstm", (300, 2, 2, 32), torch.bfloat16),
+    ("lstm", (40, 2, 8, 64), torch.float32),
+]
+
+if __name__ == "__main__":
+    (backend,) = sys.argv[1:]
+    for kind, sizes, dtype in WORKLOAD:
+        inputs = random_inputs(kind, *sizes, dtype, "cuda")
+        gradients(call(kind, inputs, backend=backend), inputs)
+        torch.cuda.synchronize()
+    print(f"{backend}: ran {len(WORKLOAD)} problems")
