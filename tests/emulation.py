@@ -66,13 +66,13 @@ class EmulatedStepper:
 class EmulatedKernel:
     """Stands in for the kernels of ``cuda_fused``."""
 
-    def __init__(self, library: Library, grid: int, threads: int):
-        self.library, self.grid, self.threads = library, grid, threads
+    def __init__(self, library: Library, threads: int):
+        self.library, self.threads = library, threads
 
-    def launch(self, tensors, numbers) -> None:
+    def launch(self, grid, tensors, numbers) -> None:
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         block = (ctypes.c_int64 * len(arguments))(*arguments)
-        self.library.functions.emulate(block, self.grid, self.threads)
+        self.library.functions.emulate(block, grid, self.threads)
 
 
 H200 = GPU(multiprocessors=132, shared_memory=232448, shifts_registers=True)
@@ -94,8 +94,8 @@ def fused_emulation(
         )
         return Library(source + entry, tmp_path_factory.mktemp("emulation"))
 
-    def kernel(name, parts, device, grid, threads, shared_memory):
-        return EmulatedKernel(library(name, emulated(parts)), grid, threads)
+    def kernel(name, parts, device, threads, shared_memory):
+        return EmulatedKernel(library(name, emulated(parts)), threads)
 
     def forget() -> None:
         for cached in ("_forward_kernel", "_backward_kernel", "_gradient_kernel"):

@@ -29,7 +29,7 @@ import flashrnn
 from flashrnn.backends import recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell
-from flashrnn.problem import Problem, carry_dtype
+from flashrnn.problem import Problem
 
 _cells: dict[str, Cell] = {}
 
@@ -97,6 +97,17 @@ def remember(cell: Cell) -> str:
     return key
 
 
+def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a fused backend's forward returns, not yet written."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    S, G = len(cell.states), len(cell.gates)
+    return (
+        Wx.new_empty(S, B, T, N, D),
+        Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype),
+        Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,)),
+    )
+
+
 @cache
 def _backend(name: str) -> FusedBackend:
     return cast(FusedBackend, importlib.import_module(f"flashrnn.backends.{name}"))
@@ -137,12 +148,8 @@ def _(
     forward_clipval: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, N, D = Wx.shape
-    S, G = len(_cells[cell].states), len(_cells[cell].gates)
-    return (
-        Wx.new_empty(S, B, T, N, D),
-        Wx.new_empty(S, B, 1, N, D, dtype=carry_dtype(Wx.dtype)),
-        Wx.new_empty((B, T, G, N, D) if save_gates else (0,)),
-    )
+    problem = Problem(_cells[cell], B, T, N, D, Wx.dtype, Wx.device, save_gates)
+    return new_outputs(problem, Wx)
 
 
 @torch.library.custom_op("flashrnn::scan_backward", mutates_args=())

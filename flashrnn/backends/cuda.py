@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
+from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc, runs
 from flashrnn.kernels import program, step
@@ -22,20 +23,12 @@ from flashrnn.problem import Problem
 @cache
 def unavailable() -> str | None:
     """Why its kernels do not run here."""
-    if not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU, and PyTorch sees none"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    return nvrtc.unavailable()
+    return missing_gpu() or nvrtc.unavailable()
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    if problem.device.type != "cuda":
-        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
-    if problem.dtype == torch.float64:
-        return "dtype float64; it computes in float16, bfloat16 and float32"
-    return None
+    return refusal(problem)
 
 
 def run(
@@ -49,13 +42,10 @@ def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    S, G = len(cell.states), len(cell.gates)
-    every_state = Wx.new_empty(S, B, T, N, D)
-    gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
+    B, T = problem.B, problem.T
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0 or T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    last_states = states.new_empty(S, B, 1, N, D)
     R, b, h = _aligned(R), b.contiguous(), states[0].to(Wx.dtype).contiguous()
     tensors = (Wx, R, b, states, h, every_state, gates, last_states)
     fields = (

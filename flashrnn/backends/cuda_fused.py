@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete, select
+from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import head, program
@@ -25,19 +26,14 @@ from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_hea
 @cache
 def unavailable() -> str | None:
     """Why its kernels do not run here."""
-    if not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU, and PyTorch sees none"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    return nvrtc.unavailable()
+    return missing_gpu() or nvrtc.unavailable()
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    if problem.device.type != "cuda":
-        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
-    if problem.dtype == torch.float64:
-        return "dtype float64; it computes in float16, bfloat16 and float32"
+    reason = refusal(problem)
+    if reason:
+        return reason
     gpu = _gpu(problem.device)
     directions = (False, True) if problem.needs_gradient else (False,)
     plans = [plan_head(problem, gpu, backward) for backward in directions]
@@ -56,12 +52,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    S, G = len(cell.states), len(cell.gates)
-    every_state = Wx.new_empty(S, B, T, N, D)
-    gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0 or T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    last_states = states.new_empty(S, B, 1, N, D)
     R, b = R.contiguous(), b.contiguous()
     aligned = _aligned(Wx, every_state, gates)
     plan = _plan(problem, backward=False)
@@ -73,10 +66,9 @@ def forward(
         aligned,
         problem.needs_gradient,
         problem.device,
-        plan.grid(B, N),
     )
     tensors = (Wx, R, b, states, every_state, last_states, gates)
-    kernel.launch(tensors, (*Wx.stride(), *_strides(states), T, B, N))
+    kernel.launch(plan.grid(B, N), tensors, (*Wx.stride(), *_strides(states), T, B, N))
     return every_state, last_states, gates
 
 
@@ -110,12 +102,11 @@ def backward(
         cut,
         clipval,
         problem.device,
-        plan.grid(B, N),
     )
     outputs = (d_gates, d_initial, d_bias)
     tensors = (R, states_initial, states, gates, d_states, d_last_states, *outputs)
     strides = (*_strides(states_initial), *d_states.stride(), *_strides(d_last_states))
-    kernel.launch(tensors, (*strides, T, B, N))
+    kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
     d_R = _recurrent_gradient(problem, d_gates, states_initial[0], states[0])
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
     return Gradients(d_gates, d_initial, d_R, d_b)
@@ -131,27 +122,29 @@ def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h:
     plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(d_gates, h_initial, h)
     precision = program.precision_of(problem.dtype)
-    grid = N * plan.groups * plan.parts
-    kernel = _gradient_kernel(cell, precision, D, plan, aligned, problem.device, grid)
+    kernel = _gradient_kernel(cell, precision, D, plan, aligned, problem.device)
     parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
-    kernel.launch((d_gates, h_initial, h, parts), (plan.rows, T, B, N))
+    grid = N * plan.groups * plan.parts
+    kernel.launch(grid, (d_gates, h_initial, h, parts), (plan.rows, T, B, N))
     return parts.sum(0).to(h.dtype)
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel on a device, and the shape of its launches."""
+    """A kernel on a device, and what its launches have in common."""
 
     device: int
     kernel: Any
-    config: Any
+    threads: int
+    shared_memory: int
 
-    def launch(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    def launch(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Enqueue it on PyTorch's current stream of its device."""
+        config = launch.configure(grid, self.threads, self.shared_memory)
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         with launch.on_device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
-            launch.enqueue([launch.Launch(self.kernel, self.config, arguments)], stream)
+            launch.enqueue([launch.Launch(self.kernel, config, arguments)], stream)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -197,11 +190,10 @@ def _forward_kernel(
     aligned: bool,
     save_gates: bool,
     device: torch.device,
-    grid: int,
 ) -> _Kernel:
     parts = head.forward_source(cell, precision, D, plan, aligned, save_gates)
     threads = plan.threads(D)
-    return _kernel("head_forward", parts, device, grid, threads, plan.shared_memory)
+    return _kernel("head_forward", parts, device, threads, plan.shared_memory)
 
 
 @lru_cache(maxsize=256)
@@ -214,11 +206,10 @@ def _backward_kernel(
     cut: bool,
     clipval: float | None,
     device: torch.device,
-    grid: int,
 ) -> _Kernel:
     parts = head.backward_source(cell, precision, D, plan, aligned, cut, clipval)
     threads = plan.threads(D)
-    return _kernel("head_backward", parts, device, grid, threads, plan.shared_memory)
+    return _kernel("head_backward", parts, device, threads, plan.shared_memory)
 
 
 @lru_cache(maxsize=256)
@@ -229,22 +220,20 @@ def _gradient_kernel(
     plan: GradientPlan,
     aligned: bool,
     device: torch.device,
-    grid: int,
 ) -> _Kernel:
     parts = head.gradient_source(cell, precision, D, plan, aligned)
     threads = head.GRADIENT_THREADS
-    return _kernel("recurrent_gradient", parts, device, grid, threads, plan.shared_memory)
+    return _kernel("recurrent_gradient", parts, device, threads, plan.shared_memory)
 
 
 def _kernel(
     name: str,
     parts: dict[str, str],
     device: torch.device,
-    grid: int,
     threads: int,
     shared_memory: int,
 ) -> _Kernel:
     index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
     (kernel,) = launch.load_kernels(cubin, (name,), index, shared_memory)
-    return _Kernel(index, kernel, launch.configure(grid, threads, shared_memory))
+    return _Kernel(index, kernel, threads, shared_memory)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
+from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit.source import load_source
@@ -32,19 +33,14 @@ def unavailable() -> str | None:
         return f"it needs Triton {oldest} or later: pip install 'triton>={oldest}'"
     if _interpreted():
         return None
-    if not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU, and PyTorch sees none"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
-    return None
+    return missing_gpu()
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    if problem.device.type != ("cpu" if _interpreted() else "cuda"):
-        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
-    if problem.dtype == torch.float64:
-        return "dtype float64; it computes in float16, bfloat16 and float32"
+    reason = refusal(problem, "cpu" if _interpreted() else "cuda")
+    if reason:
+        return reason
     plan = _plan(problem, torch.backends.cuda.matmul.allow_tf32)
     return plan if isinstance(plan, str) else None
 
@@ -63,10 +59,7 @@ def forward(
     from flashrnn.kernels import scan
 
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    S, G = len(cell.states), len(cell.gates)
-    every_state = Wx.new_empty(S, B, T, N, D)
-    last_states = Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype)
-    gates = Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,))
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0:
         return every_state, last_states, gates
     fixed = _fixed(problem)
@@ -90,7 +83,7 @@ def forward(
         plan.BB,
         plan.SS,
         plan.GG,
-        S,
+        len(cell.states),
         *fixed.positions,
         alignment,
         problem.needs_gradient,

@@ -55,6 +55,7 @@ def load_kernels(
     return kernels
 
 
+@lru_cache(maxsize=1024)
 def configure(grid: int, threads: int, shared_memory: int = 0, overlaps: bool = False) -> Any:
     """The shape of a launch.
 
