@@ -69,6 +69,25 @@ def hold_to_vanilla(
             assert error <= (7e-3 if is_gradient else 3e-3), name
 
 
+def same_without_gradients(backend: str) -> bool:
+    """Whether a call that saves nothing for a backward gives the same bits."""
+    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
+    with torch.no_grad():
+        given = call("slstm", inputs, backend=backend)
+    expected = call("slstm", inputs, backend=backend)
+    return all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+
+
+def continues_exactly(backend: str) -> bool:
+    """Whether two calls, one with the other's last states, give the bits of one."""
+    inputs = random_inputs("lstm", 3, 5, 2, 24, torch.bfloat16)
+    whole, last = call("lstm", inputs, backend=backend)
+    Wx, *others = inputs.tensors().values()
+    states, carried = call("lstm", Inputs(Wx[:, :2], *others), backend=backend)
+    rest, end = call("lstm", Inputs(Wx[:, 2:], *others[:2], carried), backend=backend)
+    return torch.equal(torch.cat([states, rest], dim=2), whole) and torch.equal(end, last)
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values, neither contiguous nor aligned, as a leaf of its own."""
     *sizes, last = x.shape

@@ -22,7 +22,15 @@ from tests.emulation import (  # noqa: F401
     emulation,
     needs_compiler,
 )
-from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.fused import (  # noqa: F401
+    DTYPES,
+    OPTIONS,
+    all_strided,
+    continues_exactly,
+    hold_to_vanilla,
+    poisoned,
+    same_without_gradients,
+)
 from tests.machine_code import spills_in_a_loop
 from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
 from tests.test_graphs import everything
@@ -241,22 +249,12 @@ def test_any_strides(on_the_cpu):
 
 @needs_compiler
 def test_no_gradient_asked_for(on_the_cpu):
-    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
-    with torch.no_grad():
-        given = call("slstm", inputs, backend="cuda")
-    expected = call("slstm", inputs, backend="cuda")
-    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+    assert same_without_gradients("cuda")
 
 
 @needs_compiler
 def test_continues_a_sequence_exactly(on_the_cpu):
-    inputs = random_inputs("lstm", 3, 5, 2, 24, torch.bfloat16)
-    whole, last = call("lstm", inputs, backend="cuda")
-    Wx, *others = inputs.tensors().values()
-    first = type(inputs)(Wx[:, :2], *others)
-    states, carried = call("lstm", first, backend="cuda")
-    rest, end = call("lstm", type(inputs)(Wx[:, 2:], *others[:2], carried), backend="cuda")
-    assert torch.equal(torch.cat([states, rest], dim=2), whole) and torch.equal(end, last)
+    assert continues_exactly("cuda")
 
 
 # ---- what it says of itself

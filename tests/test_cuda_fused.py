@@ -9,12 +9,21 @@ import pytest
 import torch
 
 from flashrnn.backends import cuda_fused
+from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
+from flashrnn.jit import nvrtc
 from flashrnn.kernels import head, program
 from flashrnn.problem import Problem
 from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
 from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
-from tests.fused import OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.fused import (  # noqa: F401
+    OPTIONS,
+    all_strided,
+    continues_exactly,
+    hold_to_vanilla,
+    poisoned,
+    same_without_gradients,
+)
 from tests.machine_code import spills_in_a_loop
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
@@ -70,15 +79,17 @@ def test_a_plan_says_why_there_is_none():
     assert "128" in plan_head(problem("lstm", 1, 1, 129, torch.bfloat16), H200, False)
 
 
+@pytest.mark.parametrize("gpu", [RTX_4090, H200], ids=["RTX 4090", "H200"])
 @pytest.mark.parametrize("D", [1, 24, 64, 100, 128])
-def test_gradient_plans_cover_every_row_once(D):
-    for recurrent, rows, N in itertools.product((1, 3, 4, 7), (1, 31, 1000, 260_000), (1, 12)):
+def test_gradient_plans_fit_the_gpu_and_cover_every_row_once(gpu, D):
+    rows_and_heads = itertools.product((1, 31, 1000, 260_000), (1, 12))
+    for (rows, N), recurrent in itertools.product(rows_and_heads, (1, 3, 4, 7, 16, 70)):
         for itemsize in (2, 4):
-            plan = plan_gradient(recurrent, rows, N, D, itemsize, H200)
+            plan = plan_gradient(recurrent, rows, N, D, itemsize, gpu)
             assert isinstance(plan, GradientPlan)
             assert plan.gates * plan.groups >= recurrent
             assert (plan.parts - 1) * plan.rows < rows <= plan.parts * plan.rows
-            assert plan.shared_memory <= 99 * 1024
+            assert plan.shared_memory <= gpu.shared_memory
 
 
 # ---- the machine code
@@ -123,6 +134,71 @@ def test_compiles_for_every_plan_without_spills(sizes, precision):
         assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
 
 
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x, int n) {
+    float y[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) y[i] = x[1024 * i + threadIdx.x];
+    for (int t = 0; t < n; ++t) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) y[i] = y[i] * y[(i + 17) % 64] + x[t];
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[1024 * i + threadIdx.x] = y[i];
+}
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", GPUS)
+def test_a_spill_would_be_noticed(arch):
+    assert spills_in_a_loop({"spilling": SPILLING}, arch)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("clipval", [1e39, 1e-50])
+def test_a_clip_value_need_not_fit_float32(clipval):
+    plan = plan_head(problem("elman", 1, 1, 16, torch.bfloat16), H200, True)
+    cell = resolve("elman")
+    parts = head.backward_source(cell, "bfloat16", 16, plan, True, False, clipval)
+    assert nvrtc.compile_program(parts, "sm_80")
+
+
+# ---- around the kernels
+
+
+def test_gates_are_selected_without_asking_the_host(monkeypatch):
+    """A CUDA graph records no copy of indices from the host."""
+    gates = torch.randn(2, 4, 3)
+    expected = gates.index_select(1, torch.tensor([0, 2, 3]))
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(select(gates, 1, (0, 2, 3)), expected)
+    assert select(gates, 1, (1, 2)).data_ptr() == gates[:, 1].data_ptr()
+    assert select(gates, 1, ()).shape == (2, 0, 3)
+
+
+@pytest.fixture
+def tf32_setting():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("PyTorch has but the older setting, allow_tf32")
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def test_tf32_may_be_allowed_by_either_setting(tf32_setting):
+    for name, value, precision in [
+        ("fp32_precision", "tf32", "tf32"),
+        ("fp32_precision", "ieee", "float32"),
+        ("allow_tf32", True, "tf32"),
+        ("allow_tf32", False, "float32"),
+    ]:
+        setattr(tf32_setting, name, value)
+        assert program.precision_of(torch.float32) == precision, name
+    assert program.precision_of(torch.bfloat16) == "bfloat16"
+
+
 # ---- the kernels
 
 
@@ -159,7 +235,7 @@ def test_equals_vanilla(on_the_cpu, kind, dtype):
         # Tiles of 4, of 8, and more steps than the ring has slots.
         (70, 2, 12, 16),
         (200, 12, 12, 16),
-        # The largest head; some of R in shared memory.
+        # The largest head.
         (3, 2, 1, 128),
     ],
     ids=str,
@@ -170,7 +246,8 @@ def test_sizes(on_the_cpu, sizes):
 
 @needs_compiler
 def test_fragments_in_shared_memory(on_the_cpu):
-    assert plan_head(problem("lstm", 2, 1, 112, torch.float32), H200, False).held < 7 * 14
+    # A gate's rows are 14 fragments.
+    assert plan_head(problem("lstm", 2, 1, 112, torch.float32), H200, False).held < 4 * 14
     check("lstm", 2, 3, 1, 112, torch.float32)
 
 
@@ -214,22 +291,12 @@ def test_a_gradient_of_the_last_states_alone(on_the_cpu):
 
 @needs_compiler
 def test_no_gradient_asked_for(on_the_cpu):
-    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
-    with torch.no_grad():
-        given = call("slstm", inputs, backend="cuda_fused")
-    expected = call("slstm", inputs, backend="cuda_fused")
-    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+    assert same_without_gradients("cuda_fused")
 
 
 @needs_compiler
 def test_continues_a_sequence_exactly(on_the_cpu):
-    inputs = random_inputs("lstm", 3, 5, 2, 24, torch.bfloat16)
-    whole, last = call("lstm", inputs, backend="cuda_fused")
-    Wx, *others = inputs.tensors().values()
-    first = type(inputs)(Wx[:, :2], *others)
-    states, carried = call("lstm", first, backend="cuda_fused")
-    rest, end = call("lstm", type(inputs)(Wx[:, 2:], *others[:2], carried), backend="cuda_fused")
-    assert torch.equal(torch.cat([states, rest], dim=2), whole) and torch.equal(end, last)
+    assert continues_exactly("cuda_fused")
 
 
 @needs_compiler

@@ -14,7 +14,15 @@ from flashrnn.backends import autograd
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from flashrnn.tiling import ScanPlan, plan_scan
-from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.fused import (  # noqa: F401
+    DTYPES,
+    OPTIONS,
+    all_strided,
+    continues_exactly,
+    hold_to_vanilla,
+    poisoned,
+    same_without_gradients,
+)
 from tests.problems import BUILT_IN, call, gradients, random_inputs, sparse, wide
 
 # Triton's own library is interpreted or not as the variable says when it is first imported.
@@ -93,11 +101,12 @@ def test_extremes_give_no_nan(on_the_cpu, kind):
 
 @needs_triton
 def test_no_gradient_asked_for(on_the_cpu):
-    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
-    with torch.no_grad():
-        given = call("slstm", inputs, backend="triton")
-    expected = call("slstm", inputs, backend="triton")
-    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+    assert same_without_gradients("triton")
+
+
+@needs_triton
+def test_continues_a_sequence_exactly(on_the_cpu):
+    assert continues_exactly("triton")
 
 
 @needs_triton
