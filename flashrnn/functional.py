@@ -54,7 +54,7 @@ def flashrnn(
         Gradients flow from both to ``Wx``, ``R``, ``b`` and ``states``.
 
     Raises:
-        TypeError: something that is no tensor, a dtype other than float16, bfloat16, float32,
+        TypeError: something that is no tensor (or no config, no name), a dtype other than float16, bfloat16, float32,
             float64, or several dtypes at once.
         ValueError: a shape that does not fit, several devices, an unknown function or backend,
             or a named backend that cannot do this call.
@@ -66,7 +66,12 @@ def flashrnn(
         >>> states.shape, last_states.shape
         (torch.Size([2, 8, 32, 3, 16]), torch.Size([2, 8, 1, 3, 16]))
     """
-    config = config or _DEFAULT
+    if config is None:
+        config = _DEFAULT
+    elif not isinstance(config, FlashRNNConfig):
+        raise TypeError(f"config is {type(config).__name__}; accepted is a FlashRNNConfig")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
     cell = resolve(function)
     tensors = {"Wx": Wx, "R": R, "b": b}
     if states is not None:

@@ -18,9 +18,10 @@ OPTIONS = [
     {"gradient_recurrent_clipval": 0.05},
     {"forward_clipval": 0.3},
 ]
-# Of a 16-bit residual: half a unit in the last place. vanilla's graph keeps float32 instead, so
-# what its own gradients are off by does not contain it.
-_RESIDUAL = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 0.0}
+# Half a unit in the last place.
+_HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
+# Elements of h below which a gradient's error is as much chance as arithmetic.
+_FEW = 4096
 
 
 def hold_to_vanilla(
@@ -37,9 +38,12 @@ def hold_to_vanilla(
 ) -> None:
     """Hold every output and gradient to vanilla in float64.
 
-    The error is at most twice that of vanilla in the same dtype, gradients being allowed the
-    rounding of a residual besides; in float32 at most 1e-5; in bfloat16, over 64 steps or more, at
-    most 3e-3 for the states and 7e-3 for gradients.
+    The error is at most twice that of vanilla in the same dtype; in float32 at most 1e-5; in
+    bfloat16, over 64 steps or more, at most 3e-3 for the states and 7e-3 for gradients.
+
+    A gradient may be off by half a unit in the last place in any case. In small problems it may be
+    off by as much besides: the backward scan sees pre-activations that were rounded to 16 bits,
+    while vanilla's graph keeps float32, and chance decides by how much that shows.
     """
     config = FlashRNNConfig(**options)  # type: ignore[arg-type]
     inputs = change(random_inputs(kind, B, T, N, D, dtype, device, seed=B + T + N + D))
@@ -64,7 +68,13 @@ def hold_to_vanilla(
             assert error <= max(allowed, 1e-5), name
             continue
         is_gradient = name.startswith("d_")
-        assert error <= allowed + (_RESIDUAL[dtype] if is_gradient else 1e-6), name
+        if not is_gradient:
+            allowed += 1e-6
+        elif B * T * N * D < _FEW:
+            allowed += _HALF_UNIT[dtype]
+        else:
+            allowed = max(allowed, _HALF_UNIT[dtype])
+        assert error <= allowed, name
         if dtype == torch.bfloat16 and T >= 64:
             assert error <= (7e-3 if is_gradient else 3e-3), name
 

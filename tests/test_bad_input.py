@@ -89,6 +89,12 @@ def arguments(**replaced):
             TypeError,
             "states torch.float64; accepted is one dtype for all",
         ),
+        (
+            {"config": {"forward_clipval": 1.0}},
+            TypeError,
+            "config is dict; accepted is a FlashRNNConfig",
+        ),
+        ({"backend": None}, TypeError, "backend is NoneType; accepted is a name, or 'auto'"),
         ({"dtype": "float8"}, TypeError, "dtype 'float8'; accepted are float16, bfloat16"),
         ({"dtype": torch.int32}, TypeError, "dtype torch.int32; accepted are"),
         ({"function": "gru"}, ValueError, "Wx holds 4 gates; gru takes 3 there: r, z, n"),
