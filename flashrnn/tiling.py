@@ -112,7 +112,7 @@ class HeadPlan:
         held: fragments of R that stay in registers.
         traffic: threads that move data.
         stages: steps whose inputs are on their way at once, or being read.
-        blocks: blocks that share a multiprocessor.
+        blocks: blocks that a multiprocessor must have registers for; more may share it.
         shared_memory: a block's dynamic shared memory in bytes.
     """
 
@@ -247,13 +247,14 @@ def plan_gradient(
         gpu: the device.
     """
     DD = 16 * -(-D // 16)
-    gates = max(1, min(recurrent, _SUMS // (DD * DD)))
+    stages, chunk = 3, 64 // itemsize
+    # A row of a chunk has a place for each unit of each gate and for each of h, and 16 more.
+    places = gpu.shared_memory // (stages * chunk * itemsize)
+    gates = max(1, min(recurrent, _SUMS // (DD * DD), (places - DD - 16) // DD))
     groups = -(-recurrent // gates)
-    chunk = 64 // itemsize
     # Two blocks share a multiprocessor; a part is long enough that its sums' way out is not felt.
     parts = max(1, min(2 * gpu.multiprocessors // (N * groups), -(-rows // (8 * chunk))))
     rows_a_part = chunk * -(-rows // (parts * chunk))
-    stages = 3
     shared_memory = stages * chunk * (gates * DD + DD + 16) * itemsize
     return GradientPlan(gates, groups, -(-rows // rows_a_part), rows_a_part, stages, shared_memory)
 
