@@ -51,3 +51,11 @@ class Problem(NamedTuple):
 def carry_dtype(dtype: torch.dtype) -> torch.dtype:
     """See :attr:`Problem.carry_dtype`."""
     return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's settings let products of float32 see 10 bits of its mantissa."""
+    matmul = torch.backends.cuda.matmul
+    # PyTorch 2.9's setting; where it was used, asking for the older one is an error.
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"

@@ -17,7 +17,7 @@ from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit.source import load_source
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, tf32_allowed
 from flashrnn.tiling import ScanPlan, plan_scan
 
 OLDEST = (3, 3)
@@ -41,7 +41,7 @@ def unsupported(problem: Problem) -> str | None:
     reason = refusal(problem, "cpu" if _interpreted() else "cuda")
     if reason:
         return reason
-    plan = _plan(problem, torch.backends.cuda.matmul.allow_tf32)
+    plan = _plan(problem, tf32_allowed())
     return plan if isinstance(plan, str) else None
 
 
@@ -184,7 +184,7 @@ class _Fixed(NamedTuple):
 
 def _fixed(problem: Problem) -> _Fixed:
     # In a cache, B, T and N would only be in the way.
-    return _fixed_for(problem._replace(B=1, T=1, N=1), torch.backends.cuda.matmul.allow_tf32)
+    return _fixed_for(problem._replace(B=1, T=1, N=1), tf32_allowed())
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from flashrnn.cells.render import render_cuda
 from flashrnn.cells.spec import Cell
+from flashrnn.problem import tf32_allowed
 
 PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
 """How products are computed, and the type that stands for it in CUDA."""
@@ -17,7 +19,7 @@ PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "flo
 
 def precision_of(dtype: torch.dtype) -> str:
     """How products of a dtype are computed; of float32, as PyTorch's own are set to be."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and tf32_allowed():
         return "tf32"
     return str(dtype).removeprefix("torch.")
 
@@ -49,6 +51,10 @@ def prelude(
 
 
 def _constant(name: str, value: bool | int | float) -> str:
+    if isinstance(value, float):
+        # C++ takes no constant that its type does not hold.
+        largest = torch.finfo(torch.float32).max
+        value = ctypes.c_float(max(-largest, min(value, largest))).value
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return f"constexpr {type(value).__name__} {name} = {text};"
 
