@@ -181,9 +181,10 @@ def test_gates_are_selected_without_asking_the_host(monkeypatch):
 def tf32_setting():
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("PyTorch has but the older setting, allow_tf32")
+        pytest.skip("PyTorch has only the older setting, allow_tf32")
     before = matmul.fp32_precision
     yield matmul
+    matmul.allow_tf32 = False
     matmul.fp32_precision = before
 
 
@@ -270,6 +271,15 @@ def test_tf32(on_the_cpu, monkeypatch):
     truth = call("lstm", inputs.to(torch.float64), backend="vanilla")
     given = call("lstm", inputs, backend="cuda_fused")
     assert 1e-6 < relative_error(given[0], truth[0]) < 1e-3
+
+
+@needs_compiler
+def test_no_kernel_of_its_own_for_a_length(on_the_cpu):
+    for T in (2, 40):
+        inputs = random_inputs("elman", 1, T, 1, 16, torch.bfloat16)
+        gradients(call("elman", inputs, backend="cuda_fused"), inputs)
+    for cached in ("_forward_kernel", "_backward_kernel", "_gradient_kernel"):
+        assert getattr(cuda_fused, cached).cache_info().currsize == 1, cached
 
 
 @needs_compiler

@@ -127,15 +127,17 @@ def test_on_a_second_gpu_while_the_first_is_current(backend):
     hold_to_vanilla(backend, "lstm", 3, 5, 2, 24, torch.bfloat16, "cuda:1")
 
 
+# Of sparse, Wx feeds gates that are no neighbours.
+@pytest.mark.parametrize("kind", ["gru", sparse], ids=str)
 @pytest.mark.parametrize("used_before", [False, True])
-def test_in_a_graph_of_the_users(backend, used_before):
+def test_in_a_graph_of_the_users(backend, used_before, kind):
     if backend == "triton" and not used_before:
         pytest.skip("Triton compiles at the first call, which no graph can record")
     sizes = (5, 35, 2, 72) if used_before else (5, 33, 2, 88)
-    inputs = random_inputs("gru", *sizes, torch.bfloat16, "cuda")
+    inputs = random_inputs(kind, *sizes, torch.bfloat16, "cuda")
 
     def step():
-        states, last_states = call("gru", inputs, backend=backend)
+        states, last_states = call(kind, inputs, backend=backend)
         return states, last_states, *torch.autograd.grad(states, inputs.Wx, states.detach())
 
     if used_before:

@@ -6,8 +6,8 @@ A thread block computes a whole head for a few sequences, all steps of them, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,7 +122,9 @@ def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h:
     plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(d_gates, h_initial, h)
     precision = program.precision_of(problem.dtype)
-    kernel = _gradient_kernel(cell, precision, D, plan, aligned, problem.device)
+    # In a cache, what is not compiled in would only be in the way.
+    compiled = replace(plan, parts=1, rows=0)
+    kernel = _gradient_kernel(cell, precision, D, compiled, aligned, problem.device)
     parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
     grid = N * plan.groups * plan.parts
     kernel.launch(grid, (d_gates, h_initial, h, parts), (plan.rows, T, B, N))
@@ -181,7 +183,11 @@ def _gpu(device: torch.device) -> GPU:
     )
 
 
-@lru_cache(maxsize=256)
+# Kernels are never forgotten: forgotten ones would be unloaded, and a CUDA graph of the user's may
+# hold their launches.
+
+
+@cache
 def _forward_kernel(
     cell: Cell,
     precision: str,
@@ -196,7 +202,7 @@ def _forward_kernel(
     return _kernel("head_forward", parts, device, threads, plan.shared_memory)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _backward_kernel(
     cell: Cell,
     precision: str,
@@ -212,7 +218,7 @@ def _backward_kernel(
     return _kernel("head_backward", parts, device, threads, plan.shared_memory)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _gradient_kernel(
     cell: Cell,
     precision: str,

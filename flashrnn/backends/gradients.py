@@ -47,7 +47,9 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     first, count = indices[0] if indices else 0, len(indices)
     if indices == tuple(range(first, first + count)):
         return gates.narrow(dim, first, count)
-    return gates.index_select(dim, torch.tensor(indices, device=gates.device))
+    # Without a tensor of indices: to copy them the host would wait for the GPU, and a CUDA graph
+    # cannot record it.
+    return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
 def recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
