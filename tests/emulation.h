@@ -82,12 +82,16 @@ struct Meeting {
 static Meeting block_meeting, warp_meetings[32];
 static int threads_of_block;
 static void clear_shared_memory();
+static bool is_clear_beyond(int bytes);
 
-static void run_kernel(int grid, int threads, std::function<void()> kernel) {
+// Whether the blocks wrote no more than these bytes of shared memory.
+static bool run_kernel(int grid, int threads, std::function<void()> kernel,
+                       int shared_bytes = 256 * 1024) {
     constexpr size_t STACK = 256 * 1024;
     std::vector<char> stacks(threads * STACK);
     threads_of_block = threads;
     body = kernel;
+    bool fits = true;
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
         coroutines.assign(threads, Coroutine());
         clear_shared_memory();
@@ -105,7 +109,9 @@ static void run_kernel(int grid, int threads, std::function<void()> kernel) {
                 running -= coroutines[i].finished;
             }
         }
+        fits = fits && is_clear_beyond(shared_bytes);
     }
+    return fits;
 }
 
 static void __syncthreads() { block_meeting.wait_for(threads_of_block); }
@@ -245,6 +251,7 @@ static void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned
 }
 
 // NaN until it is written.
+constexpr unsigned UNWRITTEN = 0x7fff7fff;
 static std::vector<unsigned> shared_words(64 * 1024);
 static unsigned char* shared_memory() { return (unsigned char*)shared_words.data(); }
 
@@ -285,8 +292,15 @@ static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
 }
 
 static void clear_shared_memory() {
-    shared_words.assign(shared_words.size(), 0x7fff7fff);
+    shared_words.assign(shared_words.size(), UNWRITTEN);
     for (auto& groups : copy_groups) groups.clear();
+}
+
+static bool is_clear_beyond(int bytes) {
+    for (size_t i = bytes / 4; i < shared_words.size(); ++i) {
+        if (shared_words[i] != UNWRITTEN) return false;
+    }
+    return true;
 }
 
 static std::vector<Copy>& open_copy_group() {

@@ -66,13 +66,16 @@ class EmulatedStepper:
 class EmulatedKernel:
     """Stands in for the kernels of ``cuda_fused``."""
 
-    def __init__(self, library: Library, threads: int):
-        self.library, self.threads = library, threads
+    def __init__(self, library: Library, threads: int, shared_memory: int):
+        self.emulate = library.functions.emulate
+        self.emulate.restype = ctypes.c_bool
+        self.threads, self.shared_memory = threads, shared_memory
 
     def launch(self, grid, tensors, numbers) -> None:
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         block = (ctypes.c_int64 * len(arguments))(*arguments)
-        self.library.functions.emulate(block, grid, self.threads)
+        fits = self.emulate(block, grid, self.threads, self.shared_memory)
+        assert fits, "a kernel wrote more shared memory than its plan has"
 
 
 H200 = GPU(multiprocessors=132, shared_memory=232448, shifts_registers=True)
@@ -89,13 +92,13 @@ def fused_emulation(
         (parameters,) = re.findall(rf"{name}\((.*?)\)", source, re.DOTALL)
         passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
         entry = (
-            f'extern "C" void emulate(long long* a, int grid, int threads) {{\n'
-            f"    run_kernel(grid, threads, [=] {{ {name}({passed}); }});\n}}\n"
+            f'extern "C" bool emulate(long long* a, int grid, int threads, int shared) {{\n'
+            f"    return run_kernel(grid, threads, [=] {{ {name}({passed}); }}, shared);\n}}\n"
         )
         return Library(source + entry, tmp_path_factory.mktemp("emulation"))
 
     def kernel(name, parts, device, threads, shared_memory):
-        return EmulatedKernel(library(name, emulated(parts)), threads)
+        return EmulatedKernel(library(name, emulated(parts)), threads, shared_memory)
 
     def forget() -> None:
         for cached in ("_forward_kernel", "_backward_kernel", "_gradient_kernel"):

@@ -3,7 +3,7 @@
 // COMPUTING warps multiply and run the cell, the TRAFFIC threads after them move everything
 // between global and shared memory. Computing warp w owns the head's units 16 w to 16 w + 15.
 // Tensor cores give its lane 4 i + j, for one gate, four numbers: of the units 2 i and 2 i + 1 and
-// of the columns 2 j and 2 j + 1 (the rows of R are laid out so that it is neighbours). A product
+// of the columns 2 j and 2 j + 1 (the rows of R are laid out so that these are neighbours). A product
 // has 8 columns. Where SEQUENCES is 4 or 2 each sequence has several of them, alike, and the lanes
 // that hold the same numbers share the cell's work: so a lane runs the cell SEQUENCES / 2 times.
 
@@ -14,8 +14,8 @@ constexpr int COLUMNS = SEQUENCES < 8 ? SEQUENCES : 8;
 constexpr int OWNED = SEQUENCES / 2;
 constexpr int THREADS = 32 * COMPUTING + TRAFFIC;
 
-// Where a lane gets fewer registers than it can address, a GPU that can hands those of the traffic
-// threads to the computing warps, both in whole groups of four warps.
+// Where a lane gets fewer registers than it can address, the traffic threads hand some of theirs to
+// the computing warps, on a GPU that can do so: it does for whole groups of four warps.
 constexpr bool SHIFT_REGISTERS =
     COMPUTING % 4 == 0 && TRAFFIC == 128 && THREADS > 256 && BLOCKS_AN_SM == 1;
 constexpr int TRAFFIC_REGISTERS = 72;

@@ -208,8 +208,8 @@ __device__ inline void meet() {
 // Has the word computed here, not where it is used first.
 __device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
 
-// Registers that a warp gives back to its block, or takes of what others gave back: all warps of a
-// group of four alike.
+// How many registers each lane has from here on: the block gets back the others, or gives what
+// others gave back. All warps of a group of four say it alike, and only Hopper's do.
 template <int REGISTERS>
 __device__ inline void keep_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
