@@ -54,8 +54,8 @@ def flashrnn(
         Gradients flow from both to ``Wx``, ``R``, ``b`` and ``states``.
 
     Raises:
-        TypeError: something that is no tensor (or no config, no name), a dtype other than float16, bfloat16, float32,
-            float64, or several dtypes at once.
+        TypeError: something that is no tensor, no config or no name, a dtype other than float16,
+            bfloat16, float32, float64, or several dtypes at once.
         ValueError: a shape that does not fit, several devices, an unknown function or backend,
             or a named backend that cannot do this call.
 

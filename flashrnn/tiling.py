@@ -179,7 +179,7 @@ def _plan_head(
     def line(rows: int) -> int:
         return rows * DD * itemsize + 16
 
-    sequences = _sequences(B, N, D, gpu)
+    sequences = _sequences(B, N, D, itemsize, gpu)
     output_bytes = 2 * sum(map(line, outputs))
     while sequences > 2:
         least = sequences * (_FEWEST_STAGES * line(inputs) + output_bytes)
@@ -259,9 +259,10 @@ def plan_gradient(
     return GradientPlan(gates, groups, -(-rows // rows_a_part), rows_a_part, stages, shared_memory)
 
 
-def _sequences(B: int, N: int, D: int, gpu: GPU) -> int:
+def _sequences(B: int, N: int, D: int, itemsize: int, gpu: GPU) -> int:
     """The fewest for which all blocks run at once, or 8."""
-    at_once = gpu.multiprocessors * (2 if D <= 64 else 1)
+    # Two share a multiprocessor where R takes no more than 64 registers of a lane.
+    at_once = gpu.multiprocessors * (2 if D * itemsize <= 128 else 1)
     for sequences in (2, 4):
         if N * -(-B // sequences) <= at_once:
             return sequences

@@ -6,7 +6,7 @@ recordings (:mod:`flashrnn.jit`).
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -110,7 +110,8 @@ def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 
-@lru_cache(maxsize=256)
+# Never forgotten: a graph of the user's may hold its launches.
+@cache
 def _forward_stepper(
     cell: Cell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
 ) -> runs.Stepper:
@@ -119,7 +120,7 @@ def _forward_stepper(
     return _stepper("step_forward", parts, step.FORWARD_CALL, plan, (B, N, D), device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _backward_stepper(
     cell: Cell,
     B: int,
