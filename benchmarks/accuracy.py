@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py BACKEND
 
-prints, for each cell and 16-bit dtype, the worst ratio over lengths and seeds for the states and each
-gradient. Without a GPU: ``TRITON_INTERPRET=1 python benchmarks/accuracy.py triton``; Triton's
+prints, for each cell and 16-bit dtype, the worst ratio over lengths and seeds for the states and
+each gradient. Without a GPU: ``TRITON_INTERPRET=1 python benchmarks/accuracy.py triton``; Triton's
 interpreter cuts bfloat16 off instead of rounding it, so there only float16 says something.
 """
 
