@@ -112,7 +112,6 @@ class HeadPlan:
         held: fragments of R that stay in registers.
         traffic: threads that move data.
         stages: steps whose inputs are on their way at once, or being read.
-        blocks: blocks that a multiprocessor must have registers for; more may share it.
         shared_memory: a block's dynamic shared memory in bytes.
     """
 
@@ -120,7 +119,6 @@ class HeadPlan:
     held: int
     traffic: int
     stages: int
-    blocks: int
     shared_memory: int
 
     def grid(self, B: int, N: int) -> int:
@@ -202,7 +200,6 @@ def _plan_head(
         held=held,
         traffic=32 * traffic,
         stages=stages,
-        blocks=1,
         # A product may read 16 bytes beyond the last line.
         shared_memory=spared_bytes + sequences * (stages * line(inputs) + output_bytes) + 16,
     )

@@ -270,6 +270,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of Wx, R, b and the initial states."""
     R, states_initial, states, gates = ctx.saved_tensors
+    # A hook on saved tensors may have given them back in another layout.
+    states, gates = states.contiguous(), gates.contiguous()
     # A gradient that nobody asked through is one row of zeros, read again and again.
     if d_states is None:
         d_states = states.new_zeros(states.shape[-1]).expand_as(states)

@@ -16,8 +16,7 @@ constexpr int THREADS = 32 * COMPUTING + TRAFFIC;
 
 // Where a lane gets fewer registers than it can address, the traffic threads hand some of theirs to
 // the computing warps, on a GPU that can do so: it does for whole groups of four warps.
-constexpr bool SHIFT_REGISTERS =
-    COMPUTING % 4 == 0 && TRAFFIC == 128 && THREADS > 256 && BLOCKS_AN_SM == 1;
+constexpr bool SHIFT_REGISTERS = COMPUTING % 4 == 0 && TRAFFIC == 128 && THREADS > 256;
 constexpr int TRAFFIC_REGISTERS = 72;
 constexpr int COMPUTING_REGISTERS =
     (65536 / THREADS / 8 * 8 * THREADS - TRAFFIC_REGISTERS * TRAFFIC) / (32 * COMPUTING) / 8 * 8;

@@ -85,7 +85,6 @@ def _program(
         "HELD": plan.held,
         "TRAFFIC": plan.traffic,
         "STAGES": plan.stages,
-        "BLOCKS_AN_SM": plan.blocks,
         "ALIGNED": aligned,
         **options,
     }

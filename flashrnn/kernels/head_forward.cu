@@ -16,7 +16,7 @@
 
 constexpr int INPUTS = pitch(GW), STATES = pitch(S), GATES = pitch(G);
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AN_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              const Element* __restrict__ b, const float* __restrict__ initial,
              Element* __restrict__ states, float* __restrict__ last_states,
