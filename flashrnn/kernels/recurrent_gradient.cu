@@ -18,6 +18,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNK = 64 / sizeof(Element);
 constexpr int LINES = GATES * DD;
 constexpr int TILES = (LINES / 16 + WARPS - 1) / WARPS;
+constexpr bool ALL_TILES = LINES % (16 * WARPS) == 0;
 // 8 elements more: rows of 16-bit elements are then an odd number of 16 bytes apart, and those of 4
 // bytes begin 8 banks apart.
 constexpr int LINES_PITCH = LINES + 8, COLUMNS_PITCH = DD + 8;
@@ -86,17 +87,27 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
         Element* lines = ring + chunk % STAGES * SLOT;
         Element* columns = lines + CHUNK * LINES_PITCH;
         const unsigned first = begin + chunk * CHUNK;
-        for (int i = threadIdx.x; i < CHUNK * GATES * PIECES; i += THREADS) {
+        // Trips are counted without the thread, so that loops can be unrolled; by more than two, and
+        // registers spill.
+        constexpr int ALL = CHUNK * GATES * PIECES;
+#pragma unroll 2
+        for (int trip = 0; trip < (ALL + THREADS - 1) / THREADS; ++trip) {
+            const int i = threadIdx.x + trip * THREADS;
+            if (ALL % THREADS && i >= ALL) break;
             const int piece = i % PIECES, s = i / PIECES % GATES, row = i / PIECES / GATES;
             int gate = 0;
 #pragma unroll
             for (int k = 0; k < GR; ++k) {
                 if (k == group * GATES + s) gate = RECURRENT[k];
             }
-            const Element* from = d_gates + (static_cast<long long>(first + row) * G + gate) * width + n * D;
+            const long long line = static_cast<long long>(first + row) * G + gate;
+            const Element* from = d_gates + line * width + n * D;
             fetch_pieces(lines + row * LINES_PITCH + s * DD, from, first + row < end, piece);
         }
-        for (int i = threadIdx.x; i < CHUNK * PIECES; i += THREADS) {
+#pragma unroll 2
+        for (int trip = 0; trip < (CHUNK * PIECES + THREADS - 1) / THREADS; ++trip) {
+            const int i = threadIdx.x + trip * THREADS;
+            if (CHUNK * PIECES % THREADS && i >= CHUNK * PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
             const unsigned r = first + row;
             // h one step earlier.
@@ -124,7 +135,9 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 const int line = 16 * (warp + tile * WARPS);
-                if (line < LINES) load_left(left[tile], lines + row * LINES_PITCH + line, LINES_PITCH);
+                if (ALL_TILES || line < LINES) {
+                    load_left(left[tile], lines + row * LINES_PITCH + line, LINES_PITCH);
+                }
             }
 #pragma unroll
             for (int pair = 0; pair < DD / 16; ++pair) {
@@ -134,7 +147,7 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
                 for (int pass = 0; pass < PASSES<Operand>; ++pass) {
 #pragma unroll
                     for (int tile = 0; tile < TILES; ++tile) {
-                        if (16 * (warp + tile * WARPS) >= LINES) continue;
+                        if (!ALL_TILES && 16 * (warp + tile * WARPS) >= LINES) continue;
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {
                             mma_pass(pass, sums[tile][2 * pair + half], left[tile][0], left[tile][1],
