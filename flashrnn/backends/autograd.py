@@ -108,6 +108,12 @@ def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def state_strides(states: Tensor) -> tuple[int, int, int, int]:
+    """Of ``[S, B, 1, N, D]``, without that of the 1."""
+    s, b, _, n, d = states.stride()
+    return s, b, n, d
+
+
 @cache
 def _backend(name: str) -> FusedBackend:
     return cast(FusedBackend, importlib.import_module(f"flashrnn.backends.{name}"))

@@ -51,7 +51,7 @@ def forward(
     fields = (
         *(x.data_ptr() for x in tensors),
         *Wx.stride(),
-        *_strides(states),
+        *autograd.state_strides(states),
         T,
     )
     runs.run(_forward_stepper(*_key(problem), problem.needs_gradient), fields, T)
@@ -79,9 +79,9 @@ def backward(
     tensors = (transposed, states_initial, states, gates, d_states, d_last_states)
     fields = (
         *(x.data_ptr() for x in (*tensors, d_gates, d_initial)),
-        *_strides(states_initial),
+        *autograd.state_strides(states_initial),
         *d_states.stride(),
-        *_strides(d_last_states),
+        *autograd.state_strides(d_last_states),
         T,
     )
     # The last launch adds what reaches the initial h through R.
@@ -95,12 +95,6 @@ def _aligned(R: Tensor) -> Tensor:
     """Contiguous, and from a multiple of 16 bytes on."""
     R = R.contiguous()
     return R if R.data_ptr() % 16 == 0 else R.clone()
-
-
-def _strides(states: Tensor) -> tuple[int, int, int, int]:
-    """Of ``[S, B, 1, N, D]``, without that of the 1."""
-    s, b, _, n, d = states.stride()
-    return s, b, n, d
 
 
 def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:

@@ -68,7 +68,9 @@ def forward(
         problem.device,
     )
     tensors = (Wx, R, b, states, every_state, last_states, gates)
-    kernel.launch(plan.grid(B, N), tensors, (*Wx.stride(), *_strides(states), T, B, N))
+    kernel.launch(
+        plan.grid(B, N), tensors, (*Wx.stride(), *autograd.state_strides(states), T, B, N)
+    )
     return every_state, last_states, gates
 
 
@@ -105,7 +107,11 @@ def backward(
     )
     outputs = (d_gates, d_initial, d_bias)
     tensors = (R, states_initial, states, gates, d_states, d_last_states, *outputs)
-    strides = (*_strides(states_initial), *d_states.stride(), *_strides(d_last_states))
+    strides = (
+        *autograd.state_strides(states_initial),
+        *d_states.stride(),
+        *autograd.state_strides(d_last_states),
+    )
     kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
     d_R = _recurrent_gradient(problem, d_gates, states_initial[0], states[0])
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
@@ -159,12 +165,6 @@ def _aligned(*tensors: Tensor) -> bool:
         for x in tensors
         if x.numel()
     )
-
-
-def _strides(states: Tensor) -> tuple[int, int, int, int]:
-    """Of ``[S, B, 1, N, D]``, without that of the 1."""
-    s, b, _, n, d = states.stride()
-    return s, b, n, d
 
 
 def _plan(problem: Problem, backward: bool) -> HeadPlan:

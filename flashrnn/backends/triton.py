@@ -76,7 +76,7 @@ def forward(
         T,
         B,
         *wx_strides,
-        *_strides(states),
+        *autograd.state_strides(states),
         N,
         D,
         plan.DD,
@@ -130,9 +130,9 @@ def backward(
         clipval or 0.0,
         problem.T,
         B,
-        *_strides(states_initial),
+        *autograd.state_strides(states_initial),
         *d_states_strides,
-        *_strides(d_last_states),
+        *autograd.state_strides(d_last_states),
         N,
         D,
         plan.DD,
@@ -220,12 +220,6 @@ def _aligned(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     *strides, innermost = tensor.stride()
     alignment = math.gcd(16, *strides)
     return alignment, (*(stride // alignment for stride in strides), innermost)
-
-
-def _strides(states: Tensor) -> tuple[int, int, int, int]:
-    """Of ``[S, B, 1, N, D]``, without that of the 1."""
-    s, b, _, n, d = states.stride()
-    return s, b, n, d
 
 
 def _positions(cell: Cell, source: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@
 //   of those after it; two steps' gradients of the pre-activations, the next product's operand;
 // - global memory: each element read or written once, by the traffic threads, in 16 bytes where
 //   addresses allow it; the initial and last states, which only one step needs, by the computing
-//   warps.
+//   warps, as the bias's gradient, a sum for each sequence.
 //
 // What orders the steps is one barrier at the end of each, as in head_forward.cu: before it the
 // computing warps have read a step's inputs and written its gradients; the traffic threads have
@@ -22,12 +22,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               const Element* __restrict__ states, const Element* __restrict__ gates,
               const Element* __restrict__ d_states, const float* __restrict__ d_last,
-              Element* __restrict__ d_gates, float* __restrict__ d_initial, float* __restrict__ d_bias,
-              long long initial_s,
-              long long initial_b, long long initial_n, long long initial_d, long long d_states_s,
-              long long d_states_b, long long d_states_t, long long d_states_n,
-              long long d_states_d, long long d_last_s, long long d_last_b, long long d_last_n,
-              long long d_last_d, long long T, long long B, int N) {
+              Element* __restrict__ d_gates, float* __restrict__ d_initial,
+              float* __restrict__ d_bias, long long initial_s, long long initial_b,
+              long long initial_n, long long initial_d, long long d_states_s, long long d_states_b,
+              long long d_states_t, long long d_states_n, long long d_states_d, long long d_last_s,
+              long long d_last_b, long long d_last_n, long long d_last_d, long long T, long long B,
+              int N) {
     Fragment* spare = reinterpret_cast<Fragment*>(shared_memory());
     Element* ring = reinterpret_cast<Element*>(spare + COMPUTING * SPARED * 32);
     Element* gradients = ring + STAGES * SEQUENCES * INPUTS;

@@ -1,12 +1,12 @@
 // dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p], in parts.
 //
-// A thread block computes, of one head, the GATES gates from gate_group * GATES on, as sums over the
-// rows (b, t) from part * rows_a_part on; the parts are added afterwards, in a fixed order. Its tile has
+// A thread block computes, of one head, the GATES gates from group * GATES on, as sums over the rows
+// (b, t) from part * rows_a_part on; the parts are added afterwards, in a fixed order. Its tile has
 // GATES * DD lines of d_gates' units and DD columns of h's.
 //
-// What lives where: the sums in registers, a warp's being 16 lines of every 16 * WARPS and all columns;
-// in shared memory a ring of STAGES chunks of CHUNK rows, which all threads fill, as they lie in global
-// memory, and from which tensor core operands come transposed.
+// What lives where: the sums in registers, a warp's being 16 lines of every 16 * WARPS and all
+// columns; in shared memory a ring of STAGES chunks of CHUNK rows, which all threads fill, as they lie
+// in global memory, and from which tensor core operands come transposed.
 //
 // What orders the chunks is one barrier for each: a thread has waited for its own copies of the chunk
 // that comes next, and nobody reads the slot any more that is filled next.
