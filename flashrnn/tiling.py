@@ -206,6 +206,163 @@ def _plan_head(
 
 
 @dataclass(frozen=True)
+class TeamPlan:
+    """How a team of thread blocks owns a head; see ``kernels/team.cuh``.
+
+    Attributes:
+        units: units of the head that a block owns.
+        blocks: blocks of 8 sequences that a team owns.
+        size: thread blocks of a team.
+        warps: warps of a thread block.
+        held: fragments of R that stay in a warp's registers.
+        spared: those that lie in shared memory.
+        streamed: those that lie in global memory, and are read at every step.
+        ahead: slices of what the team exchanges that a warp asks for at once.
+        parcels: 16-byte parcels of a team's two buffers.
+        shared_memory: a block's dynamic shared memory in bytes.
+    """
+
+    units: int
+    blocks: int
+    size: int
+    warps: int
+    held: int
+    spared: int
+    streamed: int
+    ahead: int
+    parcels: int
+    shared_memory: int
+
+    def items(self, B: int, N: int) -> int:
+        """Heads times tiles of sequences: what teams are there for."""
+        return N * _tiles(B, 8 * self.blocks)
+
+    def teams(self, B: int, N: int, gpu: GPU) -> int:
+        """Teams of a launch; all of its blocks run at once, one on a multiprocessor."""
+        return min(self.items(B, N), gpu.multiprocessors // self.size)
+
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+
+def plan_team(problem: Problem, exact: bool, gpu: GPU, backward: bool) -> TeamPlan | str:
+    """How teams of thread blocks own the heads of a problem, or the reason why they cannot.
+
+    Args:
+        problem: its cell, B, N, D and dtype decide.
+        exact: whether float32 products are computed as such (``"ieee"``), not in tf32.
+        gpu: the device.
+        backward: whether for the backward scan.
+    """
+    cell = problem.cell
+    S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
+    sent, produced = (recurrent, 1) if backward else (1, recurrent)
+    # Numbers a lane keeps of each unit and sequence that it owns.
+    kept = 2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S
+    itemsize = problem.dtype.itemsize
+    passes = 3 if exact and itemsize == 4 else 1
+    return _plan_team(sent, produced, kept, problem.B, problem.N, problem.D, itemsize, passes, gpu)
+
+
+@lru_cache(maxsize=1024)
+def _plan_team(
+    sent: int,
+    produced: int,
+    kept: int,
+    B: int,
+    N: int,
+    D: int,
+    itemsize: int,
+    passes: int,
+    gpu: GPU,
+) -> TeamPlan | str:
+    best: tuple[float, TeamPlan] | None = None
+    least = max(4, _tiles(D, gpu.multiprocessors))
+    for units in range(least, max(least, min(D, _MOST_UNITS)) + 1):
+        for warps in _TEAM_WARPS:
+            for blocks in range(1, 1 + min(4, _tiles(B, 8))):
+                found = _team(
+                    sent, produced, kept, B, N, D, itemsize, passes, gpu, units, warps, blocks
+                )
+                if found and (best is None or found[0] < best[0]):
+                    best = found
+    if best is None:
+        return (
+            f"a head of {D} units; with {sent * produced} gates that R feeds, less than half of "
+            "their recurrent matrix finds room on this GPU's multiprocessors"
+        )
+    return best[1]
+
+
+_MOST_UNITS = 64
+_TEAM_WARPS = (4, 8, 12, 16)
+
+
+def _team(
+    sent: int,
+    produced: int,
+    kept: int,
+    B: int,
+    N: int,
+    D: int,
+    itemsize: int,
+    passes: int,
+    gpu: GPU,
+    units: int,
+    warps: int,
+    blocks: int,
+) -> tuple[float, TeamPlan] | None:
+    """A plan with the cycles that a step may take, all teams' turns together; see exchange.cuh."""
+    a_parcel, columns, size = 12 // itemsize, 8 * blocks, _tiles(D, units)
+    unit_parcels = _tiles(units, a_parcel)
+    slices = _tiles(size * sent * unit_parcels, 8)
+    slices_a_warp = _tiles(slices, warps)
+    tiles = _tiles(units * produced, 16)
+    fragments = 3 * tiles * slices_a_warp
+    owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
+
+    ahead = min(slices_a_warp, max(1, 4 // blocks))
+    asked = 8 * blocks * ahead * (2 if ahead < slices_a_warp else 1)
+    working = 56 + 4 * tiles * blocks + asked + owned * kept + (16 if passes > 1 else 0)
+    registers = min(255, 65536 // (32 * warps) // 8 * 8)
+    held = min(fragments, (registers - working) // 4)
+    partial_bytes = 2 * warps * columns * (16 * tiles + 4) * 4
+    room = gpu.shared_memory - partial_bytes
+    if held < 1 or room < 0:
+        return None
+    spared = min(fragments - held, room // (512 * warps))
+    streamed = fragments - held - spared
+    if 2 * streamed > fragments:
+        return None
+    parcels = 2 * slices * 2 * blocks * 32
+    plan = TeamPlan(
+        units=units,
+        blocks=blocks,
+        size=size,
+        warps=warps,
+        held=held,
+        spared=spared,
+        streamed=streamed,
+        ahead=ahead,
+        parcels=parcels,
+        shared_memory=partial_bytes + 512 * warps * spared,
+    )
+    teams = plan.teams(B, N, gpu)
+    asked_bytes, streamed_bytes = 8 * parcels, 512 * warps * streamed
+    cycles = (
+        900
+        + max(asked_bytes / 48, teams * size * asked_bytes / 2600)
+        + max(streamed_bytes / 48, teams * size * streamed_bytes / 2600)
+        + 2 * warps * passes * blocks * fragments
+        + (512 * warps * spared + 2 * partial_bytes / 2) / 100
+        + 100
+        + 100 * owned
+    )
+    return cycles * _tiles(plan.items(B, N), teams), plan
+
+
+@dataclass(frozen=True)
 class GradientPlan:
     """Tiles of ``kernels/recurrent_gradient.cu``.
 
@@ -264,6 +421,10 @@ def _sequences(B: int, N: int, D: int, itemsize: int, gpu: GPU) -> int:
         if N * -(-B // sequences) <= at_once:
             return sequences
     return 8
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
 
 
 def _power_of_two(count: int) -> int:

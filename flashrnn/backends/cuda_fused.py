@@ -1,26 +1,37 @@
 """Backend ``cuda_fused``: one persistent kernel forward and one backward, R kept on chip.
 
 A thread block computes a whole head for a few sequences, all steps of them, and waits for no other.
+A larger head is a team's of thread blocks, which exchange h, or backward the gates' gradients, at
+each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete, select
+from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
 from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc
-from flashrnn.kernels import head, program
+from flashrnn.kernels import head, program, team
 from flashrnn.problem import Problem
-from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
+from flashrnn.tiling import (
+    GPU,
+    LARGEST_HEAD_OF_A_BLOCK,
+    GradientPlan,
+    HeadPlan,
+    TeamPlan,
+    plan_gradient,
+    plan_head,
+    plan_team,
+)
 
 
 @cache
@@ -34,9 +45,8 @@ def unsupported(problem: Problem) -> str | None:
     reason = refusal(problem)
     if reason:
         return reason
-    gpu = _gpu(problem.device)
     directions = (False, True) if problem.needs_gradient else (False,)
-    plans = [plan_head(problem, gpu, backward) for backward in directions]
+    plans = [_plan(problem, backward) for backward in directions]
     return next((plan for plan in plans if isinstance(plan, str)), None)
 
 
@@ -51,26 +61,13 @@ def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
-    if B == 0 or T == 0:
+    if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    R, b = R.contiguous(), b.contiguous()
+    tensors = (Wx, R.contiguous(), b.contiguous(), states, every_state, last_states, gates)
+    strides = (*Wx.stride(), *autograd.state_strides(states))
     aligned = _aligned(Wx, every_state, gates)
-    plan = _plan(problem, backward=False)
-    kernel = _forward_kernel(
-        clipped(cell, problem.forward_clipval),
-        program.precision_of(problem.dtype),
-        D,
-        plan,
-        aligned,
-        problem.needs_gradient,
-        problem.device,
-    )
-    tensors = (Wx, R, b, states, every_state, last_states, gates)
-    kernel.launch(
-        plan.grid(B, N), tensors, (*Wx.stride(), *autograd.state_strides(states), T, B, N)
-    )
+    _scan(problem, False, tensors, strides, aligned)
     return every_state, last_states, gates
 
 
@@ -91,31 +88,60 @@ def backward(
         return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
-    R = R.contiguous()
-    aligned = _aligned(states, gates, d_states, d_gates)
-    cut, clipval = problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval
-    plan = _plan(problem, backward=True)
-    kernel = _backward_kernel(
-        clipped(cell, problem.forward_clipval),
-        program.precision_of(problem.dtype),
-        D,
-        plan,
-        aligned,
-        cut,
-        clipval,
-        problem.device,
-    )
-    outputs = (d_gates, d_initial, d_bias)
-    tensors = (R, states_initial, states, gates, d_states, d_last_states, *outputs)
+    given = (R.contiguous(), states_initial, states, gates, d_states, d_last_states)
     strides = (
         *autograd.state_strides(states_initial),
         *d_states.stride(),
         *autograd.state_strides(d_last_states),
     )
-    kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
-    d_R = _recurrent_gradient(problem, d_gates, states_initial[0], states[0])
+    aligned = _aligned(states, gates, d_states, d_gates)
+    _scan(problem, True, (*given, d_gates, d_initial, d_bias), strides, aligned)
+    h_initial, h = states_initial[0], states[0]
+    if D <= LARGEST_HEAD_OF_A_BLOCK:
+        d_R = _recurrent_gradient(problem, d_gates, h_initial, h)
+    else:
+        d_R = recurrent_gradient(cell, d_gates, h_initial, h)
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
     return Gradients(d_gates, d_initial, d_R, d_b)
+
+
+def _scan(
+    problem: Problem,
+    backward: bool,
+    tensors: Sequence[Tensor],
+    strides: Sequence[int],
+    aligned: bool,
+) -> None:
+    """Launch a direction's kernel.
+
+    Args:
+        problem: with a plan.
+        backward: which of the two.
+        tensors: what both regimes' kernels take and write, in their arguments' order.
+        strides: likewise.
+        aligned: whether the tensors are, as :func:`_aligned` says.
+    """
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    plan = _plan(problem, backward)
+    cell, precision = clipped(problem.cell, problem.forward_clipval), _precision(problem)
+    options = (
+        (problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval)
+        if backward
+        else (problem.needs_gradient,)
+    )
+    if isinstance(plan, HeadPlan):
+        kernel = _head_kernel(cell, precision, D, plan, aligned, problem.device, backward, *options)
+        kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
+        return
+    assert isinstance(plan, TeamPlan), "flashrnn() asks unsupported() first"
+    team_kernel = _team_kernel(cell, precision, D, plan, problem.device, backward, *options)
+    teams = plan.teams(B, N, _gpu(problem.device))
+    words = partial(torch.empty, dtype=torch.int32, device=problem.device)
+    # No exchange has the number 0.
+    exchange = words(teams * plan.parcels, 4).zero_()
+    streamed = words(teams * plan.size * plan.warps * plan.streamed, 128)
+    numbers = (*strides, T, B, N, teams)
+    team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), numbers)
 
 
 def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
@@ -127,7 +153,7 @@ def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h:
     gpu = _gpu(problem.device)
     plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(d_gates, h_initial, h)
-    precision = program.precision_of(problem.dtype)
+    precision = _precision(problem)
     # In a cache, what is not compiled in would only be in the way.
     compiled = replace(plan, parts=1, rows=0)
     kernel = _gradient_kernel(cell, precision, D, compiled, aligned, problem.device)
@@ -145,10 +171,11 @@ class _Kernel:
     kernel: Any
     threads: int
     shared_memory: int
+    together: bool
 
     def launch(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Enqueue it on PyTorch's current stream of its device."""
-        config = launch.configure(grid, self.threads, self.shared_memory)
+        config = launch.configure(grid, self.threads, self.shared_memory, together=self.together)
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         with launch.on_device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -167,10 +194,15 @@ def _aligned(*tensors: Tensor) -> bool:
     )
 
 
-def _plan(problem: Problem, backward: bool) -> HeadPlan:
-    plan = plan_head(problem, _gpu(problem.device), backward)
-    assert isinstance(plan, HeadPlan), "flashrnn() asks unsupported() first"
-    return plan
+def _plan(problem: Problem, backward: bool) -> HeadPlan | TeamPlan | str:
+    gpu = _gpu(problem.device)
+    if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
+        return plan_head(problem, gpu, backward)
+    return plan_team(problem, _precision(problem) == "float32", gpu, backward)
+
+
+def _precision(problem: Problem) -> str:
+    return program.precision_of(problem.dtype)
 
 
 @cache
@@ -188,34 +220,36 @@ def _gpu(device: torch.device) -> GPU:
 
 
 @cache
-def _forward_kernel(
+def _head_kernel(
     cell: Cell,
     precision: str,
     D: int,
     plan: HeadPlan,
     aligned: bool,
-    save_gates: bool,
     device: torch.device,
+    backward: bool,
+    *options: Any,
 ) -> _Kernel:
-    parts = head.forward_source(cell, precision, D, plan, aligned, save_gates)
-    threads = plan.threads(D)
-    return _kernel("head_forward", parts, device, threads, plan.shared_memory)
+    source = head.backward_source if backward else head.forward_source
+    parts = source(cell, precision, D, plan, aligned, *options)
+    name = "head_backward" if backward else "head_forward"
+    return _kernel(name, parts, device, plan.threads(D), plan.shared_memory)
 
 
 @cache
-def _backward_kernel(
+def _team_kernel(
     cell: Cell,
     precision: str,
     D: int,
-    plan: HeadPlan,
-    aligned: bool,
-    cut: bool,
-    clipval: float | None,
+    plan: TeamPlan,
     device: torch.device,
+    backward: bool,
+    *options: Any,
 ) -> _Kernel:
-    parts = head.backward_source(cell, precision, D, plan, aligned, cut, clipval)
-    threads = plan.threads(D)
-    return _kernel("head_backward", parts, device, threads, plan.shared_memory)
+    source = team.backward_source if backward else team.forward_source
+    parts = source(cell, precision, D, plan, *options)
+    name = "team_backward" if backward else "team_forward"
+    return _kernel(name, parts, device, plan.threads(), plan.shared_memory, together=True)
 
 
 @cache
@@ -238,8 +272,9 @@ def _kernel(
     device: torch.device,
     threads: int,
     shared_memory: int,
+    together: bool = False,
 ) -> _Kernel:
     index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
     (kernel,) = launch.load_kernels(cubin, (name,), index, shared_memory)
-    return _Kernel(index, kernel, threads, shared_memory)
+    return _Kernel(index, kernel, threads, shared_memory, together)

@@ -56,7 +56,13 @@ def load_kernels(
 
 
 @lru_cache(maxsize=1024)
-def configure(grid: int, threads: int, shared_memory: int = 0, overlaps: bool = False) -> Any:
+def configure(
+    grid: int,
+    threads: int,
+    shared_memory: int = 0,
+    overlaps: bool = False,
+    together: bool = False,
+) -> Any:
     """The shape of a launch.
 
     Args:
@@ -65,6 +71,8 @@ def configure(grid: int, threads: int, shared_memory: int = 0, overlaps: bool = 
         shared_memory: a block's dynamic shared memory in bytes.
         overlaps: whether it may start before the launch before it in the stream is complete, for
             which it then waits itself.
+        together: whether all thread blocks run at once, as they must that wait for each other; the
+            driver refuses a launch of more than the device holds.
     """
     from cuda.core import LaunchConfig
 
@@ -73,6 +81,7 @@ def configure(grid: int, threads: int, shared_memory: int = 0, overlaps: bool = 
         block=threads,
         shmem_size=shared_memory,
         programmatic_stream_serialization=overlaps,
+        is_cooperative=together,
     )
 
 

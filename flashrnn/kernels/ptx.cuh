@@ -205,6 +205,30 @@ __device__ inline void meet() {
     asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
+// What thread blocks send each other through global memory: written and read as a whole. (PTX says so
+// of a word of 128 bits only. Of those and of four of 32 bits the assembler makes the same
+// instruction, but has the former moved to and fro.)
+struct alignas(16) Parcel {
+    unsigned words[3];
+    unsigned tag;
+};
+
+__device__ inline void publish(Parcel* to, const Parcel& parcel) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to),
+                 "r"(parcel.words[0]), "r"(parcel.words[1]), "r"(parcel.words[2]), "r"(parcel.tag)
+                 : "memory");
+}
+
+// Reads the parcel unless it has the tag already.
+__device__ inline void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
+    asm volatile(
+        "{ .reg .pred late; setp.ne.u32 late, %3, %5;"
+        " @late ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(parcel.words[0]), "+r"(parcel.words[1]), "+r"(parcel.words[2]), "+r"(parcel.tag)
+        : "l"(from), "r"(tag)
+        : "memory");
+}
+
 // Has the word computed here, not where it is used first.
 __device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
 

@@ -1,0 +1,74 @@
+"""The host side of team_forward.cu and team_backward.cu.
+
+What sizes their registers and shared memory is compiled in, D among it, and follows from a plan
+(:mod:`flashrnn.tiling`); B, T, N, addresses and strides are arguments of the launch.
+"""
+
+from __future__ import annotations
+
+from flashrnn.cells.spec import Cell
+from flashrnn.kernels import program
+from flashrnn.tiling import TeamPlan
+
+
+def forward_source(
+    cell: Cell, precision: str, D: int, plan: TeamPlan, save_gates: bool
+) -> dict[str, str]:
+    """The parts of team_forward.cu's program, each under the name that an error gives it.
+
+    Args:
+        cell: the cell.
+        precision: out of ``program.PRECISIONS``.
+        D: head dimension.
+        plan: the tiles.
+        save_gates: whether pre-activations are saved for the backward scan.
+    """
+    options = {"FORWARD": True, "SAVE_GATES": save_gates}
+    return _program("team_forward.cu", cell, precision, D, plan, options)
+
+
+def backward_source(
+    cell: Cell, precision: str, D: int, plan: TeamPlan, cut: bool, clipval: float | None
+) -> dict[str, str]:
+    """The parts of team_backward.cu's program; see :func:`forward_source`.
+
+    Args:
+        cell: as there, and so for the next three.
+        precision: ...
+        D: ...
+        plan: ...
+        cut: whether no gradient flows through R.
+        clipval: what that gradient is clipped to at each step, if to anything.
+    """
+    options: dict[str, bool | float] = {
+        "FORWARD": False,
+        "CUT": cut,
+        "CLIP": clipval is not None,
+        "CLIPVAL": float(clipval or 0),
+    }
+    return _program("team_backward.cu", cell, precision, D, plan, options)
+
+
+def _program(
+    kernel: str,
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: TeamPlan,
+    options: dict[str, bool | float],
+) -> dict[str, str]:
+    constants = {
+        "D": D,
+        "UNITS": plan.units,
+        "BLOCKS": plan.blocks,
+        "WARPS": plan.warps,
+        "HELD": plan.held,
+        "SPARED": plan.spared,
+        "AHEAD": plan.ahead,
+        **options,
+    }
+    files = ("team.cuh", "exchange.cuh", kernel)
+    return {
+        **program.prelude(cell, precision, constants),
+        **{name: program.read(name) for name in files},
+    }

@@ -1,0 +1,155 @@
+// The scan over time, backward, for heads that take a team of thread blocks; see team.cuh for who
+// owns what.
+//
+// What lives where:
+//
+// - registers: R transposed as far as they hold it (exchange.cuh), and in float32 the carried
+//   gradients of the lane's own units and the sums over time of its gates' gradients; the next step's
+//   inputs, on their way while the team exchanges gradients: the gates' pre-activations, the states
+//   before the step and the given gradients of those after it;
+// - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
+// - global memory: what even shared memory does not hold of R; the parcels, of two exchanges in turn;
+//   residuals and gradients, of which each element is read or written once, by the lane that owns it.
+//
+// What orders the steps is as in team_forward.cu.
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
+              const Element* __restrict__ states, const Element* __restrict__ gates,
+              const Element* __restrict__ d_states, const float* __restrict__ d_last,
+              Element* __restrict__ d_gates, float* __restrict__ d_initial,
+              float* __restrict__ d_bias, Parcel* exchange, Fragment* streamed, long long initial_s,
+              long long initial_b, long long initial_n, long long initial_d, long long d_states_s,
+              long long d_states_b, long long d_states_t, long long d_states_n, long long d_states_d,
+              long long d_last_s, long long d_last_b, long long d_last_n, long long d_last_d,
+              long long T, long long B, int N, int teams) {
+    Partial* partial = reinterpret_cast<Partial*>(shared_memory());
+    Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
+
+    const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
+    const long long width = static_cast<long long>(N) * D;
+    const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
+    Parcel* buffers = exchange + static_cast<long long>(team) * 2 * BUFFER;
+    unsigned tag = 0;
+
+    for (long long number = team; number < items; number += teams) {
+        const Item item(number, N);
+        if (!CUT) matrix.load(R, item.n, N, rank);
+
+        float d_carried[OWNED][S], d_bias_sums[OWNED][G] = {};
+        Element input_gates[OWNED][G], input_states[OWNED][S], given[OWNED][S];
+        const auto fetch_inputs = [&](long long t) {
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                if (!owned.exists) continue;
+                const long long place = item.n * D + owned.d;
+                const Element* from_gates = gates + (owned.sequence * T + t) * G * width + place;
+                const Element* from_given = d_states + owned.sequence * d_states_b + t * d_states_t +
+                                            item.n * d_states_n + owned.d * d_states_d;
+#pragma unroll
+                for (int k = 0; k < G; ++k) input_gates[e][k] = from_gates[k * width];
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    given[e][s] = from_given[s * d_states_s];
+                    if (t > 0) {
+                        input_states[e][s] = states[((s * B + owned.sequence) * T + t - 1) * width + place];
+                    }
+                }
+            }
+        };
+        const auto add_recurrent_gradient = [&]() {
+            float sums[TILES][BLOCKS][4];
+            team_product(sums, matrix, buffers + tag % 2 * BUFFER, tag);
+            store_sums(partial[tag % 2], sums);
+            meet<THREADS>();
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                if (!owned.exists) continue;
+                const float d_h = total(partial[tag % 2], owned).values[0];
+                d_carried[e][0] +=
+                    CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
+            }
+        };
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const Owned owned(e, rank, item, B);
+            const float* from =
+                d_last + owned.sequence * d_last_b + item.n * d_last_n + owned.d * d_last_d;
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                d_carried[e][s] = owned.exists ? from[s * d_last_s] : 0.0f;
+                round_to(given[e][s], 0.0f);
+                round_to(input_states[e][s], 0.0f);
+            }
+#pragma unroll
+            for (int k = 0; k < G; ++k) round_to(input_gates[e][k], 0.0f);
+        }
+        fetch_inputs(T - 1);
+
+        for (long long t = T - 1;; --t) {
+            if (!CUT && t + 1 < T) add_recurrent_gradient();
+            if (t < 0) break;
+            float d_preactivations[OWNED][G];
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                float preactivations[G], before[S], d_after[S], d_before[S];
+#pragma unroll
+                for (int k = 0; k < G; ++k) preactivations[k] = to_float(input_gates[e][k]);
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    before[s] = to_float(input_states[e][s]);
+                    if (t == 0 && owned.exists) {
+                        before[s] = initial[s * initial_s + owned.sequence * initial_b +
+                                            item.n * initial_n + owned.d * initial_d];
+                    }
+                    d_after[s] = d_carried[e][s] + to_float(given[e][s]);
+                }
+                derivative(before, preactivations, d_after, d_before, d_preactivations[e]);
+#pragma unroll
+                for (int k = 0; k < G; ++k) d_bias_sums[e][k] += d_preactivations[e][k];
+#pragma unroll
+                for (int s = 0; s < S; ++s) d_carried[e][s] = d_before[s];
+            }
+            if (!CUT) {
+                ++tag;
+#pragma unroll
+                for (int e = 0; e < OWNED; ++e) {
+                    const Owned owned(e, rank, item, B);
+#pragma unroll
+                    for (int s = 0; s < SENT; ++s) {
+                        const float value = owned.exists ? d_preactivations[e][RECURRENT[s]] : 0.0f;
+                        const Parcel parcel = make_parcel(value, tag);
+                        const int number = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
+                        const int place = parcel_place(number, owned.column);
+                        if (owned.makes_parcel()) publish(buffers + tag % 2 * BUFFER + place, parcel);
+                    }
+                }
+            }
+            // All that follows hides behind the exchange.
+            if (t > 0) fetch_inputs(t - 1);
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                if (!owned.exists) continue;
+                Element* to = d_gates + (owned.sequence * T + t) * G * width + item.n * D + owned.d;
+#pragma unroll
+                for (int k = 0; k < G; ++k) round_to(to[k * width], d_preactivations[e][k]);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const Owned owned(e, rank, item, B);
+            if (!owned.exists) continue;
+            const long long place = item.n * D + owned.d;
+            float* to = d_initial + owned.sequence * width + place;
+#pragma unroll
+            for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[e][s];
+            float* to_bias = d_bias + owned.sequence * G * width + place;
+#pragma unroll
+            for (int k = 0; k < G; ++k) to_bias[k * width] = d_bias_sums[e][k];
+        }
+    }
+}

@@ -1,0 +1,133 @@
+// The scan over time, forward, for heads that take a team of thread blocks; see team.cuh for who
+// owns what.
+//
+// What lives where:
+//
+// - registers: R as far as they hold it (exchange.cuh), the bias, and in float32 the carried states
+//   of the lane's own units; the next step's Wx, on its way while the team exchanges h;
+// - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
+// - global memory: what even shared memory does not hold of R; the parcels, of two exchanges in turn;
+//   Wx, states and gates, of which each element is read or written once, by the lane that owns it.
+//
+// What orders the steps: a warp waits for the parcels that it multiplies, so the block for the whole
+// team; one barrier, between the warps' sums and their use. All blocks of a launch run at once: the
+// launch is a cooperative one.
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
+             const Element* __restrict__ b, const float* __restrict__ initial,
+             Element* __restrict__ states, float* __restrict__ last_states,
+             Element* __restrict__ gates, Parcel* exchange, Fragment* streamed, long long Wx_b,
+             long long Wx_t, long long Wx_g, long long Wx_n, long long Wx_d, long long initial_s,
+             long long initial_b, long long initial_n, long long initial_d, long long T, long long B,
+             int N, int teams) {
+    Partial* partial = reinterpret_cast<Partial*>(shared_memory());
+    Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
+
+    const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
+    const long long width = static_cast<long long>(N) * D;
+    const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
+    Parcel* buffers = exchange + static_cast<long long>(team) * 2 * BUFFER;
+    unsigned tag = 0;
+
+    for (long long number = team; number < items; number += teams) {
+        const Item item(number, N);
+        matrix.load(R, item.n, N, rank);
+
+        float carried[OWNED][S], bias[OWNED][G];
+        Element input[OWNED][GW];
+        const auto fetch_input = [&](long long t) {
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                const Element* from = Wx + owned.sequence * Wx_b + t * Wx_t + item.n * Wx_n + owned.d * Wx_d;
+#pragma unroll
+                for (int k = 0; k < GW; ++k) {
+                    if (owned.exists) input[e][k] = from[k * Wx_g];
+                }
+            }
+        };
+        const auto send_h = [&]() {
+            ++tag;
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                const Parcel parcel = make_parcel(owned.exists ? carried[e][0] : 0.0f, tag);
+                const int place = parcel_place(rank * PARCELS + owned.parcel, owned.column);
+                if (owned.makes_parcel()) publish(buffers + tag % 2 * BUFFER + place, parcel);
+            }
+        };
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const Owned owned(e, rank, item, B);
+            const float* from =
+                initial + owned.sequence * initial_b + item.n * initial_n + owned.d * initial_d;
+#pragma unroll
+            for (int s = 0; s < S; ++s) carried[e][s] = owned.exists ? from[s * initial_s] : 0.0f;
+#pragma unroll
+            for (int k = 0; k < GW; ++k) round_to(input[e][k], 0.0f);
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                const long long row = static_cast<long long>(FED_B[k]) * N + item.n;
+                bias[e][k] = FED_B[k] >= 0 && owned.exists ? to_float(b[row * D + owned.d]) : 0.0f;
+            }
+        }
+        send_h();
+        fetch_input(0);
+
+        for (long long t = 0; t < T; ++t) {
+            float sums[TILES][BLOCKS][4];
+            team_product(sums, matrix, buffers + tag % 2 * BUFFER, tag);
+            Partial& step_partial = partial[tag % 2];
+            store_sums(step_partial, sums);
+            meet<THREADS>();
+
+            float preactivations[OWNED][G];
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                Rows recurrent = {};
+                if (owned.exists) recurrent = total(step_partial, owned);
+#pragma unroll
+                for (int k = 0; k < G; ++k) {
+                    float sum = bias[e][k];
+                    if (FED_WX[k] >= 0) sum += to_float(input[e][FED_WX[k] < 0 ? 0 : FED_WX[k]]);
+                    if (FED_R[k] >= 0) sum += recurrent.values[FED_R[k] < 0 ? 0 : FED_R[k]];
+                    preactivations[e][k] = sum;
+                }
+                float after[S];
+                step(carried[e], preactivations[e], after);
+#pragma unroll
+                for (int s = 0; s < S; ++s) carried[e][s] = after[s];
+            }
+            if (t + 1 < T) {
+                send_h();
+                // All that follows hides behind the exchange.
+                fetch_input(t + 1);
+            }
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, B);
+                if (!owned.exists) continue;
+                const long long place = item.n * D + owned.d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    round_to(states[((s * B + owned.sequence) * T + t) * width + place], carried[e][s]);
+                }
+                if (SAVE_GATES) {
+                    Element* to = gates + (owned.sequence * T + t) * G * width + place;
+#pragma unroll
+                    for (int k = 0; k < G; ++k) round_to(to[k * width], preactivations[e][k]);
+                }
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const Owned owned(e, rank, item, B);
+            if (!owned.exists) continue;
+            float* to = last_states + owned.sequence * width + item.n * D + owned.d;
+#pragma unroll
+            for (int s = 0; s < S; ++s) to[s * B * width] = carried[e][s];
+        }
+    }
+}
