@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from flashrnn.problem import Problem
 
@@ -96,11 +98,13 @@ class GPU:
         multiprocessors: how many.
         shared_memory: bytes of it that a thread block may have.
         shifts_registers: whether warps can hand registers to others.
+        largest_cluster: thread blocks that a cluster may have; 0 where there are none.
     """
 
     multiprocessors: int
     shared_memory: int
     shifts_registers: bool
+    largest_cluster: int
 
 
 @dataclass(frozen=True)
@@ -213,19 +217,23 @@ class TeamPlan:
         units: units of the head that a block owns.
         blocks: blocks of 8 sequences that a team owns.
         size: thread blocks of a team.
-        warps: warps of a thread block.
+        cluster: whether a team is a cluster.
+        sum_parts: parts into which a block's warps cut the sums of its product.
+        row_parts: and its rows.
         held: fragments of R that stay in a warp's registers.
         spared: those that lie in shared memory.
         streamed: those that lie in global memory, and are read at every step.
         ahead: slices of what the team exchanges that a warp asks for at once.
-        parcels: 16-byte parcels of a team's two buffers.
+        parcels: 16-byte parcels of a team's two buffers in global memory.
         shared_memory: a block's dynamic shared memory in bytes.
     """
 
     units: int
     blocks: int
     size: int
-    warps: int
+    cluster: bool
+    sum_parts: int
+    row_parts: int
     held: int
     spared: int
     streamed: int
@@ -238,12 +246,13 @@ class TeamPlan:
         return N * _tiles(B, 8 * self.blocks)
 
     def teams(self, B: int, N: int, gpu: GPU) -> int:
-        """Teams of a launch; all of its blocks run at once, one on a multiprocessor."""
-        return min(self.items(B, N), gpu.multiprocessors // self.size)
+        """Teams of a launch: where they are no clusters, as many as run at once."""
+        items = self.items(B, N)
+        return items if self.cluster else min(items, gpu.multiprocessors // self.size)
 
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * self.warps
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.sum_parts * self.row_parts
 
 
 def plan_team(problem: Problem, exact: bool, gpu: GPU, backward: bool) -> TeamPlan | str:
@@ -257,109 +266,142 @@ def plan_team(problem: Problem, exact: bool, gpu: GPU, backward: bool) -> TeamPl
     """
     cell = problem.cell
     S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
-    sent, produced = (recurrent, 1) if backward else (1, recurrent)
-    # Numbers a lane keeps of each unit and sequence that it owns.
-    kept = 2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S
-    itemsize = problem.dtype.itemsize
-    passes = 3 if exact and itemsize == 4 else 1
-    return _plan_team(sent, produced, kept, problem.B, problem.N, problem.D, itemsize, passes, gpu)
+    values = Exchanged(
+        sent=recurrent if backward else 1,
+        produced=1 if backward else recurrent,
+        kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
+        itemsize=problem.dtype.itemsize,
+        passes=3 if exact and problem.dtype.itemsize == 4 else 1,
+    )
+    return _plan_team(values, problem.B, problem.N, problem.D, gpu)
+
+
+class Exchanged(NamedTuple):
+    """What a team computes with at a step.
+
+    Attributes:
+        sent: values of a unit and sequence that a team exchanges.
+        produced: values that its product yields.
+        kept: numbers that their owner keeps.
+        itemsize: bytes of a value.
+        passes: products of the tensor core that one takes.
+    """
+
+    sent: int
+    produced: int
+    kept: int
+    itemsize: int
+    passes: int
+
+
+_LARGEST_TEAM_UNITS = 96
+# Warps that share a block's sums, and its rows.
+_PARTS = {
+    False: [(4, 1), (6, 1), (8, 1), (12, 1), (16, 1)],
+    True: [(s, r) for s in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 4 <= s * r <= 16],
+}
+_CLUSTERS = (2, 4, 8, 16)
 
 
 @lru_cache(maxsize=1024)
-def _plan_team(
-    sent: int,
-    produced: int,
-    kept: int,
-    B: int,
-    N: int,
-    D: int,
-    itemsize: int,
-    passes: int,
-    gpu: GPU,
-) -> TeamPlan | str:
-    best: tuple[float, TeamPlan] | None = None
+def _plan_team(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> TeamPlan | str:
     least = max(4, _tiles(D, gpu.multiprocessors))
-    for units in range(least, max(least, min(D, _MOST_UNITS)) + 1):
-        for warps in _TEAM_WARPS:
-            for blocks in range(1, 1 + min(4, _tiles(B, 8))):
-                found = _team(
-                    sent, produced, kept, B, N, D, itemsize, passes, gpu, units, warps, blocks
-                )
-                if found and (best is None or found[0] < best[0]):
-                    best = found
-    if best is None:
+    units: dict[bool, Sequence[int]] = {
+        False: range(least, max(least, min(D, _LARGEST_TEAM_UNITS)) + 1),
+        True: [_tiles(D, size) for size in _CLUSTERS if size <= gpu.largest_cluster],
+    }
+    plans = [
+        plan
+        for cluster in (False, True)
+        for parts in _PARTS[cluster]
+        for blocks in range(1, 1 + min(4, _tiles(B, 8)))
+        for each in units[cluster]
+        if (plan := _team_plan(values, D, gpu, each, blocks, cluster, *parts))
+    ]
+    if not plans:
         return (
-            f"a head of {D} units; with {sent * produced} gates that R feeds, less than half of "
-            "their recurrent matrix finds room on this GPU's multiprocessors"
+            f"a head of {D} units; of its recurrent matrix more than half would have to be read "
+            "anew at each step"
         )
-    return best[1]
+    return min(plans, key=lambda plan: _team_cycles(values, plan, B, N, gpu))
 
 
-_MOST_UNITS = 64
-_TEAM_WARPS = (4, 8, 12, 16)
-
-
-def _team(
-    sent: int,
-    produced: int,
-    kept: int,
-    B: int,
-    N: int,
+def _team_plan(
+    values: Exchanged,
     D: int,
-    itemsize: int,
-    passes: int,
     gpu: GPU,
     units: int,
-    warps: int,
     blocks: int,
-) -> tuple[float, TeamPlan] | None:
-    """A plan with the cycles that a step may take, all teams' turns together; see exchange.cuh."""
-    a_parcel, columns, size = 12 // itemsize, 8 * blocks, _tiles(D, units)
+    cluster: bool,
+    sum_parts: int,
+    row_parts: int,
+) -> TeamPlan | None:
+    """What follows from the tiles; see the kernels' files for how."""
+    words = 4 if cluster else 3
+    a_parcel, columns, size = 4 * words // values.itemsize, 8 * blocks, _tiles(D, units)
+    if cluster and size not in _CLUSTERS:
+        return None
     unit_parcels = _tiles(units, a_parcel)
-    slices = _tiles(size * sent * unit_parcels, 8)
-    slices_a_warp = _tiles(slices, warps)
-    tiles = _tiles(units * produced, 16)
-    fragments = 3 * tiles * slices_a_warp
+    slices_a_warp = _tiles(size * values.sent * unit_parcels, 8 * sum_parts)
+    tiles = _tiles(units * values.produced, 16 * row_parts)
+    fragments = words * tiles * slices_a_warp
+    warps = sum_parts * row_parts
     owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
 
-    ahead = min(slices_a_warp, max(1, 4 // blocks))
-    asked = 8 * blocks * ahead * (2 if ahead < slices_a_warp else 1)
-    working = 56 + 4 * tiles * blocks + asked + owned * kept + (16 if passes > 1 else 0)
+    ahead = min(slices_a_warp, max(2, 8 // blocks))
+    arriving = 8 * blocks * (2 if cluster else ahead + (ahead < slices_a_warp))
+    working = 56 + 4 * tiles * blocks + arriving + owned * values.kept
+    working += 16 if values.passes > 1 else 0
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
     held = min(fragments, (registers - working) // 4)
-    partial_bytes = 2 * warps * columns * (16 * tiles + 4) * 4
-    room = gpu.shared_memory - partial_bytes
+    parcels = 2 * slices_a_warp * sum_parts * 2 * blocks * 32
+    exchange_bytes = 16 * parcels + 16 if cluster else 0
+    partial_bytes = 2 * sum_parts * columns * (16 * tiles * row_parts + 4) * 4
+    room = gpu.shared_memory - exchange_bytes - partial_bytes
     if held < 1 or room < 0:
         return None
     spared = min(fragments - held, room // (512 * warps))
     streamed = fragments - held - spared
     if 2 * streamed > fragments:
         return None
-    parcels = 2 * slices * 2 * blocks * 32
-    plan = TeamPlan(
+    return TeamPlan(
         units=units,
         blocks=blocks,
         size=size,
-        warps=warps,
+        cluster=cluster,
+        sum_parts=sum_parts,
+        row_parts=row_parts,
         held=held,
         spared=spared,
         streamed=streamed,
         ahead=ahead,
-        parcels=parcels,
-        shared_memory=partial_bytes + 512 * warps * spared,
+        parcels=0 if cluster else parcels,
+        shared_memory=exchange_bytes + partial_bytes + 512 * warps * spared,
     )
-    teams = plan.teams(B, N, gpu)
-    asked_bytes, streamed_bytes = 8 * parcels, 512 * warps * streamed
-    cycles = (
-        900
-        + max(asked_bytes / 48, teams * size * asked_bytes / 2600)
-        + max(streamed_bytes / 48, teams * size * streamed_bytes / 2600)
-        + 2 * warps * passes * blocks * fragments
-        + (512 * warps * spared + 2 * partial_bytes / 2) / 100
-        + 100
-        + 100 * owned
-    )
-    return cycles * _tiles(plan.items(B, N), teams), plan
+
+
+def _team_cycles(values: Exchanged, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
+    """What a step takes, all teams' turns together, roughly: what docs/performance.md reckons."""
+    warps, columns = plan.warps(), 8 * plan.blocks
+    a_parcel = (16 if plan.cluster else 12) // values.itemsize
+    unit_parcels = _tiles(plan.units, a_parcel)
+    exchanged_bytes = 16 * plan.size * values.sent * unit_parcels * columns
+    streamed_bytes = 512 * warps * plan.streamed
+    fragments = plan.held + plan.spared + plan.streamed
+    owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
+    if plan.cluster:
+        at_once = gpu.multiprocessors * 7 // 8 // plan.size
+        exchange = 450 + exchanged_bytes / 20 + plan.row_parts * exchanged_bytes / 100
+    else:
+        at_once = gpu.multiprocessors // plan.size
+        running = min(at_once, plan.items(B, N)) * plan.size
+        exchange = 1000 + max(exchanged_bytes / 48, running * exchanged_bytes / 2600)
+    streaming = max(streamed_bytes / 48, gpu.multiprocessors * streamed_bytes / 2600)
+    product = 2 * warps * values.passes * plan.blocks * fragments
+    rows = plan.units * values.produced
+    shared_bytes = 512 * warps * plan.spared + 8 * plan.sum_parts * columns * rows
+    cycles = exchange + streaming + product + shared_bytes / 80 + 200 + 100 * owned
+    return cycles * _tiles(plan.items(B, N), at_once)
 
 
 @dataclass(frozen=True)

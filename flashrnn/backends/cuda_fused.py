@@ -139,7 +139,7 @@ def _scan(
     words = partial(torch.empty, dtype=torch.int32, device=problem.device)
     # No exchange has the number 0.
     exchange = words(teams * plan.parcels, 4).zero_()
-    streamed = words(teams * plan.size * plan.warps * plan.streamed, 128)
+    streamed = words(teams * plan.size * plan.warps() * plan.streamed, 128)
     numbers = (*strides, T, B, N, teams)
     team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), numbers)
 
@@ -172,10 +172,13 @@ class _Kernel:
     threads: int
     shared_memory: int
     together: bool
+    cluster: int
 
     def launch(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Enqueue it on PyTorch's current stream of its device."""
-        config = launch.configure(grid, self.threads, self.shared_memory, together=self.together)
+        config = launch.configure(
+            grid, self.threads, self.shared_memory, together=self.together, cluster=self.cluster
+        )
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         with launch.on_device(self.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -212,6 +215,7 @@ def _gpu(device: torch.device) -> GPU:
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
         shifts_registers=properties.major == 9,
+        largest_cluster=16 if properties.major in (9, 10) else 0,
     )
 
 
@@ -249,7 +253,10 @@ def _team_kernel(
     source = team.backward_source if backward else team.forward_source
     parts = source(cell, precision, D, plan, *options)
     name = "team_backward" if backward else "team_forward"
-    return _kernel(name, parts, device, plan.threads(), plan.shared_memory, together=True)
+    # Clusters wait for no other, and so may wait for room.
+    together, cluster = not plan.cluster, plan.size if plan.cluster else 0
+    threads = 32 * plan.warps()
+    return _kernel(name, parts, device, threads, plan.shared_memory, together, cluster)
 
 
 @cache
@@ -273,8 +280,9 @@ def _kernel(
     threads: int,
     shared_memory: int,
     together: bool = False,
+    cluster: int = 0,
 ) -> _Kernel:
     index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
     (kernel,) = launch.load_kernels(cubin, (name,), index, shared_memory)
-    return _Kernel(index, kernel, threads, shared_memory, together)
+    return _Kernel(index, kernel, threads, shared_memory, together, cluster)

@@ -42,9 +42,11 @@ def load_kernels(
         shared_memory: bytes of dynamic shared memory that their launches may ask for.
     """
     from cuda.bindings import driver
-    from cuda.core import ObjectCode
+    from cuda.core import Device, ObjectCode
 
-    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    attribute = driver.CUfunction_attribute
+    limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    large_clusters = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
     with on_device(device), _while_a_stream_may_be_captured():
         code = ObjectCode.from_cubin(cubin)
         kernels = [code.get_kernel(name) for name in names]
@@ -52,6 +54,8 @@ def load_kernels(
             # Loading is lazy; the first launch might be in a capture, where nothing is loaded.
             (function,) = _check(driver.cuKernelGetFunction(kernel.handle))
             _check(driver.cuFuncSetAttribute(function, limit, shared_memory))
+            if Device(device).compute_capability >= (9, 0):
+                _check(driver.cuFuncSetAttribute(function, large_clusters, 1))
     return kernels
 
 
@@ -62,6 +66,7 @@ def configure(
     shared_memory: int = 0,
     overlaps: bool = False,
     together: bool = False,
+    cluster: int = 0,
 ) -> Any:
     """The shape of a launch.
 
@@ -73,11 +78,15 @@ def configure(
             which it then waits itself.
         together: whether all thread blocks run at once, as they must that wait for each other; the
             driver refuses a launch of more than the device holds.
+        cluster: thread blocks of a cluster, whose multiple the grid is; 0: no clusters.
     """
     from cuda.core import LaunchConfig
 
+    # In clusters the grid is counted by them.
+    shape = {"grid": grid // cluster, "cluster": cluster} if cluster else {"grid": grid}
+
     return LaunchConfig(
-        grid=grid,
+        **shape,
         block=threads,
         shmem_size=shared_memory,
         programmatic_stream_serialization=overlaps,

@@ -229,6 +229,49 @@ __device__ inline void look_up(Parcel& parcel, const Parcel* from, unsigned tag)
         : "memory");
 }
 
+// A barrier in shared memory that counts bytes as they arrive, armed by one thread for each phase.
+__device__ inline void make_barrier(void* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(
+                     shared_address(barrier))
+                 : "memory");
+}
+
+__device__ inline void expect_bytes(void* barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Returns once the phase of this parity, 0 or 1 in turn, is complete and what has arrived can be read.
+__device__ inline void wait_for_bytes(void* barrier, unsigned parity) {
+    asm volatile(
+        "{ .reg .pred complete; again:"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;"
+        " @!complete bra again; }" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Sends 16 bytes to block `rank` of the cluster, there to the same places of shared memory.
+__device__ inline void send_async(const void* to, const unsigned (&words)[4], const void* barrier,
+                                  int rank) {
+    asm volatile(
+        "{ .reg .b32 to, barrier; mapa.shared::cluster.u32 to, %0, %2;"
+        " mapa.shared::cluster.u32 barrier, %1, %2;"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, "
+        "[barrier]; }" ::"r"(shared_address(to)),
+        "r"(shared_address(barrier)), "r"(rank), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+        "r"(words[3])
+        : "memory");
+}
+
+// A barrier of all threads of a cluster.
+__device__ inline void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
 // Has the word computed here, not where it is used first.
 __device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
 

@@ -5,19 +5,24 @@
 // Forward, a step needs h of all the head's units, backward the gradients of all their gates that R
 // feeds: SENT values of a unit and sequence, sent by the unit's owner to the whole team. What its
 // own units get out of them is a product with the block's part of R, with PRODUCED rows a unit. Its
-// warps split what is summed, and add their sums in shared memory.
+// warps share out the rows, in ROW_PARTS, and what is summed, in SUM_PARTS; the latter's sums are
+// added in shared memory.
 //
-// Values travel in parcels (exchange.cuh), each of one value of A_PARCEL neighbouring units, made
-// up by as many neighbouring lanes. A lane owns one unit and sequence, or OWNED of them.
+// Values travel in parcels, each of one value of A_PARCEL neighbouring units, made up by as many
+// neighbouring lanes. A lane owns one unit and sequence, or OWNED of them. How parcels travel is
+// another file's: through the L2 cache (exchange_grid.cuh), or within a cluster of thread blocks
+// from shared memory to shared memory (exchange_cluster.cuh).
 
 constexpr int SENT = FORWARD ? 1 : GR;
 constexpr int PRODUCED = FORWARD ? GR : 1;
 
-constexpr int A_WORD = 4 / sizeof(Element);
-constexpr int A_PARCEL = 3 * A_WORD;
 constexpr int TEAM = (D + UNITS - 1) / UNITS;
 constexpr int COLUMNS = 8 * BLOCKS;
+constexpr int WARPS = SUM_PARTS * ROW_PARTS;
 constexpr int THREADS = 32 * WARPS;
+
+constexpr int A_WORD = 4 / sizeof(Element);
+constexpr int A_PARCEL = PARCEL_WORDS * A_WORD;
 
 // Parcels of one value of a block's units, for one sequence, and of all values.
 constexpr int UNIT_PARCELS = (UNITS + A_PARCEL - 1) / A_PARCEL;
@@ -28,8 +33,26 @@ constexpr int PARCELS_A_WARP = 32 / A_PARCEL;
 constexpr int PARCELS_AT_ONCE = WARPS * PARCELS_A_WARP;
 constexpr int OWNED = (UNIT_PARCELS * COLUMNS + PARCELS_AT_ONCE - 1) / PARCELS_AT_ONCE;
 
+// The product takes parcel q of a sequence, of the TEAM * PARCELS that it has block by block, with
+// slice q / 8: there it goes to the lanes 4 i + q % 8 / 2 of the tensor core's right operand, i
+// being the sequence's column. So a lane multiplies two parcels of a slice, in PARCEL_WORDS steps.
+// Warps take slices in turn.
+constexpr int SLICES_A_WARP = (TEAM * PARCELS + 8 * SUM_PARTS - 1) / (8 * SUM_PARTS);
+constexpr int SLICES = SLICES_A_WARP * SUM_PARTS;
+
+// Parcels of all slices, and where that of a sequence lies among them.
+constexpr int BUFFER = SLICES * 2 * BLOCKS * 32;
+
+__device__ inline int parcel_place(int parcel, int column) {
+    const int lane = column % 8 * 4 + parcel % 8 / 2;
+    return ((parcel / 8 * 2 + parcel % 2) * BLOCKS + column / 8) * 32 + lane;
+}
+
 // The product's rows: unit by unit PRODUCED of them, in tiles of 16.
-constexpr int TILES = (UNITS * PRODUCED + 15) / 16;
+constexpr int TILES = (UNITS * PRODUCED + 16 * ROW_PARTS - 1) / (16 * ROW_PARTS);
+
+__device__ inline int sum_part() { return threadIdx.x / 32 / ROW_PARTS; }
+__device__ inline int row_part() { return threadIdx.x / 32 % ROW_PARTS; }
 
 // What a team computes between two loads of R.
 struct Item {
@@ -58,29 +81,16 @@ struct Owned {
         d = static_cast<long long>(rank) * UNITS + unit;
         exists = in_parcel && unit < UNITS && d < D && sequence < B;
     }
-
-    __device__ bool makes_parcel() const { return in_parcel && threadIdx.x % 32 % A_PARCEL == 0; }
 };
 
-// The warps' sums of a step, of two steps in turn. Sequences lie apart by this much, so that a
-// warp's sums go to 32 different banks.
-constexpr int PITCH = 16 * TILES + 4;
-using Partial = float[WARPS][COLUMNS][PITCH];
-
-// A unit's rows.
-struct alignas(PRODUCED % 4 == 0 ? 16 : PRODUCED % 2 == 0 ? 8 : 4) Rows {
-    float values[PRODUCED];
-};
-
-// What the product yields for an owned unit and sequence, once the block's warps have met.
-__device__ inline Rows total(const Partial& partial, const Owned& owned) {
-    Rows sum = {};
+// A parcel of the lane's value and its neighbours', in all lanes that make it up.
+__device__ inline void make_parcel(unsigned (&words)[PARCEL_WORDS], float value) {
+    Element rounded;
+    round_to(rounded, value);
+    unsigned word = 0;
+    memcpy(&word, &rounded, sizeof(Element));
+    if (A_WORD == 2) word |= __shfl_down_sync(~0u, word, 1) << 16;
+    const int first = threadIdx.x % 32 / A_PARCEL * A_PARCEL;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        const float* from = &partial[w][owned.column][owned.unit * PRODUCED];
-        const Rows part = *reinterpret_cast<const Rows*>(from);
-#pragma unroll
-        for (int i = 0; i < PRODUCED; ++i) sum.values[i] += part.values[i];
-    }
-    return sum;
+    for (int i = 0; i < PARCEL_WORDS; ++i) words[i] = __shfl_sync(~0u, word, first + i * A_WORD);
 }

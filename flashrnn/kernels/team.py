@@ -61,13 +61,17 @@ def _program(
         "D": D,
         "UNITS": plan.units,
         "BLOCKS": plan.blocks,
-        "WARPS": plan.warps,
+        "SUM_PARTS": plan.sum_parts,
+        "ROW_PARTS": plan.row_parts,
+        # A parcel has 16 bytes; where it does not arrive in order, one word says when it has.
+        "PARCEL_WORDS": 4 if plan.cluster else 3,
         "HELD": plan.held,
         "SPARED": plan.spared,
         "AHEAD": plan.ahead,
         **options,
     }
-    files = ("team.cuh", "exchange.cuh", kernel)
+    exchange = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
+    files = ("team.cuh", exchange, "team_product.cuh", kernel)
     return {
         **program.prelude(cell, precision, constants),
         **{name: program.read(name) for name in files},

@@ -3,7 +3,7 @@
 //
 // What lives where:
 //
-// - registers: R transposed as far as they hold it (exchange.cuh), and in float32 the carried
+// - registers: R transposed as far as they hold it (team_product.cuh), and in float32 the carried
 //   gradients of the lane's own units and the sums over time of its gates' gradients; the next step's
 //   inputs, on their way while the team exchanges gradients: the gates' pre-activations, the states
 //   before the step and the given gradients of those after it;
@@ -18,18 +18,18 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               const Element* __restrict__ states, const Element* __restrict__ gates,
               const Element* __restrict__ d_states, const float* __restrict__ d_last,
               Element* __restrict__ d_gates, float* __restrict__ d_initial,
-              float* __restrict__ d_bias, Parcel* exchange, Fragment* streamed, long long initial_s,
+              float* __restrict__ d_bias, Parcel* parcels, Fragment* streamed, long long initial_s,
               long long initial_b, long long initial_n, long long initial_d, long long d_states_s,
               long long d_states_b, long long d_states_t, long long d_states_n, long long d_states_d,
               long long d_last_s, long long d_last_b, long long d_last_n, long long d_last_d,
               long long T, long long B, int N, int teams) {
-    Partial* partial = reinterpret_cast<Partial*>(shared_memory());
+    const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
+    const Exchange exchange(shared_memory(), parcels, team);
+    Partial* partial = reinterpret_cast<Partial*>(shared_memory() + EXCHANGE_BYTES);
     Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
 
-    const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const long long width = static_cast<long long>(N) * D;
     const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
-    Parcel* buffers = exchange + static_cast<long long>(team) * 2 * BUFFER;
     unsigned tag = 0;
 
     for (long long number = team; number < items; number += teams) {
@@ -59,9 +59,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
             }
         };
         const auto add_recurrent_gradient = [&]() {
-            float sums[TILES][BLOCKS][4];
-            team_product(sums, matrix, buffers + tag % 2 * BUFFER, tag);
-            store_sums(partial[tag % 2], sums);
+            multiply(partial[tag % 2], matrix, exchange, tag);
             meet<THREADS>();
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
@@ -120,11 +118,10 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                     const Owned owned(e, rank, item, B);
 #pragma unroll
                     for (int s = 0; s < SENT; ++s) {
-                        const float value = owned.exists ? d_preactivations[e][RECURRENT[s]] : 0.0f;
-                        const Parcel parcel = make_parcel(value, tag);
-                        const int number = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
-                        const int place = parcel_place(number, owned.column);
-                        if (owned.makes_parcel()) publish(buffers + tag % 2 * BUFFER + place, parcel);
+                        unsigned words[PARCEL_WORDS];
+                        make_parcel(words, owned.exists ? d_preactivations[e][RECURRENT[s]] : 0.0f);
+                        const int parcel = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
+                        exchange.send(words, parcel, owned, tag);
                     }
                 }
             }

@@ -3,7 +3,7 @@
 //
 // What lives where:
 //
-// - registers: R as far as they hold it (exchange.cuh), the bias, and in float32 the carried states
+// - registers: R as far as they hold it (team_product.cuh), the bias, and in float32 the carried states
 //   of the lane's own units; the next step's Wx, on its way while the team exchanges h;
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
 // - global memory: what even shared memory does not hold of R; the parcels, of two exchanges in turn;
@@ -17,17 +17,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              const Element* __restrict__ b, const float* __restrict__ initial,
              Element* __restrict__ states, float* __restrict__ last_states,
-             Element* __restrict__ gates, Parcel* exchange, Fragment* streamed, long long Wx_b,
+             Element* __restrict__ gates, Parcel* parcels, Fragment* streamed, long long Wx_b,
              long long Wx_t, long long Wx_g, long long Wx_n, long long Wx_d, long long initial_s,
              long long initial_b, long long initial_n, long long initial_d, long long T, long long B,
              int N, int teams) {
-    Partial* partial = reinterpret_cast<Partial*>(shared_memory());
+    const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
+    const Exchange exchange(shared_memory(), parcels, team);
+    Partial* partial = reinterpret_cast<Partial*>(shared_memory() + EXCHANGE_BYTES);
     Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
 
-    const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const long long width = static_cast<long long>(N) * D;
     const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
-    Parcel* buffers = exchange + static_cast<long long>(team) * 2 * BUFFER;
     unsigned tag = 0;
 
     for (long long number = team; number < items; number += teams) {
@@ -52,9 +52,9 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);
-                const Parcel parcel = make_parcel(owned.exists ? carried[e][0] : 0.0f, tag);
-                const int place = parcel_place(rank * PARCELS + owned.parcel, owned.column);
-                if (owned.makes_parcel()) publish(buffers + tag % 2 * BUFFER + place, parcel);
+                unsigned words[PARCEL_WORDS];
+                make_parcel(words, owned.exists ? carried[e][0] : 0.0f);
+                exchange.send(words, rank * PARCELS + owned.parcel, owned, tag);
             }
         };
 #pragma unroll
@@ -76,10 +76,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
         fetch_input(0);
 
         for (long long t = 0; t < T; ++t) {
-            float sums[TILES][BLOCKS][4];
-            team_product(sums, matrix, buffers + tag % 2 * BUFFER, tag);
-            Partial& step_partial = partial[tag % 2];
-            store_sums(step_partial, sums);
+            multiply(partial[tag % 2], matrix, exchange, tag);
             meet<THREADS>();
 
             float preactivations[OWNED][G];
@@ -87,7 +84,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);
                 Rows recurrent = {};
-                if (owned.exists) recurrent = total(step_partial, owned);
+                if (owned.exists) recurrent = total(partial[tag % 2], owned);
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
                     float sum = bias[e][k];

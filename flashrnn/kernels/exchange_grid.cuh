@@ -1,0 +1,86 @@
+// How a team's blocks send each other a step's values through the L2 cache, all blocks of a launch
+// running at once.
+//
+// A parcel is 16 bytes: three words of values and a tag, the number of the exchange. It is written
+// and read as a whole, so whoever sees the tag has the values, and no other word orders anything.
+// A lane asks for its own parcels again and again until they have the tag, and multiplies them out
+// of its registers.
+//
+// There are two buffers, for odd and even tags. A block sends parcels of tag k when it has those of
+// tag k - 1 of the whole team; by then the whole team has read those of tag k - 2, which they
+// replace.
+
+static_assert(PARCEL_WORDS == 3, "the fourth word is the tag");
+
+// Shared memory that it takes.
+constexpr int EXCHANGE_BYTES = 0;
+
+struct Exchange {
+    Parcel* buffers;
+
+    __device__ Exchange(unsigned char*, Parcel* global, int team)
+        : buffers(global + static_cast<long long>(team) * 2 * BUFFER) {}
+
+    __device__ void send(const unsigned (&words)[PARCEL_WORDS], int parcel, const Owned& owned,
+                         unsigned tag) const {
+        if (!owned.in_parcel || threadIdx.x % 32 % A_PARCEL != 0) return;
+        Parcel* to = buffers + tag % 2 * BUFFER + parcel_place(parcel, owned.column);
+        publish(to, {{words[0], words[1], words[2]}, tag});
+    }
+};
+
+// The parcels of a tag that a lane multiplies, of AHEAD slices at a time.
+struct Arrivals {
+    Parcel parcels[AHEAD][2][BLOCKS];
+    const Parcel* mine;
+    unsigned tag;
+
+    __device__ Arrivals(const Exchange& exchange, unsigned tag) : tag(tag) {
+        mine = exchange.buffers + tag % 2 * BUFFER + sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) expect(i);
+    }
+
+    // Waits for slice i of the warp's; its place is then the slice's that comes AHEAD later.
+    __device__ void take(int i, unsigned (&words)[BLOCKS][2 * PARCEL_WORDS]) {
+        while (true) {
+            bool complete = true;
+#pragma unroll
+            for (int k = 0; k < 2 * BLOCKS; ++k) {
+                complete &= parcels[i % AHEAD][k / BLOCKS][k % BLOCKS].tag == tag;
+            }
+            if (complete) break;
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+                if (i + k < SLICES_A_WARP) ask(i + k);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
+            const int block = k / (2 * PARCEL_WORDS), word = k % (2 * PARCEL_WORDS);
+            words[block][word] =
+                parcels[i % AHEAD][word / PARCEL_WORDS][block].words[word % PARCEL_WORDS];
+        }
+        if (i + AHEAD < SLICES_A_WARP) expect(i + AHEAD);
+    }
+
+    // Those that nobody sends are there, and zero.
+    __device__ void expect(int i) {
+        const int first = (i * SUM_PARTS + sum_part()) * 8 + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int k = 0; k < 2 * BLOCKS; ++k) {
+            const bool sent = first + k / BLOCKS < TEAM * PARCELS;
+            parcels[i % AHEAD][k / BLOCKS][k % BLOCKS] = {{0, 0, 0}, sent ? 0 : tag};
+        }
+        ask(i);
+    }
+
+    // Asks for those of slice i that have not arrived yet.
+    __device__ void ask(int i) {
+#pragma unroll
+        for (int k = 0; k < 2 * BLOCKS; ++k) {
+            look_up(parcels[i % AHEAD][k / BLOCKS][k % BLOCKS],
+                    mine + (i * SUM_PARTS * 2 * BLOCKS + k) * 32, tag);
+        }
+    }
+};

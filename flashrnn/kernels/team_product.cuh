@@ -1,0 +1,136 @@
+// The product of a block's part of R and of what its team has exchanged.
+//
+// A fragment is 16 rows of R and what one step of the tensor core sums. Of a warp's fragments the
+// first HELD are in registers, the next SPARED in shared memory, the rest in global memory, where
+// each lane finds what it has put.
+
+constexpr int FRAGMENTS = SLICES_A_WARP * PARCEL_WORDS * TILES;
+constexpr int STREAMED = FRAGMENTS - HELD - SPARED;
+
+struct alignas(16) Fragment {
+    unsigned words[4];
+};
+
+struct Matrix {
+    Fragment held[HELD];
+    Fragment *spared, *streamed;
+
+    __device__ Matrix(Fragment* shared, Fragment* global)
+        : spared(shared + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32),
+          streamed(global + (static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32) *
+                                STREAMED * 32 +
+                   threadIdx.x % 32) {}
+
+    __device__ void load(const Element* R, int n, int N, int rank) {
+#pragma unroll
+        for (int f = 0; f < HELD; ++f) held[f] = fragment(f, R, n, N, rank);
+        for (int f = 0; f < SPARED; ++f) spared[f * 32] = fragment(HELD + f, R, n, N, rank);
+        for (int f = 0; f < STREAMED; ++f) {
+            streamed[f * 32] = fragment(HELD + SPARED + f, R, n, N, rank);
+        }
+    }
+
+    __device__ Fragment operator[](int f) const {
+        if (f < HELD) return held[f < HELD ? f : 0];
+        return f < HELD + SPARED ? spared[(f - HELD) * 32] : streamed[(f - HELD - SPARED) * 32];
+    }
+
+    // Of the warp's tile f % TILES, step f / TILES % PARCEL_WORDS, slice f / TILES / PARCEL_WORDS.
+    __device__ static Fragment fragment(int f, const Element* R, int n, int N, int rank) {
+        const int lane = threadIdx.x % 32;
+        const int tile = row_part() * TILES + f % TILES, step = f / TILES % PARCEL_WORDS;
+        const int slice = f / TILES / PARCEL_WORDS * SUM_PARTS + sum_part();
+        Fragment fragment;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            // Of the words that a lane has of a slice, two parcels'.
+            const int word = 2 * step + w / 2;
+            const int parcel = slice * 8 + lane % 4 * 2 + word / PARCEL_WORDS;
+            const int row = 16 * tile + w % 2 * 8 + lane / 4;
+            Element elements[A_WORD] = {};
+#pragma unroll
+            for (int k = 0; k < A_WORD; ++k) {
+                // Among the units of the block that sends it.
+                const int sent = parcel % UNIT_PARCELS * A_PARCEL + word % PARCEL_WORDS * A_WORD + k;
+                const int from = parcel / PARCELS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
+                const int gate = FORWARD ? row % PRODUCED : parcel % PARCELS / UNIT_PARCELS;
+                const bool exists = parcel < TEAM * PARCELS && sent < UNITS && from < D &&
+                                    row < UNITS * PRODUCED && to < D;
+                const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
+                if (exists) {
+                    const int d = FORWARD ? to : from, p = FORWARD ? from : to;
+                    elements[k] = head[static_cast<long long>(d) * D + p];
+                }
+            }
+            memcpy(&fragment.words[w], elements, 4);
+            fragment.words[w] = prepare(fragment.words[w], Operand{});
+            // Else all elements are loaded before the first become words.
+            settle(fragment.words[w]);
+        }
+        return fragment;
+    }
+};
+
+// The sums of the warps that share rows, of two steps in turn. Sequences lie apart by this much, so
+// that a warp's sums go to 32 different banks.
+constexpr int PITCH = 16 * TILES * ROW_PARTS + 4;
+using Partial = float[SUM_PARTS][COLUMNS][PITCH];
+
+// Multiplies the values of an exchange, and puts the warp's sums where total() finds them.
+__device__ inline void multiply(Partial& partial, const Matrix& matrix, const Exchange& exchange,
+                                unsigned tag) {
+    float sums[TILES][BLOCKS][4] = {};
+    Arrivals arrivals(exchange, tag);
+#pragma unroll
+    for (int i = 0; i < SLICES_A_WARP; ++i) {
+        unsigned words[BLOCKS][2 * PARCEL_WORDS];
+        arrivals.take(i, words);
+#pragma unroll
+        for (int step = 0; step < PARCEL_WORDS; ++step) {
+#pragma unroll
+            for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+#pragma unroll
+                for (int tile = 0; tile < TILES; ++tile) {
+                    const Fragment a = matrix[(i * PARCEL_WORDS + step) * TILES + tile];
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; ++block) {
+                        mma_pass(pass, sums[tile][block], a.words[0], a.words[1], a.words[2],
+                                 a.words[3], words[block][2 * step], words[block][2 * step + 1],
+                                 Operand{});
+                    }
+                }
+            }
+        }
+    }
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int column = 8 * block + 2 * (lane % 4) + i % 2;
+                const int row = 16 * (row_part() * TILES + tile) + lane / 4 + 8 * (i / 2);
+                partial[sum_part()][column][row] = sums[tile][block][i];
+            }
+        }
+    }
+}
+
+// A unit's rows.
+struct alignas(PRODUCED % 4 == 0 ? 16 : PRODUCED % 2 == 0 ? 8 : 4) Rows {
+    float values[PRODUCED];
+};
+
+// What the product yields for an owned unit and sequence, once the block's warps have met.
+__device__ inline Rows total(const Partial& partial, const Owned& owned) {
+    Rows sum = {};
+#pragma unroll
+    for (int part = 0; part < SUM_PARTS; ++part) {
+        const float* from = &partial[part][owned.column][owned.unit * PRODUCED];
+        const Rows rows = *reinterpret_cast<const Rows*>(from);
+#pragma unroll
+        for (int i = 0; i < PRODUCED; ++i) sum.values[i] += rows.values[i];
+    }
+    return sum;
+}
