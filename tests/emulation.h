@@ -1,15 +1,17 @@
-// A GPU's thread block on one CPU thread: what the kernels need of CUDA, ptx.cuh included.
+// A GPU's thread blocks on one CPU thread: what the kernels need of CUDA, ptx.cuh included.
 //
-// Every thread of a block is a coroutine that runs until it has to meet others: at a barrier of
-// the block, or where a warp exchanges registers. Blocks run one after another.
+// Every thread of a block is a coroutine that runs until it has to meet others, at a barrier of
+// the block or where a warp exchanges registers, or until it looks for what another block sends.
+// Blocks run one after another, or as many at once as a launch asks for.
 
 #include <math.h>
 #include <setjmp.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 
-#include <functional>
+#include <map>
 #include <vector>
 
 
@@ -38,96 +40,261 @@ struct Argument {
     }
 };
 
-// ---- coroutines: made by makecontext, switched by longjmp, which needs no system call
+// ---- blocks
 
-struct Coroutine {
-    ucontext_t start;
-    jmp_buf here;
-    bool started, finished;
-};
-static std::vector<Coroutine> coroutines;
-static jmp_buf scheduler;
-static std::function<void()> body;
+static void yield();
 
-static void run_body() {
-    body();
-    coroutines[threadIdx.x].finished = true;
-    _longjmp(scheduler, 1);
-}
-
-static void resume(int i) {
-    threadIdx.x = i;
-    if (_setjmp(scheduler)) return;
-    if (coroutines[i].started) _longjmp(coroutines[i].here, 1);
-    coroutines[i].started = true;
-    setcontext(&coroutines[i].start);
-}
-
-static void yield() {
-    if (!_setjmp(coroutines[threadIdx.x].here)) _longjmp(scheduler, 1);
-}
+// In each round every coroutine runs that does not wait in a meeting.
+static long long rounds, last_progress;
 
 struct Meeting {
     int arrived = 0, number = 0;
 
-    void wait_for(int all) {
-        const int mine = number;
-        if (++arrived == all) {
-            arrived = 0;
-            ++number;
+    void wait_for(int all);
+};
+
+// Made by makecontext, switched by longjmp, which needs no system call.
+struct Coroutine {
+    jmp_buf here;
+    bool finished = true;
+    const Meeting* meeting = nullptr;
+    int number = 0;
+    // Its parcels on their way.
+    int pending = 0;
+
+    bool waits() const { return meeting && meeting->number == number; }
+};
+
+// Copied when their group is waited for, as late as a GPU might.
+struct Copy {
+    void* to;
+    const void* from;
+};
+
+// NaN until it is written.
+constexpr unsigned UNWRITTEN = 0x7fff7fff;
+
+struct Block {
+    int index = 0;
+    std::vector<Coroutine> threads;
+    std::vector<std::vector<std::vector<Copy>>> copy_groups;
+    std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
+    Meeting meeting, warp_meetings[32];
+    // Two sets of registers, in turn: a lane may write its next ones while others read these.
+    unsigned exchanged[2][1024][6];
+
+    void begin(int i) {
+        index = i;
+        shared_words.assign(shared_words.size(), UNWRITTEN);
+        for (auto& groups : copy_groups) groups.clear();
+        for (Coroutine& thread : threads) thread.finished = false;
+    }
+
+    bool is_clear_beyond(int bytes) const {
+        for (size_t i = bytes / 4; i < shared_words.size(); ++i) {
+            if (shared_words[i] != UNWRITTEN) return false;
         }
-        while (number == mine) yield();
+        return true;
     }
 };
-static Meeting block_meeting, warp_meetings[32];
-static int threads_of_block;
-static void clear_shared_memory();
-static bool is_clear_beyond(int bytes);
+// Whose turn it is, as threadIdx and blockIdx say too.
+static Block* current;
+static Coroutine* self;
 
-// Whether the blocks wrote no more than these bytes of shared memory.
-static bool run_kernel(int grid, int threads, std::function<void()> kernel,
-                       int shared_bytes = 256 * 1024) {
-    constexpr size_t STACK = 256 * 1024;
-    std::vector<char> stacks(threads * STACK);
-    threads_of_block = threads;
-    body = kernel;
-    bool fits = true;
-    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-        coroutines.assign(threads, Coroutine());
-        clear_shared_memory();
-        for (int i = 0; i < threads; ++i) {
-            ucontext_t& start = coroutines[i].start;
-            getcontext(&start);
-            start.uc_stack.ss_sp = &stacks[i * STACK];
-            start.uc_stack.ss_size = STACK;
-            makecontext(&start, run_body, 0);
-        }
-        for (int running = threads; running;) {
-            for (int i = 0; i < threads; ++i) {
-                if (coroutines[i].finished) continue;
-                resume(i);
-                running -= coroutines[i].finished;
-            }
-        }
-        fits = fits && is_clear_beyond(shared_bytes);
+void Meeting::wait_for(int all) {
+    const int mine = number;
+    if (++arrived == all) {
+        arrived = 0;
+        ++number;
+        last_progress = rounds;
+    } else {
+        self->meeting = this;
+        self->number = mine;
+        yield();
     }
-    return fits;
 }
 
-static void __syncthreads() { block_meeting.wait_for(threads_of_block); }
+// ---- parcels, which blocks send each other through global memory
+
+struct alignas(16) Parcel {
+    unsigned words[3];
+    unsigned tag;
+};
+
+// On its way until a round; parcels to one address arrive in order.
+struct Sent {
+    Parcel parcel;
+    long long due;
+    Coroutine* sender;
+};
+static std::multimap<const Parcel*, Sent> pending;
+static unsigned chance;
+
+static void publish(Parcel* to, const Parcel& parcel) {
+    chance = chance * 1664525 + 1013904223;
+    long long due = rounds + (chance >> 30);
+    const auto after = pending.upper_bound(to);
+    if (after != pending.begin()) {
+        const auto before = std::prev(after);
+        if (before->first == to && before->second.due > due) due = before->second.due;
+    }
+    if (due == rounds) {
+        *to = parcel;
+        last_progress = rounds;
+    } else {
+        pending.emplace_hint(after, to, Sent{parcel, due, self});
+        ++self->pending;
+    }
+}
+
+// Those that are due by a round arrive.
+static void deliver(long long round) {
+    for (auto i = pending.begin(); i != pending.end();) {
+        Sent& sent = i->second;
+        if (sent.due > round) {
+            ++i;
+            continue;
+        }
+        *const_cast<Parcel*>(i->first) = sent.parcel;
+        --sent.sender->pending;
+        last_progress = rounds;
+        i = pending.erase(i);
+    }
+}
+
+// All others go on before it reads.
+static void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
+    if (parcel.tag == tag) return;
+    yield();
+    parcel = *from;
+    if (!self->pending) return;
+    // What a thread sent it sees itself.
+    const auto range = pending.equal_range(from);
+    for (auto i = range.first; i != range.second; ++i) {
+        if (i->second.sender == self) parcel = i->second.parcel;
+    }
+}
+
+// ---- launches
+
+static jmp_buf scheduler;
+static const void* kernel_to_run;
+static void (*run_once)(const void* kernel);
+
+static void run_body() {
+    for (;;) {
+        // Until its block begins.
+        yield();
+        run_once(kernel_to_run);
+        self->finished = true;
+        last_progress = rounds;
+    }
+}
+
+static void yield() {
+    if (!_setjmp(self->here)) _longjmp(scheduler, 1);
+}
+
+static void start(char* stack, size_t size) {
+    ucontext_t context;
+    if (_setjmp(scheduler)) return;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = size;
+    makecontext(&context, run_body, 0);
+    setcontext(&context);
+}
+
+static void resume() {
+    if (!_setjmp(scheduler)) _longjmp(self->here, 1);
+}
+
+static void report_stall(const std::vector<Block>& blocks) {
+    fprintf(stderr, "A kernel stalled. Its threads, those that\n");
+    fprintf(stderr, "     block  finished  wait for others of it  look for a parcel\n");
+    for (const Block& block : blocks) {
+        int finished = 0, waiting = 0;
+        for (const Coroutine& thread : block.threads) {
+            finished += thread.finished;
+            waiting += !thread.finished && thread.waits();
+        }
+        fprintf(stderr, "%10d%10d%23d%19d\n", block.index, finished, waiting,
+                int(block.threads.size()) - finished - waiting);
+    }
+}
+
+// Whether all threads of the blocks finished; if not, those left wait for what never comes.
+static bool finish(std::vector<Block>& blocks) {
+    constexpr int PATIENCE = 100000;
+    last_progress = rounds;
+    for (size_t running = blocks.size() * blocks[0].threads.size(); running; deliver(++rounds)) {
+        if (rounds - last_progress > PATIENCE) return false;
+        for (Block& block : blocks) {
+            current = &block;
+            blockIdx.x = block.index;
+            for (threadIdx.x = 0; threadIdx.x < int(block.threads.size()); ++threadIdx.x) {
+                self = &block.threads[threadIdx.x];
+                if (self->finished || self->waits()) continue;
+                resume();
+                running -= self->finished;
+            }
+        }
+    }
+    return true;
+}
+
+// What went wrong, or null. Blocks may wait for each other where they run at once.
+template <typename Kernel>
+static const char* run_kernel(int grid, int threads, const Kernel& kernel,
+                              int shared_bytes = 256 * 1024, int at_once = 1) {
+    constexpr size_t STACK = 256 * 1024;
+    if (!grid) return nullptr;
+    std::vector<Block> blocks(at_once);
+    // Pages that no stack reaches take no memory.
+    char* const stacks = (char*)malloc(blocks.size() * threads * STACK);
+    char* stack = stacks;
+    kernel_to_run = &kernel;
+    run_once = [](const void* kernel) { (*(const Kernel*)kernel)(); };
+    for (Block& block : blocks) {
+        block.threads.resize(threads);
+        block.copy_groups.resize(threads);
+        for (Coroutine& thread : block.threads) {
+            self = &thread;
+            start(stack, STACK);
+            stack += STACK;
+        }
+    }
+    pending.clear();
+    chance = 0;
+    bool fits = true, finished = true;
+    for (int first = 0; first < grid && finished; first += at_once) {
+        for (int i = 0; i < at_once; ++i) blocks[i].begin(first + i);
+        finished = finish(blocks);
+        // The last ones that were sent.
+        deliver(rounds + 4);
+        for (const Block& block : blocks) fits = fits && block.is_clear_beyond(shared_bytes);
+    }
+    free(stacks);
+    if (!finished) {
+        report_stall(blocks);
+        return "a kernel stalled: its threads wait for what never comes";
+    }
+    return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
+}
+
+static void __syncthreads() { current->meeting.wait_for(current->threads.size()); }
 
 // ---- registers that a warp exchanges
 
-// Two sets of them, in turn: a lane may write its next ones while others read these.
-static unsigned exchanged[2][1024][6];
-
 template <typename Use>
 static void exchange(std::initializer_list<unsigned> mine, Use use) {
-    const int self = threadIdx.x, warp = self / 32, turn = warp_meetings[warp].number % 2;
+    const int warp = threadIdx.x / 32;
+    Meeting& meeting = current->warp_meetings[warp];
+    unsigned(*registers)[6] = current->exchanged[meeting.number % 2];
     int i = 0;
-    for (unsigned word : mine) exchanged[turn][self][i++] = word;
-    warp_meetings[warp].wait_for(32);
-    use(exchanged[turn] + 32 * warp);
+    for (unsigned word : mine) registers[threadIdx.x][i++] = word;
+    meeting.wait_for(32);
+    use(registers + 32 * warp);
 }
 
 static unsigned __float_as_uint(float x) {
@@ -156,6 +323,13 @@ static T __shfl_sync(unsigned, T value, int source) {
 template <typename T>
 static T __shfl_xor_sync(unsigned mask, T value, int other) {
     return __shfl_sync(mask, value, threadIdx.x % 32 ^ other);
+}
+
+// Its own, where no lane is so far.
+template <typename T>
+static T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+    const unsigned lane = threadIdx.x % 32;
+    return __shfl_sync(mask, value, lane + delta < 32 ? lane + delta : lane);
 }
 
 template <typename T>
@@ -250,10 +424,7 @@ static void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned
     if (pass == PASSES<Operand> - 1) mma(c, a0, a1, a2, a3, b0, b1, operand);
 }
 
-// NaN until it is written.
-constexpr unsigned UNWRITTEN = 0x7fff7fff;
-static std::vector<unsigned> shared_words(64 * 1024);
-static unsigned char* shared_memory() { return (unsigned char*)shared_words.data(); }
+static unsigned char* shared_memory() { return (unsigned char*)current->shared_words.data(); }
 
 static unsigned shared_address(const void* generic) {
     return (unsigned char*)generic - shared_memory();
@@ -268,13 +439,6 @@ static void load_matrices(unsigned (&words)[4], unsigned row) {
         }
     });
 }
-
-// Copied when their group is waited for, as late as a GPU might.
-struct Copy {
-    void* to;
-    const void* from;
-};
-static std::vector<std::vector<Copy>> copy_groups[1024];
 
 static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
     exchange({row}, [&](unsigned(*lanes)[6]) {
@@ -291,20 +455,8 @@ static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
     });
 }
 
-static void clear_shared_memory() {
-    shared_words.assign(shared_words.size(), UNWRITTEN);
-    for (auto& groups : copy_groups) groups.clear();
-}
-
-static bool is_clear_beyond(int bytes) {
-    for (size_t i = bytes / 4; i < shared_words.size(); ++i) {
-        if (shared_words[i] != UNWRITTEN) return false;
-    }
-    return true;
-}
-
 static std::vector<Copy>& open_copy_group() {
-    auto& groups = copy_groups[threadIdx.x];
+    auto& groups = current->copy_groups[threadIdx.x];
     if (groups.empty()) groups.emplace_back();
     return groups.back();
 }
@@ -313,12 +465,12 @@ static void copy_async(void* to, const void* from) { open_copy_group().push_back
 
 static void close_copy_group() {
     open_copy_group();
-    copy_groups[threadIdx.x].emplace_back();
+    current->copy_groups[threadIdx.x].emplace_back();
 }
 
 template <int PENDING>
 static void wait_for_copy_groups() {
-    auto& groups = copy_groups[threadIdx.x];
+    auto& groups = current->copy_groups[threadIdx.x];
     // The last one is still open.
     while (int(groups.size()) - 1 > PENDING) {
         for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, 16);

@@ -19,7 +19,11 @@ from flashrnn.jit import nvrtc, runs
 from flashrnn.tiling import GPU
 
 HEADER = Path(__file__).with_name("emulation.h")
-COMMAND = ("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+COMMAND = (
+    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC"),
+    # What some compilers define by themselves forbids longjmp to another stack.
+    "-U_FORTIFY_SOURCE",
+)
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="needs g++, to compile the kernels for the CPU"
@@ -37,6 +41,13 @@ class Library:
             check=True,
         )
         self.functions = ctypes.CDLL(str(library))
+
+    def emulate(self, *arguments) -> None:
+        """Run a kernel; the program has an entry ``emulate`` for it."""
+        run = self.functions.emulate
+        run.restype = ctypes.c_char_p
+        complaint = run(*arguments)
+        assert complaint is None, complaint.decode()
 
 
 def emulated(parts: dict[str, str]) -> str:
@@ -57,28 +68,36 @@ class EmulatedStepper:
         for length in runs.lengths(count):
             self.block[:] = (*fields, done)
             for ahead in range(length):
-                self.library.functions.emulate(
-                    self.block, ahead, *self.sizes, self.grid, self.threads
-                )
+                self.library.emulate(self.block, ahead, *self.sizes, self.grid, self.threads)
             done += length
 
 
 class EmulatedKernel:
-    """Stands in for the kernels of ``cuda_fused``."""
+    """Stands in for the kernels of ``cuda_fused``.
 
-    def __init__(self, library: Library, threads: int, shared_memory: int):
-        self.emulate = library.functions.emulate
-        self.emulate.restype = ctypes.c_bool
-        self.threads, self.shared_memory = threads, shared_memory
+    Its blocks run one after another, or those that wait for each other at once: all of a launch
+    (``together``), or a cluster's.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        threads: int,
+        shared_memory: int,
+        together: bool = False,
+        cluster: int = 0,
+    ):
+        self.library, self.threads, self.shared_memory = library, threads, shared_memory
+        self.together, self.cluster = together, cluster
 
     def launch(self, grid, tensors, numbers) -> None:
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         block = (ctypes.c_int64 * len(arguments))(*arguments)
-        fits = self.emulate(block, grid, self.threads, self.shared_memory)
-        assert fits, "a kernel wrote more shared memory than its plan has"
+        at_once = grid if self.together else self.cluster or 1
+        self.library.emulate(block, grid, self.threads, self.shared_memory, at_once)
 
 
-H200 = GPU(multiprocessors=132, shared_memory=232448, shifts_registers=True)
+H200 = GPU(multiprocessors=132, shared_memory=232448, shifts_registers=True, largest_cluster=16)
 
 
 @pytest.fixture
@@ -92,16 +111,18 @@ def fused_emulation(
         (parameters,) = re.findall(rf"{name}\((.*?)\)", source, re.DOTALL)
         passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
         entry = (
-            f'extern "C" bool emulate(long long* a, int grid, int threads, int shared) {{\n'
-            f"    return run_kernel(grid, threads, [=] {{ {name}({passed}); }}, shared);\n}}\n"
+            f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
+            f"                               int at_once) {{\n"
+            f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
+            f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
         )
         return Library(source + entry, tmp_path_factory.mktemp("emulation"))
 
-    def kernel(name, parts, device, threads, shared_memory):
-        return EmulatedKernel(library(name, emulated(parts)), threads, shared_memory)
+    def kernel(name, parts, device, *plan):
+        return EmulatedKernel(library(name, emulated(parts)), *plan)
 
     def forget() -> None:
-        for cached in ("_forward_kernel", "_backward_kernel", "_gradient_kernel"):
+        for cached in ("_head_kernel", "_team_kernel", "_gradient_kernel"):
             getattr(cuda_fused, cached).cache_clear()
 
     forget()
@@ -120,9 +141,9 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     @cache
     def library(name: str, source: str) -> Library:
         entry = (
-            f'extern "C" void emulate(Call* call, int ahead, int B, int N, int D, int grid,\n'
-            f"                         int threads) {{\n"
-            f"    run_kernel(grid, threads, [=] {{ {name}(call, ahead, B, N, D); }});\n}}\n"
+            f'extern "C" const char* emulate(Call* call, int ahead, int B, int N, int D,\n'
+            f"                               int grid, int threads) {{\n"
+            f"    return run_kernel(grid, threads, [=] {{ {name}(call, ahead, B, N, D); }});\n}}\n"
         )
         return Library(source + entry, tmp_path_factory.mktemp("emulation"))
 

@@ -1,0 +1,102 @@
+"""Blocks that run at once, as tests/emulation.h lets them: a ring that passes parcels."""
+
+import ctypes
+
+import pytest
+import torch
+
+from tests.emulation import Library, emulated, needs_compiler
+
+THREADS = 64
+
+# Block 0's lanes send their number around; every block adds its own before it sends it on. The
+# words go to one address, and after them a mere tag to another.
+RING = """
+__global__ void ring(Parcel* words, Parcel* tags, int blocks, unsigned laps, unsigned* sums,
+                     unsigned* overtaken, unsigned* not_seen) {
+    unsigned* carried = reinterpret_cast<unsigned*>(shared_memory()) + threadIdx.x;
+    const int mine = blockIdx.x * THREADS + threadIdx.x;
+    const int next = (mine + THREADS) % (blocks * THREADS);
+    *carried = threadIdx.x;
+    for (unsigned lap = 1; lap <= laps; ++lap) {
+        const unsigned awaited = blockIdx.x == 0 ? lap - 1 : lap;
+        Parcel tag = {}, parcel = {};
+        if (awaited > 0) {
+            while (tag.tag != awaited) look_up(tag, tags + mine, awaited);
+            look_up(parcel, words + mine, awaited);
+            *overtaken += parcel.tag != awaited;
+            while (parcel.tag != awaited) look_up(parcel, words + mine, awaited);
+            *carried = parcel.words[0] + blockIdx.x;
+        }
+        __syncthreads();
+        publish(words + next, {{*carried, 0, 0}, lap});
+        publish(tags + next, {{0, 0, 0}, lap});
+        Parcel own = {};
+        look_up(own, words + next, lap);
+        *not_seen += own.tag != lap;
+    }
+    unsigned sum = *carried;
+    for (int delta = 16; delta; delta /= 2) sum += __shfl_down_sync(~0u, sum, delta);
+    if (threadIdx.x % 32 == 0) sums[mine / 32] = sum;
+}
+
+extern "C" const char* emulate(Parcel* words, Parcel* tags, int blocks, int laps, unsigned* sums,
+                               unsigned* overtaken, unsigned* not_seen, int shared, int at_once) {
+    const auto kernel = [=] { ring(words, tags, blocks, laps, sums, overtaken, not_seen); };
+    return run_kernel(blocks, THREADS, kernel, shared, at_once);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory):
+    """``run(blocks, laps, ...) -> sums of the warps, words overtaken, own words not seen``."""
+    text = emulated({"ring.cu": f"constexpr int THREADS = {THREADS};\n" + RING})
+    library = Library(text, tmp_path_factory.mktemp("ring"))
+
+    def run(blocks, laps, shared_memory=4 * THREADS, at_once=None):
+        words, tags = (torch.zeros(blocks * THREADS, 4, dtype=torch.int32) for _ in range(2))
+        sums = torch.zeros(blocks, THREADS // 32, dtype=torch.int32)
+        counts = torch.zeros(2, dtype=torch.int32)
+        library.emulate(
+            *(ctypes.c_void_p(x.data_ptr()) for x in (words, tags)),
+            blocks,
+            laps,
+            *(ctypes.c_void_p(x.data_ptr()) for x in (sums, *counts)),
+            shared_memory,
+            at_once or blocks,
+        )
+        # All parcels arrived in the end.
+        assert (words[:, 3] == laps).all() and (tags[:, 3] == laps).all()
+        return sums, *counts.tolist()
+
+    return run
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocks", [1, 5, 24])
+def test_parcels_pass_between_blocks(ring, blocks):
+    laps = 20
+    sums, overtaken, not_seen = ring(blocks, laps)
+    lanes = torch.arange(THREADS).reshape(-1, 32).sum(1)
+    numbers = torch.arange(blocks)
+    added = (laps - 1) * numbers.sum() + numbers.cumsum(0)
+    assert torch.equal(sums.long(), lanes + 32 * added[:, None])
+    # Of what it sent to itself, a thread sees everything at once.
+    assert (overtaken > 0) == (blocks > 1)
+    assert not_seen == 0
+
+
+@needs_compiler
+def test_waiting_for_what_never_comes_fails(ring, capfd):
+    with pytest.raises(AssertionError, match="stalled"):
+        ring(3, 2, at_once=1)
+    assert "block" in capfd.readouterr().err
+    # And spoils nothing that comes after.
+    ring(3, 2)
+
+
+@needs_compiler
+def test_more_shared_memory_than_planned_fails(ring):
+    with pytest.raises(AssertionError, match="shared memory"):
+        ring(3, 2, shared_memory=4 * THREADS - 4)
