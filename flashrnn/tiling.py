@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 from flashrnn.problem import Problem
@@ -294,36 +294,47 @@ class Exchanged(NamedTuple):
     passes: int
 
 
-_LARGEST_TEAM_UNITS = 96
-# Warps that share a block's sums, and its rows.
+# Parts of a block's sums, and of its rows, that its warps take.
 _PARTS = {
-    False: [(4, 1), (6, 1), (8, 1), (12, 1), (16, 1)],
+    False: [(6, 1), (8, 1), (12, 1), (16, 1)],
     True: [(s, r) for s in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 4 <= s * r <= 16],
 }
+_AHEAD = {False: (1, 2, 4, 8), True: (1,)}
 _CLUSTERS = (2, 4, 8, 16)
+_FEWEST_UNITS = 12
 
 
 @lru_cache(maxsize=1024)
 def _plan_team(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> TeamPlan | str:
-    least = max(4, _tiles(D, gpu.multiprocessors))
-    units: dict[bool, Sequence[int]] = {
-        False: range(least, max(least, min(D, _LARGEST_TEAM_UNITS)) + 1),
-        True: [_tiles(D, size) for size in _CLUSTERS if size <= gpu.largest_cluster],
-    }
-    plans = [
-        plan
-        for cluster in (False, True)
-        for parts in _PARTS[cluster]
-        for blocks in range(1, 1 + min(4, _tiles(B, 8)))
-        for each in units[cluster]
-        if (plan := _team_plan(values, D, gpu, each, blocks, cluster, *parts))
-    ]
+    plans = _team_plans(values, B, N, D, gpu)
     if not plans:
         return (
             f"a head of {D} units; of its recurrent matrix more than half would have to be read "
             "anew at each step"
         )
     return min(plans, key=lambda plan: _team_cycles(values, plan, B, N, gpu))
+
+
+def _team_plans(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> list[TeamPlan]:
+    plans = []
+    for blocks in range(1, 1 + min(4, _tiles(B, 8))):
+        items = N * _tiles(B, 8 * blocks)
+        # Few units a block, as long as all teams run at once or take few turns.
+        sizes = {gpu.multiprocessors // _tiles(items, turns) for turns in range(1, 9)} - {0}
+        least = {max(_FEWEST_UNITS, _tiles(_tiles(D, size), 4) * 4) for size in sizes}
+        units: dict[bool, set[int]] = {
+            False: {few for few in least if _tiles(D, few) <= gpu.multiprocessors},
+            True: {_tiles(D, size) for size in _CLUSTERS if size <= gpu.largest_cluster},
+        }
+        plans += [
+            plan
+            for cluster in (False, True)
+            for few, parts, ahead in product(
+                sorted(units[cluster]), _PARTS[cluster], _AHEAD[cluster]
+            )
+            if (plan := _team_plan(values, D, gpu, few, blocks, cluster, parts, ahead))
+        ]
+    return plans
 
 
 def _team_plan(
@@ -333,11 +344,12 @@ def _team_plan(
     units: int,
     blocks: int,
     cluster: bool,
-    sum_parts: int,
-    row_parts: int,
+    parts: tuple[int, int],
+    ahead: int,
 ) -> TeamPlan | None:
     """What follows from the tiles; see the kernels' files for how."""
     words = 4 if cluster else 3
+    sum_parts, row_parts = parts
     a_parcel, columns, size = 4 * words // values.itemsize, 8 * blocks, _tiles(D, units)
     if cluster and size not in _CLUSTERS:
         return None
@@ -348,7 +360,8 @@ def _team_plan(
     warps = sum_parts * row_parts
     owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
 
-    ahead = min(slices_a_warp, max(2, 8 // blocks))
+    if ahead > slices_a_warp:
+        return None
     arriving = 8 * blocks * (2 if cluster else ahead + (ahead < slices_a_warp))
     working = 56 + 4 * tiles * blocks + arriving + owned * values.kept
     working += 16 if values.passes > 1 else 0
@@ -383,24 +396,26 @@ def _team_plan(
 def _team_cycles(values: Exchanged, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     """What a step takes, all teams' turns together, roughly: what docs/performance.md reckons."""
     warps, columns = plan.warps(), 8 * plan.blocks
-    a_parcel = (16 if plan.cluster else 12) // values.itemsize
+    words = 4 if plan.cluster else 3
+    a_parcel = 4 * words // values.itemsize
     unit_parcels = _tiles(plan.units, a_parcel)
+    slices = _tiles(plan.size * values.sent * unit_parcels, 8 * plan.sum_parts)
     exchanged_bytes = 16 * plan.size * values.sent * unit_parcels * columns
-    streamed_bytes = 512 * warps * plan.streamed
     fragments = plan.held + plan.spared + plan.streamed
     owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
     if plan.cluster:
         at_once = gpu.multiprocessors * 7 // 8 // plan.size
-        exchange = 450 + exchanged_bytes / 20 + plan.row_parts * exchanged_bytes / 100
+        exchange = 750 + exchanged_bytes / 9 + plan.row_parts * exchanged_bytes / 100
     else:
         at_once = gpu.multiprocessors // plan.size
         running = min(at_once, plan.items(B, N)) * plan.size
-        exchange = 1000 + max(exchanged_bytes / 48, running * exchanged_bytes / 2600)
-    streaming = max(streamed_bytes / 48, gpu.multiprocessors * streamed_bytes / 2600)
-    product = 2 * warps * values.passes * plan.blocks * fragments
+        exchange = 900 + max(exchanged_bytes / 90, running * exchanged_bytes / 5000)
+        exchange += 350 * (_tiles(slices, plan.ahead) - 1)
+    multiply = max(36 * words * slices, 2 * warps * plan.blocks * fragments) * values.passes
+    fetch = 512 * warps * (plan.spared / 100 + plan.streamed / 30)
     rows = plan.units * values.produced
-    shared_bytes = 512 * warps * plan.spared + 8 * plan.sum_parts * columns * rows
-    cycles = exchange + streaming + product + shared_bytes / 80 + 200 + 100 * owned
+    add = plan.sum_parts * (16 + columns * rows / 8)
+    cycles = exchange + multiply + fetch + add + 250 * owned
     return cycles * _tiles(plan.items(B, N), at_once)
 
 

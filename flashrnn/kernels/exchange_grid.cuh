@@ -4,7 +4,8 @@
 // A parcel is 16 bytes: three words of values and a tag, the number of the exchange. It is written
 // and read as a whole, so whoever sees the tag has the values, and no other word orders anything.
 // A lane asks for its own parcels again and again until they have the tag, and multiplies them out
-// of its registers.
+// of its registers: its first slice's again and again, others' once that is there, since whoever asks
+// is in the way of who sends.
 //
 // There are two buffers, for odd and even tags. A block sends parcels of tag k when it has those of
 // tag k - 1 of the whole team; by then the whole team has read those of tag k - 2, which they
@@ -50,10 +51,7 @@ struct Arrivals {
                 complete &= parcels[i % AHEAD][k / BLOCKS][k % BLOCKS].tag == tag;
             }
             if (complete) break;
-#pragma unroll
-            for (int k = 0; k < AHEAD; ++k) {
-                if (i + k < SLICES_A_WARP) ask(i + k);
-            }
+            ask(i, i == 0 ? 1 : AHEAD);
         }
 #pragma unroll
         for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
@@ -61,26 +59,40 @@ struct Arrivals {
             words[block][word] =
                 parcels[i % AHEAD][word / PARCEL_WORDS][block].words[word % PARCEL_WORDS];
         }
+        // Where one has come others have, asked for in vain before.
+        if (i == 0) ask(1, AHEAD - 1);
         if (i + AHEAD < SLICES_A_WARP) expect(i + AHEAD);
     }
 
-    // Those that nobody sends are there, and zero.
+    // Asks for slice i. Parcels that nobody sends are there, and zero.
     __device__ void expect(int i) {
         const int first = (i * SUM_PARTS + sum_part()) * 8 + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; ++k) {
-            const bool sent = first + k / BLOCKS < TEAM * PARCELS;
-            parcels[i % AHEAD][k / BLOCKS][k % BLOCKS] = {{0, 0, 0}, sent ? 0 : tag};
+            Parcel& parcel = parcels[i % AHEAD][k / BLOCKS][k % BLOCKS];
+            // Of the first slices somebody sends all.
+            if ((i + 1) * SUM_PARTS * 8 <= TEAM * PARCELS) {
+                parcel = look_up(place(i, k));
+            } else {
+                parcel = {{0, 0, 0}, first + k / BLOCKS < TEAM * PARCELS ? 0 : tag};
+                look_up(parcel, place(i, k), tag);
+            }
         }
-        ask(i);
     }
 
-    // Asks for those of slice i that have not arrived yet.
-    __device__ void ask(int i) {
+    // Asks for those of slice i and the next ones that have not arrived yet.
+    __device__ void ask(int first, int count) {
 #pragma unroll
-        for (int k = 0; k < 2 * BLOCKS; ++k) {
-            look_up(parcels[i % AHEAD][k / BLOCKS][k % BLOCKS],
-                    mine + (i * SUM_PARTS * 2 * BLOCKS + k) * 32, tag);
+        for (int i = first; i < first + count; ++i) {
+            if (i >= SLICES_A_WARP) break;
+#pragma unroll
+            for (int k = 0; k < 2 * BLOCKS; ++k) {
+                look_up(parcels[i % AHEAD][k / BLOCKS][k % BLOCKS], place(i, k), tag);
+            }
         }
+    }
+
+    __device__ const Parcel* place(int i, int k) const {
+        return mine + (i * SUM_PARTS * 2 * BLOCKS + k) * 32;
     }
 };

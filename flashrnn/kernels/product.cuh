@@ -30,17 +30,6 @@ __device__ inline Word load_word(const Element* from) {
     return FRESH ? __ldcg(address) : __ldg(address);
 }
 
-template <int BYTES>
-struct BitsOf;
-template <>
-struct BitsOf<2> {
-    using Type = unsigned short;
-};
-template <>
-struct BitsOf<4> {
-    using Type = unsigned;
-};
-
 // Elements k .. k + SHARE - 1 of a line of D, zeros beyond it or where there is none.
 template <bool FRESH>
 __device__ inline Piece load_share(const Element* line, bool exists, int k, int D) {
@@ -50,7 +39,6 @@ __device__ inline Piece load_share(const Element* line, bool exists, int k, int 
         const uint4 words = load_word<FRESH, uint4>(line + k);
         return {words.x, words.y, words.z, words.w};
     }
-    using Bits = BitsOf<sizeof(Element)>::Type;
     constexpr int A_WORD = 4 / sizeof(Element);
 #pragma unroll
     for (int i = 0; i < SHARE; ++i) {

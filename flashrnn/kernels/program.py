@@ -36,15 +36,17 @@ def prelude(
 
     Args:
         cell: its numbers and functions go in as :func:`flashrnn.cells.render.render_cuda` says.
-        precision: out of ``PRECISIONS``; sets the types ``Element``, of the tensors, and
-            ``Operand``, which chooses the product.
+        precision: out of ``PRECISIONS``; sets the types ``Element``, of the tensors,
+            ``Bits``, a number as large, and ``Operand``, which chooses the product.
         constants: what else is compiled in.
     """
     element = "float" if precision == "tf32" else PRECISIONS[precision]
+    bits = "unsigned short" if itemsize_of(precision) == 2 else "unsigned"
     return {
         "plan": "\n".join(map(_constant, constants, constants.values())),
         "ptx.cuh": read("ptx.cuh"),
-        "types": f"using Element = {element};\nusing Operand = {PRECISIONS[precision]};",
+        "types": f"using Element = {element};\nusing Bits = {bits};\n"
+        f"using Operand = {PRECISIONS[precision]};",
         "pointwise.cuh": read("pointwise.cuh"),
         f"cell {cell.name}": render_cuda(cell),
     }

@@ -219,7 +219,17 @@ __device__ inline void publish(Parcel* to, const Parcel& parcel) {
                  : "memory");
 }
 
-// Reads the parcel unless it has the tag already.
+__device__ inline Parcel look_up(const Parcel* from) {
+    Parcel parcel;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(parcel.words[0]), "=r"(parcel.words[1]), "=r"(parcel.words[2]),
+                   "=r"(parcel.tag)
+                 : "l"(from)
+                 : "memory");
+    return parcel;
+}
+
+// As above, unless the parcel has the tag already.
 __device__ inline void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
     asm volatile(
         "{ .reg .pred late; setp.ne.u32 late, %3, %5;"
@@ -227,6 +237,25 @@ __device__ inline void look_up(Parcel& parcel, const Parcel* from, unsigned tag)
         : "+r"(parcel.words[0]), "+r"(parcel.words[1]), "+r"(parcel.words[2]), "+r"(parcel.tag)
         : "l"(from), "r"(tag)
         : "memory");
+}
+
+// Reads what no kernel writes meanwhile, into a register of its own: the compiler does nothing with it
+// before it is used.
+__device__ inline unsigned load_alone(const unsigned short* from) {
+    unsigned bits;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(bits) : "l"(from));
+    return bits;
+}
+
+__device__ inline unsigned load_alone(const unsigned* from) {
+    unsigned bits;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bits) : "l"(from));
+    return bits;
+}
+
+// Has what lies there brought to the L2 cache.
+__device__ inline void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // A barrier in shared memory that counts bytes as they arrive, armed by one thread for each phase.
@@ -237,7 +266,7 @@ __device__ inline void make_barrier(void* barrier) {
 }
 
 __device__ inline void expect_bytes(void* barrier, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                      shared_address(barrier)),
                  "r"(bytes)
                  : "memory");
@@ -247,7 +276,7 @@ __device__ inline void expect_bytes(void* barrier, unsigned bytes) {
 __device__ inline void wait_for_bytes(void* barrier, unsigned parity) {
     asm volatile(
         "{ .reg .pred complete; again:"
-        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;"
+        " mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;"
         " @!complete bra again; }" ::"r"(shared_address(barrier)),
         "r"(parity)
         : "memory");

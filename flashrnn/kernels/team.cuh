@@ -54,6 +54,26 @@ constexpr int TILES = (UNITS * PRODUCED + 16 * ROW_PARTS - 1) / (16 * ROW_PARTS)
 __device__ inline int sum_part() { return threadIdx.x / 32 / ROW_PARTS; }
 __device__ inline int row_part() { return threadIdx.x / 32 % ROW_PARTS; }
 
+// A step's inputs are loaded one step ahead, and brought to the L2 cache this much earlier: a step
+// may be shorter than main memory takes.
+constexpr int PREFETCHED = 3;
+
+// An element as it is loaded, whatever the lane and the step, so that nothing has to be done with it
+// before it is used, an exchange later.
+struct Loaded {
+    unsigned bits;
+
+    __device__ void load(const Element* from) {
+        bits = load_alone(reinterpret_cast<const Bits*>(from));
+    }
+
+    __device__ float value() const {
+        Element element;
+        memcpy(&element, &bits, sizeof(Element));
+        return to_float(element);
+    }
+};
+
 // What a team computes between two loads of R.
 struct Item {
     int n;
@@ -68,6 +88,7 @@ struct Owned {
     int parcel, column, unit;
     // Whether its lane has something to own, and whether the problem has this unit and sequence.
     bool in_parcel, exists;
+    // Of the problem in any case, if not the lane's own.
     long long sequence, d;
 
     __device__ Owned(int e, int rank, const Item& item, long long B) {
@@ -80,6 +101,7 @@ struct Owned {
         sequence = item.first_sequence + column;
         d = static_cast<long long>(rank) * UNITS + unit;
         exists = in_parcel && unit < UNITS && d < D && sequence < B;
+        if (!exists) sequence = d = 0;
     }
 };
 

@@ -37,24 +37,28 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         if (!CUT) matrix.load(R, item.n, N, rank);
 
         float d_carried[OWNED][S], d_bias_sums[OWNED][G] = {};
-        Element input_gates[OWNED][G], input_states[OWNED][S], given[OWNED][S];
+        Loaded input_gates[OWNED][G], input_states[OWNED][S], given[OWNED][S];
         const auto fetch_inputs = [&](long long t) {
+            const long long earlier = t > PREFETCHED ? PREFETCHED : 0, before = t > 0 ? t - 1 : 0;
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);
-                if (!owned.exists) continue;
                 const long long place = item.n * D + owned.d;
                 const Element* from_gates = gates + (owned.sequence * T + t) * G * width + place;
+                const Element* from_states = states + (owned.sequence * T + before) * width + place;
                 const Element* from_given = d_states + owned.sequence * d_states_b + t * d_states_t +
                                             item.n * d_states_n + owned.d * d_states_d;
 #pragma unroll
-                for (int k = 0; k < G; ++k) input_gates[e][k] = from_gates[k * width];
+                for (int k = 0; k < G; ++k) {
+                    input_gates[e][k].load(from_gates + k * width);
+                    prefetch(from_gates + (k - earlier * G) * width);
+                }
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    given[e][s] = from_given[s * d_states_s];
-                    if (t > 0) {
-                        input_states[e][s] = states[((s * B + owned.sequence) * T + t - 1) * width + place];
-                    }
+                    input_states[e][s].load(from_states + s * B * T * width);
+                    prefetch(from_states + (s * B * T - earlier) * width);
+                    given[e][s].load(from_given + s * d_states_s);
+                    prefetch(from_given + s * d_states_s - earlier * d_states_t);
                 }
             }
         };
@@ -76,13 +80,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
             const float* from =
                 d_last + owned.sequence * d_last_b + item.n * d_last_n + owned.d * d_last_d;
 #pragma unroll
-            for (int s = 0; s < S; ++s) {
-                d_carried[e][s] = owned.exists ? from[s * d_last_s] : 0.0f;
-                round_to(given[e][s], 0.0f);
-                round_to(input_states[e][s], 0.0f);
-            }
-#pragma unroll
-            for (int k = 0; k < G; ++k) round_to(input_gates[e][k], 0.0f);
+            for (int s = 0; s < S; ++s) d_carried[e][s] = owned.exists ? from[s * d_last_s] : 0.0f;
         }
         fetch_inputs(T - 1);
 
@@ -95,15 +93,15 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 const Owned owned(e, rank, item, B);
                 float preactivations[G], before[S], d_after[S], d_before[S];
 #pragma unroll
-                for (int k = 0; k < G; ++k) preactivations[k] = to_float(input_gates[e][k]);
+                for (int k = 0; k < G; ++k) preactivations[k] = input_gates[e][k].value();
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    before[s] = to_float(input_states[e][s]);
+                    before[s] = input_states[e][s].value();
                     if (t == 0 && owned.exists) {
                         before[s] = initial[s * initial_s + owned.sequence * initial_b +
                                             item.n * initial_n + owned.d * initial_d];
                     }
-                    d_after[s] = d_carried[e][s] + to_float(given[e][s]);
+                    d_after[s] = d_carried[e][s] + given[e][s].value();
                 }
                 derivative(before, preactivations, d_after, d_before, d_preactivations[e]);
 #pragma unroll
@@ -126,7 +124,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 }
             }
             // All that follows hides behind the exchange.
-            if (t > 0) fetch_inputs(t - 1);
+            fetch_inputs(t > 0 ? t - 1 : 0);
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);

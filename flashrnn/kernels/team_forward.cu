@@ -35,15 +35,17 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
         matrix.load(R, item.n, N, rank);
 
         float carried[OWNED][S], bias[OWNED][G];
-        Element input[OWNED][GW];
+        Loaded input[OWNED][GW];
         const auto fetch_input = [&](long long t) {
+            const long long later = t + PREFETCHED < T ? PREFETCHED * Wx_t : 0;
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);
                 const Element* from = Wx + owned.sequence * Wx_b + t * Wx_t + item.n * Wx_n + owned.d * Wx_d;
 #pragma unroll
                 for (int k = 0; k < GW; ++k) {
-                    if (owned.exists) input[e][k] = from[k * Wx_g];
+                    input[e][k].load(from + k * Wx_g);
+                    prefetch(from + k * Wx_g + later);
                 }
             }
         };
@@ -64,8 +66,6 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 initial + owned.sequence * initial_b + item.n * initial_n + owned.d * initial_d;
 #pragma unroll
             for (int s = 0; s < S; ++s) carried[e][s] = owned.exists ? from[s * initial_s] : 0.0f;
-#pragma unroll
-            for (int k = 0; k < GW; ++k) round_to(input[e][k], 0.0f);
 #pragma unroll
             for (int k = 0; k < G; ++k) {
                 const long long row = static_cast<long long>(FED_B[k]) * N + item.n;
@@ -88,7 +88,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
                     float sum = bias[e][k];
-                    if (FED_WX[k] >= 0) sum += to_float(input[e][FED_WX[k] < 0 ? 0 : FED_WX[k]]);
+                    if (FED_WX[k] >= 0) sum += input[e][FED_WX[k] < 0 ? 0 : FED_WX[k]].value();
                     if (FED_R[k] >= 0) sum += recurrent.values[FED_R[k] < 0 ? 0 : FED_R[k]];
                     preactivations[e][k] = sum;
                 }
@@ -97,11 +97,9 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
                 for (int s = 0; s < S; ++s) carried[e][s] = after[s];
             }
-            if (t + 1 < T) {
-                send_h();
-                // All that follows hides behind the exchange.
-                fetch_input(t + 1);
-            }
+            if (t + 1 < T) send_h();
+            // All that follows hides behind the exchange.
+            fetch_input(t + 1 < T ? t + 1 : t);
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);

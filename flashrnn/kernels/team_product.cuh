@@ -76,10 +76,13 @@ struct Matrix {
 constexpr int PITCH = 16 * TILES * ROW_PARTS + 4;
 using Partial = float[SUM_PARTS][COLUMNS][PITCH];
 
+// An instruction waits for the one before that adds to the same sum, so there are several of them.
+constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
+
 // Multiplies the values of an exchange, and puts the warp's sums where total() finds them.
 __device__ inline void multiply(Partial& partial, const Matrix& matrix, const Exchange& exchange,
                                 unsigned tag) {
-    float sums[TILES][BLOCKS][4] = {};
+    float sums[CHAINS][TILES][BLOCKS][4] = {};
     Arrivals arrivals(exchange, tag);
 #pragma unroll
     for (int i = 0; i < SLICES_A_WARP; ++i) {
@@ -94,7 +97,7 @@ __device__ inline void multiply(Partial& partial, const Matrix& matrix, const Ex
                     const Fragment a = matrix[(i * PARCEL_WORDS + step) * TILES + tile];
 #pragma unroll
                     for (int block = 0; block < BLOCKS; ++block) {
-                        mma_pass(pass, sums[tile][block], a.words[0], a.words[1], a.words[2],
+                        mma_pass(pass, sums[(i * PARCEL_WORDS + step) % CHAINS][tile][block], a.words[0], a.words[1], a.words[2],
                                  a.words[3], words[block][2 * step], words[block][2 * step + 1],
                                  Operand{});
                     }
@@ -111,7 +114,10 @@ __device__ inline void multiply(Partial& partial, const Matrix& matrix, const Ex
             for (int i = 0; i < 4; ++i) {
                 const int column = 8 * block + 2 * (lane % 4) + i % 2;
                 const int row = 16 * (row_part() * TILES + tile) + lane / 4 + 8 * (i / 2);
-                partial[sum_part()][column][row] = sums[tile][block][i];
+                float sum = sums[0][tile][block][i];
+#pragma unroll
+                for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][tile][block][i];
+                partial[sum_part()][column][row] = sum;
             }
         }
     }
