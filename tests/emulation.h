@@ -44,8 +44,16 @@ struct Argument {
 
 static void yield();
 
-// In each round every coroutine runs that does not wait in a meeting.
+// In each round every coroutine runs that does not wait in a meeting. Some warps are held up for a
+// while, as chance has it: what nothing orders may happen in any order.
 static long long rounds, last_progress;
+static unsigned chance;
+
+// The same numbers in every run.
+static unsigned any_below(unsigned n) {
+    chance = chance * 1664525 + 1013904223;
+    return (chance >> 16) % n;
+}
 
 struct Meeting {
     int arrived = 0, number = 0;
@@ -76,10 +84,13 @@ constexpr unsigned UNWRITTEN = 0x7fff7fff;
 
 struct Block {
     int index = 0;
+    // Threads that are not finished.
+    int running = 0;
     std::vector<Coroutine> threads;
     std::vector<std::vector<std::vector<Copy>>> copy_groups;
     std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
     Meeting meeting, warp_meetings[32];
+    long long held_up_until[32] = {};
     // Two sets of registers, in turn: a lane may write its next ones while others read these.
     unsigned exchanged[2][1024][6];
 
@@ -88,6 +99,14 @@ struct Block {
         shared_words.assign(shared_words.size(), UNWRITTEN);
         for (auto& groups : copy_groups) groups.clear();
         for (Coroutine& thread : threads) thread.finished = false;
+        running = threads.size();
+    }
+
+    bool holds_up(int warp) {
+        if (rounds >= held_up_until[warp] && !any_below(256)) {
+            held_up_until[warp] = rounds + any_below(128);
+        }
+        return rounds < held_up_until[warp];
     }
 
     bool is_clear_beyond(int bytes) const {
@@ -114,40 +133,67 @@ void Meeting::wait_for(int all) {
     }
 }
 
-// ---- parcels, which blocks send each other through global memory
+// ---- what blocks send each other
 
 struct alignas(16) Parcel {
     unsigned words[3];
     unsigned tag;
 };
 
-// On its way until a round; parcels to one address arrive in order.
+// Counts bytes, in shared memory.
+struct Barrier {
+    int missing;
+    unsigned short armed, parity;
+
+    void count(int bytes) {
+        missing += bytes;
+        if (!armed || missing) return;
+        armed = 0;
+        parity ^= 1;
+    }
+};
+
+// To global memory, or to the shared memory of a block that has a barrier for it. On its way until
+// a round; what is sent to one address arrives in order.
 struct Sent {
     Parcel parcel;
-    long long due;
+    Block* block;
+    Barrier* barrier;
     Coroutine* sender;
+    long long due;
 };
-static std::multimap<const Parcel*, Sent> pending;
-static unsigned chance;
+static std::multimap<const void*, Sent> pending;
+static bool sent_too_late;
 
-static void publish(Parcel* to, const Parcel& parcel) {
-    chance = chance * 1664525 + 1013904223;
-    long long due = rounds + (chance >> 30);
+static void arrive(void* to, const Sent& sent) {
+    last_progress = rounds;
+    if (sent.block && !sent.block->running) {
+        sent_too_late = true;
+        return;
+    }
+    memcpy(to, &sent.parcel, 16);
+    if (sent.barrier) sent.barrier->count(-16);
+}
+
+static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier) {
+    long long due = rounds + any_below(4);
     const auto after = pending.upper_bound(to);
     if (after != pending.begin()) {
         const auto before = std::prev(after);
         if (before->first == to && before->second.due > due) due = before->second.due;
     }
+    const Sent sent = {parcel, block, barrier, self, due};
     if (due == rounds) {
-        *to = parcel;
-        last_progress = rounds;
+        arrive(to, sent);
     } else {
-        pending.emplace_hint(after, to, Sent{parcel, due, self});
+        pending.emplace_hint(after, to, sent);
         ++self->pending;
     }
 }
 
-// Those that are due by a round arrive.
+static void publish(Parcel* to, const Parcel& parcel) { send(to, parcel, nullptr, nullptr); }
+
+// What is due by a round arrives.
 static void deliver(long long round) {
     for (auto i = pending.begin(); i != pending.end();) {
         Sent& sent = i->second;
@@ -155,9 +201,8 @@ static void deliver(long long round) {
             ++i;
             continue;
         }
-        *const_cast<Parcel*>(i->first) = sent.parcel;
+        arrive(const_cast<void*>(i->first), sent);
         --sent.sender->pending;
-        last_progress = rounds;
         i = pending.erase(i);
     }
 }
@@ -176,6 +221,11 @@ static void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
 }
 
 // ---- launches
+
+// The blocks that run at once: a cluster, where there are any.
+static Block* cluster;
+static Meeting cluster_meeting;
+static int threads_of_cluster;
 
 static jmp_buf scheduler;
 static const void* kernel_to_run;
@@ -211,15 +261,12 @@ static void resume() {
 
 static void report_stall(const std::vector<Block>& blocks) {
     fprintf(stderr, "A kernel stalled. Its threads, those that\n");
-    fprintf(stderr, "     block  finished  wait for others of it  look for a parcel\n");
+    fprintf(stderr, "     block  finished  wait in a meeting  wait for what is sent\n");
     for (const Block& block : blocks) {
-        int finished = 0, waiting = 0;
-        for (const Coroutine& thread : block.threads) {
-            finished += thread.finished;
-            waiting += !thread.finished && thread.waits();
-        }
-        fprintf(stderr, "%10d%10d%23d%19d\n", block.index, finished, waiting,
-                int(block.threads.size()) - finished - waiting);
+        int waiting = 0;
+        for (const Coroutine& thread : block.threads) waiting += !thread.finished && thread.waits();
+        fprintf(stderr, "%10d%10d%19d%23d\n", block.index,
+                int(block.threads.size()) - block.running, waiting, block.running - waiting);
     }
 }
 
@@ -227,17 +274,23 @@ static void report_stall(const std::vector<Block>& blocks) {
 static bool finish(std::vector<Block>& blocks) {
     constexpr int PATIENCE = 100000;
     last_progress = rounds;
-    for (size_t running = blocks.size() * blocks[0].threads.size(); running; deliver(++rounds)) {
+    for (bool running = true; running; deliver(++rounds)) {
         if (rounds - last_progress > PATIENCE) return false;
+        running = false;
         for (Block& block : blocks) {
             current = &block;
             blockIdx.x = block.index;
-            for (threadIdx.x = 0; threadIdx.x < int(block.threads.size()); ++threadIdx.x) {
-                self = &block.threads[threadIdx.x];
-                if (self->finished || self->waits()) continue;
-                resume();
-                running -= self->finished;
+            for (size_t warp = 0; warp < block.threads.size() / 32; ++warp) {
+                if (block.holds_up(warp)) continue;
+                for (int lane = 0; lane < 32; ++lane) {
+                    threadIdx.x = 32 * warp + lane;
+                    self = &block.threads[threadIdx.x];
+                    if (self->finished || self->waits()) continue;
+                    resume();
+                    block.running -= self->finished;
+                }
             }
+            running |= block.running > 0;
         }
     }
     return true;
@@ -266,6 +319,10 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
     }
     pending.clear();
     chance = 0;
+    sent_too_late = false;
+    cluster = blocks.data();
+    cluster_meeting = {};
+    threads_of_cluster = at_once * threads;
     bool fits = true, finished = true;
     for (int first = 0; first < grid && finished; first += at_once) {
         for (int i = 0; i < at_once; ++i) blocks[i].begin(first + i);
@@ -279,6 +336,7 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
         report_stall(blocks);
         return "a kernel stalled: its threads wait for what never comes";
     }
+    if (sent_too_late) return "a kernel sent something to a block that has left";
     return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
 }
 
@@ -482,6 +540,27 @@ template <int THREADS>
 static void meet() {
     __syncthreads();
 }
+
+static void prefetch(const void*) {}
+
+static void make_barrier(void* barrier) { *(Barrier*)barrier = {}; }
+
+static void expect_bytes(void* barrier, unsigned bytes) {
+    ((Barrier*)barrier)->armed = 1;
+    ((Barrier*)barrier)->count(bytes);
+}
+
+static void wait_for_bytes(void* barrier, unsigned parity) {
+    while (((Barrier*)barrier)->parity == parity) yield();
+}
+
+static void send_async(const void* to, const unsigned (&words)[4], const void* barrier, int rank) {
+    unsigned char* there = (unsigned char*)cluster[rank].shared_words.data();
+    send(there + shared_address(to), {{words[0], words[1], words[2]}, words[3]}, &cluster[rank],
+         (Barrier*)(there + shared_address(barrier)));
+}
+
+static void meet_cluster() { cluster_meeting.wait_for(threads_of_cluster); }
 
 static void settle(unsigned&) {}
 

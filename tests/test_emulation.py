@@ -1,4 +1,4 @@
-"""Blocks that run at once, as tests/emulation.h lets them: a ring that passes parcels."""
+"""What blocks that run at once send each other, as tests/emulation.h lets them."""
 
 import ctypes
 
@@ -100,3 +100,47 @@ def test_waiting_for_what_never_comes_fails(ring, capfd):
 def test_more_shared_memory_than_planned_fails(ring):
     with pytest.raises(AssertionError, match="shared memory"):
         ring(3, 2, shared_memory=4 * THREADS - 4)
+
+
+# Every lane sends its block's number to the same lanes of its cluster, which add them up.
+GATHER = """
+struct alignas(16) Words {
+    unsigned words[4];
+};
+
+__global__ void gather(int cluster, bool first_waits, unsigned* sums) {
+    Words* sent = reinterpret_cast<Words*>(shared_memory());
+    void* barrier = sent + cluster * THREADS;
+    const int rank = blockIdx.x % cluster, lane = threadIdx.x;
+    if (lane == 0) {
+        make_barrier(barrier);
+        expect_bytes(barrier, cluster * THREADS * sizeof(Words));
+    }
+    meet_cluster();
+    const unsigned words[4] = {0, 0, 0, unsigned(blockIdx.x)};
+    for (int to = 0; to < cluster; ++to) {
+        send_async(sent + rank * THREADS + lane, words, barrier, to);
+    }
+    if (rank > 0 || first_waits) wait_for_bytes(barrier, 0);
+    for (int from = 0; from < cluster; ++from) {
+        sums[blockIdx.x * THREADS + lane] += sent[from * THREADS + lane].words[3];
+    }
+}
+
+extern "C" const char* emulate(int blocks, int cluster, bool first_waits, unsigned* sums) {
+    const auto kernel = [=] { gather(cluster, first_waits, sums); };
+    return run_kernel(blocks, THREADS, kernel, 16 * cluster * THREADS + 8, cluster);
+}
+"""
+
+
+@needs_compiler
+def test_blocks_of_a_cluster_send_to_shared_memory(tmp_path):
+    text = emulated({"gather.cu": f"constexpr int THREADS = {THREADS};\n" + GATHER})
+    library = Library(text, tmp_path)
+    sums = torch.zeros(8, THREADS, dtype=torch.int32)
+    library.emulate(8, 4, True, ctypes.c_void_p(sums.data_ptr()))
+    expected = torch.arange(8).reshape(2, 4).sum(1).repeat_interleave(4)
+    assert torch.equal(sums, expected[:, None].expand_as(sums).int())
+    with pytest.raises(AssertionError, match="has left"):
+        library.emulate(8, 4, False, ctypes.c_void_p(sums.data_ptr()))
