@@ -49,7 +49,7 @@ static void yield();
 static long long rounds, last_progress;
 static unsigned chance;
 
-// The same numbers in every run.
+// Other numbers in a program's next launch, the same ones in every run of a test.
 static unsigned any_below(unsigned n) {
     chance = chance * 1664525 + 1013904223;
     return (chance >> 16) % n;
@@ -208,16 +208,20 @@ static void deliver(long long round) {
 }
 
 // All others go on before it reads.
-static void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
-    if (parcel.tag == tag) return;
+static Parcel look_up(const Parcel* from) {
     yield();
-    parcel = *from;
-    if (!self->pending) return;
+    Parcel found = *from;
+    if (!self->pending) return found;
     // What a thread sent it sees itself.
     const auto range = pending.equal_range(from);
     for (auto i = range.first; i != range.second; ++i) {
-        if (i->second.sender == self) parcel = i->second.parcel;
+        if (i->second.sender == self) found = i->second.parcel;
     }
+    return found;
+}
+
+static void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
+    if (parcel.tag != tag) parcel = look_up(from);
 }
 
 // ---- launches
@@ -318,7 +322,6 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
         }
     }
     pending.clear();
-    chance = 0;
     sent_too_late = false;
     cluster = blocks.data();
     cluster_meeting = {};
@@ -539,6 +542,11 @@ static void wait_for_copy_groups() {
 template <int THREADS>
 static void meet() {
     __syncthreads();
+}
+
+template <typename T>
+static unsigned load_alone(const T* from) {
+    return *from;
 }
 
 static void prefetch(const void*) {}

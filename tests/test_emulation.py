@@ -22,8 +22,8 @@ __global__ void ring(Parcel* words, Parcel* tags, int blocks, unsigned laps, uns
         const unsigned awaited = blockIdx.x == 0 ? lap - 1 : lap;
         Parcel tag = {}, parcel = {};
         if (awaited > 0) {
-            while (tag.tag != awaited) look_up(tag, tags + mine, awaited);
-            look_up(parcel, words + mine, awaited);
+            while (tag.tag != awaited) tag = look_up(tags + mine);
+            parcel = look_up(words + mine);
             *overtaken += parcel.tag != awaited;
             while (parcel.tag != awaited) look_up(parcel, words + mine, awaited);
             *carried = parcel.words[0] + blockIdx.x;
@@ -31,9 +31,7 @@ __global__ void ring(Parcel* words, Parcel* tags, int blocks, unsigned laps, uns
         __syncthreads();
         publish(words + next, {{*carried, 0, 0}, lap});
         publish(tags + next, {{0, 0, 0}, lap});
-        Parcel own = {};
-        look_up(own, words + next, lap);
-        *not_seen += own.tag != lap;
+        *not_seen += look_up(words + next).tag != lap;
     }
     unsigned sum = *carried;
     for (int delta = 16; delta; delta /= 2) sum += __shfl_down_sync(~0u, sum, delta);
