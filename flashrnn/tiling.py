@@ -299,7 +299,8 @@ _PARTS = {
     False: [(6, 1), (8, 1), (12, 1), (16, 1)],
     True: [(s, r) for s in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 4 <= s * r <= 16],
 }
-_AHEAD = {False: (1, 2, 4, 8), True: (1,)}
+# Slices that a warp of so many asks for at once, where registers are there for it.
+_AHEAD = {4: 8, 6: 8, 8: 8, 12: 4, 16: 1}
 _CLUSTERS = (2, 4, 8, 16)
 _FEWEST_UNITS = 12
 
@@ -309,30 +310,30 @@ def _plan_team(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> TeamPlan 
     plans = _team_plans(values, B, N, D, gpu)
     if not plans:
         return (
-            f"a head of {D} units; of its recurrent matrix more than half would have to be read "
-            "anew at each step"
+            f"a head of {D} units; of its recurrent matrix more than two thirds would have to be "
+            "read anew at each step"
         )
     return min(plans, key=lambda plan: _team_cycles(values, plan, B, N, gpu))
 
 
 def _team_plans(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> list[TeamPlan]:
-    plans = []
+    # An empty batch has a plan too.
+    B, plans = max(1, B), []
     for blocks in range(1, 1 + min(4, _tiles(B, 8))):
         items = N * _tiles(B, 8 * blocks)
         # Few units a block, as long as all teams run at once or take few turns.
         sizes = {gpu.multiprocessors // _tiles(items, turns) for turns in range(1, 9)} - {0}
-        least = {max(_FEWEST_UNITS, _tiles(_tiles(D, size), 4) * 4) for size in sizes}
+        least = {max(_FEWEST_UNITS, _tiles(D, size)) for size in sizes}
+        # Whole tiles or parcels of them, or neither.
         units: dict[bool, set[int]] = {
-            False: {few for few in least if _tiles(D, few) <= gpu.multiprocessors},
+            False: {_tiles(few, whole) * whole for few in least for whole in (4, 8, 12, 16)},
             True: {_tiles(D, size) for size in _CLUSTERS if size <= gpu.largest_cluster},
         }
         plans += [
             plan
             for cluster in (False, True)
-            for few, parts, ahead in product(
-                sorted(units[cluster]), _PARTS[cluster], _AHEAD[cluster]
-            )
-            if (plan := _team_plan(values, D, gpu, few, blocks, cluster, parts, ahead))
+            for few, parts in product(sorted(units[cluster]), _PARTS[cluster])
+            if (plan := _team_plan(values, D, gpu, few, blocks, cluster, parts))
         ]
     return plans
 
@@ -345,7 +346,7 @@ def _team_plan(
     blocks: int,
     cluster: bool,
     parts: tuple[int, int],
-    ahead: int,
+    ahead: int | None = None,
 ) -> TeamPlan | None:
     """What follows from the tiles; see the kernels' files for how."""
     words = 4 if cluster else 3
@@ -360,8 +361,10 @@ def _team_plan(
     warps = sum_parts * row_parts
     owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
 
-    if ahead > slices_a_warp:
-        return None
+    if ahead is None:
+        # Forward little is exchanged, and there is less to ask for than to be in the way of.
+        most = 1 if blocks > 1 else 2 if values.sent == 1 else _AHEAD[warps]
+        ahead = min(most, slices_a_warp)
     arriving = 8 * blocks * (2 if cluster else ahead + (ahead < slices_a_warp))
     working = 56 + 4 * tiles * blocks + arriving + owned * values.kept
     working += 16 if values.passes > 1 else 0
@@ -375,7 +378,7 @@ def _team_plan(
         return None
     spared = min(fragments - held, room // (512 * warps))
     streamed = fragments - held - spared
-    if 2 * streamed > fragments:
+    if 3 * streamed > 2 * fragments:
         return None
     return TeamPlan(
         units=units,
@@ -405,17 +408,19 @@ def _team_cycles(values: Exchanged, plan: TeamPlan, B: int, N: int, gpu: GPU) ->
     owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
     if plan.cluster:
         at_once = gpu.multiprocessors * 7 // 8 // plan.size
-        exchange = 750 + exchanged_bytes / 9 + plan.row_parts * exchanged_bytes / 100
+        exchange = 500 + exchanged_bytes / 12 + plan.row_parts * exchanged_bytes / 100
     else:
         at_once = gpu.multiprocessors // plan.size
         running = min(at_once, plan.items(B, N)) * plan.size
-        exchange = 900 + max(exchanged_bytes / 90, running * exchanged_bytes / 5000)
+        exchange = (
+            600 + 14 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
+        )
         exchange += 350 * (_tiles(slices, plan.ahead) - 1)
     multiply = max(36 * words * slices, 2 * warps * plan.blocks * fragments) * values.passes
-    fetch = 512 * warps * (plan.spared / 100 + plan.streamed / 30)
+    fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
     rows = plan.units * values.produced
-    add = plan.sum_parts * (16 + columns * rows / 8)
-    cycles = exchange + multiply + fetch + add + 250 * owned
+    add = plan.sum_parts * (32 + columns * rows / 8)
+    cycles = exchange + multiply + fetch + add + 150 * owned
     return cycles * _tiles(plan.items(B, N), at_once)
 
 

@@ -4,8 +4,7 @@
 // A parcel is 16 bytes: three words of values and a tag, the number of the exchange. It is written
 // and read as a whole, so whoever sees the tag has the values, and no other word orders anything.
 // A lane asks for its own parcels again and again until they have the tag, and multiplies them out
-// of its registers: its first slice's again and again, others' once that is there, since whoever asks
-// is in the way of who sends.
+// of its registers: one slice's again and again, since whoever asks is in the way of who sends.
 //
 // There are two buffers, for odd and even tags. A block sends parcels of tag k when it has those of
 // tag k - 1 of the whole team; by then the whole team has read those of tag k - 2, which they
@@ -51,7 +50,7 @@ struct Arrivals {
                 complete &= parcels[i % AHEAD][k / BLOCKS][k % BLOCKS].tag == tag;
             }
             if (complete) break;
-            ask(i, i == 0 ? 1 : AHEAD);
+            ask(i, 1);
         }
 #pragma unroll
         for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
@@ -59,7 +58,7 @@ struct Arrivals {
             words[block][word] =
                 parcels[i % AHEAD][word / PARCEL_WORDS][block].words[word % PARCEL_WORDS];
         }
-        // Where one has come others have, asked for in vain before.
+        // Where the first has come others have, asked for in vain before.
         if (i == 0) ask(1, AHEAD - 1);
         if (i + AHEAD < SLICES_A_WARP) expect(i + AHEAD);
     }

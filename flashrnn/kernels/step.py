@@ -87,7 +87,6 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
     units, tiles, segments = (16, 1, recurrent) if backward else (8, _tiles(recurrent, 2), 1)
     itemsize = program.itemsize_of(precision)
     chunks = segments * _tiles(D * itemsize, 64)
-    warps = min(8, 1 << (chunks - 1).bit_length())
     # Of a tile and block; a product that no tensor core does keeps more.
     sums = 16 if precision == "float32" else 4
     blocks = 1
@@ -98,17 +97,22 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
         and _tiles(D, units) * N * _tiles(B, 16 * blocks) >= _ENOUGH_BLOCKS
     ):
         blocks *= 2
+    # Backward sums more at a step, of which each warp had better fetch little. Two thread blocks of
+    # 16 warps have 64 registers a lane.
+    most_warps = 16 if backward and blocks * tiles * sums <= 16 else 8
+    warps = min(most_warps, 1 << (chunks - 1).bit_length())
     while warps * 8 * blocks * (16 * tiles + 4) * 4 > _SHARED_MEMORY:
         warps //= 2
     registers = min(_REGISTERS_FOR_CHUNKS, _REGISTERS_FOR_BOTH - blocks * tiles * sums)
     depth = min(_tiles(chunks, warps), registers // (4 * (2 * tiles + blocks)))
+    depth = 1 if warps > 8 else max(1, depth)
     return StepPlan(
         units=units,
         tiles=tiles,
         blocks=blocks,
         segments=segments,
         threads=32 * warps,
-        depth=max(1, depth),
+        depth=depth,
         aligned=D * itemsize % 16 == 0,
     )
 

@@ -88,20 +88,23 @@ struct Owned {
     int parcel, column, unit;
     // Whether its lane has something to own, and whether the problem has this unit and sequence.
     bool in_parcel, exists;
-    // Of the problem in any case, if not the lane's own.
+    // Of the problem in any case: where it lacks the lane's own, something that the warp reads anyway.
     long long sequence, d;
 
     __device__ Owned(int e, int rank, const Item& item, long long B) {
-        const int lane = threadIdx.x % 32, member = lane % A_PARCEL;
-        const int index = e * PARCELS_AT_ONCE + lane / A_PARCEL * WARPS + threadIdx.x / 32;
-        in_parcel = lane < PARCELS_A_WARP * A_PARCEL && index < UNIT_PARCELS * COLUMNS;
+        constexpr int COUNT = UNIT_PARCELS * COLUMNS;
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        int index = e * PARCELS_AT_ONCE + lane / A_PARCEL * WARPS + warp;
+        in_parcel = lane < PARCELS_A_WARP * A_PARCEL && index < COUNT;
+        if (!in_parcel) index = warp % COUNT;
         parcel = index % UNIT_PARCELS;
         column = index / UNIT_PARCELS;
-        unit = parcel * A_PARCEL + member;
+        unit = parcel * A_PARCEL + lane % A_PARCEL;
         sequence = item.first_sequence + column;
         d = static_cast<long long>(rank) * UNITS + unit;
         exists = in_parcel && unit < UNITS && d < D && sequence < B;
-        if (!exists) sequence = d = 0;
+        if (sequence >= B) sequence = B - 1;
+        if (d >= D) d = D - 1;
     }
 };
 
