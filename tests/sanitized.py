@@ -16,6 +16,10 @@ WORKLOAD = [
     (sparse, (2, 3, 1, 41), torch.float32),
     ("lstm", (300, 2, 2, 32), torch.bfloat16),
     ("lstm", (40, 2, 8, 64), torch.float32),
+    ("lstm", (3, 4, 2, 256), torch.bfloat16),
+    ("gru", (9, 3, 1, 320), torch.float16),
+    ("slstm", (40, 2, 1, 768), torch.bfloat16),
+    (sparse, (2, 3, 1, 200), torch.float32),
 ]
 
 if __name__ == "__main__":

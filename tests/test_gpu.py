@@ -13,7 +13,7 @@ from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_er
 
 pytestmark = pytest.mark.gpu
 
-LARGEST_HEAD = {"triton": 128, "cuda_fused": 128}
+LARGEST_HEAD = {"triton": 128}
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,13 @@ def _poisoned(poisoned):  # noqa: F811
 @pytest.fixture(params=["cuda_fused", "triton", "cuda"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture(params=["cuda_fused", "cuda_fused-teams", "triton", "cuda"])
+def where(request):
+    """A backend, and how much wider its heads are: several thread blocks share a wide one."""
+    backend, _, teams = request.param.partition("-")
+    return backend, 8 if teams else 1
 
 
 def run(backend, kind, inputs):
@@ -51,6 +58,18 @@ def test_equals_vanilla(backend, kind, dtype, sizes):
             for name in ("cuda_fused", "triton")
             for sizes in [(7, 777, 1, 40), (256, 16, 12, 64), (300, 3, 1, 128)]
         ),
+        *(
+            ("cuda_fused", sizes)
+            for sizes in [
+                (777, 2, 1, 200),
+                (64, 9, 12, 256),
+                (9, 100, 2, 512),
+                (33, 16, 1, 768),
+                (4, 300, 1, 768),
+                (9, 16, 1, 2048),
+                (4, 3, 1, 2560),
+            ]
+        ),
         *(("cuda", sizes) for sizes in [(7, 777, 1, 40), (2, 3, 1, 4096), (256, 4, 1, 768)]),
     ],
     ids=str,
@@ -66,12 +85,15 @@ def test_empty(backend, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(backend, dtype, options):
-    hold_to_vanilla(backend, "lstm", 5, 9, 2, 24, dtype, "cuda", **options)
+def test_options(where, dtype, options):
+    backend, wider = where
+    hold_to_vanilla(backend, "lstm", 5, 9, 2, 24 * wider, dtype, "cuda", **options)
 
 
-def test_any_strides(backend):
-    hold_to_vanilla(backend, "lstm", 3, 4, 2, 24, torch.bfloat16, "cuda", change=all_strided)
+def test_any_strides(where):
+    backend, wider = where
+    sizes = (3, 4, 2, 24 * wider)
+    hold_to_vanilla(backend, "lstm", *sizes, torch.bfloat16, "cuda", change=all_strided)
 
 
 def test_tf32(backend, monkeypatch):
@@ -84,8 +106,9 @@ def test_tf32(backend, monkeypatch):
 
 
 @pytest.fixture
-def expected(backend):
-    inputs = random_inputs("lstm", 16, 200, 4, 64, torch.bfloat16, "cuda")
+def expected(where):
+    backend, wider = where
+    inputs = random_inputs("lstm", 16, 200, 4, 64 * wider, torch.bfloat16, "cuda")
     outputs, found = run(backend, "lstm", inputs)
     torch.cuda.synchronize()
     # Without the graph, whose nodes would tie later runs to this one's stream.
@@ -123,17 +146,19 @@ def test_threads_at_once(expected, own_stream):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_a_second_gpu_while_the_first_is_current(backend):
-    hold_to_vanilla(backend, "lstm", 3, 5, 2, 24, torch.bfloat16, "cuda:1")
+def test_on_a_second_gpu_while_the_first_is_current(where):
+    backend, wider = where
+    hold_to_vanilla(backend, "lstm", 3, 5, 2, 24 * wider, torch.bfloat16, "cuda:1")
 
 
 # Of sparse, Wx feeds gates that are no neighbours.
 @pytest.mark.parametrize("kind", ["gru", sparse], ids=str)
 @pytest.mark.parametrize("used_before", [False, True])
-def test_in_a_graph_of_the_users(backend, used_before, kind):
+def test_in_a_graph_of_the_users(where, used_before, kind):
+    backend, wider = where
     if backend == "triton" and not used_before:
         pytest.skip("Triton compiles at the first call, which no graph can record")
-    sizes = (5, 35, 2, 72) if used_before else (5, 33, 2, 88)
+    sizes = (5, 35, 2, 72 * wider) if used_before else (5, 33, 2, 88 * wider)
     inputs = random_inputs(kind, *sizes, torch.bfloat16, "cuda")
 
     def step():
