@@ -302,7 +302,7 @@ _PARTS = {
 # Slices that a warp of so many asks for at once, where registers are there for it.
 _AHEAD = {4: 8, 6: 8, 8: 8, 12: 4, 16: 1}
 _CLUSTERS = (2, 4, 8, 16)
-_FEWEST_UNITS = 12
+_FEWEST_UNITS, _MOST_UNITS = 12, 128
 
 
 @lru_cache(maxsize=1024)
@@ -322,11 +322,13 @@ def _team_plans(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> list[Tea
     for blocks in range(1, 1 + min(4, _tiles(B, 8))):
         items = N * _tiles(B, 8 * blocks)
         # Few units a block, as long as all teams run at once or take few turns.
-        sizes = {gpu.multiprocessors // _tiles(items, turns) for turns in range(1, 9)} - {0}
+        at_once = {_tiles(items, turns) for turns in range(1, 9)} | {1, 2, 4, 8, 16, 32}
+        sizes = {gpu.multiprocessors // teams for teams in at_once} - {0}
         least = {max(_FEWEST_UNITS, _tiles(D, size)) for size in sizes}
         # Whole tiles or parcels of them, or neither.
+        some = {_tiles(few, whole) * whole for few in least for whole in (4, 8, 12, 16)}
         units: dict[bool, set[int]] = {
-            False: {_tiles(few, whole) * whole for few in least for whole in (4, 8, 12, 16)},
+            False: {few for few in some if few <= _MOST_UNITS},
             True: {_tiles(D, size) for size in _CLUSTERS if size <= gpu.largest_cluster},
         }
         plans += [
@@ -413,7 +415,7 @@ def _team_cycles(values: Exchanged, plan: TeamPlan, B: int, N: int, gpu: GPU) ->
         at_once = gpu.multiprocessors // plan.size
         running = min(at_once, plan.items(B, N)) * plan.size
         exchange = (
-            600 + 14 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
+            600 + 11 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
         )
         exchange += 350 * (_tiles(slices, plan.ahead) - 1)
     multiply = max(36 * words * slices, 2 * warps * plan.blocks * fragments) * values.passes
