@@ -415,13 +415,13 @@ def _team_cycles(values: Exchanged, plan: TeamPlan, B: int, N: int, gpu: GPU) ->
         at_once = gpu.multiprocessors // plan.size
         running = min(at_once, plan.items(B, N)) * plan.size
         exchange = (
-            600 + 11 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
+            650 + 8 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
         )
         exchange += 350 * (_tiles(slices, plan.ahead) - 1)
     multiply = max(36 * words * slices, 2 * warps * plan.blocks * fragments) * values.passes
     fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
     rows = plan.units * values.produced
-    add = plan.sum_parts * (32 + columns * rows / 8)
+    add = plan.sum_parts * (48 + columns * rows / 8)
     cycles = exchange + multiply + fetch + add + 150 * owned
     return cycles * _tiles(plan.items(B, N), at_once)
 

@@ -87,7 +87,9 @@ def test_empty(backend, sizes):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(where, dtype, options):
     backend, wider = where
-    hold_to_vanilla(backend, "lstm", 5, 9, 2, 24 * wider, dtype, "cuda", **options)
+    # Wider still, more of h is clipped, and rounding decides for more of it whether.
+    D = 24 if wider == 1 else 150
+    hold_to_vanilla(backend, "lstm", 5, 9, 2, D, dtype, "cuda", **options)
 
 
 def test_any_strides(where):
@@ -167,6 +169,8 @@ def test_in_a_graph_of_the_users(where, used_before, kind):
 
     if used_before:
         step()
+    # PyTorch makes what its own products need when the first one runs, and cannot in a capture.
+    torch.mm(*torch.ones(2, 8, 8, device="cuda"))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
