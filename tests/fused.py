@@ -79,18 +79,18 @@ def hold_to_vanilla(
             assert error <= (7e-3 if is_gradient else 3e-3), name
 
 
-def same_without_gradients(backend: str) -> bool:
+def same_without_gradients(backend: str, D: int = 24) -> bool:
     """Whether a call that saves nothing for a backward gives the same bits."""
-    inputs = random_inputs("slstm", 3, 4, 2, 24, torch.bfloat16)
+    inputs = random_inputs("slstm", 3, 4, 2, D, torch.bfloat16)
     with torch.no_grad():
         given = call("slstm", inputs, backend=backend)
     expected = call("slstm", inputs, backend=backend)
     return all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
 
 
-def continues_exactly(backend: str) -> bool:
+def continues_exactly(backend: str, D: int = 24) -> bool:
     """Whether two calls, one with the other's last states, give the bits of one."""
-    inputs = random_inputs("lstm", 3, 5, 2, 24, torch.bfloat16)
+    inputs = random_inputs("lstm", 3, 5, 2, D, torch.bfloat16)
     whole, last = call("lstm", inputs, backend=backend)
     Wx, *others = inputs.tensors().values()
     states, carried = call("lstm", Inputs(Wx[:, :2], *others), backend=backend)

@@ -6,16 +6,36 @@ import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flashrnn.jit import nvrtc
 
 _NOTHING = "0 bytes spill stores, 0 bytes spill loads"
 
+Code = list[tuple[int, str]]
+"""Addresses and instructions."""
+Loop = tuple[int, int]
+"""The addresses of its first and last instruction."""
+
 
 def spills_in_a_loop(parts: Mapping[str, str], arch: str) -> bool:
     """Whether a loop moves registers to memory and back. Outside of loops nobody would notice."""
+    return _spills(parts, arch, lambda code, loops: loops)
+
+
+def spills_in_the_loop_of_products(parts: Mapping[str, str], arch: str) -> bool:
+    """As :func:`spills_in_a_loop`, of the innermost loop that has most tensor core instructions.
+
+    That is a persistent kernel's loop over time. Around it there may be one that loads R, once for
+    many steps: nobody would notice a few spills there either.
+    """
+    return _spills(parts, arch, _innermost_with_most_products)
+
+
+def _spills(
+    parts: Mapping[str, str], arch: str, choose: Callable[[Code, list[Loop]], list[Loop]]
+) -> bool:
     from cuda.core import Program, ProgramOptions
 
     log = io.StringIO()
@@ -23,22 +43,35 @@ def spills_in_a_loop(parts: Mapping[str, str], arch: str) -> bool:
     cubin = Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
     lines = [line for line in log.getvalue().splitlines() if "spill" in line]
     assert lines, log.getvalue()
-    return any(_NOTHING not in line for line in lines) and _spilling_loop(bytes(cubin.code))
-
-
-def _spilling_loop(cubin: bytes) -> bool:
-    code = _disassemble(cubin)
+    if all(_NOTHING in line for line in lines):
+        return False
+    code = _disassemble(bytes(cubin.code))
     assert len(code) > 100
+    local = [address for address, instruction in code if re.search(r"\b(LDL|STL)\b", instruction)]
+    loops = choose(code, _loops(code))
+    return any(begin <= address <= end for begin, end in loops for address in local)
+
+
+def _loops(code: Code) -> list[Loop]:
     loops = []
     for address, instruction in code:
         target = re.search(r"BRA.*?0x([0-9a-f]+)", instruction)
         if target and int(target[1], 16) < address:
             loops.append((int(target[1], 16), address))
-    local = [address for address, instruction in code if re.search(r"\b(LDL|STL)\b", instruction)]
-    return any(begin <= address <= end for begin, end in loops for address in local)
+    return loops
 
 
-def _disassemble(cubin: bytes) -> list[tuple[int, str]]:
+def _innermost_with_most_products(code: Code, loops: list[Loop]) -> list[Loop]:
+    """Of a loop's first turn the compiler may make a copy before it."""
+    products = [address for address, instruction in code if "HMMA" in instruction]
+
+    def most(loop: Loop) -> bool:
+        return 2 * sum(loop[0] <= product <= loop[1] for product in products) >= len(products)
+
+    return [min(filter(most, loops), key=lambda loop: loop[1] - loop[0])]
+
+
+def _disassemble(cubin: bytes) -> Code:
     """Addresses and instructions, by the disassembler that comes with Triton."""
     import triton
 

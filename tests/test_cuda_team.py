@@ -1,0 +1,344 @@
+"""Backend ``cuda_fused`` for heads of more than 128 units, without a GPU.
+
+The emulation lets what thread blocks send each other arrive late and out of order, so a missing
+wait shows. Its GPU is a small one: blocks that run at once take time.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashrnn import tiling
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.kernels import program, team
+from flashrnn.tiling import GPU, TeamPlan, plan_team
+from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import (  # noqa: F401
+    DTYPES,
+    OPTIONS,
+    all_strided,
+    continues_exactly,
+    hold_to_vanilla,
+    poisoned,
+    same_without_gradients,
+)
+from tests.machine_code import spills_in_the_loop_of_products
+from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
+from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
+from tests.test_jit import needs_nvrtc
+
+# ---- plans
+
+
+def plan_of(kind, B, N, D, dtype, gpu, backward):
+    return plan_team(problem(kind, B, N, D, dtype), dtype == torch.float32, gpu, backward)
+
+
+def tiles(size, tile):
+    return -(-size // tile)
+
+
+def fragments(kind, dtype, plan, backward):
+    """A warp's fragments of R, out of what a block sends and what it computes."""
+    recurrent = len(resolve(kind).fed_by("R"))
+    sent, produced = (recurrent, 1) if backward else (1, recurrent)
+    parcel_words = 4 if plan.cluster else 3
+    parcels = plan.size * sent * tiles(plan.units, 4 * parcel_words // dtype.itemsize)
+    rows = plan.units * produced
+    return tiles(parcels, 8 * plan.sum_parts) * parcel_words * tiles(rows, 16 * plan.row_parts)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("gpu", [A100, RTX_4090, H200], ids=["A100", "RTX 4090", "H200"])
+def test_plans_fit_the_gpu_and_cover_the_problem(gpu, backward):
+    heads = [129, 200, 256, 320, 511, 768, 1024, 1536, 2048]
+    for kind, D, dtype, B, N in itertools.product(
+        [*BUILT_IN, sparse, wide],
+        heads,
+        [torch.bfloat16, torch.float32],
+        [1, 7, 16, 64, 300],
+        [1, 3],
+    ):
+        given = (kind, D, dtype, B, N)
+        plan = plan_of(kind, B, N, D, dtype, gpu, backward)
+        if isinstance(plan, str):
+            assert plan.startswith(f"a head of {D} units;"), plan
+            assert D > 768, given
+            continue
+        assert (plan.size - 1) * plan.units < D <= plan.size * plan.units, given
+        assert 8 * plan.blocks * plan.items(B, N) >= B * N, given
+        teams = plan.teams(B, N, gpu)
+        assert 1 <= teams <= plan.items(B, N), given
+        if plan.cluster:
+            assert plan.size <= gpu.largest_cluster and plan.size in (2, 4, 8, 16), given
+            # No team takes a second turn, which its blocks would have to begin together.
+            assert teams == plan.items(B, N), given
+        else:
+            assert teams * plan.size <= gpu.multiprocessors, given
+        assert plan.shared_memory <= gpu.shared_memory, given
+        assert 32 * plan.warps() <= 1024, given
+        assert plan.held >= 1 and plan.spared >= 0 and plan.streamed >= 0, given
+        have = plan.held + plan.spared + plan.streamed
+        assert have == fragments(kind, dtype, plan, backward), given
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("gpu", [A100, RTX_4090, H200], ids=["A100", "RTX 4090", "H200"])
+def test_sequences_and_heads_do_not_decide_whether_there_is_a_plan(gpu, backward):
+    """A graph of torch.compile holds for all batch sizes."""
+    many = [(0, 1), (1, 1), (9, 3), (64, 1), (300, 12)]
+    # Those next to the largest are the ones that may depend on it.
+    for kind, D, dtype in itertools.product(
+        [*BUILT_IN, sparse, wide],
+        [200, 1024, *range(1260, 2400, 60), 4096],
+        [torch.bfloat16, torch.float32],
+    ):
+        there = [
+            isinstance(plan_of(kind, B, N, D, dtype, gpu, backward), TeamPlan) for B, N in many
+        ]
+        assert len(set(there)) == 1, (kind, D, dtype, there)
+
+
+# ---- the machine code
+
+
+def programs(kind, D, precision, gpu):
+    cell, dtype = resolve(kind), getattr(torch, precision)
+    plans = [plan_of(kind, 16, 1, D, dtype, gpu, backward) for backward in (False, True)]
+    assert all(isinstance(plan, TeamPlan) for plan in plans), plans
+    return [
+        team.forward_source(cell, precision, D, plans[0], True),
+        team.backward_source(cell, precision, D, plans[1], False, None),
+    ]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize(
+    ("kind", "D", "precision"),
+    [
+        *(("lstm", D, "bfloat16") for D in (320, 1024)),
+        *(("slstm", D, "bfloat16") for D in (320, 1024)),
+        ("lstm", 320, "float32"),
+    ],
+    ids=str,
+)
+def test_compiles_for_every_architecture_without_spills(kind, D, precision, arch):
+    for parts in programs(kind, D, precision, GPUS[arch]):
+        assert not spills_in_the_loop_of_products(parts, arch), list(parts)[-1]
+
+
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024, 1) spilling(unsigned* x, float* y, int n) {
+    float sums[24][4] = {};
+    for (int t = 0; t < n; ++t) {
+#pragma unroll
+        for (int i = 0; i < 24; ++i) mma(sums[i], x[i], 1, 2, 3, x[t], x[n - t], bfloat16{});
+    }
+#pragma unroll
+    for (int i = 0; i < 24; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) y[(4 * i + k) * 1024 + threadIdx.x] = sums[i][k];
+    }
+}
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", GPUS)
+def test_a_spill_would_be_noticed(arch):
+    parts = {"ptx.cuh": program.read("ptx.cuh"), "spilling": SPILLING}
+    assert spills_in_the_loop_of_products(parts, arch)
+
+
+# ---- the kernels
+
+FEW = GPU(6, 232448, shifts_registers=True, largest_cluster=4)
+
+
+@pytest.fixture
+def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
+    """Backend ``cuda_fused`` is emulated, and what it allocates is NaN."""
+
+
+@pytest.fixture(params=["grid", "clusters"])
+def prefer(request, on_the_cpu, monkeypatch):
+    """``prefer(rank)`` chooses the plans whose rank is least, for one way to exchange."""
+    cycles, clusters = tiling._team_cycles, request.param == "clusters"
+
+    def prefer(rank):
+        monkeypatch.setattr(
+            tiling,
+            "_team_cycles",
+            lambda values, plan, *sizes: (
+                plan.cluster != clusters,
+                rank(plan),
+                cycles(values, plan, *sizes),
+            ),
+        )
+        tiling._plan_team.cache_clear()
+
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
+    prefer(lambda plan: 0)
+    yield prefer
+    tiling._plan_team.cache_clear()
+
+
+def check(*sizes, **options):
+    hold_to_vanilla("cuda_fused", *sizes, **options)
+
+
+def plans(*sizes):
+    """Forward's and backward's."""
+    found = [cuda_fused._plan(problem(*sizes), backward) for backward in (False, True)]
+    assert all(isinstance(plan, TeamPlan) for plan in found), found
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_equals_vanilla(prefer, kind, dtype):
+    check(kind, 9, 3, 2, 131, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (3, 2, 1, 200),
+        # A single step, and the smallest of these heads.
+        (2, 1, 1, 129),
+        # More heads and sequences than teams at once.
+        (20, 2, 3, 131),
+    ],
+    ids=str,
+)
+def test_sizes(prefer, sizes):
+    check("slstm", *sizes, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(0, 3, 1, 131), (3, 0, 1, 131)], ids=str)
+def test_empty(prefer, sizes):
+    check("slstm", *sizes, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rank", "chosen"),
+    [
+        (lambda plan: -plan.blocks, lambda plan: plan.blocks > 1),
+        (lambda plan: plan.size, lambda plan: plan.units > 40),
+        (lambda plan: -plan.sum_parts, lambda plan: plan.sum_parts >= 8),
+        (lambda plan: -plan.row_parts, lambda plan: plan.row_parts > 1 or not plan.cluster),
+    ],
+    ids=["columns", "small teams", "sum parts", "row parts"],
+)
+def test_any_tiles(prefer, rank, chosen):
+    prefer(rank)
+    found = plans("lstm", 20, 1, 140, torch.bfloat16)
+    assert all(map(chosen, found)), found
+    check("lstm", 20, 2, 1, 140, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fragments_wherever_there_is_room(prefer, monkeypatch, dtype):
+    """Two of them in registers, the others in shared and in global memory by halves."""
+
+    def changed(*arguments):
+        plan = plan_team(*arguments)
+        rest = plan.held + plan.spared + plan.streamed - 2
+        spared, streamed = rest // 2, rest - rest // 2
+        shared_memory = plan.shared_memory + 512 * plan.warps() * (spared - plan.spared)
+        return replace(plan, held=2, spared=spared, streamed=streamed, shared_memory=shared_memory)
+
+    monkeypatch.setattr(cuda_fused, "plan_team", changed)
+    assert all(plan.spared and plan.streamed for plan in plans("lstm", 9, 2, 140, dtype))
+    check("lstm", 9, 2, 2, 140, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("prefer", ["grid"], indirect=True)
+def test_teams_take_turns(prefer):
+    prefer(lambda plan: (plan.blocks, -plan.size))
+    B, N = 20, 3
+    for plan in plans("gru", B, N, 131, torch.float16):
+        assert plan.items(B, N) > 2 * plan.teams(B, N, FEW), plan
+    check("gru", B, 3, N, 131, torch.float16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(prefer, options):
+    check("gru", 5, 4, 2, 131, torch.float32, **options)
+
+
+@needs_compiler
+def test_tf32(prefer, monkeypatch):
+    monkeypatch.setattr(program, "precision_of", lambda dtype: "tf32")
+    inputs = random_inputs("lstm", 3, 3, 1, 140, torch.float32)
+    outputs = [call("lstm", inputs.to(torch.float64), backend="vanilla")]
+    outputs += [call("lstm", inputs, backend="cuda_fused")]
+    assert 1e-6 < relative_error(outputs[1][0], outputs[0][0]) < 1e-3
+
+
+@needs_compiler
+def test_no_kernel_of_its_own_for_a_length(prefer):
+    for T in (2, 5):
+        inputs = random_inputs("elman", 1, T, 1, 129, torch.bfloat16)
+        gradients(call("elman", inputs, backend="cuda_fused"), inputs)
+    assert cuda_fused._team_kernel.cache_info().currsize == 2
+
+
+@needs_compiler
+def test_any_strides(prefer):
+    check("lstm", 3, 4, 2, 131, torch.bfloat16, change=all_strided)
+
+
+@needs_compiler
+def test_no_gradient_asked_for(prefer):
+    assert same_without_gradients("cuda_fused", 131)
+
+
+@needs_compiler
+def test_continues_a_sequence_exactly(prefer):
+    assert continues_exactly("cuda_fused", 131)
+
+
+@needs_compiler
+def test_same_bits_in_whatever_order_things_arrive(prefer):
+    inputs = random_inputs("lstm", 9, 3, 1, 131, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        outputs = call("lstm", inputs, backend="cuda_fused")
+        runs.append([*outputs, *gradients(outputs, inputs).values()])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@needs_compiler
+def test_a_nan_stays_in_its_sequence_and_head(prefer):
+    inputs = random_inputs("lstm", 4, 3, 2, 131, torch.bfloat16)
+    with torch.no_grad():
+        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
+    outputs = call("lstm", inputs, backend="cuda_fused")
+    poisoned_part = outputs[0].isnan()
+    assert poisoned_part[:, 1, 1:, 0].any() and not poisoned_part[:, 1, 0].any()
+    # The whole team has it at the next step.
+    assert poisoned_part[0, 1, 2, 0].all()
+    assert not poisoned_part[:, [0, 2, 3]].any() and not poisoned_part[:, :, :, 1].any()
+    assert not gradients(outputs, inputs)["Wx"][[0, 2, 3]].isnan().any()
+
+
+# ---- what it says of itself
+
+
+def test_says_why_it_cannot(monkeypatch):
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: RTX_4090)
+    assert cuda_fused.unsupported(problem("lstm", 1, 1, 129, torch.bfloat16)) is None
+    reason = cuda_fused.unsupported(problem("lstm", 1, 1, 4096, torch.bfloat16))
+    assert reason.startswith("a head of 4096 units;")
