@@ -74,7 +74,7 @@ def test_plans_fit_the_gpu_and_cover_the_problem(gpu, backward):
         assert 1 <= teams <= plan.items(B, N), given
         if plan.cluster:
             assert plan.size <= gpu.largest_cluster and plan.size in (2, 4, 8, 16), given
-            # No team takes a second turn, which its blocks would have to begin together.
+            # Clusters wait for no other, so there is one for each item.
             assert teams == plan.items(B, N), given
         else:
             assert teams * plan.size <= gpu.multiprocessors, given
