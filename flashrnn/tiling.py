@@ -334,8 +334,8 @@ def _team_plans(values: Exchanged, B: int, N: int, D: int, gpu: GPU) -> list[Tea
         plans += [
             plan
             for cluster in (False, True)
-            for few, parts in product(sorted(units[cluster]), _PARTS[cluster])
-            if (plan := _team_plan(values, D, gpu, few, blocks, cluster, parts))
+            for few, parts, most in product(sorted(units[cluster]), _PARTS[cluster], (8, 1))
+            if (plan := _team_plan(values, D, gpu, few, blocks, cluster, parts, most))
         ]
     return plans
 
@@ -348,7 +348,7 @@ def _team_plan(
     blocks: int,
     cluster: bool,
     parts: tuple[int, int],
-    ahead: int | None = None,
+    most_ahead: int,
 ) -> TeamPlan | None:
     """What follows from the tiles; see the kernels' files for how."""
     words = 4 if cluster else 3
@@ -363,13 +363,14 @@ def _team_plan(
     warps = sum_parts * row_parts
     owned = _tiles(unit_parcels * columns, warps * (32 // a_parcel))
 
-    if ahead is None:
-        # Forward little is exchanged, and there is less to ask for than to be in the way of.
-        most = 1 if blocks > 1 else 2 if values.sent == 1 else _AHEAD[warps]
-        ahead = min(most, slices_a_warp)
-    arriving = 8 * blocks * (2 if cluster else ahead + (ahead < slices_a_warp))
-    working = 56 + 4 * tiles * blocks + arriving + owned * values.kept
-    working += 16 if values.passes > 1 else 0
+    # Forward little is exchanged, and there is less to ask for than to be in the way of.
+    most = 1 if blocks > 1 else 2 if values.sent == 1 else _AHEAD[warps]
+    ahead = min(most, most_ahead, slices_a_warp)
+    arriving = 8 * blocks * (2 if cluster else ahead)
+    arriving += max(16, 8 * blocks) if ahead < slices_a_warp else 0
+    working = 60 + 4 * tiles * blocks + arriving + owned * values.kept
+    # Products of float32 in full take every operand apart.
+    working += 72 if values.passes > 1 else 0
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
     held = min(fragments, (registers - working) // 4)
     parcels = 2 * slices_a_warp * sum_parts * 2 * blocks * 32
@@ -414,9 +415,7 @@ def _team_cycles(values: Exchanged, plan: TeamPlan, B: int, N: int, gpu: GPU) ->
     else:
         at_once = gpu.multiprocessors // plan.size
         running = min(at_once, plan.items(B, N)) * plan.size
-        exchange = (
-            650 + 8 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
-        )
+        exchange = 650 + 8 * plan.size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
         exchange += 350 * (_tiles(slices, plan.ahead) - 1)
     multiply = max(36 * words * slices, 2 * warps * plan.blocks * fragments) * values.passes
     fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
