@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import tiling
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import program, team
 from flashrnn.tiling import GPU, TeamPlan, plan_team
+from flashrnn.tiling import team as tiling
 from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
     DTYPES,
@@ -167,24 +167,24 @@ def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
 @pytest.fixture(params=["grid", "clusters"])
 def prefer(request, on_the_cpu, monkeypatch):
     """``prefer(rank)`` chooses the plans whose rank is least, for one way to exchange."""
-    cycles, clusters = tiling._team_cycles, request.param == "clusters"
+    cycles, clusters = tiling.cycles, request.param == "clusters"
 
     def prefer(rank):
         monkeypatch.setattr(
             tiling,
-            "_team_cycles",
-            lambda values, plan, *sizes: (
+            "cycles",
+            lambda choice, plan, *sizes: (
                 plan.cluster != clusters,
                 rank(plan),
-                cycles(values, plan, *sizes),
+                cycles(choice, plan, *sizes),
             ),
         )
-        tiling._plan_team.cache_clear()
+        tiling.best_plan.cache_clear()
 
     monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
     prefer(lambda plan: 0)
     yield prefer
-    tiling._plan_team.cache_clear()
+    tiling.best_plan.cache_clear()
 
 
 def check(*sizes, **options):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from flashrnn.cells.spec import Cell
 from flashrnn.kernels import program
+from flashrnn.tiling.sizes import tiles_of
 
 FORWARD_CALL = (
     *("Wx", "R", "b", "initial", "h_initial", "states", "gates", "carried"),
@@ -68,7 +69,7 @@ class StepPlan:
 
     def grid(self, B: int, N: int, D: int) -> int:
         """Thread blocks of a launch."""
-        return _tiles(D, self.units) * N * _tiles(B, 8 * self.blocks)
+        return tiles_of(D, self.units) * N * tiles_of(B, 8 * self.blocks)
 
 
 def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool) -> StepPlan:
@@ -84,9 +85,9 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
     """
     recurrent = len(cell.fed_by("R"))
     # Forward two gates share a tile of 16 rows, 8 units of each.
-    units, tiles, segments = (16, 1, recurrent) if backward else (8, _tiles(recurrent, 2), 1)
+    units, tiles, segments = (16, 1, recurrent) if backward else (8, tiles_of(recurrent, 2), 1)
     itemsize = program.itemsize_of(precision)
-    chunks = segments * _tiles(D * itemsize, 64)
+    chunks = segments * tiles_of(D * itemsize, 64)
     # Of a tile and block; a product that no tensor core does keeps more.
     sums = 16 if precision == "float32" else 4
     blocks = 1
@@ -94,7 +95,7 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
         2 * blocks <= _MOST_BLOCKS
         and 2 * blocks * tiles * sums <= _REGISTERS_FOR_SUMS
         and 8 * blocks < B
-        and _tiles(D, units) * N * _tiles(B, 16 * blocks) >= _ENOUGH_BLOCKS
+        and tiles_of(D, units) * N * tiles_of(B, 16 * blocks) >= _ENOUGH_BLOCKS
     ):
         blocks *= 2
     # Backward sums more at a step, of which each warp had better fetch little. Two thread blocks of
@@ -104,7 +105,7 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
     while warps * 8 * blocks * (16 * tiles + 4) * 4 > _SHARED_MEMORY:
         warps //= 2
     registers = min(_REGISTERS_FOR_CHUNKS, _REGISTERS_FOR_BOTH - blocks * tiles * sums)
-    depth = min(_tiles(chunks, warps), registers // (4 * (2 * tiles + blocks)))
+    depth = min(tiles_of(chunks, warps), registers // (4 * (2 * tiles + blocks)))
     depth = 1 if warps > 8 else max(1, depth)
     return StepPlan(
         units=units,
@@ -115,10 +116,6 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
         depth=depth,
         aligned=D * itemsize % 16 == 0,
     )
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
 
 
 def forward_source(cell: Cell, precision: str, plan: StepPlan, save_gates: bool) -> dict[str, str]:

@@ -1,0 +1,21 @@
+"""Plans: how a kernel is tiled for a problem. Pure functions of the problem and the device."""
+
+from flashrnn.tiling.gpu import GPU
+from flashrnn.tiling.gradient import GradientPlan, plan_gradient
+from flashrnn.tiling.head import LARGEST_HEAD_OF_A_BLOCK, HeadPlan, plan_head
+from flashrnn.tiling.scan import LARGEST_SCANNED_HEAD, ScanPlan, plan_scan
+from flashrnn.tiling.team import TeamPlan, plan_team
+
+__all__ = [
+    "GPU",
+    "LARGEST_HEAD_OF_A_BLOCK",
+    "LARGEST_SCANNED_HEAD",
+    "GradientPlan",
+    "HeadPlan",
+    "ScanPlan",
+    "TeamPlan",
+    "plan_gradient",
+    "plan_head",
+    "plan_scan",
+    "plan_team",
+]

@@ -1,0 +1,22 @@
+"""What of a GPU plans depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU's limits.
+
+    Attributes:
+        multiprocessors: how many.
+        shared_memory: bytes of it that a thread block may have.
+        shifts_registers: whether warps can hand registers to others.
+        largest_cluster: thread blocks that a cluster may have; 0 where there are none.
+    """
+
+    multiprocessors: int
+    shared_memory: int
+    shifts_registers: bool
+    largest_cluster: int

@@ -1,0 +1,271 @@
+"""How a team of thread blocks owns a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from flashrnn.problem import Problem
+from flashrnn.tiling.gpu import GPU
+from flashrnn.tiling.sizes import tiles_of
+
+
+@dataclass(frozen=True)
+class TeamPlan:
+    """How a team of thread blocks owns a head; see ``kernels/team.cuh``.
+
+    Attributes:
+        units: units of the head that a block owns.
+        blocks: blocks of 8 sequences that a team owns.
+        size: thread blocks of a team.
+        cluster: whether a team is a cluster.
+        sum_parts: parts into which a block's warps cut the sums of its product.
+        row_parts: and its rows.
+        held: fragments of R that stay in a warp's registers.
+        spared: those that lie in shared memory.
+        streamed: those that lie in global memory, and are read at every step.
+        ahead: slices of what the team exchanges that a warp asks for at once.
+        parcels: 16-byte parcels of a team's two buffers in global memory.
+        shared_memory: a block's dynamic shared memory in bytes.
+    """
+
+    units: int
+    blocks: int
+    size: int
+    cluster: bool
+    sum_parts: int
+    row_parts: int
+    held: int
+    spared: int
+    streamed: int
+    ahead: int
+    parcels: int
+    shared_memory: int
+
+    def items(self, B: int, N: int) -> int:
+        """Heads times tiles of sequences: what teams are there for."""
+        return N * tiles_of(B, 8 * self.blocks)
+
+    def teams(self, B: int, N: int, gpu: GPU) -> int:
+        """Teams of a launch: where they are no clusters, as many as run at once."""
+        items = self.items(B, N)
+        return items if self.cluster else min(items, gpu.multiprocessors // self.size)
+
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.sum_parts * self.row_parts
+
+
+def plan_team(problem: Problem, exact: bool, gpu: GPU, backward: bool) -> TeamPlan | str:
+    """How teams of thread blocks own the heads of a problem, or the reason why they cannot.
+
+    Args:
+        problem: its cell, B, N, D and dtype decide; B and N not, whether there is a plan.
+        exact: whether float32 products are computed as such (``"ieee"``), not in tf32.
+        gpu: the device.
+        backward: whether for the backward scan.
+    """
+    cell = problem.cell
+    S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
+    values = Values(
+        sent=recurrent if backward else 1,
+        produced=1 if backward else recurrent,
+        kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
+        itemsize=problem.dtype.itemsize,
+        passes=3 if exact and problem.dtype.itemsize == 4 else 1,
+    )
+    return best_plan(values, problem.B, problem.N, problem.D, gpu)
+
+
+class Values(NamedTuple):
+    """What a team computes with at a step.
+
+    Attributes:
+        sent: values of a unit and sequence that a team exchanges.
+        produced: values that its product yields.
+        kept: numbers that their owner keeps.
+        itemsize: bytes of a value.
+        passes: products of the tensor core that one takes.
+    """
+
+    sent: int
+    produced: int
+    kept: int
+    itemsize: int
+    passes: int
+
+
+@lru_cache(maxsize=1024)
+def best_plan(values: Values, B: int, N: int, D: int, gpu: GPU) -> TeamPlan | str:
+    """The plan with the fewest :func:`cycles`, or the reason why there is none."""
+    best: tuple[float, TeamPlan] | None = None
+    for choice, most_ahead in product(_choices(values, max(1, B), N, D, gpu), (8, 1)):
+        plan = _plan(choice, gpu, most_ahead)
+        if plan is not None:
+            needed = cycles(choice, plan, B, N, gpu)
+            if best is None or needed < best[0]:
+                best = needed, plan
+    if best is None:
+        return (
+            f"a head of {D} units; its recurrent matrix does not find room on this GPU: more than "
+            "two thirds would have to be read anew at each step"
+        )
+    return best[1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tiles, and what follows from them; the names are those of ``kernels/team.cuh``."""
+
+    values: Values
+    D: int
+    units: int
+    blocks: int
+    cluster: bool
+    sum_parts: int
+    row_parts: int
+
+    @property
+    def size(self) -> int:
+        """Thread blocks of a team."""
+        return tiles_of(self.D, self.units)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.sum_parts * self.row_parts
+
+    @property
+    def columns(self) -> int:
+        """Sequences of a team."""
+        return 8 * self.blocks
+
+    @property
+    def words(self) -> int:
+        """Words of a parcel that hold values."""
+        return 4 if self.cluster else 3
+
+    @property
+    def unit_parcels(self) -> int:
+        """Parcels of one value of a block's units, for one sequence."""
+        return tiles_of(self.units, 4 * self.words // self.values.itemsize)
+
+    @property
+    def slices(self) -> int:
+        """A warp's slices."""
+        return tiles_of(self.size * self.values.sent * self.unit_parcels, 8 * self.sum_parts)
+
+    @property
+    def row_tiles(self) -> int:
+        """A warp's tiles of 16 rows."""
+        return tiles_of(self.units * self.values.produced, 16 * self.row_parts)
+
+    @property
+    def fragments(self) -> int:
+        """A warp's fragments of R."""
+        return self.words * self.row_tiles * self.slices
+
+    @property
+    def owned(self) -> int:
+        """Units and sequences that a lane owns."""
+        lanes_parcels = 32 // (4 * self.words // self.values.itemsize)
+        return tiles_of(self.unit_parcels * self.columns, self.warps * lanes_parcels)
+
+
+# Parts of a block's sums, and of its rows, that its warps take.
+_PARTS = {
+    False: [(6, 1), (8, 1), (12, 1), (16, 1)],
+    True: [(s, r) for s in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 4 <= s * r <= 16],
+}
+# Slices that a warp of so many asks for at once, where registers are there for it.
+_AHEAD = {4: 8, 6: 8, 8: 8, 12: 4, 16: 1}
+_CLUSTERS = (2, 4, 8, 16)
+_FEWEST_UNITS, _MOST_UNITS = 12, 128
+
+
+def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choice]:
+    for blocks in range(1, 1 + min(4, tiles_of(B, 8))):
+        items = N * tiles_of(B, 8 * blocks)
+        # Few units a block, as long as all teams run at once or take few turns.
+        at_once = {tiles_of(items, turns) for turns in range(1, 9)} | {1, 2, 4, 8, 16, 32}
+        sizes = {gpu.multiprocessors // teams for teams in at_once} - {0}
+        least = {max(_FEWEST_UNITS, tiles_of(D, size)) for size in sizes}
+        # Whole tiles or parcels of them, or neither.
+        some = {tiles_of(few, whole) * whole for few in least for whole in (4, 8, 12, 16)}
+        clusters = [size for size in _CLUSTERS if size <= gpu.largest_cluster]
+        of_clusters = {
+            tiles_of(D, size) for size in clusters if tiles_of(D, tiles_of(D, size)) == size
+        }
+        for cluster, units in ((False, some), (True, of_clusters)):
+            for few, parts in product(sorted(units), _PARTS[cluster]):
+                if few <= _MOST_UNITS:
+                    yield Choice(values, D, few, blocks, cluster, *parts)
+
+
+def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
+    """Where R goes, if there is room for enough of it."""
+    values, cluster, blocks, warps = choice.values, choice.cluster, choice.blocks, choice.warps
+    slices, fragments, row_tiles = choice.slices, choice.fragments, choice.row_tiles
+
+    # Forward little is exchanged, and there is less to ask for than to be in the way of.
+    most = 1 if blocks > 1 else 2 if values.sent == 1 else _AHEAD[warps]
+    ahead = min(most, most_ahead, slices)
+    arriving = 8 * blocks * (2 if cluster else ahead)
+    arriving += max(16, 8 * blocks) if ahead < slices else 0
+    working = 60 + 4 * row_tiles * blocks + arriving + choice.owned * values.kept
+    # Products of float32 in full take every operand apart.
+    working += 72 if values.passes > 1 else 0
+    registers = min(255, 65536 // (32 * warps) // 8 * 8)
+    held = min(fragments, (registers - working) // 4)
+
+    parcels = 2 * slices * choice.sum_parts * 2 * blocks * 32
+    exchange_bytes = 16 * parcels + 16 if cluster else 0
+    pitch = 16 * row_tiles * choice.row_parts + 4
+    partial_bytes = 2 * choice.sum_parts * choice.columns * pitch * 4
+    room = gpu.shared_memory - exchange_bytes - partial_bytes
+    if held < 1 or room < 0:
+        return None
+    spared = min(fragments - held, room // (512 * warps))
+    streamed = fragments - held - spared
+    if 3 * streamed > 2 * fragments:
+        return None
+    return TeamPlan(
+        units=choice.units,
+        blocks=blocks,
+        size=choice.size,
+        cluster=cluster,
+        sum_parts=choice.sum_parts,
+        row_parts=choice.row_parts,
+        held=held,
+        spared=spared,
+        streamed=streamed,
+        ahead=ahead,
+        parcels=0 if cluster else parcels,
+        shared_memory=exchange_bytes + partial_bytes + 512 * warps * spared,
+    )
+
+
+def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
+    """What a step takes, all teams' turns together, so far as plans compare by it.
+
+    Its numbers follow what was measured on an H100 (docs/performance.md).
+    """
+    values, warps, columns = choice.values, choice.warps, choice.columns
+    items, size, slices = plan.items(B, N), choice.size, choice.slices
+    exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
+    if choice.cluster:
+        at_once = gpu.multiprocessors * 7 // 8 // size
+        exchange = 500 + exchanged_bytes / 12 + choice.row_parts * exchanged_bytes / 100
+    else:
+        at_once = gpu.multiprocessors // size
+        running = min(at_once, items) * size
+        exchange = 650 + 8 * size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
+        exchange += 350 * (tiles_of(slices, plan.ahead) - 1)
+    chain, issue = 36 * choice.words * slices, 2 * warps * choice.blocks * choice.fragments
+    multiply = max(chain, issue) * values.passes
+    fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
+    add = choice.sum_parts * (48 + columns * choice.units * values.produced / 8)
+    return (exchange + multiply + fetch + add + 150 * choice.owned) * tiles_of(items, at_once)
