@@ -211,11 +211,15 @@ def _precision(problem: Problem) -> str:
 @cache
 def _gpu(device: torch.device) -> GPU:
     properties: Any = torch.cuda.get_device_properties(device)
+    multiprocessors = properties.multi_processor_count
+    # 8 is what every GPU with clusters takes; 16, one with so many multiprocessors together, as a
+    # part of a GPU may have nowhere.
+    largest_cluster = 16 if multiprocessors >= 128 else 8
     return GPU(
-        multiprocessors=properties.multi_processor_count,
+        multiprocessors=multiprocessors,
         shared_memory=properties.shared_memory_per_block_optin,
         shifts_registers=properties.major == 9,
-        largest_cluster=16 if properties.major in (9, 10) else 0,
+        largest_cluster=largest_cluster if properties.major in (9, 10) else 0,
     )
 
 

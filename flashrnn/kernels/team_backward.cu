@@ -8,8 +8,9 @@
 //   inputs, on their way while the team exchanges gradients: the gates' pre-activations, the states
 //   before the step and the given gradients of those after it;
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
-// - global memory: what even shared memory does not hold of R; the parcels, of two exchanges in turn;
-//   residuals and gradients, of which each element is read or written once, by the lane that owns it.
+//   in a cluster the parcels, of two exchanges in turn;
+// - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; residuals
+//   and gradients, of which each element is read or written once, by the lane that owns it.
 //
 // What orders the steps is as in team_forward.cu.
 

@@ -3,15 +3,16 @@
 //
 // What lives where:
 //
-// - registers: R as far as they hold it (team_product.cuh), the bias, and in float32 the carried states
-//   of the lane's own units; the next step's Wx, on its way while the team exchanges h;
+// - registers: R as far as they hold it (team_product.cuh), the bias, and in float32 the carried
+//   states of the lane's own units; the next step's Wx, on its way while the team exchanges h;
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
-// - global memory: what even shared memory does not hold of R; the parcels, of two exchanges in turn;
-//   Wx, states and gates, of which each element is read or written once, by the lane that owns it.
+//   in a cluster the parcels, of two exchanges in turn;
+// - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; Wx,
+//   states and gates, of which each element is read or written once, by the lane that owns it.
 //
-// What orders the steps: a warp waits for the parcels that it multiplies, so the block for the whole
-// team; one barrier, between the warps' sums and their use. All blocks of a launch run at once: the
-// launch is a cooperative one.
+// What orders the steps: a warp waits for the parcels that it multiplies, and so the block for the
+// whole team; and one barrier, between the warps' sums and their use. What waits for each other runs
+// at once: the blocks of a cluster do, and else the launch is a cooperative one.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
@@ -41,7 +42,8 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);
-                const Element* from = Wx + owned.sequence * Wx_b + t * Wx_t + item.n * Wx_n + owned.d * Wx_d;
+                const Element* from =
+                    Wx + owned.sequence * Wx_b + t * Wx_t + item.n * Wx_n + owned.d * Wx_d;
 #pragma unroll
                 for (int k = 0; k < GW; ++k) {
                     input[e][k].load(from + k * Wx_g);
@@ -107,7 +109,8 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 const long long place = item.n * D + owned.d;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    round_to(states[((s * B + owned.sequence) * T + t) * width + place], carried[e][s]);
+                    Element* to = states + ((s * B + owned.sequence) * T + t) * width + place;
+                    round_to(*to, carried[e][s]);
                 }
                 if (SAVE_GATES) {
                     Element* to = gates + (owned.sequence * T + t) * G * width + place;

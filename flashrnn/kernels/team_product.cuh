@@ -97,9 +97,9 @@ __device__ inline void multiply(Partial& partial, const Matrix& matrix, const Ex
                     const Fragment a = matrix[(i * PARCEL_WORDS + step) * TILES + tile];
 #pragma unroll
                     for (int block = 0; block < BLOCKS; ++block) {
-                        mma_pass(pass, sums[(i * PARCEL_WORDS + step) % CHAINS][tile][block], a.words[0], a.words[1], a.words[2],
-                                 a.words[3], words[block][2 * step], words[block][2 * step + 1],
-                                 Operand{});
+                        mma_pass(pass, sums[(i * PARCEL_WORDS + step) % CHAINS][tile][block],
+                                 a.words[0], a.words[1], a.words[2], a.words[3],
+                                 words[block][2 * step], words[block][2 * step + 1], Operand{});
                     }
                 }
             }
