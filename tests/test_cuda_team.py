@@ -263,10 +263,12 @@ def test_fragments_wherever_there_is_room(prefer, monkeypatch, dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("N", [1, 3])
 @pytest.mark.parametrize("prefer", ["grid"], indirect=True)
-def test_teams_take_turns(prefer):
+def test_teams_take_turns(prefer, N):
+    """With one head and with another, of which they have to load R."""
     prefer(lambda plan: (plan.blocks, -plan.size))
-    B, N = 20, 3
+    B = 20
     for plan in plans("gru", B, N, 131, torch.float16):
         assert plan.items(B, N) > 2 * plan.teams(B, N, FEW), plan
     check("gru", B, 3, N, 131, torch.float16)

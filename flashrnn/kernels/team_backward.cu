@@ -32,10 +32,12 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     const long long width = static_cast<long long>(N) * D;
     const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
     unsigned tag = 0;
+    int loaded = -1;
 
     for (long long number = team; number < items; number += teams) {
         const Item item(number, N);
-        if (!CUT) matrix.load(R, item.n, N, rank);
+        if (!CUT && item.n != loaded) matrix.load(R, item.n, N, rank);
+        loaded = item.n;
 
         float d_carried[OWNED][S], d_bias_sums[OWNED][G] = {};
         Loaded input_gates[OWNED][G], input_states[OWNED][S], given[OWNED][S];

@@ -30,10 +30,12 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     const long long width = static_cast<long long>(N) * D;
     const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
     unsigned tag = 0;
+    int loaded = -1;
 
     for (long long number = team; number < items; number += teams) {
         const Item item(number, N);
-        matrix.load(R, item.n, N, rank);
+        if (item.n != loaded) matrix.load(R, item.n, N, rank);
+        loaded = item.n;
 
         float carried[OWNED][S], bias[OWNED][G];
         Loaded input[OWNED][GW];
