@@ -34,6 +34,13 @@ def spills_in_the_loop_of_products(parts: Mapping[str, str], arch: str) -> bool:
     return _spills(parts, arch, _innermost_with_most_products, some=0.01)
 
 
+def instructions(parts: Mapping[str, str], arch: str, words: str) -> list[str]:
+    """The names of those that have the words in them."""
+    code = _disassemble(nvrtc.compile_program(parts, arch))
+    names = [re.sub(r"^@\S+ ", "", instruction).split()[0] for _, instruction in code]
+    return [name for name in names if words in name]
+
+
 def _spills(
     parts: Mapping[str, str],
     arch: str,

@@ -25,7 +25,7 @@ from tests.fused import (  # noqa: F401
     poisoned,
     same_without_gradients,
 )
-from tests.machine_code import spills_in_the_loop_of_products
+from tests.machine_code import instructions, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
 from tests.test_jit import needs_nvrtc
@@ -34,7 +34,7 @@ from tests.test_jit import needs_nvrtc
 
 
 def plan_of(kind, B, N, D, dtype, gpu, backward):
-    return plan_team(problem(kind, B, N, D, dtype), dtype == torch.float32, gpu, backward)
+    return plan_team(problem(kind, B, N, D, dtype), gpu, backward)
 
 
 def tiles(size, tile):
@@ -105,9 +105,9 @@ def test_sequences_and_heads_do_not_decide_whether_there_is_a_plan(gpu, backward
 # ---- the machine code
 
 
-def programs(kind, D, precision, gpu):
+def programs(kind, D, precision, gpu, N=1):
     cell, dtype = resolve(kind), getattr(torch, precision)
-    plans = [plan_of(kind, 16, 1, D, dtype, gpu, backward) for backward in (False, True)]
+    plans = [plan_of(kind, 16, N, D, dtype, gpu, backward) for backward in (False, True)]
     assert all(isinstance(plan, TeamPlan) for plan in plans), plans
     return [
         team.forward_source(cell, precision, D, plans[0], True),
@@ -129,6 +129,25 @@ def programs(kind, D, precision, gpu):
 def test_compiles_for_every_architecture_without_spills(kind, D, precision, arch):
     for parts in programs(kind, D, precision, GPUS[arch]):
         assert not spills_in_the_loop_of_products(parts, arch), list(parts)[-1]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100"])
+def test_a_cluster_compiles_without_spills(arch):
+    parts = programs("lstm", 256, "bfloat16", GPUS[arch], N=3)[0]
+    assert "exchange_cluster.cuh" in parts
+    assert not spills_in_the_loop_of_products(parts, arch)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", GPUS)
+def test_a_parcel_is_one_access(arch):
+    """Of 16 bytes, coherent over the GPU: whoever sees the tag has the values."""
+    for parts in programs("lstm", 320, "bfloat16", GPUS[arch]):
+        assert "exchange_grid.cuh" in parts
+        coherent = instructions(parts, arch, "STRONG.GPU")
+        assert {"LDG", "STG"} <= {instruction[:3] for instruction in coherent}
+        assert all(".128." in instruction for instruction in coherent), coherent
 
 
 SPILLING = """

@@ -176,11 +176,11 @@ class _Kernel:
 
     def launch(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Enqueue it on PyTorch's current stream of its device."""
-        config = launch.configure(
-            grid, self.threads, self.shared_memory, together=self.together, cluster=self.cluster
-        )
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
         with launch.on_device(self.device):
+            config = launch.configure(
+                grid, self.threads, self.shared_memory, together=self.together, cluster=self.cluster
+            )
             stream = torch.cuda.current_stream().cuda_stream
             launch.enqueue([launch.Launch(self.kernel, config, arguments)], stream)
 
@@ -201,7 +201,7 @@ def _plan(problem: Problem, backward: bool) -> HeadPlan | TeamPlan | str:
     gpu = _gpu(problem.device)
     if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
         return plan_head(problem, gpu, backward)
-    return plan_team(problem, _precision(problem) == "float32", gpu, backward)
+    return plan_team(problem, gpu, backward)
 
 
 def _precision(problem: Problem) -> str:

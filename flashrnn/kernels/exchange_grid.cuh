@@ -2,13 +2,14 @@
 // running at once.
 //
 // A parcel is 16 bytes: three words of values and a tag, the number of the exchange. It is written
-// and read as a whole, so whoever sees the tag has the values, and no other word orders anything.
-// A lane asks for its own parcels again and again until they have the tag, and multiplies them out
-// of its registers: one slice's again and again, since whoever asks is in the way of who sends.
+// and read as a whole, so whoever sees the tag has the values. A lane multiplies its parcels out of its
+// registers. It asks for all of its slices once, then for the first one again and again until that has
+// the tag, then once more for the others, and so on: who asks without end keeps the L2 cache from those
+// who send, so nobody does for more than a slice.
 //
 // There are two buffers, for odd and even tags. A block sends parcels of tag k when it has those of
-// tag k - 1 of the whole team; by then the whole team has read those of tag k - 2, which they
-// replace.
+// tag k - 1 of the whole team. Each of these was sent behind a barrier of its block, before which the
+// block's warps had the parcels of tag k - 2 in registers: it is them that those of tag k replace.
 
 static_assert(PARCEL_WORDS == 3, "the fourth word is the tag");
 
@@ -52,6 +53,8 @@ struct Arrivals {
             if (complete) break;
             ask(i, 1);
         }
+        // The product is the whole warp's.
+        __syncwarp();
 #pragma unroll
         for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
             const int block = k / (2 * PARCEL_WORDS), word = k % (2 * PARCEL_WORDS);

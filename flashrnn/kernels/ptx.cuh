@@ -273,6 +273,8 @@ __device__ inline void expect_bytes(void* barrier, unsigned bytes) {
 }
 
 // Returns once the phase of this parity, 0 or 1 in turn, is complete and what has arrived can be read.
+// PTX promises the latter to who waits with `acquire.cluster`, which also empties the first-level cache
+// each time; send_async writes past that cache, so that waiting as for the block's own copies does.
 __device__ inline void wait_for_bytes(void* barrier, unsigned parity) {
     asm volatile(
         "{ .reg .pred complete; again:"

@@ -74,13 +74,13 @@ struct Loaded {
     }
 };
 
-// What a team computes between two loads of R.
+// What a team computes at a time: a head's next COLUMNS sequences, or another head's first.
 struct Item {
     int n;
     long long first_sequence;
 
-    __device__ Item(long long number, int N)
-        : n(number % N), first_sequence(number / N * COLUMNS) {}
+    __device__ Item(long long number, long long tiles_of_head)
+        : n(number / tiles_of_head), first_sequence(number % tiles_of_head * COLUMNS) {}
 };
 
 // The lane's owned number e.

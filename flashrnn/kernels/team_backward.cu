@@ -10,7 +10,7 @@
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
 //   in a cluster the parcels, of two exchanges in turn;
 // - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; residuals
-//   and gradients, of which each element is read or written once, by the lane that owns it.
+//   and gradients, of which the lane that owns an element reads or writes it.
 //
 // What orders the steps is as in team_forward.cu.
 
@@ -30,12 +30,12 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
 
     const long long width = static_cast<long long>(N) * D;
-    const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
+    const long long tiles_of_head = (B + COLUMNS - 1) / COLUMNS, items = N * tiles_of_head;
     unsigned tag = 0;
     int loaded = -1;
 
     for (long long number = team; number < items; number += teams) {
-        const Item item(number, N);
+        const Item item(number, tiles_of_head);
         if (!CUT && item.n != loaded) matrix.load(R, item.n, N, rank);
         loaded = item.n;
 

@@ -8,7 +8,7 @@
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
 //   in a cluster the parcels, of two exchanges in turn;
 // - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; Wx,
-//   states and gates, of which each element is read or written once, by the lane that owns it.
+//   states and gates, of which the lane that owns an element reads or writes it.
 //
 // What orders the steps: a warp waits for the parcels that it multiplies, and so the block for the
 // whole team; and one barrier, between the warps' sums and their use. What waits for each other runs
@@ -28,12 +28,12 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
 
     const long long width = static_cast<long long>(N) * D;
-    const long long items = N * ((B + COLUMNS - 1) / COLUMNS);
+    const long long tiles_of_head = (B + COLUMNS - 1) / COLUMNS, items = N * tiles_of_head;
     unsigned tag = 0;
     int loaded = -1;
 
     for (long long number = team; number < items; number += teams) {
-        const Item item(number, N);
+        const Item item(number, tiles_of_head);
         if (item.n != loaded) matrix.load(R, item.n, N, rank);
         loaded = item.n;
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from flashrnn.problem import Problem
 from flashrnn.tiling.gpu import GPU
-from flashrnn.tiling.sizes import tiles_of
+from flashrnn.tiling.sizes import power_of_two, tiles_of
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class TeamPlan:
         return self.sum_parts * self.row_parts
 
 
-def plan_team(problem: Problem, exact: bool, gpu: GPU, backward: bool) -> TeamPlan | str:
+def plan_team(problem: Problem, gpu: GPU, backward: bool) -> TeamPlan | str:
     """How teams of thread blocks own the heads of a problem, or the reason why they cannot.
 
     Args:
-        problem: its cell, B, N, D and dtype decide; B and N not, whether there is a plan.
-        exact: whether float32 products are computed as such (``"ieee"``), not in tf32.
+        problem: its cell, B, N, D and dtype decide; B and N not, whether there is a plan. Nor
+            whether float32 may be tf32: that can be set anew between forward and backward.
         gpu: the device.
         backward: whether for the backward scan.
     """
@@ -75,9 +75,11 @@ def plan_team(problem: Problem, exact: bool, gpu: GPU, backward: bool) -> TeamPl
         produced=1 if backward else recurrent,
         kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
         itemsize=problem.dtype.itemsize,
-        passes=3 if exact and problem.dtype.itemsize == 4 else 1,
+        passes=3 if problem.dtype.itemsize == 4 else 1,
     )
-    return best_plan(values, problem.B, problem.N, problem.D, gpu)
+    # Few kernels for all sizes of a batch, an empty one among them.
+    B = 8 * power_of_two(tiles_of(max(1, problem.B), 8))
+    return best_plan(values, B, problem.N, problem.D, gpu)
 
 
 class Values(NamedTuple):
@@ -102,7 +104,7 @@ class Values(NamedTuple):
 def best_plan(values: Values, B: int, N: int, D: int, gpu: GPU) -> TeamPlan | str:
     """The plan with the fewest :func:`cycles`, or the reason why there is none."""
     best: tuple[float, TeamPlan] | None = None
-    for choice, most_ahead in product(_choices(values, max(1, B), N, D, gpu), (8, 1)):
+    for choice, most_ahead in product(_choices(values, B, N, D, gpu), (8, 1)):
         plan = _plan(choice, gpu, most_ahead)
         if plan is not None:
             needed = cycles(choice, plan, B, N, gpu)
@@ -196,6 +198,7 @@ def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choic
         # Whole tiles or parcels of them, or neither.
         some = {tiles_of(few, whole) * whole for few in least for whole in (4, 8, 12, 16)}
         clusters = [size for size in _CLUSTERS if size <= gpu.largest_cluster]
+        clusters = [size for size in clusters if _clusters_at_once(size, gpu)]
         of_clusters = {
             tiles_of(D, size) for size in clusters if tiles_of(D, tiles_of(D, size)) == size
         }
@@ -248,6 +251,11 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     )
 
 
+def _clusters_at_once(size: int, gpu: GPU) -> int:
+    """Some multiprocessors are left over where clusters do not fill their groups."""
+    return gpu.multiprocessors * 7 // 8 // size
+
+
 def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     """What a step takes, all teams' turns together, so far as plans compare by it.
 
@@ -257,7 +265,7 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     items, size, slices = plan.items(B, N), choice.size, choice.slices
     exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
     if choice.cluster:
-        at_once = gpu.multiprocessors * 7 // 8 // size
+        at_once = _clusters_at_once(size, gpu)
         exchange = 500 + exchanged_bytes / 12 + choice.row_parts * exchanged_bytes / 100
     else:
         at_once = gpu.multiprocessors // size
