@@ -343,9 +343,6 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
     return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
 }
 
-// What a warp does together it meets for itself.
-static void __syncwarp() {}
-
 static void __syncthreads() { current->meeting.wait_for(current->threads.size()); }
 
 // ---- registers that a warp exchanges

@@ -53,8 +53,6 @@ struct Arrivals {
             if (complete) break;
             ask(i, 1);
         }
-        // The product is the whole warp's.
-        __syncwarp();
 #pragma unroll
         for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
             const int block = k / (2 * PARCEL_WORDS), word = k % (2 * PARCEL_WORDS);
