@@ -56,9 +56,7 @@ def backward_source(
         D,
         plan,
         aligned,
-        CUT=cut,
-        CLIP=clipval is not None,
-        CLIPVAL=float(clipval or 0),
+        **program.gradient_options(cut, clipval),
     )
 
 
@@ -67,7 +65,7 @@ def gradient_source(
 ) -> dict[str, str]:
     """The parts of recurrent_gradient.cu's program; see :func:`forward_source`."""
     constants = {"D": D, "GATES": plan.gates, "STAGES": plan.stages, "ALIGNED": aligned}
-    return _join(cell, precision, constants, ("recurrent_gradient.cu",))
+    return program.with_files(cell, precision, constants, ["recurrent_gradient.cu"])
 
 
 def _program(
@@ -88,14 +86,5 @@ def _program(
         "ALIGNED": aligned,
         **options,
     }
-    shared = ("head.cuh", "fragments.cuh", "traffic.cuh")
-    return _join(cell, precision, constants, (*shared, kernel))
-
-
-def _join(
-    cell: Cell, precision: str, constants: dict[str, bool | int | float], files: tuple[str, ...]
-) -> dict[str, str]:
-    return {
-        **program.prelude(cell, precision, constants),
-        **{name: program.read(name) for name in files},
-    }
+    files = ["head.cuh", "fragments.cuh", "traffic.cuh", kernel]
+    return program.with_files(cell, precision, constants, files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -50,6 +50,23 @@ def prelude(
         "pointwise.cuh": read("pointwise.cuh"),
         f"cell {cell.name}": render_cuda(cell),
     }
+
+
+def with_files(
+    cell: Cell, precision: str, constants: Mapping[str, bool | int | float], files: Sequence[str]
+) -> dict[str, str]:
+    """A whole program: :func:`prelude`, and files beside this one after it, in their order."""
+    return {**prelude(cell, precision, constants), **{name: read(name) for name in files}}
+
+
+def gradient_options(cut: bool, clipval: float | None) -> dict[str, bool | float]:
+    """The constants of every backward scan.
+
+    Args:
+        cut: whether no gradient flows through R.
+        clipval: what that gradient is clipped to at each step, if to anything.
+    """
+    return {"CUT": cut, "CLIP": clipval is not None, "CLIPVAL": float(clipval or 0)}
 
 
 def _constant(name: str, value: bool | int | float) -> str:

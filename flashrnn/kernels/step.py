@@ -128,11 +128,7 @@ def backward_source(
     cell: Cell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
 ) -> dict[str, str]:
     """The parts of step_backward.cu's program, each under the name that an error gives it."""
-    options: dict[str, bool | float] = {
-        "CUT": cut,
-        "CLIP": clipval is not None,
-        "CLIPVAL": float(clipval or 0),
-    }
+    options = program.gradient_options(cut, clipval)
     return _program("step_backward.cu", BACKWARD_CALL, cell, precision, plan, options)
 
 

@@ -40,12 +40,7 @@ def backward_source(
         cut: whether no gradient flows through R.
         clipval: what that gradient is clipped to at each step, if to anything.
     """
-    options: dict[str, bool | float] = {
-        "FORWARD": False,
-        "CUT": cut,
-        "CLIP": clipval is not None,
-        "CLIPVAL": float(clipval or 0),
-    }
+    options = {"FORWARD": False, **program.gradient_options(cut, clipval)}
     return _program("team_backward.cu", cell, precision, D, plan, options)
 
 
@@ -71,8 +66,5 @@ def _program(
         **options,
     }
     exchange = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
-    files = ("team.cuh", exchange, "team_product.cuh", kernel)
-    return {
-        **program.prelude(cell, precision, constants),
-        **{name: program.read(name) for name in files},
-    }
+    files = ["team.cuh", exchange, "team_product.cuh", kernel]
+    return program.with_files(cell, precision, constants, files)
