@@ -69,7 +69,7 @@ def test_plans_fit_the_gpu_and_cover_the_problem(gpu, backward):
             assert D > 768, given
             continue
         assert (plan.size - 1) * plan.units < D <= plan.size * plan.units, given
-        assert 8 * plan.blocks * plan.items(B, N) >= B * N, given
+        assert 8 * plan.blocks * plan.turns * plan.items(B, N) >= B * N, given
         teams = plan.teams(B, N, gpu)
         assert 1 <= teams <= plan.items(B, N), given
         if plan.cluster:
@@ -233,6 +233,8 @@ def test_equals_vanilla(prefer, kind, dtype):
         (2, 1, 1, 129),
         # More heads and sequences than teams at once.
         (20, 2, 3, 131),
+        # A single step of tiles that take turns.
+        (20, 1, 1, 131),
     ],
     ids=str,
 )
@@ -251,11 +253,12 @@ def test_empty(prefer, sizes):
     ("rank", "chosen"),
     [
         (lambda plan: -plan.blocks, lambda plan: plan.blocks > 1),
+        (lambda plan: -plan.turns, lambda plan: plan.turns > 2),
         (lambda plan: plan.size, lambda plan: plan.units > 40),
         (lambda plan: -plan.sum_parts, lambda plan: plan.sum_parts >= 8),
         (lambda plan: -plan.row_parts, lambda plan: plan.row_parts > 1 or not plan.cluster),
     ],
-    ids=["columns", "small teams", "sum parts", "row parts"],
+    ids=["columns", "turns", "small teams", "sum parts", "row parts"],
 )
 def test_any_tiles(prefer, rank, chosen):
     prefer(rank)
@@ -282,15 +285,26 @@ def test_fragments_wherever_there_is_room(prefer, monkeypatch, dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize("N", [1, 3])
 @pytest.mark.parametrize("prefer", ["grid"], indirect=True)
-def test_teams_take_turns(prefer, N):
-    """With one head and with another, of which they have to load R."""
-    prefer(lambda plan: (plan.blocks, -plan.size))
-    B = 20
+def test_a_team_has_more_than_it_computes_at_a_time(prefer, N, turns):
+    """Of one head and of another, of which it has to load R; the last sequences are fewer."""
+    prefer(lambda plan: (plan.turns != turns, plan.blocks, -plan.size))
+    B = 20 * turns
     for plan in plans("gru", B, N, 131, torch.float16):
+        assert plan.turns == turns
         assert plan.items(B, N) > 2 * plan.teams(B, N, FEW), plan
     check("gru", B, 3, N, 131, torch.float16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("B", [33, 64])
+def test_tiles_take_turns(prefer, B):
+    """All of a team's tiles there, and with some missing."""
+    prefer(lambda plan: (-plan.turns, plan.blocks))
+    assert all(plan.turns == 8 for plan in plans("slstm", B, 1, 131, torch.bfloat16))
+    check("slstm", B, 4, 1, 131, torch.bfloat16)
 
 
 @needs_compiler

@@ -7,8 +7,8 @@
 // the tag, then once more for the others, and so on: who asks without end keeps the L2 cache from those
 // who send, so nobody does for more than a slice.
 //
-// There are two buffers, for odd and even tags. A block sends parcels of tag k when it has those of
-// tag k - 1 of the whole team. Each of these was sent behind a barrier of its block, before which the
+// There are two buffers for each turn, for odd and even tags. A block sends parcels of tag k when it
+// has those of tag k - 1 of the whole team. Each of these was sent behind a barrier of its block, before which the
 // block's warps had the parcels of tag k - 2 in registers: it is them that those of tag k replace.
 
 static_assert(PARCEL_WORDS == 3, "the fourth word is the tag");
@@ -20,24 +20,29 @@ struct Exchange {
     Parcel* buffers;
 
     __device__ Exchange(unsigned char*, Parcel* global, int team)
-        : buffers(global + static_cast<long long>(team) * 2 * BUFFER) {}
+        : buffers(global + static_cast<long long>(team) * TURNS * 2 * BUFFER) {}
+
+    __device__ Parcel* buffer(int turn, unsigned tag) const {
+        return buffers + (turn * 2 + tag % 2) * BUFFER;
+    }
 
     __device__ void send(const unsigned (&words)[PARCEL_WORDS], int parcel, const Owned& owned,
-                         unsigned tag) const {
+                         int turn, unsigned tag) const {
         if (!owned.in_parcel || threadIdx.x % 32 % A_PARCEL != 0) return;
-        Parcel* to = buffers + tag % 2 * BUFFER + parcel_place(parcel, owned.column);
+        Parcel* to = buffer(turn, tag) + parcel_place(parcel, owned.column);
         publish(to, {{words[0], words[1], words[2]}, tag});
     }
 };
 
-// The parcels of a tag that a lane multiplies, of AHEAD slices at a time.
+// The parcels of a turn's tag that a lane multiplies, of AHEAD slices at a time.
 struct Arrivals {
     Parcel parcels[AHEAD][2][BLOCKS];
     const Parcel* mine;
     unsigned tag;
 
-    __device__ Arrivals(const Exchange& exchange, unsigned tag) : tag(tag) {
-        mine = exchange.buffers + tag % 2 * BUFFER + sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
+    __device__ void look_for(const Exchange& exchange, int turn, unsigned tag_to_come) {
+        tag = tag_to_come;
+        mine = exchange.buffer(turn, tag) + sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) expect(i);
     }

@@ -1,6 +1,7 @@
 // How teams of thread blocks own heads that none of them could hold: a team of TEAM blocks has one
-// head and COLUMNS sequences at a time, for all steps; block `rank` of it the head's units from
-// rank * UNITS on, with all their gates.
+// head and TURNS tiles of COLUMNS sequences at a time, for all steps; block `rank` of it the head's
+// units from rank * UNITS on, with all their gates. The tiles' steps take turns: what one of them
+// exchanges is on its way while the team computes the others.
 //
 // Forward, a step needs h of all the head's units, backward the gradients of all their gates that R
 // feeds: SENT values of a unit and sequence, sent by the unit's owner to the whole team. What its
@@ -74,16 +75,25 @@ struct Loaded {
     }
 };
 
-// What a team computes at a time: a head's next COLUMNS sequences, or another head's first.
+// What a team computes at a time: a head's next sequences, or another head's first. Its last tiles
+// may be missing.
 struct Item {
-    int n;
+    int n, turns;
     long long first_sequence;
 
-    __device__ Item(long long number, long long tiles_of_head)
-        : n(number / tiles_of_head), first_sequence(number % tiles_of_head * COLUMNS) {}
+    __device__ static long long count_of_head(long long B) {
+        return (B + TURNS * COLUMNS - 1) / (TURNS * COLUMNS);
+    }
+
+    __device__ Item(long long number, long long B)
+        : n(number / count_of_head(B)),
+          first_sequence(number % count_of_head(B) * TURNS * COLUMNS) {
+        const long long left = (B - first_sequence + COLUMNS - 1) / COLUMNS;
+        turns = TURNS == 1 ? 1 : left < TURNS ? left : TURNS;
+    }
 };
 
-// The lane's owned number e.
+// The lane's owned number e, in a turn.
 struct Owned {
     int parcel, column, unit;
     // Whether its lane has something to own, and whether the problem has this unit and sequence.
@@ -91,7 +101,7 @@ struct Owned {
     // Of the problem in any case: where it lacks the lane's own, something that the warp reads anyway.
     long long sequence, d;
 
-    __device__ Owned(int e, int rank, const Item& item, long long B) {
+    __device__ Owned(int e, int rank, const Item& item, int turn, long long B) {
         constexpr int COUNT = UNIT_PARCELS * COLUMNS;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         int index = e * PARCELS_AT_ONCE + lane / A_PARCEL * WARPS + warp;
@@ -100,11 +110,39 @@ struct Owned {
         parcel = index % UNIT_PARCELS;
         column = index / UNIT_PARCELS;
         unit = parcel * A_PARCEL + lane % A_PARCEL;
-        sequence = item.first_sequence + column;
+        sequence = item.first_sequence + turn * COLUMNS + column;
         d = static_cast<long long>(rank) * UNITS + unit;
         exists = in_parcel && unit < UNITS && d < D && sequence < B;
         if (sequence >= B) sequence = B - 1;
         if (d >= D) d = D - 1;
+    }
+};
+
+// What a lane carries from a tile's step to its next: S numbers for each unit and sequence that it
+// owns. They stay in registers where one tile has all turns; else those of the tile whose turn it is
+// do, and a lane finds the others' in shared memory where it has put them.
+struct Carried {
+    float now[OWNED][S];
+    float* kept;
+
+    static constexpr int BYTES = TURNS == 1 ? 0 : TURNS * OWNED * S * THREADS * sizeof(float);
+
+    __device__ explicit Carried(float* shared) : kept(shared + threadIdx.x) {}
+
+    __device__ void take(int turn) {
+        if (TURNS == 1) return;
+#pragma unroll
+        for (int i = 0; i < OWNED * S; ++i) {
+            now[i / S][i % S] = kept[(turn * OWNED * S + i) * THREADS];
+        }
+    }
+
+    __device__ void put(int turn) const {
+        if (TURNS == 1) return;
+#pragma unroll
+        for (int i = 0; i < OWNED * S; ++i) {
+            kept[(turn * OWNED * S + i) * THREADS] = now[i / S][i % S];
+        }
     }
 };
 

@@ -56,6 +56,7 @@ def _program(
         "D": D,
         "UNITS": plan.units,
         "BLOCKS": plan.blocks,
+        "TURNS": plan.turns,
         "SUM_PARTS": plan.sum_parts,
         "ROW_PARTS": plan.row_parts,
         # A parcel has 16 bytes; where it does not arrive in order, one word says when it has.

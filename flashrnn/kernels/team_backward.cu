@@ -4,15 +4,21 @@
 // What lives where:
 //
 // - registers: R transposed as far as they hold it (team_product.cuh), and in float32 the carried
-//   gradients of the lane's own units and the sums over time of its gates' gradients; the next step's
-//   inputs, on their way while the team exchanges gradients: the gates' pre-activations, the states
-//   before the step and the given gradients of those after it;
-// - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
-//   in a cluster the parcels, of two exchanges in turn;
+//   gradients of the lane's own units and of the tile whose turn it is, and the sums of its gates'
+//   gradients over time and tiles; the next turn's inputs, on their way while the team exchanges
+//   gradients: the gates' pre-activations, the states before the step and the given gradients of
+//   those after it;
+// - shared memory: fragments of R that registers do not hold; the warps' sums, of two products in
+//   turn; carried gradients of other turns; in a cluster the parcels, of two exchanges in turn;
 // - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; residuals
 //   and gradients, of which the lane that owns an element reads or writes it.
 //
 // What orders the steps is as in team_forward.cu.
+
+// The gradient that reaches h through R, as the problem's options have it.
+__device__ inline float clipped(float d_h) {
+    return CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
@@ -27,25 +33,26 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const Exchange exchange(shared_memory(), parcels, team);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory() + EXCHANGE_BYTES);
-    Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
+    Carried d_carried(reinterpret_cast<float*>(partial + 2));
+    Matrix matrix(shared_memory() + EXCHANGE_BYTES + 2 * sizeof(Partial) + Carried::BYTES, streamed);
+    Arrivals arrivals;
 
-    const long long width = static_cast<long long>(N) * D;
-    const long long tiles_of_head = (B + COLUMNS - 1) / COLUMNS, items = N * tiles_of_head;
-    unsigned tag = 0;
+    const long long width = static_cast<long long>(N) * D, items = N * Item::count_of_head(B);
+    unsigned tag = 0, products = 0;
     int loaded = -1;
 
     for (long long number = team; number < items; number += teams) {
-        const Item item(number, tiles_of_head);
+        const Item item(number, B);
         if (!CUT && item.n != loaded) matrix.load(R, item.n, N, rank);
         loaded = item.n;
 
-        float d_carried[OWNED][S], d_bias_sums[OWNED][G] = {};
+        float d_bias_sums[OWNED][G] = {};
         Loaded input_gates[OWNED][G], input_states[OWNED][S], given[OWNED][S];
-        const auto fetch_inputs = [&](long long t) {
+        const auto fetch_inputs = [&](int turn, long long t) {
             const long long earlier = t > PREFETCHED ? PREFETCHED : 0, before = t > 0 ? t - 1 : 0;
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
+                const Owned owned(e, rank, item, turn, B);
                 const long long place = item.n * D + owned.d;
                 const Element* from_gates = gates + (owned.sequence * T + t) * G * width + place;
                 const Element* from_states = states + (owned.sequence * T + before) * width + place;
@@ -65,89 +72,115 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 }
             }
         };
-        const auto add_recurrent_gradient = [&]() {
-            multiply(partial[tag % 2], matrix, exchange, tag);
-            meet<THREADS>();
+        for (int turn = 0; turn < item.turns; ++turn) {
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
-                if (!owned.exists) continue;
-                const float d_h = total(partial[tag % 2], owned).values[0];
-                d_carried[e][0] +=
-                    CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
-            }
-        };
-#pragma unroll
-        for (int e = 0; e < OWNED; ++e) {
-            const Owned owned(e, rank, item, B);
-            const float* from =
-                d_last + owned.sequence * d_last_b + item.n * d_last_n + owned.d * d_last_d;
-#pragma unroll
-            for (int s = 0; s < S; ++s) d_carried[e][s] = owned.exists ? from[s * d_last_s] : 0.0f;
-        }
-        fetch_inputs(T - 1);
-
-        for (long long t = T - 1;; --t) {
-            if (!CUT && t + 1 < T) add_recurrent_gradient();
-            if (t < 0) break;
-            float d_preactivations[OWNED][G];
-#pragma unroll
-            for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
-                float preactivations[G], before[S], d_after[S], d_before[S];
-#pragma unroll
-                for (int k = 0; k < G; ++k) preactivations[k] = input_gates[e][k].value();
+                const Owned owned(e, rank, item, turn, B);
+                const float* from =
+                    d_last + owned.sequence * d_last_b + item.n * d_last_n + owned.d * d_last_d;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    before[s] = input_states[e][s].value();
-                    if (t == 0 && owned.exists) {
-                        before[s] = initial[s * initial_s + owned.sequence * initial_b +
-                                            item.n * initial_n + owned.d * initial_d];
-                    }
-                    d_after[s] = d_carried[e][s] + given[e][s].value();
+                    d_carried.now[e][s] = owned.exists ? from[s * d_last_s] : 0.0f;
                 }
-                derivative(before, preactivations, d_after, d_before, d_preactivations[e]);
-#pragma unroll
-                for (int k = 0; k < G; ++k) d_bias_sums[e][k] += d_preactivations[e][k];
-#pragma unroll
-                for (int s = 0; s < S; ++s) d_carried[e][s] = d_before[s];
             }
-            if (!CUT) {
-                ++tag;
+            d_carried.put(turn);
+        }
+        fetch_inputs(0, T - 1);
+
+        // The step before the first has no gates, just what R gives back.
+        for (long long t = T - 1;; --t, ++tag) {
+            for (int turn = 0; turn < item.turns; ++turn) {
+                const bool last = turn + 1 == item.turns;
+                const int next = last ? 0 : turn + 1;
+                if (!CUT && t + 1 < T) {
+                    if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
+                    multiply(partial[++products % 2], matrix, arrivals);
+                }
+                // It was sent a while ago, and comes while the warp computes its units.
+                if (!CUT && TURNS > 1) arrivals.look_for(exchange, next, tag + last);
+                d_carried.take(turn);
+                if (!CUT && t + 1 < T) {
+                    meet<THREADS>();
+#pragma unroll
+                    for (int e = 0; e < OWNED; ++e) {
+                        const Owned owned(e, rank, item, turn, B);
+                        if (!owned.exists) continue;
+                        const float d_h = total(partial[products % 2], owned).values[0];
+                        d_carried.now[e][0] += clipped(d_h);
+                    }
+                }
+                if (t < 0) {
+                    d_carried.put(turn);
+                    continue;
+                }
+                float d_preactivations[OWNED][G];
 #pragma unroll
                 for (int e = 0; e < OWNED; ++e) {
-                    const Owned owned(e, rank, item, B);
+                    const Owned owned(e, rank, item, turn, B);
+                    float preactivations[G], before[S], d_after[S], d_before[S];
 #pragma unroll
-                    for (int s = 0; s < SENT; ++s) {
-                        unsigned words[PARCEL_WORDS];
-                        make_parcel(words, owned.exists ? d_preactivations[e][RECURRENT[s]] : 0.0f);
-                        const int parcel = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
-                        exchange.send(words, parcel, owned, tag);
+                    for (int k = 0; k < G; ++k) preactivations[k] = input_gates[e][k].value();
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        before[s] = input_states[e][s].value();
+                        if (t == 0 && owned.exists) {
+                            before[s] = initial[s * initial_s + owned.sequence * initial_b +
+                                                item.n * initial_n + owned.d * initial_d];
+                        }
+                        d_after[s] = d_carried.now[e][s] + given[e][s].value();
+                    }
+                    derivative(before, preactivations, d_after, d_before, d_preactivations[e]);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) {
+                        if (owned.exists) d_bias_sums[e][k] += d_preactivations[e][k];
+                    }
+#pragma unroll
+                    for (int s = 0; s < S; ++s) d_carried.now[e][s] = d_before[s];
+                }
+                if (!CUT) {
+#pragma unroll
+                    for (int e = 0; e < OWNED; ++e) {
+                        const Owned owned(e, rank, item, turn, B);
+#pragma unroll
+                        for (int s = 0; s < SENT; ++s) {
+                            const float d_gate = d_preactivations[e][RECURRENT[s]];
+                            unsigned words[PARCEL_WORDS];
+                            make_parcel(words, owned.exists ? d_gate : 0.0f);
+                            const int parcel = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
+                            exchange.send(words, parcel, owned, turn, tag + 1);
+                        }
                     }
                 }
+                // All that follows hides behind the exchange.
+                d_carried.put(turn);
+                fetch_inputs(next, last && t > 0 ? t - 1 : t);
+#pragma unroll
+                for (int e = 0; e < OWNED; ++e) {
+                    const Owned owned(e, rank, item, turn, B);
+                    if (!owned.exists) continue;
+                    const long long place = item.n * D + owned.d;
+                    Element* to = d_gates + (owned.sequence * T + t) * G * width + place;
+#pragma unroll
+                    for (int k = 0; k < G; ++k) round_to(to[k * width], d_preactivations[e][k]);
+                }
             }
-            // All that follows hides behind the exchange.
-            fetch_inputs(t > 0 ? t - 1 : 0);
+            if (t < 0) break;
+        }
+        for (int turn = 0; turn < item.turns; ++turn) {
+            d_carried.take(turn);
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
+                const Owned owned(e, rank, item, turn, B);
                 if (!owned.exists) continue;
-                Element* to = d_gates + (owned.sequence * T + t) * G * width + item.n * D + owned.d;
+                const long long place = item.n * D + owned.d;
+                float* to = d_initial + owned.sequence * width + place;
 #pragma unroll
-                for (int k = 0; k < G; ++k) round_to(to[k * width], d_preactivations[e][k]);
+                for (int s = 0; s < S; ++s) to[s * B * width] = d_carried.now[e][s];
+                // All tiles' sums are in the first one's place.
+                float* to_bias = d_bias + owned.sequence * G * width + place;
+#pragma unroll
+                for (int k = 0; k < G; ++k) to_bias[k * width] = turn ? 0.0f : d_bias_sums[e][k];
             }
-        }
-#pragma unroll
-        for (int e = 0; e < OWNED; ++e) {
-            const Owned owned(e, rank, item, B);
-            if (!owned.exists) continue;
-            const long long place = item.n * D + owned.d;
-            float* to = d_initial + owned.sequence * width + place;
-#pragma unroll
-            for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[e][s];
-            float* to_bias = d_bias + owned.sequence * G * width + place;
-#pragma unroll
-            for (int k = 0; k < G; ++k) to_bias[k * width] = d_bias_sums[e][k];
         }
     }
 }

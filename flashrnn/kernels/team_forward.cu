@@ -4,9 +4,10 @@
 // What lives where:
 //
 // - registers: R as far as they hold it (team_product.cuh), the bias, and in float32 the carried
-//   states of the lane's own units; the next step's Wx, on its way while the team exchanges h;
-// - shared memory: fragments of R that registers do not hold; the warps' sums, of two steps in turn;
-//   in a cluster the parcels, of two exchanges in turn;
+//   states of the lane's own units and of the tile whose turn it is; the next turn's Wx, on its way
+//   while the team exchanges h;
+// - shared memory: fragments of R that registers do not hold; the warps' sums, of two products in
+//   turn; carried states of other turns; in a cluster the parcels, of two exchanges in turn;
 // - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; Wx,
 //   states and gates, of which the lane that owns an element reads or writes it.
 //
@@ -25,25 +26,26 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const Exchange exchange(shared_memory(), parcels, team);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory() + EXCHANGE_BYTES);
-    Matrix matrix(reinterpret_cast<Fragment*>(partial + 2), streamed);
+    Carried carried(reinterpret_cast<float*>(partial + 2));
+    Matrix matrix(shared_memory() + EXCHANGE_BYTES + 2 * sizeof(Partial) + Carried::BYTES, streamed);
+    Arrivals arrivals;
 
-    const long long width = static_cast<long long>(N) * D;
-    const long long tiles_of_head = (B + COLUMNS - 1) / COLUMNS, items = N * tiles_of_head;
-    unsigned tag = 0;
+    const long long width = static_cast<long long>(N) * D, items = N * Item::count_of_head(B);
+    unsigned tag = 1, products = 0;
     int loaded = -1;
 
     for (long long number = team; number < items; number += teams) {
-        const Item item(number, tiles_of_head);
+        const Item item(number, B);
         if (item.n != loaded) matrix.load(R, item.n, N, rank);
         loaded = item.n;
 
-        float carried[OWNED][S], bias[OWNED][G];
+        float bias[OWNED][G];
         Loaded input[OWNED][GW];
-        const auto fetch_input = [&](long long t) {
+        const auto fetch_input = [&](int turn, long long t) {
             const long long later = t + PREFETCHED < T ? PREFETCHED * Wx_t : 0;
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
+                const Owned owned(e, rank, item, turn, B);
                 const Element* from =
                     Wx + owned.sequence * Wx_b + t * Wx_t + item.n * Wx_n + owned.d * Wx_d;
 #pragma unroll
@@ -53,81 +55,102 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 }
             }
         };
-        const auto send_h = [&]() {
-            ++tag;
+        const auto send_h = [&](int turn, unsigned tag) {
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
+                const Owned owned(e, rank, item, turn, B);
                 unsigned words[PARCEL_WORDS];
-                make_parcel(words, owned.exists ? carried[e][0] : 0.0f);
-                exchange.send(words, rank * PARCELS + owned.parcel, owned, tag);
+                make_parcel(words, owned.exists ? carried.now[e][0] : 0.0f);
+                exchange.send(words, rank * PARCELS + owned.parcel, owned, turn, tag);
             }
         };
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
-            const Owned owned(e, rank, item, B);
-            const float* from =
-                initial + owned.sequence * initial_b + item.n * initial_n + owned.d * initial_d;
-#pragma unroll
-            for (int s = 0; s < S; ++s) carried[e][s] = owned.exists ? from[s * initial_s] : 0.0f;
+            const Owned owned(e, rank, item, 0, B);
 #pragma unroll
             for (int k = 0; k < G; ++k) {
                 const long long row = static_cast<long long>(FED_B[k]) * N + item.n;
                 bias[e][k] = FED_B[k] >= 0 && owned.exists ? to_float(b[row * D + owned.d]) : 0.0f;
             }
         }
-        send_h();
-        fetch_input(0);
-
-        for (long long t = 0; t < T; ++t) {
-            multiply(partial[tag % 2], matrix, exchange, tag);
-            meet<THREADS>();
-
-            float preactivations[OWNED][G];
+        for (int turn = 0; turn < item.turns; ++turn) {
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
-                Rows recurrent = {};
-                if (owned.exists) recurrent = total(partial[tag % 2], owned);
-#pragma unroll
-                for (int k = 0; k < G; ++k) {
-                    float sum = bias[e][k];
-                    if (FED_WX[k] >= 0) sum += input[e][FED_WX[k] < 0 ? 0 : FED_WX[k]].value();
-                    if (FED_R[k] >= 0) sum += recurrent.values[FED_R[k] < 0 ? 0 : FED_R[k]];
-                    preactivations[e][k] = sum;
-                }
-                float after[S];
-                step(carried[e], preactivations[e], after);
-#pragma unroll
-                for (int s = 0; s < S; ++s) carried[e][s] = after[s];
-            }
-            if (t + 1 < T) send_h();
-            // All that follows hides behind the exchange.
-            fetch_input(t + 1 < T ? t + 1 : t);
-#pragma unroll
-            for (int e = 0; e < OWNED; ++e) {
-                const Owned owned(e, rank, item, B);
-                if (!owned.exists) continue;
-                const long long place = item.n * D + owned.d;
+                const Owned owned(e, rank, item, turn, B);
+                const float* from =
+                    initial + owned.sequence * initial_b + item.n * initial_n + owned.d * initial_d;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    Element* to = states + ((s * B + owned.sequence) * T + t) * width + place;
-                    round_to(*to, carried[e][s]);
+                    carried.now[e][s] = owned.exists ? from[s * initial_s] : 0.0f;
                 }
-                if (SAVE_GATES) {
-                    Element* to = gates + (owned.sequence * T + t) * G * width + place;
+            }
+            carried.put(turn);
+            send_h(turn, tag);
+        }
+        fetch_input(0, 0);
+        if (TURNS > 1) arrivals.look_for(exchange, 0, tag);
+
+        for (long long t = 0; t < T; ++t, ++tag) {
+            for (int turn = 0; turn < item.turns; ++turn, ++products) {
+                const bool last = turn + 1 == item.turns;
+                const int next = last ? 0 : turn + 1;
+                if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
+                multiply(partial[products % 2], matrix, arrivals);
+                // It was sent a while ago, and comes while the warp computes its units.
+                if (TURNS > 1) arrivals.look_for(exchange, next, tag + last);
+                meet<THREADS>();
+
+                carried.take(turn);
+                float preactivations[OWNED][G];
 #pragma unroll
-                    for (int k = 0; k < G; ++k) round_to(to[k * width], preactivations[e][k]);
+                for (int e = 0; e < OWNED; ++e) {
+                    const Owned owned(e, rank, item, turn, B);
+                    Rows recurrent = {};
+                    if (owned.exists) recurrent = total(partial[products % 2], owned);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) {
+                        float sum = bias[e][k];
+                        if (FED_WX[k] >= 0) sum += input[e][FED_WX[k] < 0 ? 0 : FED_WX[k]].value();
+                        if (FED_R[k] >= 0) sum += recurrent.values[FED_R[k] < 0 ? 0 : FED_R[k]];
+                        preactivations[e][k] = sum;
+                    }
+                    float after[S];
+                    step(carried.now[e], preactivations[e], after);
+#pragma unroll
+                    for (int s = 0; s < S; ++s) carried.now[e][s] = after[s];
+                }
+                if (t + 1 < T) send_h(turn, tag + 1);
+                // All that follows hides behind the exchange.
+                carried.put(turn);
+                fetch_input(next, last && t + 1 < T ? t + 1 : t);
+#pragma unroll
+                for (int e = 0; e < OWNED; ++e) {
+                    const Owned owned(e, rank, item, turn, B);
+                    if (!owned.exists) continue;
+                    const long long place = item.n * D + owned.d;
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        Element* to = states + ((s * B + owned.sequence) * T + t) * width + place;
+                        round_to(*to, carried.now[e][s]);
+                    }
+                    if (SAVE_GATES) {
+                        Element* to = gates + (owned.sequence * T + t) * G * width + place;
+#pragma unroll
+                        for (int k = 0; k < G; ++k) round_to(to[k * width], preactivations[e][k]);
+                    }
                 }
             }
         }
+        for (int turn = 0; turn < item.turns; ++turn) {
+            carried.take(turn);
 #pragma unroll
-        for (int e = 0; e < OWNED; ++e) {
-            const Owned owned(e, rank, item, B);
-            if (!owned.exists) continue;
-            float* to = last_states + owned.sequence * width + item.n * D + owned.d;
+            for (int e = 0; e < OWNED; ++e) {
+                const Owned owned(e, rank, item, turn, B);
+                if (!owned.exists) continue;
+                float* to = last_states + owned.sequence * width + item.n * D + owned.d;
 #pragma unroll
-            for (int s = 0; s < S; ++s) to[s * B * width] = carried[e][s];
+                for (int s = 0; s < S; ++s) to[s * B * width] = carried.now[e][s];
+            }
         }
     }
 }

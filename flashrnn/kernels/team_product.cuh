@@ -15,8 +15,8 @@ struct Matrix {
     Fragment held[HELD];
     Fragment *spared, *streamed;
 
-    __device__ Matrix(Fragment* shared, Fragment* global)
-        : spared(shared + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32),
+    __device__ Matrix(void* shared, Fragment* global)
+        : spared(static_cast<Fragment*>(shared) + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32),
           streamed(global + (static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32) *
                                 STREAMED * 32 +
                    threadIdx.x % 32) {}
@@ -71,7 +71,7 @@ struct Matrix {
     }
 };
 
-// The sums of the warps that share rows, of two steps in turn. Sequences lie apart by this much, so
+// The sums of the warps that share rows, of two products in turn. Sequences lie apart by this much, so
 // that a warp's sums go to 32 different banks.
 constexpr int PITCH = 16 * TILES * ROW_PARTS + 4;
 using Partial = float[SUM_PARTS][COLUMNS][PITCH];
@@ -80,10 +80,8 @@ using Partial = float[SUM_PARTS][COLUMNS][PITCH];
 constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
 
 // Multiplies the values of an exchange, and puts the warp's sums where total() finds them.
-__device__ inline void multiply(Partial& partial, const Matrix& matrix, const Exchange& exchange,
-                                unsigned tag) {
+__device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals& arrivals) {
     float sums[CHAINS][TILES][BLOCKS][4] = {};
-    Arrivals arrivals(exchange, tag);
 #pragma unroll
     for (int i = 0; i < SLICES_A_WARP; ++i) {
         unsigned words[BLOCKS][2 * PARCEL_WORDS];

@@ -19,7 +19,8 @@ class TeamPlan:
 
     Attributes:
         units: units of the head that a block owns.
-        blocks: blocks of 8 sequences that a team owns.
+        blocks: blocks of 8 sequences in a tile.
+        turns: tiles that a team owns, whose steps take turns.
         size: thread blocks of a team.
         cluster: whether a team is a cluster.
         sum_parts: parts into which a block's warps cut the sums of its product.
@@ -28,12 +29,13 @@ class TeamPlan:
         spared: those that lie in shared memory.
         streamed: those that lie in global memory, and are read at every step.
         ahead: slices of what the team exchanges that a warp asks for at once.
-        parcels: 16-byte parcels of a team's two buffers in global memory.
+        parcels: 16-byte parcels of a team's buffers in global memory, two for each turn.
         shared_memory: a block's dynamic shared memory in bytes.
     """
 
     units: int
     blocks: int
+    turns: int
     size: int
     cluster: bool
     sum_parts: int
@@ -46,8 +48,8 @@ class TeamPlan:
     shared_memory: int
 
     def items(self, B: int, N: int) -> int:
-        """Heads times tiles of sequences: what teams are there for."""
-        return N * tiles_of(B, 8 * self.blocks)
+        """Heads times what a team owns of their sequences."""
+        return N * tiles_of(B, 8 * self.blocks * self.turns)
 
     def teams(self, B: int, N: int, gpu: GPU) -> int:
         """Teams of a launch: where they are no clusters, as many as run at once."""
@@ -74,6 +76,7 @@ def plan_team(problem: Problem, gpu: GPU, backward: bool) -> TeamPlan | str:
         sent=recurrent if backward else 1,
         produced=1 if backward else recurrent,
         kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
+        carried=S,
         itemsize=problem.dtype.itemsize,
         passes=3 if problem.dtype.itemsize == 4 else 1,
     )
@@ -89,6 +92,7 @@ class Values(NamedTuple):
         sent: values of a unit and sequence that a team exchanges.
         produced: values that its product yields.
         kept: numbers that their owner keeps.
+        carried: those among them that pass from step to step.
         itemsize: bytes of a value.
         passes: products of the tensor core that one takes.
     """
@@ -96,6 +100,7 @@ class Values(NamedTuple):
     sent: int
     produced: int
     kept: int
+    carried: int
     itemsize: int
     passes: int
 
@@ -126,6 +131,7 @@ class Choice:
     D: int
     units: int
     blocks: int
+    turns: int
     cluster: bool
     sum_parts: int
     row_parts: int
@@ -142,7 +148,7 @@ class Choice:
 
     @property
     def columns(self) -> int:
-        """Sequences of a team."""
+        """Sequences of a tile."""
         return 8 * self.blocks
 
     @property
@@ -184,15 +190,18 @@ _PARTS = {
 }
 # Slices that a warp of so many asks for at once, where registers are there for it.
 _AHEAD = {4: 8, 6: 8, 8: 8, 12: 4, 16: 1}
+_TURNS = (1, 2, 4, 8)
 _CLUSTERS = (2, 4, 8, 16)
 _FEWEST_UNITS, _MOST_UNITS = 12, 128
 
 
 def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choice]:
-    for blocks in range(1, 1 + min(4, tiles_of(B, 8))):
-        items = N * tiles_of(B, 8 * blocks)
-        # Few units a block, as long as all teams run at once or take few turns.
-        at_once = {tiles_of(items, turns) for turns in range(1, 9)} | {1, 2, 4, 8, 16, 32}
+    for blocks, turns in product(range(1, 5), _TURNS):
+        if 8 * blocks * turns > B:
+            continue
+        items = N * tiles_of(B, 8 * blocks * turns)
+        # Few units a block, as long as all teams run at once or in few rounds.
+        at_once = {tiles_of(items, rounds) for rounds in range(1, 9)} | {1, 2, 4, 8, 16, 32}
         sizes = {gpu.multiprocessors // teams for teams in at_once} - {0}
         least = {max(_FEWEST_UNITS, tiles_of(D, size)) for size in sizes}
         # Whole tiles or parcels of them, or neither.
@@ -205,7 +214,7 @@ def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choic
         for cluster, units in ((False, some), (True, of_clusters)):
             for few, parts in product(sorted(units), _PARTS[cluster]):
                 if few <= _MOST_UNITS:
-                    yield Choice(values, D, few, blocks, cluster, *parts)
+                    yield Choice(values, D, few, blocks, turns, cluster, *parts)
 
 
 def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
@@ -224,11 +233,14 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
     held = min(fragments, (registers - working) // 4)
 
-    parcels = 2 * slices * choice.sum_parts * 2 * blocks * 32
-    exchange_bytes = 16 * parcels + 16 if cluster else 0
+    parcels = choice.turns * 2 * slices * choice.sum_parts * 2 * blocks * 32
+    exchange_bytes = 16 * parcels + 16 * choice.turns if cluster else 0
+    others = choice.turns if choice.turns > 1 else 0
+    carried_bytes = others * choice.owned * values.carried * 32 * warps * 4
     pitch = 16 * row_tiles * choice.row_parts + 4
     partial_bytes = 2 * choice.sum_parts * choice.columns * pitch * 4
-    room = gpu.shared_memory - exchange_bytes - partial_bytes
+    taken = exchange_bytes + partial_bytes + carried_bytes
+    room = gpu.shared_memory - taken
     if held < 1 or room < 0:
         return None
     spared = min(fragments - held, room // (512 * warps))
@@ -238,6 +250,7 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     return TeamPlan(
         units=choice.units,
         blocks=blocks,
+        turns=choice.turns,
         size=choice.size,
         cluster=cluster,
         sum_parts=choice.sum_parts,
@@ -247,7 +260,7 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
         streamed=streamed,
         ahead=ahead,
         parcels=0 if cluster else parcels,
-        shared_memory=exchange_bytes + partial_bytes + 512 * warps * spared,
+        shared_memory=taken + 512 * warps * spared,
     )
 
 
@@ -257,7 +270,7 @@ def _clusters_at_once(size: int, gpu: GPU) -> int:
 
 
 def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
-    """What a step takes, all teams' turns together, so far as plans compare by it.
+    """What a step of all sequences takes, so far as plans compare by it.
 
     Its numbers follow what was measured on an H100 (docs/performance.md).
     """
@@ -266,14 +279,17 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
     if choice.cluster:
         at_once = _clusters_at_once(size, gpu)
-        exchange = 500 + exchanged_bytes / 12 + choice.row_parts * exchanged_bytes / 100
+        wait = 500
+        transfer = exchanged_bytes / 12 + choice.row_parts * exchanged_bytes / 100
     else:
         at_once = gpu.multiprocessors // size
         running = min(at_once, items) * size
-        exchange = 650 + 8 * size + max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
-        exchange += 350 * (tiles_of(slices, plan.ahead) - 1)
+        wait = 650 + 8 * size
+        transfer = max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
+        transfer += 350 * (tiles_of(slices, plan.ahead) - 1)
     chain, issue = 36 * choice.words * slices, 2 * warps * choice.blocks * choice.fragments
     multiply = max(chain, issue) * values.passes
     fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
     add = choice.sum_parts * (48 + columns * choice.units * values.produced / 8)
-    return (exchange + multiply + fetch + add + 150 * choice.owned) * tiles_of(items, at_once)
+    turn = transfer + multiply + fetch + add + 150 * choice.owned
+    return max(wait + turn, choice.turns * turn) * tiles_of(items, at_once)
