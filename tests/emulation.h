@@ -468,6 +468,11 @@ static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 
 template <typename Operand>
+static void mma_half(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, Operand operand) {
+    mma(c, a0, a1, 0, 0, b0, 0, operand);
+}
+
+template <typename Operand>
 static unsigned prepare(unsigned word, Operand) {
     return word;
 }

@@ -73,13 +73,16 @@ struct Arrivals {
             wait_for_bytes(barrier, (tag - 1) / 2 % 2);
             if (threadIdx.x == 0) expect_bytes(barrier, ARRIVING);
         }
+        Words parcels[2][BLOCKS];
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; ++k) {
-            const Words parcel = mine[(i * SUM_PARTS * 2 * BLOCKS + k) * 32];
+            parcels[k / BLOCKS][k % BLOCKS] = mine[(i * SUM_PARTS * 2 * BLOCKS + k) * 32];
+        }
 #pragma unroll
-            for (int w = 0; w < PARCEL_WORDS; ++w) {
-                words[k % BLOCKS][k / BLOCKS * PARCEL_WORDS + w] = parcel.words[w];
-            }
+        for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
+            const int block = k % BLOCKS, step = k / BLOCKS / 2, half = k / BLOCKS % 2;
+            const Words& parcel = parcels[parcel_of(step, half)][block];
+            words[block][2 * step + half] = parcel.words[word_of(step, half)];
         }
     }
 };

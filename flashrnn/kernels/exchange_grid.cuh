@@ -60,9 +60,9 @@ struct Arrivals {
         }
 #pragma unroll
         for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
-            const int block = k / (2 * PARCEL_WORDS), word = k % (2 * PARCEL_WORDS);
-            words[block][word] =
-                parcels[i % AHEAD][word / PARCEL_WORDS][block].words[word % PARCEL_WORDS];
+            const int block = k % BLOCKS, step = k / BLOCKS / 2, half = k / BLOCKS % 2;
+            const Parcel& parcel = parcels[i % AHEAD][parcel_of(step, half)][block];
+            words[block][2 * step + half] = parcel.words[word_of(step, half)];
         }
         // Where the first has come others have, asked for in vain before.
         if (i == 0) ask(1, AHEAD - 1);

@@ -36,7 +36,8 @@ constexpr int OWNED = (UNIT_PARCELS * COLUMNS + PARCELS_AT_ONCE - 1) / PARCELS_A
 
 // The product takes parcel q of a sequence, of the TEAM * PARCELS that it has block by block, with
 // slice q / 8: there it goes to the lanes 4 i + q % 8 / 2 of the tensor core's right operand, i
-// being the sequence's column. So a lane multiplies two parcels of a slice, in PARCEL_WORDS steps.
+// being the sequence's column. So a lane multiplies two parcels of a slice, in PARCEL_WORDS steps of
+// two words: pairs as they lie in a parcel, which need not be moved, and then what is left of both.
 // Warps take slices in turn.
 constexpr int SLICES_A_WARP = (TEAM * PARCELS + 8 * SUM_PARTS - 1) / (8 * SUM_PARTS);
 constexpr int SLICES = SLICES_A_WARP * SUM_PARTS;
@@ -47,6 +48,15 @@ constexpr int BUFFER = SLICES * 2 * BLOCKS * 32;
 __device__ inline int parcel_place(int parcel, int column) {
     const int lane = column % 8 * 4 + parcel % 8 / 2;
     return ((parcel / 8 * 2 + parcel % 2) * BLOCKS + column / 8) * 32 + lane;
+}
+
+// Which of the two parcels, and which of its words, half a step takes.
+__device__ constexpr int parcel_of(int step, int half) {
+    return step < PARCEL_WORDS / 2 * 2 ? step / (PARCEL_WORDS / 2) : half;
+}
+
+__device__ constexpr int word_of(int step, int half) {
+    return step < PARCEL_WORDS / 2 * 2 ? step % (PARCEL_WORDS / 2) * 2 + half : PARCEL_WORDS - 1;
 }
 
 // The product's rows: unit by unit PRODUCED of them, in tiles of 16.
@@ -101,12 +111,14 @@ struct Owned {
     // Of the problem in any case: where it lacks the lane's own, something that the warp reads anyway.
     long long sequence, d;
 
+    static constexpr int COUNT = UNIT_PARCELS * COLUMNS;
+
     __device__ Owned(int e, int rank, const Item& item, int turn, long long B) {
-        constexpr int COUNT = UNIT_PARCELS * COLUMNS;
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        int index = e * PARCELS_AT_ONCE + lane / A_PARCEL * WARPS + warp;
+        const int first = e * PARCELS_AT_ONCE + warp * PARCELS_A_WARP;
+        int index = first + lane / A_PARCEL;
         in_parcel = lane < PARCELS_A_WARP * A_PARCEL && index < COUNT;
-        if (!in_parcel) index = warp % COUNT;
+        if (!in_parcel) index = first < COUNT ? first : COUNT - 1;
         parcel = index % UNIT_PARCELS;
         column = index / UNIT_PARCELS;
         unit = parcel * A_PARCEL + lane % A_PARCEL;
@@ -116,6 +128,9 @@ struct Owned {
         if (sequence >= B) sequence = B - 1;
         if (d >= D) d = D - 1;
     }
+
+    // Whether the warp's lanes have something to own.
+    __device__ static bool any() { return threadIdx.x / 32 * PARCELS_A_WARP < COUNT; }
 };
 
 // What a lane carries from a tile's step to its next: S numbers for each unit and sequence that it

@@ -98,9 +98,11 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 }
                 // It was sent a while ago, and comes while the warp computes its units.
                 if (!CUT && TURNS > 1) arrivals.look_for(exchange, next, tag + last);
+                if (!CUT && t + 1 < T) meet<THREADS>();
+                if (!Owned::any()) continue;
+
                 d_carried.take(turn);
                 if (!CUT && t + 1 < T) {
-                    meet<THREADS>();
 #pragma unroll
                     for (int e = 0; e < OWNED; ++e) {
                         const Owned owned(e, rank, item, turn, B);

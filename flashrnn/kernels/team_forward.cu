@@ -99,6 +99,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 // It was sent a while ago, and comes while the warp computes its units.
                 if (TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 meet<THREADS>();
+                if (!Owned::any()) continue;
 
                 carried.take(turn);
                 float preactivations[OWNED][G];

@@ -43,15 +43,14 @@ struct Matrix {
         Fragment fragment;
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            // Of the words that a lane has of a slice, two parcels'.
-            const int word = 2 * step + w / 2;
-            const int parcel = slice * 8 + lane % 4 * 2 + word / PARCEL_WORDS;
+            const int parcel = slice * 8 + lane % 4 * 2 + parcel_of(step, w / 2);
+            const int word = word_of(step, w / 2);
             const int row = 16 * tile + w % 2 * 8 + lane / 4;
             Element elements[A_WORD] = {};
 #pragma unroll
             for (int k = 0; k < A_WORD; ++k) {
                 // Among the units of the block that sends it.
-                const int sent = parcel % UNIT_PARCELS * A_PARCEL + word % PARCEL_WORDS * A_WORD + k;
+                const int sent = parcel % UNIT_PARCELS * A_PARCEL + word * A_WORD + k;
                 const int from = parcel / PARCELS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
                 const int gate = FORWARD ? row % PRODUCED : parcel % PARCELS / UNIT_PARCELS;
                 const bool exists = parcel < TEAM * PARCELS && sent < UNITS && from < D &&
@@ -79,6 +78,13 @@ using Partial = float[SUM_PARTS][COLUMNS][PITCH];
 // An instruction waits for the one before that adds to the same sum, so there are several of them.
 constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
 
+// Two words that the tensor core sums at once lie in neighbouring registers. Those that are left of
+// two parcels do not, and to move them the compiler would have their parcels arrive first: they are
+// multiplied one by one.
+__device__ constexpr bool apart(int step) {
+    return sizeof(Element) == 2 && PARCEL_WORDS % 2 && step == PARCEL_WORDS - 1;
+}
+
 // Multiplies the values of an exchange, and puts the warp's sums where total() finds them.
 __device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals& arrivals) {
     float sums[CHAINS][TILES][BLOCKS][4] = {};
@@ -89,15 +95,23 @@ __device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals
 #pragma unroll
         for (int step = 0; step < PARCEL_WORDS; ++step) {
 #pragma unroll
-            for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+            for (int pass = 0; pass < (apart(step) ? 2 : PASSES<Operand>); ++pass) {
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile) {
                     const Fragment a = matrix[(i * PARCEL_WORDS + step) * TILES + tile];
 #pragma unroll
                     for (int block = 0; block < BLOCKS; ++block) {
-                        mma_pass(pass, sums[(i * PARCEL_WORDS + step) % CHAINS][tile][block],
-                                 a.words[0], a.words[1], a.words[2], a.words[3],
-                                 words[block][2 * step], words[block][2 * step + 1], Operand{});
+                        const unsigned* b = &words[block][2 * step];
+                        float(&sum)[4] = sums[(i * PARCEL_WORDS + step) % CHAINS][tile][block];
+                        if constexpr (sizeof(Element) == 2) {
+                            if (apart(step)) {
+                                mma_half(sum, a.words[2 * pass], a.words[2 * pass + 1], b[pass],
+                                         Operand{});
+                                continue;
+                            }
+                        }
+                        mma_pass(pass, sum, a.words[0], a.words[1], a.words[2], a.words[3], b[0],
+                                 b[1], Operand{});
                     }
                 }
             }
