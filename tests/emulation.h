@@ -59,6 +59,15 @@ struct Meeting {
     int arrived = 0, number = 0;
 
     void wait_for(int all);
+
+    // Whether all are there now.
+    bool arrive(int all) {
+        if (++arrived < all) return false;
+        arrived = 0;
+        ++number;
+        last_progress = rounds;
+        return true;
+    }
 };
 
 // Made by makecontext, switched by longjmp, which needs no system call.
@@ -89,7 +98,7 @@ struct Block {
     std::vector<Coroutine> threads;
     std::vector<std::vector<std::vector<Copy>>> copy_groups;
     std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
-    Meeting meeting, warp_meetings[32];
+    Meeting meeting, notice, warp_meetings[32];
     long long held_up_until[32] = {};
     // Two sets of registers, in turn: a lane may write its next ones while others read these.
     unsigned exchanged[2][1024][6];
@@ -122,15 +131,10 @@ static Coroutine* self;
 
 void Meeting::wait_for(int all) {
     const int mine = number;
-    if (++arrived == all) {
-        arrived = 0;
-        ++number;
-        last_progress = rounds;
-    } else {
-        self->meeting = this;
-        self->number = mine;
-        yield();
-    }
+    if (arrive(all)) return;
+    self->meeting = this;
+    self->number = mine;
+    yield();
 }
 
 // ---- what blocks send each other
@@ -548,6 +552,18 @@ template <int THREADS>
 static void meet() {
     __syncthreads();
 }
+
+template <int THREADS>
+static void give_notice() {
+    current->notice.arrive(THREADS);
+}
+
+template <int THREADS>
+static void await_notice() {
+    current->notice.wait_for(THREADS);
+}
+
+static void pause(unsigned) { yield(); }
 
 template <typename T>
 static unsigned load_alone(const T* from) {

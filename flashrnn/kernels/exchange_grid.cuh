@@ -32,6 +32,18 @@ struct Exchange {
         Parcel* to = buffer(turn, tag) + parcel_place(parcel, owned.column);
         publish(to, {{words[0], words[1], words[2]}, tag});
     }
+
+    // Where tiles take no turns, warps that own no units have nothing to do until the block has sent
+    // its own. They stand by: others will not have sent earlier, and then it takes a while at least.
+    __device__ void sent() const {
+        if (TURNS == 1 && Owned::SOME_WARPS_DO_NOT) give_notice<THREADS>();
+    }
+
+    __device__ void stand_by() const {
+        if (TURNS > 1) return;
+        await_notice<THREADS>();
+        pause(100);
+    }
 };
 
 // The parcels of a turn's tag that a lane multiplies, of AHEAD slices at a time.

@@ -223,6 +223,22 @@ __device__ inline void meet() {
     asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
+// Another one, for which some threads stand by and at which the others do not wait.
+template <int THREADS>
+__device__ inline void give_notice() {
+    asm volatile("barrier.arrive 2, %0;" ::"n"(THREADS) : "memory");
+}
+
+template <int THREADS>
+__device__ inline void await_notice() {
+    asm volatile("barrier.sync 2, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Waits for about so many nanoseconds.
+__device__ inline void pause(unsigned nanoseconds) {
+    asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
+}
+
 // What thread blocks send each other through global memory: written and read as a whole. (PTX says so
 // of a word of 128 bits only. Of those and of four of 32 bits the assembler makes the same
 // instruction, but has the former moved to and fro.)

@@ -131,6 +131,7 @@ struct Owned {
 
     // Whether the warp's lanes have something to own.
     __device__ static bool any() { return threadIdx.x / 32 * PARCELS_A_WARP < COUNT; }
+    static constexpr bool SOME_WARPS_DO_NOT = (WARPS - 1) * PARCELS_A_WARP >= COUNT;
 };
 
 // What a lane carries from a tile's step to its next: S numbers for each unit and sequence that it

@@ -94,12 +94,15 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 const int next = last ? 0 : turn + 1;
                 if (!CUT && t + 1 < T) {
                     if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
-                    multiply(partial[++products % 2], matrix, arrivals);
+                    multiply<Operand>(partial[++products % 2], matrix, arrivals);
                 }
                 // It was sent a while ago, and comes while the warp computes its units.
                 if (!CUT && TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 if (!CUT && t + 1 < T) meet<THREADS>();
-                if (!Owned::any()) continue;
+                if (!Owned::any()) {
+                    if (!CUT && t >= 0) exchange.stand_by();
+                    continue;
+                }
 
                 d_carried.take(turn);
                 if (!CUT && t + 1 < T) {
@@ -152,6 +155,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                             exchange.send(words, parcel, owned, turn, tag + 1);
                         }
                     }
+                    exchange.sent();
                 }
                 // All that follows hides behind the exchange.
                 d_carried.put(turn);

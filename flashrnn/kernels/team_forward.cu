@@ -95,11 +95,14 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 const bool last = turn + 1 == item.turns;
                 const int next = last ? 0 : turn + 1;
                 if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
-                multiply(partial[products % 2], matrix, arrivals);
+                multiply<Operand>(partial[products % 2], matrix, arrivals);
                 // It was sent a while ago, and comes while the warp computes its units.
                 if (TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 meet<THREADS>();
-                if (!Owned::any()) continue;
+                if (!Owned::any()) {
+                    exchange.stand_by();
+                    continue;
+                }
 
                 carried.take(turn);
                 float preactivations[OWNED][G];
@@ -121,6 +124,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                     for (int s = 0; s < S; ++s) carried.now[e][s] = after[s];
                 }
                 if (t + 1 < T) send_h(turn, tag + 1);
+                exchange.sent();
                 // All that follows hides behind the exchange.
                 carried.put(turn);
                 fetch_input(next, last && t + 1 < T ? t + 1 : t);

@@ -85,7 +85,9 @@ __device__ constexpr bool apart(int step) {
     return sizeof(Element) == 2 && PARCEL_WORDS % 2 && step == PARCEL_WORDS - 1;
 }
 
-// Multiplies the values of an exchange, and puts the warp's sums where total() finds them.
+// Multiplies the values of an exchange, and puts the warp's sums where total() finds them. A template,
+// for float32 has no halves.
+template <typename Number>
 __device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals& arrivals) {
     float sums[CHAINS][TILES][BLOCKS][4] = {};
 #pragma unroll
@@ -106,12 +108,12 @@ __device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals
                         if constexpr (sizeof(Element) == 2) {
                             if (apart(step)) {
                                 mma_half(sum, a.words[2 * pass], a.words[2 * pass + 1], b[pass],
-                                         Operand{});
+                                         Number{});
                                 continue;
                             }
                         }
                         mma_pass(pass, sum, a.words[0], a.words[1], a.words[2], a.words[3], b[0],
-                                 b[1], Operand{});
+                                 b[1], Number{});
                     }
                 }
             }

@@ -276,6 +276,8 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     """
     values, warps, columns = choice.values, choice.warps, choice.columns
     items, size, slices = plan.items(B, N), choice.size, choice.slices
+    chain, issue = 36 * choice.words * slices, 2 * warps * choice.blocks * choice.fragments
+    multiply = max(chain, issue) * values.passes
     exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
     if choice.cluster:
         at_once = _clusters_at_once(size, gpu)
@@ -286,9 +288,9 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
         running = min(at_once, items) * size
         wait = 650 + 8 * size
         transfer = max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
-        transfer += 350 * (tiles_of(slices, plan.ahead) - 1)
-    chain, issue = 36 * choice.words * slices, 2 * warps * choice.blocks * choice.fragments
-    multiply = max(chain, issue) * values.passes
+        # Slices that are asked for later come while those before are multiplied, or after.
+        late = max(0, 350 - plan.ahead * multiply / slices)
+        transfer += late * (tiles_of(slices, plan.ahead) - 1)
     fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
     add = choice.sum_parts * (48 + columns * choice.units * values.produced / 8)
     turn = transfer + multiply + fetch + add + 150 * choice.owned
