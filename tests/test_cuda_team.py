@@ -143,7 +143,7 @@ def test_a_cluster_compiles_without_spills(arch):
 @pytest.mark.parametrize("arch", GPUS)
 def test_a_parcel_is_one_access(arch):
     """Of 16 bytes, coherent over the GPU: whoever sees the tag has the values."""
-    for parts in programs("lstm", 320, "bfloat16", GPUS[arch]):
+    for parts in programs("lstm", 1024, "bfloat16", GPUS[arch]):
         assert "exchange_grid.cuh" in parts
         coherent = instructions(parts, arch, "STRONG.GPU")
         assert {"LDG", "STG"} <= {instruction[:3] for instruction in coherent}

@@ -65,7 +65,7 @@ struct Arrivals {
             bool complete = true;
 #pragma unroll
             for (int k = 0; k < 2 * BLOCKS; ++k) {
-                complete &= parcels[i % AHEAD][k / BLOCKS][k % BLOCKS].tag == tag;
+                complete &= parcels[i % AHEAD][k / BLOCKS][k % BLOCKS].tag == tag_of(i, k);
             }
             if (complete) break;
             ask(i, 1);
@@ -81,19 +81,11 @@ struct Arrivals {
         if (i + AHEAD < SLICES_A_WARP) expect(i + AHEAD);
     }
 
-    // Asks for slice i. Parcels that nobody sends are there, and zero.
+    // Asks for slice i.
     __device__ void expect(int i) {
-        const int first = (i * SUM_PARTS + sum_part()) * 8 + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; ++k) {
-            Parcel& parcel = parcels[i % AHEAD][k / BLOCKS][k % BLOCKS];
-            // Of the first slices somebody sends all.
-            if ((i + 1) * SUM_PARTS * 8 <= TEAM * PARCELS) {
-                parcel = look_up(place(i, k));
-            } else {
-                parcel = {{0, 0, 0}, first + k / BLOCKS < TEAM * PARCELS ? 0 : tag};
-                look_up(parcel, place(i, k), tag);
-            }
+            parcels[i % AHEAD][k / BLOCKS][k % BLOCKS] = look_up(place(i, k));
         }
     }
 
@@ -104,9 +96,15 @@ struct Arrivals {
             if (i >= SLICES_A_WARP) break;
 #pragma unroll
             for (int k = 0; k < 2 * BLOCKS; ++k) {
-                look_up(parcels[i % AHEAD][k / BLOCKS][k % BLOCKS], place(i, k), tag);
+                look_up(parcels[i % AHEAD][k / BLOCKS][k % BLOCKS], place(i, k), tag_of(i, k));
             }
         }
+    }
+
+    // Parcels that nobody sends are all zeros. Of the first slices somebody sends all.
+    __device__ unsigned tag_of(int i, int k) const {
+        const int parcel = (i * SUM_PARTS + sum_part()) * 8 + threadIdx.x % 4 * 2 + k / BLOCKS;
+        return (i + 1) * SUM_PARTS * 8 <= TEAM * PARCELS || parcel < TEAM * PARCELS ? tag : 0;
     }
 
     __device__ const Parcel* place(int i, int k) const {

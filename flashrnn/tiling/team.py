@@ -224,10 +224,12 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
 
     # Forward little is exchanged, and there is less to ask for than to be in the way of.
     most = 1 if blocks > 1 else 2 if values.sent == 1 else _AHEAD[warps]
-    ahead = min(most, most_ahead, slices)
+    most = min(most, most_ahead)
+    # The same for each time of asking.
+    ahead = tiles_of(slices, tiles_of(slices, most))
     arriving = 8 * blocks * (2 if cluster else ahead)
     arriving += max(16, 8 * blocks) if ahead < slices else 0
-    working = 60 + 4 * row_tiles * blocks + arriving + choice.owned * values.kept
+    working = 64 + 4 * row_tiles * blocks + arriving + choice.owned * values.kept
     # Products of float32 in full take every operand apart.
     working += 72 if values.passes > 1 else 0
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
@@ -276,22 +278,21 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     """
     values, warps, columns = choice.values, choice.warps, choice.columns
     items, size, slices = plan.items(B, N), choice.size, choice.slices
-    chain, issue = 36 * choice.words * slices, 2 * warps * choice.blocks * choice.fragments
+    chain, issue = 37 * choice.words * slices, warps * choice.blocks * choice.fragments
     multiply = max(chain, issue) * values.passes
     exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
     if choice.cluster:
         at_once = _clusters_at_once(size, gpu)
-        wait = 500
-        transfer = exchanged_bytes / 12 + choice.row_parts * exchanged_bytes / 100
+        wait, transfer = 0.0, max(300, exchanged_bytes / 3.6 - 740)
     else:
         at_once = gpu.multiprocessors // size
         running = min(at_once, items) * size
-        wait = 650 + 8 * size
-        transfer = max(exchanged_bytes / 90, running * exchanged_bytes / 9000)
+        wait, transfer = 340.0 + 2 * size, max(exchanged_bytes / 87, running * exchanged_bytes / 11000)
         # Slices that are asked for later come while those before are multiplied, or after.
-        late = max(0, 350 - plan.ahead * multiply / slices)
+        late = max(0, 300 - plan.ahead * multiply / slices)
         transfer += late * (tiles_of(slices, plan.ahead) - 1)
-    fetch = 512 * warps * (plan.spared / 50 + plan.streamed / 14)
-    add = choice.sum_parts * (48 + columns * choice.units * values.produced / 8)
-    turn = transfer + multiply + fetch + add + 150 * choice.owned
-    return max(wait + turn, choice.turns * turn) * tiles_of(items, at_once)
+    fetch = 512 * warps * (plan.spared / 200 + plan.streamed / 20)
+    add = choice.sum_parts * (57 + columns * choice.units * values.produced / 30)
+    turn = transfer + multiply + fetch + add + 700 * choice.owned
+    rounds = tiles_of(items, at_once)
+    return max(wait + turn, choice.turns * turn) * (rounds + 0.03 * (rounds - 1))
