@@ -59,15 +59,6 @@ struct Meeting {
     int arrived = 0, number = 0;
 
     void wait_for(int all);
-
-    // Whether all are there now.
-    bool arrive(int all) {
-        if (++arrived < all) return false;
-        arrived = 0;
-        ++number;
-        last_progress = rounds;
-        return true;
-    }
 };
 
 // Made by makecontext, switched by longjmp, which needs no system call.
@@ -98,7 +89,7 @@ struct Block {
     std::vector<Coroutine> threads;
     std::vector<std::vector<std::vector<Copy>>> copy_groups;
     std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
-    Meeting meeting, notice, warp_meetings[32];
+    Meeting meeting, warp_meetings[32];
     long long held_up_until[32] = {};
     // Two sets of registers, in turn: a lane may write its next ones while others read these.
     unsigned exchanged[2][1024][6];
@@ -131,10 +122,15 @@ static Coroutine* self;
 
 void Meeting::wait_for(int all) {
     const int mine = number;
-    if (arrive(all)) return;
-    self->meeting = this;
-    self->number = mine;
-    yield();
+    if (++arrived == all) {
+        arrived = 0;
+        ++number;
+        last_progress = rounds;
+    } else {
+        self->meeting = this;
+        self->number = mine;
+        yield();
+    }
 }
 
 // ---- what blocks send each other
@@ -551,16 +547,6 @@ static void wait_for_copy_groups() {
 template <int THREADS>
 static void meet() {
     __syncthreads();
-}
-
-template <int THREADS>
-static void give_notice() {
-    current->notice.arrive(THREADS);
-}
-
-template <int THREADS>
-static void await_notice() {
-    current->notice.wait_for(THREADS);
 }
 
 static void pause(unsigned) { yield(); }

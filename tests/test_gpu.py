@@ -65,6 +65,7 @@ def test_equals_vanilla(backend, kind, dtype, sizes):
                 (64, 9, 12, 256),
                 (9, 100, 2, 512),
                 (33, 16, 1, 768),
+                (200, 9, 1, 768),
                 (4, 300, 1, 768),
                 (9, 16, 1, 2048),
                 (4, 3, 1, 2560),
@@ -169,8 +170,10 @@ def test_in_a_graph_of_the_users(where, used_before, kind):
 
     if used_before:
         step()
-    # PyTorch makes what its own products need when the first one runs, and cannot in a capture.
-    torch.mm(*torch.ones(2, 8, 8, device="cuda"))
+    # PyTorch makes what its own products need when a thread's first one runs, and cannot in a
+    # capture; backward has a thread of its own.
+    square = torch.ones(8, 8, device="cuda", requires_grad=True)
+    (square @ square).sum().backward()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

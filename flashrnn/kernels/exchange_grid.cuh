@@ -8,8 +8,9 @@
 // who send, so nobody does for more than a slice.
 //
 // There are two buffers for each turn, for odd and even tags. A block sends parcels of tag k when it
-// has those of tag k - 1 of the whole team. Each of these was sent behind a barrier of its block, before which the
-// block's warps had the parcels of tag k - 2 in registers: it is them that those of tag k replace.
+// has those of tag k - 1 of the whole team. Each of these was sent behind a barrier of its block,
+// before which the block's warps had the parcels of tag k - 2 in registers: it is them that those of
+// tag k replace.
 
 static_assert(PARCEL_WORDS == 3, "the fourth word is the tag");
 
@@ -36,12 +37,12 @@ struct Exchange {
     // Where tiles take no turns, warps that own no units have nothing to do until the block has sent
     // its own. They stand by: others will not have sent earlier, and then it takes a while at least.
     __device__ void sent() const {
-        if (TURNS == 1 && Owned::SOME_WARPS_DO_NOT) give_notice<THREADS>();
+        if (TURNS == 1 && Owned::SOME_WARPS_DO_NOT) meet<THREADS>();
     }
 
     __device__ void stand_by() const {
         if (TURNS > 1) return;
-        await_notice<THREADS>();
+        meet<THREADS>();
         pause(100);
     }
 };

@@ -223,17 +223,6 @@ __device__ inline void meet() {
     asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 
-// Another one, for which some threads stand by and at which the others do not wait.
-template <int THREADS>
-__device__ inline void give_notice() {
-    asm volatile("barrier.arrive 2, %0;" ::"n"(THREADS) : "memory");
-}
-
-template <int THREADS>
-__device__ inline void await_notice() {
-    asm volatile("barrier.sync 2, %0;" ::"n"(THREADS) : "memory");
-}
-
 // Waits for about so many nanoseconds.
 __device__ inline void pause(unsigned nanoseconds) {
     asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));

@@ -190,13 +190,15 @@ _PARTS = {
 }
 # Slices that a warp of so many asks for at once, where registers are there for it.
 _AHEAD = {4: 8, 6: 8, 8: 8, 12: 4, 16: 1}
+# More blocks take registers from R.
+_BLOCKS = (1, 2)
 _TURNS = (1, 2, 4, 8)
 _CLUSTERS = (2, 4, 8, 16)
 _FEWEST_UNITS, _MOST_UNITS = 12, 128
 
 
 def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choice]:
-    for blocks, turns in product(range(1, 5), _TURNS):
+    for blocks, turns in product(_BLOCKS, _TURNS):
         if 8 * blocks * turns > B:
             continue
         items = N * tiles_of(B, 8 * blocks * turns)
@@ -225,11 +227,14 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     # Forward little is exchanged, and there is less to ask for than to be in the way of.
     most = 1 if blocks > 1 else 2 if values.sent == 1 else _AHEAD[warps]
     most = min(most, most_ahead)
+    # With more to hold, the compiler moves tags to other registers, and so waits for them.
+    if most > 4 and (most < slices or choice.turns > 1):
+        most = 1 if choice.turns == 1 else 4
     # The same for each time of asking.
     ahead = tiles_of(slices, tiles_of(slices, most))
     arriving = 8 * blocks * (2 if cluster else ahead)
     arriving += max(16, 8 * blocks) if ahead < slices else 0
-    working = 64 + 4 * row_tiles * blocks + arriving + choice.owned * values.kept
+    working = 68 + 4 * row_tiles * blocks + arriving + choice.owned * values.kept
     # Products of float32 in full take every operand apart.
     working += 72 if values.passes > 1 else 0
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
@@ -287,7 +292,7 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     else:
         at_once = gpu.multiprocessors // size
         running = min(at_once, items) * size
-        wait, transfer = 340.0 + 2 * size, max(exchanged_bytes / 87, running * exchanged_bytes / 11000)
+        wait, transfer = 400.0 + size, max(exchanged_bytes / 87, running * exchanged_bytes / 11000)
         # Slices that are asked for later come while those before are multiplied, or after.
         late = max(0, 300 - plan.ahead * multiply / slices)
         transfer += late * (tiles_of(slices, plan.ahead) - 1)
