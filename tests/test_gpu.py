@@ -156,6 +156,7 @@ def test_on_a_second_gpu_while_the_first_is_current(where):
 
 # Of sparse, Wx feeds gates that are no neighbours.
 @pytest.mark.parametrize("kind", ["gru", sparse], ids=str)
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
 @pytest.mark.parametrize("used_before", [False, True])
 def test_in_a_graph_of_the_users(where, used_before, kind):
     backend, wider = where

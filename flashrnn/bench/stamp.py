@@ -30,7 +30,7 @@ def collect(device: torch.device, commit: str | None) -> dict[str, str]:
         "commit": commit or _commit(),
         "device": _cpu(),
         **{name: versions[name] for name in PACKAGES},
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
     }
     if device.type == "cuda":
         stamp |= {

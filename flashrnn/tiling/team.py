@@ -236,7 +236,7 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     arriving += max(16, 8 * blocks) if ahead < slices else 0
     working = 68 + 4 * row_tiles * blocks + arriving + choice.owned * values.kept
     # Products of float32 in full take every operand apart.
-    working += 72 if values.passes > 1 else 0
+    working += 64 if values.passes > 1 else 0
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
     held = min(fragments, (registers - working) // 4)
 
