@@ -2,9 +2,10 @@
 // memory of each.
 //
 // A parcel is 16 bytes of values. For each turn a block has two buffers for those of the whole team,
-// for odd and even exchanges, and for each a barrier that counts the bytes as they arrive. A block sends the
-// parcels of exchange k when it has those of exchange k - 1 of the whole team; by then the whole team
-// has read those of exchange k - 2, which they replace, and has armed the buffer's barrier again.
+// for odd and even exchanges, and for each a barrier that counts the bytes as they arrive. A block
+// sends the parcels of exchange k when it has those of exchange k - 1 of the whole team; by then the
+// whole team has read those of exchange k - 2, which they replace, and has armed the buffer's barrier
+// again.
 //
 // Nobody leaves before it has what is sent to it, so nothing is sent to a block that has left. A
 // cluster has one item, so its barriers know an exchange by its number.

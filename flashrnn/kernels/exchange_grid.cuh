@@ -3,9 +3,9 @@
 //
 // A parcel is 16 bytes: three words of values and a tag, the number of the exchange. It is written
 // and read as a whole, so whoever sees the tag has the values. A lane multiplies its parcels out of its
-// registers. It asks for all of its slices once, then for the first one again and again until that has
-// the tag, then once more for the others, and so on: who asks without end keeps the L2 cache from those
-// who send, so nobody does for more than a slice.
+// registers. It asks for AHEAD slices once (where tiles take turns, a turn early), then for the first one
+// again and again until that has the tag, then once more for the others, and so on: who asks without end
+// keeps the L2 cache from those who send, so nobody does for more than a slice.
 //
 // There are two buffers for each turn, for odd and even tags. A block sends parcels of tag k when it
 // has those of tag k - 1 of the whole team. Each of these was sent behind a barrier of its block,
@@ -34,8 +34,9 @@ struct Exchange {
         publish(to, {{words[0], words[1], words[2]}, tag});
     }
 
-    // Where tiles take no turns, warps that own no units have nothing to do until the block has sent
-    // its own. They stand by: others will not have sent earlier, and then it takes a while at least.
+    // Where tiles take no turns, warps that own no units stand by until their block has sent its own.
+    // Other blocks send at about the same time, and what they send takes longer than the pause to
+    // come: to ask for it before would only keep the L2 cache from those who send.
     __device__ void sent() const {
         if (TURNS == 1 && Owned::SOME_WARPS_DO_NOT) meet<THREADS>();
     }

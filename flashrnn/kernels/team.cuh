@@ -10,9 +10,9 @@
 // added in shared memory.
 //
 // Values travel in parcels, each of one value of A_PARCEL neighbouring units, made up by as many
-// neighbouring lanes. A lane owns one unit and sequence, or OWNED of them. How parcels travel is
-// another file's: through the L2 cache (exchange_grid.cuh), or within a cluster of thread blocks
-// from shared memory to shared memory (exchange_cluster.cuh).
+// neighbouring lanes. A lane owns one unit and sequence of each tile, or OWNED of them. How parcels
+// travel is another file's: through the L2 cache (exchange_grid.cuh), or within a cluster of thread
+// blocks from shared memory to shared memory (exchange_cluster.cuh).
 
 constexpr int SENT = FORWARD ? 1 : GR;
 constexpr int PRODUCED = FORWARD ? GR : 1;
@@ -32,7 +32,8 @@ constexpr int PARCELS = SENT * UNIT_PARCELS;
 // A warp's lanes make up this many parcels at once, the block this many.
 constexpr int PARCELS_A_WARP = 32 / A_PARCEL;
 constexpr int PARCELS_AT_ONCE = WARPS * PARCELS_A_WARP;
-constexpr int OWNED = (UNIT_PARCELS * COLUMNS + PARCELS_AT_ONCE - 1) / PARCELS_AT_ONCE;
+constexpr int OWNED_PARCELS = UNIT_PARCELS * COLUMNS;
+constexpr int OWNED = (OWNED_PARCELS + PARCELS_AT_ONCE - 1) / PARCELS_AT_ONCE;
 
 // The product takes parcel q of a sequence, of the TEAM * PARCELS that it has block by block, with
 // slice q / 8: there it goes to the lanes 4 i + q % 8 / 2 of the tensor core's right operand, i
@@ -65,8 +66,8 @@ constexpr int TILES = (UNITS * PRODUCED + 16 * ROW_PARTS - 1) / (16 * ROW_PARTS)
 __device__ inline int sum_part() { return threadIdx.x / 32 / ROW_PARTS; }
 __device__ inline int row_part() { return threadIdx.x / 32 % ROW_PARTS; }
 
-// A step's inputs are loaded one step ahead, and brought to the L2 cache this much earlier: a step
-// may be shorter than main memory takes.
+// A turn's inputs are loaded one turn ahead, and brought to the L2 cache so many steps before that: a
+// step may be shorter than main memory takes.
 constexpr int PREFETCHED = 3;
 
 // An element as it is loaded, whatever the lane and the step, so that nothing has to be done with it
@@ -111,14 +112,12 @@ struct Owned {
     // Of the problem in any case: where it lacks the lane's own, something that the warp reads anyway.
     long long sequence, d;
 
-    static constexpr int COUNT = UNIT_PARCELS * COLUMNS;
-
     __device__ Owned(int e, int rank, const Item& item, int turn, long long B) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const int first = e * PARCELS_AT_ONCE + warp * PARCELS_A_WARP;
         int index = first + lane / A_PARCEL;
-        in_parcel = lane < PARCELS_A_WARP * A_PARCEL && index < COUNT;
-        if (!in_parcel) index = first < COUNT ? first : COUNT - 1;
+        in_parcel = lane < PARCELS_A_WARP * A_PARCEL && index < OWNED_PARCELS;
+        if (!in_parcel) index = first < OWNED_PARCELS ? first : OWNED_PARCELS - 1;
         parcel = index % UNIT_PARCELS;
         column = index / UNIT_PARCELS;
         unit = parcel * A_PARCEL + lane % A_PARCEL;
@@ -130,8 +129,8 @@ struct Owned {
     }
 
     // Whether the warp's lanes have something to own.
-    __device__ static bool any() { return threadIdx.x / 32 * PARCELS_A_WARP < COUNT; }
-    static constexpr bool SOME_WARPS_DO_NOT = (WARPS - 1) * PARCELS_A_WARP >= COUNT;
+    __device__ static bool any() { return threadIdx.x / 32 * PARCELS_A_WARP < OWNED_PARCELS; }
+    static constexpr bool SOME_WARPS_DO_NOT = (WARPS - 1) * PARCELS_A_WARP >= OWNED_PARCELS;
 };
 
 // What a lane carries from a tile's step to its next: S numbers for each unit and sequence that it

@@ -9,7 +9,7 @@
 //   gradients: the gates' pre-activations, the states before the step and the given gradients of
 //   those after it;
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two products in
-//   turn; carried gradients of other turns; in a cluster the parcels, of two exchanges in turn;
+//   turn; carried gradients of other turns; in a cluster the parcels, of two exchanges of each tile;
 // - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; residuals
 //   and gradients, of which the lane that owns an element reads or writes it.
 //
@@ -96,7 +96,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                     if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
                     multiply<Operand>(partial[++products % 2], matrix, arrivals);
                 }
-                // It was sent a while ago, and comes while the warp computes its units.
+                // Sent before other tiles had their turns, it comes while the warp computes its units.
                 if (!CUT && TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 if (!CUT && t + 1 < T) meet<THREADS>();
                 if (!Owned::any()) {

@@ -7,13 +7,14 @@
 //   states of the lane's own units and of the tile whose turn it is; the next turn's Wx, on its way
 //   while the team exchanges h;
 // - shared memory: fragments of R that registers do not hold; the warps' sums, of two products in
-//   turn; carried states of other turns; in a cluster the parcels, of two exchanges in turn;
+//   turn; carried states of other turns; in a cluster the parcels, of two exchanges of each tile;
 // - global memory: what even shared memory does not hold of R; the parcels, but in a cluster; Wx,
 //   states and gates, of which the lane that owns an element reads or writes it.
 //
 // What orders the steps: a warp waits for the parcels that it multiplies, and so the block for the
-// whole team; and one barrier, between the warps' sums and their use. What waits for each other runs
-// at once: the blocks of a cluster do, and else the launch is a cooperative one.
+// whole team; and one barrier, between the warps' sums and their use. (Where some warps own nothing
+// there is another, at which they stand by.) What waits for each other runs at once: the blocks of a
+// cluster do, and else the launch is a cooperative one.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
@@ -96,7 +97,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 const int next = last ? 0 : turn + 1;
                 if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
                 multiply<Operand>(partial[products % 2], matrix, arrivals);
-                // It was sent a while ago, and comes while the warp computes its units.
+                // Sent before other tiles had their turns, it comes while the warp computes its units.
                 if (TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 meet<THREADS>();
                 if (!Owned::any()) {

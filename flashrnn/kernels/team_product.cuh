@@ -80,13 +80,13 @@ constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
 
 // Two words that the tensor core sums at once lie in neighbouring registers. Those that are left of
 // two parcels do not, and to move them the compiler would have their parcels arrive first: they are
-// multiplied one by one.
+// multiplied one by one. (float32's are taken apart in any case, into registers of their own.)
 __device__ constexpr bool apart(int step) {
     return sizeof(Element) == 2 && PARCEL_WORDS % 2 && step == PARCEL_WORDS - 1;
 }
 
 // Multiplies the values of an exchange, and puts the warp's sums where total() finds them. A template,
-// for float32 has no halves.
+// so that mma_half, which is there for 16 bits alone, is not looked for with float32.
 template <typename Number>
 __device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals& arrivals) {
     float sums[CHAINS][TILES][BLOCKS][4] = {};

@@ -242,8 +242,8 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
 
     parcels = choice.turns * 2 * slices * choice.sum_parts * 2 * blocks * 32
     exchange_bytes = 16 * parcels + 16 * choice.turns if cluster else 0
-    others = choice.turns if choice.turns > 1 else 0
-    carried_bytes = others * choice.owned * values.carried * 32 * warps * 4
+    kept_tiles = choice.turns if choice.turns > 1 else 0
+    carried_bytes = kept_tiles * choice.owned * values.carried * 32 * warps * 4
     pitch = 16 * row_tiles * choice.row_parts + 4
     partial_bytes = 2 * choice.sum_parts * choice.columns * pitch * 4
     taken = exchange_bytes + partial_bytes + carried_bytes
