@@ -6,6 +6,7 @@ changes how fast a run is, and its results only by how sums are rounded.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,9 @@ def join(device: str | None) -> Iterator[World]:
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if size > 1:
+        # Optimizers import it. If the processes' group is there by then, it holds the group to the
+        # interpreter's end (PyTorch 2.13), where the group's threads sometimes abort the process.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     threads = torch.get_num_threads()
     if found.type == "cpu":
