@@ -569,15 +569,25 @@ static void wait_for_bytes(void* barrier, unsigned parity) {
     while (((Barrier*)barrier)->parity == parity) yield();
 }
 
+static unsigned cluster_address(const void* here, int rank) {
+    return unsigned(rank) << 24 | shared_address(here);
+}
+
+static void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
+    Block& block = cluster[to >> 24];
+    unsigned char* const there = (unsigned char*)block.shared_words.data();
+    send(there + (to & 0xffffff), {{words[0], words[1], words[2]}, words[3]}, &block,
+         (Barrier*)(there + (barrier & 0xffffff)));
+}
+
 static void send_async(const void* to, const unsigned (&words)[4], const void* barrier, int rank) {
-    unsigned char* there = (unsigned char*)cluster[rank].shared_words.data();
-    send(there + shared_address(to), {{words[0], words[1], words[2]}, words[3]}, &cluster[rank],
-         (Barrier*)(there + shared_address(barrier)));
+    send_async(cluster_address(to, rank), words, cluster_address(barrier, rank));
 }
 
 static void meet_cluster() { cluster_meeting.wait_for(threads_of_cluster); }
 
 static void settle(unsigned&) {}
+static void settle(float&) {}
 
 template <int REGISTERS>
 static void keep_registers() {}

@@ -44,6 +44,9 @@ def tiles(size, tile):
 def fragments(kind, dtype, plan, backward):
     """A warp's fragments of R, out of what a block sends and what it computes."""
     recurrent = len(resolve(kind).fed_by("R"))
+    if plan.scatter:
+        row_tiles = tiles(tiles(plan.size * tiles(plan.units, 2), 8), plan.warps())
+        return row_tiles * 2 * tiles(plan.units * recurrent * dtype.itemsize, 64)
     sent, produced = (recurrent, 1) if backward else (1, recurrent)
     parcel_words = 4 if plan.cluster else 3
     parcels = plan.size * sent * tiles(plan.units, 4 * parcel_words // dtype.itemsize)
@@ -183,10 +186,14 @@ def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
     """Backend ``cuda_fused`` is emulated, and what it allocates is NaN."""
 
 
-@pytest.fixture(params=["grid", "clusters"])
+@pytest.fixture(params=["grid", "clusters", "scatter"])
 def prefer(request, on_the_cpu, monkeypatch):
-    """``prefer(rank)`` chooses the plans whose rank is least, for one way to exchange."""
-    cycles, clusters = tiling.cycles, request.param == "clusters"
+    """``prefer(rank)`` chooses the plans whose rank is least, for one way to exchange.
+
+    Forward does not know the third way: there it is the second.
+    """
+    cycles, clusters = tiling.cycles, request.param != "grid"
+    scatter = request.param == "scatter"
 
     def prefer(rank):
         monkeypatch.setattr(
@@ -194,6 +201,8 @@ def prefer(request, on_the_cpu, monkeypatch):
             "cycles",
             lambda choice, plan, *sizes: (
                 plan.cluster != clusters,
+                scatter and not plan.scatter and choice.values.backward,
+                plan.scatter and not scatter,
                 rank(plan),
                 cycles(choice, plan, *sizes),
             ),
@@ -246,7 +255,12 @@ def test_empty(prefer, sizes):
     check("slstm", *sizes, torch.bfloat16)
 
 
+GATHERING = pytest.mark.parametrize("prefer", ["grid", "clusters"], indirect=True)
+SCATTERING = pytest.mark.parametrize("prefer", ["scatter"], indirect=True)
+
+
 @needs_compiler
+@GATHERING
 @pytest.mark.parametrize(
     ("rank", "chosen"),
     [
@@ -263,6 +277,28 @@ def test_any_tiles(prefer, rank, chosen):
     found = plans("lstm", 20, 1, 140, torch.bfloat16)
     assert all(map(chosen, found)), found
     check("lstm", 20, 2, 1, 140, torch.bfloat16)
+
+
+@needs_compiler
+@SCATTERING
+@pytest.mark.parametrize(
+    ("rank", "chosen"),
+    [
+        (lambda plan: -plan.blocks, lambda plan: plan.blocks > 1),
+        (lambda plan: plan.size, lambda plan: plan.size == 2),
+        (lambda plan: -plan.size, lambda plan: plan.size == 4),
+        # Lanes own several units and sequences, or not all warps own some.
+        (lambda plan: (plan.warps(), -plan.units), lambda plan: plan.warps() == 4),
+        (lambda plan: (-plan.warps(), plan.units), lambda plan: plan.warps() == 16),
+    ],
+    ids=["columns", "small teams", "large teams", "few warps", "many warps"],
+)
+@pytest.mark.parametrize("D", [134, 140])
+def test_any_tiles_of_parts_of_dh(prefer, rank, chosen, D):
+    prefer(rank)
+    plan = plans("lstm", 20, 1, D, torch.bfloat16)[1]
+    assert plan.scatter and chosen(plan), plan
+    check("lstm", 20, 3, 1, D, torch.bfloat16)
 
 
 @needs_compiler
@@ -298,6 +334,7 @@ def test_a_team_has_more_than_it_computes_at_a_time(prefer, N, turns, T):
 
 
 @needs_compiler
+@GATHERING
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("B", [33, 64])
 def test_tiles_take_turns(prefer, B, T):

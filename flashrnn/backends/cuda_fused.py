@@ -256,7 +256,7 @@ def _team_kernel(
 ) -> _Kernel:
     source = team.backward_source if backward else team.forward_source
     parts = source(cell, precision, D, plan, *options)
-    name = "team_backward" if backward else "team_forward"
+    name = team.backward_name(plan) if backward else "team_forward"
     # Clusters wait for no other, and so may wait for room.
     together, cluster = not plan.cluster, plan.size if plan.cluster else 0
     threads = 32 * plan.warps()

@@ -320,6 +320,22 @@ __device__ inline void send_async(const void* to, const unsigned (&words)[4], co
         : "memory");
 }
 
+// Where block `rank` of the cluster has in its shared memory what this block has there.
+__device__ inline unsigned cluster_address(const void* here, int rank) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
+    return there;
+}
+
+// As above, to such an address, with a barrier of the same block.
+__device__ inline void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(to),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
+        : "memory");
+}
+
 // A barrier of all threads of a cluster.
 __device__ inline void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
@@ -328,6 +344,7 @@ __device__ inline void meet_cluster() {
 
 // Has the word computed here, not where it is used first.
 __device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
+__device__ inline void settle(float& number) { asm volatile("" : "+f"(number)); }
 
 // How many registers each lane has from here on: the block gets back the others, or gives what
 // others gave back. All warps of a group of four say it alike, and only Hopper's do.

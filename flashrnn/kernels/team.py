@@ -1,4 +1,4 @@
-"""The host side of team_forward.cu and team_backward.cu.
+"""The host side of team_forward.cu, team_backward.cu and team_backward_scatter.cu.
 
 What sizes their registers and shared memory is compiled in, D among it, and follows from a plan
 (:mod:`flashrnn.tiling`); B, T, N, addresses and strides are arguments of the launch.
@@ -30,7 +30,7 @@ def forward_source(
 def backward_source(
     cell: Cell, precision: str, D: int, plan: TeamPlan, cut: bool, clipval: float | None
 ) -> dict[str, str]:
-    """The parts of team_backward.cu's program; see :func:`forward_source`.
+    """The parts of the program of :func:`backward_name`'s kernel; see :func:`forward_source`.
 
     Args:
         cell: as there, and so for the next three.
@@ -41,7 +41,12 @@ def backward_source(
         clipval: what that gradient is clipped to at each step, if to anything.
     """
     options = {"FORWARD": False, **program.gradient_options(cut, clipval)}
-    return _program("team_backward.cu", cell, precision, D, plan, options)
+    return _program(f"{backward_name(plan)}.cu", cell, precision, D, plan, options)
+
+
+def backward_name(plan: TeamPlan) -> str:
+    """The kernel of a plan for the backward scan; its file has the same name."""
+    return "team_backward_scatter" if plan.scatter else "team_backward"
 
 
 def _program(
@@ -66,6 +71,11 @@ def _program(
         "AHEAD": plan.ahead,
         **options,
     }
-    exchange = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
-    files = ["team.cuh", exchange, "team_product.cuh", kernel]
+    if plan.scatter:
+        exchange = ["team_scatter.cuh", "team_matrix.cuh", "team_scattered_product.cuh"]
+    else:
+        way = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
+        exchange = ["team_gather.cuh", way, "team_matrix.cuh", "team_product.cuh"]
+    clip = [] if options["FORWARD"] else ["clipped.cuh"]
+    files = ["team.cuh", *exchange, *clip, kernel]
     return program.with_files(cell, precision, constants, files)

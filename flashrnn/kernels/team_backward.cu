@@ -15,11 +15,6 @@
 //
 // What orders the steps is as in team_forward.cu.
 
-// The gradient that reaches h through R, as the problem's options have it.
-__device__ inline float clipped(float d_h) {
-    return CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               const Element* __restrict__ states, const Element* __restrict__ gates,
@@ -43,7 +38,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
 
     for (long long number = team; number < items; number += teams) {
         const Item item(number, B);
-        if (!CUT && item.n != loaded) matrix.load(R, item.n, N, rank);
+        if (!CUT && item.n != loaded) load_matrix(matrix, R, item.n, N, rank);
         loaded = item.n;
 
         float d_bias_sums[OWNED][G] = {};

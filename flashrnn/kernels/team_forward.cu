@@ -37,7 +37,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 
     for (long long number = team; number < items; number += teams) {
         const Item item(number, B);
-        if (item.n != loaded) matrix.load(R, item.n, N, rank);
+        if (item.n != loaded) load_matrix(matrix, R, item.n, N, rank);
         loaded = item.n;
 
         float bias[OWNED][G];

@@ -1,74 +1,42 @@
 // The product of a block's part of R and of what its team has exchanged.
-//
-// A fragment is 16 rows of R and what one step of the tensor core sums. Of a warp's fragments the
-// first HELD are in registers, the next SPARED in shared memory, the rest in global memory, where
-// each lane finds what it has put.
 
-constexpr int FRAGMENTS = SLICES_A_WARP * PARCEL_WORDS * TILES;
-constexpr int STREAMED = FRAGMENTS - HELD - SPARED;
-
-struct alignas(16) Fragment {
-    unsigned words[4];
-};
-
-struct Matrix {
-    Fragment held[HELD];
-    Fragment *spared, *streamed;
-
-    __device__ Matrix(void* shared, Fragment* global)
-        : spared(static_cast<Fragment*>(shared) + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32),
-          streamed(global + (static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32) *
-                                STREAMED * 32 +
-                   threadIdx.x % 32) {}
-
-    __device__ void load(const Element* R, int n, int N, int rank) {
+// Of the warp's tile f % TILES, step f / TILES % PARCEL_WORDS, slice f / TILES / PARCEL_WORDS.
+__device__ inline Fragment fragment(int f, const Element* R, int n, int N, int rank) {
+    const int lane = threadIdx.x % 32;
+    const int tile = row_part() * TILES + f % TILES, step = f / TILES % PARCEL_WORDS;
+    const int slice = f / TILES / PARCEL_WORDS * SUM_PARTS + sum_part();
+    Fragment fragment;
 #pragma unroll
-        for (int f = 0; f < HELD; ++f) held[f] = fragment(f, R, n, N, rank);
-        for (int f = 0; f < SPARED; ++f) spared[f * 32] = fragment(HELD + f, R, n, N, rank);
-        for (int f = 0; f < STREAMED; ++f) {
-            streamed[f * 32] = fragment(HELD + SPARED + f, R, n, N, rank);
-        }
-    }
-
-    __device__ Fragment operator[](int f) const {
-        if (f < HELD) return held[f < HELD ? f : 0];
-        return f < HELD + SPARED ? spared[(f - HELD) * 32] : streamed[(f - HELD - SPARED) * 32];
-    }
-
-    // Of the warp's tile f % TILES, step f / TILES % PARCEL_WORDS, slice f / TILES / PARCEL_WORDS.
-    __device__ static Fragment fragment(int f, const Element* R, int n, int N, int rank) {
-        const int lane = threadIdx.x % 32;
-        const int tile = row_part() * TILES + f % TILES, step = f / TILES % PARCEL_WORDS;
-        const int slice = f / TILES / PARCEL_WORDS * SUM_PARTS + sum_part();
-        Fragment fragment;
+    for (int w = 0; w < 4; ++w) {
+        const int parcel = slice * 8 + lane % 4 * 2 + parcel_of(step, w / 2);
+        const int word = word_of(step, w / 2);
+        const int row = 16 * tile + w % 2 * 8 + lane / 4;
+        Element elements[A_WORD] = {};
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const int parcel = slice * 8 + lane % 4 * 2 + parcel_of(step, w / 2);
-            const int word = word_of(step, w / 2);
-            const int row = 16 * tile + w % 2 * 8 + lane / 4;
-            Element elements[A_WORD] = {};
-#pragma unroll
-            for (int k = 0; k < A_WORD; ++k) {
-                // Among the units of the block that sends it.
-                const int sent = parcel % UNIT_PARCELS * A_PARCEL + word * A_WORD + k;
-                const int from = parcel / PARCELS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
-                const int gate = FORWARD ? row % PRODUCED : parcel % PARCELS / UNIT_PARCELS;
-                const bool exists = parcel < TEAM * PARCELS && sent < UNITS && from < D &&
-                                    row < UNITS * PRODUCED && to < D;
-                const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
-                if (exists) {
-                    const int d = FORWARD ? to : from, p = FORWARD ? from : to;
-                    elements[k] = head[static_cast<long long>(d) * D + p];
-                }
+        for (int k = 0; k < A_WORD; ++k) {
+            // Among the units of the block that sends it.
+            const int sent = parcel % UNIT_PARCELS * A_PARCEL + word * A_WORD + k;
+            const int from = parcel / PARCELS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
+            const int gate = FORWARD ? row % PRODUCED : parcel % PARCELS / UNIT_PARCELS;
+            const bool exists = parcel < TEAM * PARCELS && sent < UNITS && from < D &&
+                                row < UNITS * PRODUCED && to < D;
+            const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
+            if (exists) {
+                const int d = FORWARD ? to : from, p = FORWARD ? from : to;
+                elements[k] = head[static_cast<long long>(d) * D + p];
             }
-            memcpy(&fragment.words[w], elements, 4);
-            fragment.words[w] = prepare(fragment.words[w], Operand{});
-            // Else all elements are loaded before the first become words.
-            settle(fragment.words[w]);
         }
-        return fragment;
+        memcpy(&fragment.words[w], elements, 4);
+        fragment.words[w] = prepare(fragment.words[w], Operand{});
+        // Else all elements are loaded before the first become words.
+        settle(fragment.words[w]);
     }
-};
+    return fragment;
+}
+
+__device__ inline void load_matrix(Matrix& matrix, const Element* R, int n, int N, int rank) {
+    matrix.load([&](int f) { return fragment(f, R, n, N, rank); });
+}
 
 // The sums of the warps that share rows, of two products in turn. Sequences lie apart by this much, so
 // that a warp's sums go to 32 different banks.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flashrnn.problem import Problem
 from flashrnn.tiling.gpu import GPU
@@ -23,6 +23,7 @@ class TeamPlan:
         turns: tiles that a team owns, whose steps take turns.
         size: thread blocks of a team.
         cluster: whether a team is a cluster.
+        scatter: whether, backward, its blocks send each other parts of dh, not gates' gradients.
         sum_parts: parts into which a block's warps cut the sums of its product.
         row_parts: and its rows.
         held: fragments of R that stay in a warp's registers.
@@ -38,6 +39,7 @@ class TeamPlan:
     turns: int
     size: int
     cluster: bool
+    scatter: bool
     sum_parts: int
     row_parts: int
     held: int
@@ -73,6 +75,7 @@ def plan_team(problem: Problem, gpu: GPU, backward: bool) -> TeamPlan | str:
     cell = problem.cell
     S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
     values = Values(
+        backward=backward,
         sent=recurrent if backward else 1,
         produced=1 if backward else recurrent,
         kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
@@ -89,6 +92,7 @@ class Values(NamedTuple):
     """What a team computes with at a step.
 
     Attributes:
+        backward: the direction.
         sent: values of a unit and sequence that a team exchanges.
         produced: values that its product yields.
         kept: numbers that their owner keeps.
@@ -97,6 +101,7 @@ class Values(NamedTuple):
         passes: products of the tensor core that one takes.
     """
 
+    backward: bool
     sent: int
     produced: int
     kept: int
@@ -135,6 +140,8 @@ class Choice:
     cluster: bool
     sum_parts: int
     row_parts: int
+
+    scatter: ClassVar[bool] = False
 
     @property
     def size(self) -> int:
@@ -183,11 +190,48 @@ class Choice:
         return tiles_of(self.unit_parcels * self.columns, self.warps * lanes_parcels)
 
 
+class ScatterChoice(Choice):
+    """As :class:`Choice`, by the names of ``kernels/team_scatter.cuh``."""
+
+    scatter = True
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a block's units."""
+        return tiles_of(self.units, 2)
+
+    @property
+    def received(self) -> int:
+        """Parcels that a block receives in an exchange."""
+        return self.size * self.pairs * self.columns // 2
+
+    @property
+    def slices(self) -> int:
+        """Slices of what the product sums, two steps of the tensor core each."""
+        return tiles_of(self.units * self.values.sent * self.values.itemsize, 64)
+
+    @property
+    def row_tiles(self) -> int:
+        """A warp's tiles of 16 rows."""
+        return tiles_of(tiles_of(self.size * self.pairs, 8), self.warps)
+
+    @property
+    def fragments(self) -> int:
+        """A warp's fragments of R."""
+        return 2 * self.row_tiles * self.slices
+
+    @property
+    def owned(self) -> int:
+        """Units and sequences that a lane owns."""
+        return tiles_of(2 * self.pairs * self.columns, 32 * self.warps)
+
+
 # Parts of a block's sums, and of its rows, that its warps take.
 _PARTS = {
     False: [(6, 1), (8, 1), (12, 1), (16, 1)],
     True: [(s, r) for s in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 4 <= s * r <= 16],
 }
+_SCATTERING_WARPS = (4, 8, 16)
 # Slices that a warp of so many asks for at once, where registers are there for it.
 _AHEAD = {4: 8, 6: 8, 8: 8, 12: 4, 16: 1}
 # More blocks take registers from R.
@@ -217,10 +261,16 @@ def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choic
             for few, parts in product(sorted(units), _PARTS[cluster]):
                 if few <= _MOST_UNITS:
                     yield Choice(values, D, few, blocks, turns, cluster, *parts)
+        if values.backward and turns == 1:
+            for few, warps in product(sorted(of_clusters), _SCATTERING_WARPS):
+                if few <= _MOST_UNITS:
+                    yield ScatterChoice(values, D, few, blocks, turns, True, 1, warps)
 
 
 def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     """Where R goes, if there is room for enough of it."""
+    if isinstance(choice, ScatterChoice):
+        return _scatter_plan(choice, gpu)
     values, cluster, blocks, warps = choice.values, choice.cluster, choice.blocks, choice.warps
     slices, fragments, row_tiles = choice.slices, choice.fragments, choice.row_tiles
 
@@ -247,6 +297,29 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
     pitch = 16 * row_tiles * choice.row_parts + 4
     partial_bytes = 2 * choice.sum_parts * choice.columns * pitch * 4
     taken = exchange_bytes + partial_bytes + carried_bytes
+    return _with_matrix(choice, gpu, held, taken, ahead, 0 if cluster else parcels)
+
+
+def _scatter_plan(choice: ScatterChoice, gpu: GPU) -> TeamPlan | None:
+    """As :func:`_plan`."""
+    values, blocks, warps = choice.values, choice.blocks, choice.warps
+    sums = 4 * choice.row_tiles * blocks
+    chains = max(1, 4 // (choice.row_tiles * blocks))
+    # While sums are added up nothing is multiplied, and the other way round.
+    working = 64 + choice.owned * (values.kept + values.sent) + 2 * choice.row_tiles
+    working += max(sums * chains + min(32, 4 * choice.slices * blocks), choice.size + 16)
+    working += 64 if values.passes > 1 else 0
+    registers = min(255, 65536 // (32 * warps) // 8 * 8)
+    held = min(choice.fragments, (registers - working) // 4)
+    taken = 2 * (16 * choice.received + 8 + 512 * choice.slices * blocks)
+    return _with_matrix(choice, gpu, held, taken, ahead=1, parcels=0)
+
+
+def _with_matrix(
+    choice: Choice, gpu: GPU, held: int, taken: int, ahead: int, parcels: int
+) -> TeamPlan | None:
+    """The plan, with fragments of R in shared memory as far as what is taken leaves room."""
+    fragments, warps = choice.fragments, choice.warps
     room = gpu.shared_memory - taken
     if held < 1 or room < 0:
         return None
@@ -256,17 +329,18 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> TeamPlan | None:
         return None
     return TeamPlan(
         units=choice.units,
-        blocks=blocks,
+        blocks=choice.blocks,
         turns=choice.turns,
         size=choice.size,
-        cluster=cluster,
+        cluster=choice.cluster,
+        scatter=choice.scatter,
         sum_parts=choice.sum_parts,
         row_parts=choice.row_parts,
         held=held,
         spared=spared,
         streamed=streamed,
         ahead=ahead,
-        parcels=0 if cluster else parcels,
+        parcels=parcels,
         shared_memory=taken + 512 * warps * spared,
     )
 
@@ -281,6 +355,8 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
 
     Its numbers follow what was measured on an H100 (docs/performance.md).
     """
+    if isinstance(choice, ScatterChoice):
+        return _scatter_cycles(choice, plan, B, N, gpu)
     values, warps, columns = choice.values, choice.warps, choice.columns
     items, size, slices = plan.items(B, N), choice.size, choice.slices
     chain, issue = 37 * choice.words * slices, warps * choice.blocks * choice.fragments
@@ -301,3 +377,19 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     turn = transfer + multiply + fetch + add + 700 * choice.owned
     rounds = tiles_of(items, at_once)
     return max(wait + turn, choice.turns * turn) * (rounds + 0.03 * (rounds - 1))
+
+
+def _scatter_cycles(choice: ScatterChoice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
+    """As :func:`cycles`; its numbers are reckoned, not measured."""
+    values, warps = choice.values, choice.warps
+    chain = 33 * 2 * choice.slices / max(1, min(4, 4 // (choice.row_tiles * choice.blocks)))
+    issue = warps * choice.blocks * choice.fragments * 1.6
+    multiply = max(chain, issue) * values.passes
+    # Parcels of 16 bytes, each a write of its own; then 128 bytes a cycle.
+    transfer = max(550, 16 * choice.received / 8) + 16 * choice.received / 128
+    fetch = 512 * warps * (plan.spared / 200 + plan.streamed / 20)
+    # Gradients to all warps, the barrier, what wakes up.
+    pass_on = 150 + 64 * warps * choice.slices * choice.blocks / 16
+    step = transfer + multiply + fetch + pass_on + 300 * choice.owned
+    rounds = tiles_of(plan.items(B, N), _clusters_at_once(choice.size, gpu))
+    return step * (rounds + 0.03 * (rounds - 1))
