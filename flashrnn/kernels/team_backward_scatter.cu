@@ -31,34 +31,40 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                       long long d_last_d, long long T, long long B, int N, int) {
     const int rank = blockIdx.x % TEAM;
     const Item item(blockIdx.x / TEAM, B);
-    const Exchange exchange(shared_memory(), rank);
+    Exchange exchange(shared_memory(), rank);
     Matrix matrix(shared_memory() + EXCHANGE_BYTES, streamed);
     if (!CUT) load_matrix(matrix, R, item.n, N, rank);
 
     const long long width = static_cast<long long>(N) * D;
     float d_carried[OWNED][S], d_bias_sums[OWNED][G] = {};
     Loaded input_gates[OWNED][G], input_states[OWNED][S], given[OWNED][S];
+    // Where the inputs of the step lie that were fetched last, and where what it yields went.
+    const Element *from_gates[OWNED], *from_states[OWNED], *from_given[OWNED];
+    Element* to_gates[OWNED];
+    // Fetches those of step t, the one before; of none before the first, they stay.
     const auto fetch_inputs = [&](long long t) {
-        const long long earlier = t > PREFETCHED ? PREFETCHED : 0, before = t > 0 ? t - 1 : 0;
+        const long long plane = B * T * width;
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
-            const Owned owned(e, rank, item, B);
-            const long long place = item.n * D + owned.d;
-            const Element* from_gates = gates + (owned.sequence * T + t) * G * width + place;
-            const Element* from_states = states + (owned.sequence * T + before) * width + place;
-            const Element* from_given = d_states + owned.sequence * d_states_b + t * d_states_t +
-                                        item.n * d_states_n + owned.d * d_states_d;
+            from_gates[e] -= t >= 0 ? G * width : 0;
+            from_states[e] -= t > 0 ? width : 0;
+            from_given[e] -= t >= 0 ? d_states_t : 0;
+            const bool ahead = t > PREFETCHED;
+            const Element* const ahead_gates = from_gates[e] - (ahead ? PREFETCHED * G * width : 0);
+            const Element* const ahead_states = from_states[e] - (ahead ? PREFETCHED * width : 0);
+            const Element* const ahead_given =
+                from_given[e] - (ahead ? PREFETCHED * d_states_t : 0);
 #pragma unroll
             for (int k = 0; k < G; ++k) {
-                input_gates[e][k].load(from_gates + k * width);
-                prefetch(from_gates + (k - earlier * G) * width);
+                input_gates[e][k].load(from_gates[e] + k * width);
+                prefetch(ahead_gates + k * width);
             }
 #pragma unroll
             for (int s = 0; s < S; ++s) {
-                input_states[e][s].load(from_states + s * B * T * width);
-                prefetch(from_states + (s * B * T - earlier) * width);
-                given[e][s].load(from_given + s * d_states_s);
-                prefetch(from_given + s * d_states_s - earlier * d_states_t);
+                input_states[e][s].load(from_states[e] + s * plane);
+                prefetch(ahead_states + s * plane);
+                given[e][s].load(from_given[e] + s * d_states_s);
+                prefetch(ahead_given + s * d_states_s);
             }
         }
     };
@@ -69,12 +75,16 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
             d_last + owned.sequence * d_last_b + item.n * d_last_n + owned.d * d_last_d;
 #pragma unroll
         for (int s = 0; s < S; ++s) d_carried[e][s] = owned.exists ? from[s * d_last_s] : 0.0f;
+        const long long place = item.n * D + owned.d;
+        from_gates[e] = gates + (owned.sequence + 1) * T * G * width + place;
+        to_gates[e] = d_gates + (owned.sequence + 1) * T * G * width + place;
+        from_states[e] = states + ((owned.sequence + 1) * T - 1) * width + place;
+        from_given[e] = d_states + owned.sequence * d_states_b + T * d_states_t +
+                        item.n * d_states_n + owned.d * d_states_d;
     }
     fetch_inputs(T - 1);
 
-    // The exchange that a step waits for; there is none before the first.
-    unsigned tag = 0;
-    for (long long t = T - 1; t >= 0; --t, ++tag) {
+    for (long long t = T - 1; t >= 0; --t) {
         float d_preactivations[OWNED][G];
         if (Owned::any()) {
             // By the gradient of h. These hide behind the exchange.
@@ -109,13 +119,13 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                     settle(state_slopes[e][s]);
                 }
             }
-            fetch_inputs(t > 0 ? t - 1 : t);
+            fetch_inputs(t - 1);
 
-            if (!CUT && tag > 0) {
-                exchange.wait(tag);
+            if (!CUT && t + 1 < T) {
+                exchange.wait();
 #pragma unroll
                 for (int e = 0; e < OWNED; ++e) {
-                    const float d_h = clipped(exchange.total(Owned(e, rank, item, B), tag));
+                    const float d_h = clipped(exchange.total(Owned(e, rank, item, B)));
 #pragma unroll
                     for (int k = 0; k < G; ++k) d_preactivations[e][k] += gate_slopes[e][k] * d_h;
 #pragma unroll
@@ -128,37 +138,37 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                     float recurrent[GR];
 #pragma unroll
                     for (int k = 0; k < GR; ++k) recurrent[k] = d_preactivations[e][RECURRENT[k]];
-                    exchange.put(recurrent, Owned(e, rank, item, B), tag + 1);
+                    exchange.put(recurrent, Owned(e, rank, item, B));
                 }
             }
         }
         if (!CUT) {
             meet<THREADS>();
             float sums[TILES][BLOCKS][4];
-            multiply<Operand>(sums, matrix, exchange, tag + 1);
-            exchange.send(sums, rank, tag + 1);
+            multiply<Operand>(sums, matrix, exchange);
+            exchange.send(sums, rank);
+            exchange.advance();
         }
         if (!Owned::any()) continue;
         // So does all that follows.
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
             const Owned owned(e, rank, item, B);
+            to_gates[e] -= G * width;
             if (!owned.exists) continue;
-            const long long place = item.n * D + owned.d;
-            Element* to = d_gates + (owned.sequence * T + t) * G * width + place;
 #pragma unroll
             for (int k = 0; k < G; ++k) {
-                round_to(to[k * width], d_preactivations[e][k]);
+                round_to(to_gates[e][k * width], d_preactivations[e][k]);
                 d_bias_sums[e][k] += d_preactivations[e][k];
             }
         }
     }
     if (!Owned::any()) return;
-    if (!CUT) exchange.wait(tag);
+    if (!CUT) exchange.wait();
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {
         const Owned owned(e, rank, item, B);
-        if (!CUT) d_carried[e][0] += clipped(exchange.total(owned, tag));
+        if (!CUT) d_carried[e][0] += clipped(exchange.total(owned));
         if (!owned.exists) continue;
         const long long place = item.n * D + owned.d;
         float* to = d_initial + owned.sequence * width + place;

@@ -97,49 +97,66 @@ struct Owned {
     __device__ static bool any() { return threadIdx.x / 32 * 32 < OWNED_NUMBERS; }
 };
 
-// Shared memory: the parcels of two exchanges, their barriers, the gradients of two exchanges.
-constexpr int RECEIVED = TEAM * PARCELS;
-constexpr int GRADIENTS = SLICES * BLOCKS * 32;
-constexpr int EXCHANGE_BYTES = 2 * (RECEIVED * sizeof(Words) + 8 + GRADIENTS * sizeof(Words));
-constexpr unsigned ARRIVING = RECEIVED * sizeof(Words);
+// Shared memory, in bytes: the parcels of two exchanges, the gradients of two, the parcels' barriers.
+constexpr unsigned RECEIVED_BYTES = TEAM * PARCELS * sizeof(Words);
+constexpr unsigned GRADIENT_BYTES = SLICES * BLOCKS * 32 * sizeof(Words);
+constexpr unsigned FIRST_GRADIENTS = 2 * RECEIVED_BYTES;
+constexpr unsigned FIRST_BARRIER = FIRST_GRADIENTS + 2 * GRADIENT_BYTES;
+constexpr int EXCHANGE_BYTES = FIRST_BARRIER + 16;
 
-// As many as lie side by side in a share, whatever the unit.
+// As many gradients as lie side by side in a share, whatever the unit.
 constexpr int TOGETHER = (GR & -GR) < SHARE ? GR & -GR : SHARE;
 struct alignas(TOGETHER * sizeof(Element)) Together {
     Element values[TOGETHER];
 };
 
 struct Exchange {
-    Words* received;
-    unsigned char* barriers;
-    Words* gradients;
-    // In the shared memory of who owns the units of the lane's pairs: the parcel of even exchanges, of
-    // sequences of the first block of 8; and their barrier.
+    unsigned char* shared;
+    // The exchange whose gradients are put down and multiplied, and whose parcels are sent. That before
+    // is the one which arrives.
+    unsigned number = 1;
+    // Where in shared memory, carried along so that nothing has to be computed on the way: the gradients;
+    // of each tile the place of the lane's parcel for the first 8 sequences and the barrier that counts
+    // it, both with their owner; what arrives, and the barrier that counts that.
+    unsigned gradients = FIRST_GRADIENTS + GRADIENT_BYTES;
     unsigned parcel_there[TILES], barrier_there[TILES];
+    unsigned received = 0, barrier = FIRST_BARRIER;
 
     // All threads of all blocks of the team come here together.
-    __device__ Exchange(unsigned char* shared, int rank)
-        : received(reinterpret_cast<Words*>(shared)),
-          barriers(shared + 2 * RECEIVED * sizeof(Words)),
-          gradients(reinterpret_cast<Words*>(barriers + 16)) {
-        // What nobody puts there is zero.
-        for (int i = threadIdx.x; i < 2 * GRADIENTS; i += THREADS) gradients[i] = {};
+    __device__ Exchange(unsigned char* shared, int rank) : shared(shared) {
+        // Gradients that nobody puts there are zero.
+        Words* const words = reinterpret_cast<Words*>(shared + FIRST_GRADIENTS);
+        for (int i = threadIdx.x; i < 2 * SLICES * BLOCKS * 32; i += THREADS) words[i] = {};
         if (threadIdx.x == 0) {
-            for (int i = 0; i < 2; ++i) make_barrier(barriers + 8 * i);
-            for (int i = 0; i < 2; ++i) expect_bytes(barriers + 8 * i, ARRIVING);
+            for (int i = 0; i < 2; ++i) make_barrier(shared + FIRST_BARRIER + 8 * i);
+            for (int i = 0; i < 2; ++i) expect_bytes(shared + FIRST_BARRIER + 8 * i, RECEIVED_BYTES);
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             const Pair pair(tile, rank);
             const int place = rank * PARCELS + parcel_place(0, pair.pair, threadIdx.x % 4);
-            parcel_there[tile] = cluster_address(received + place, pair.rank);
-            barrier_there[tile] = cluster_address(barriers, pair.rank);
+            const unsigned there = cluster_address(shared, pair.rank);
+            parcel_there[tile] = there + RECEIVED_BYTES + place * sizeof(Words);
+            barrier_there[tile] = there + FIRST_BARRIER + 8;
         }
         meet_cluster();
     }
 
+    // To the next exchange.
+    __device__ void advance() {
+        const int to_odd = ++number % 2 ? 1 : -1;
+        gradients += to_odd * GRADIENT_BYTES;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            parcel_there[tile] += to_odd * RECEIVED_BYTES;
+            barrier_there[tile] += to_odd * 8;
+        }
+        received -= to_odd * RECEIVED_BYTES;
+        barrier -= to_odd * 8;
+    }
+
     // The gradients of an owned unit's gates and sequence.
-    __device__ void put(const float (&values)[GR], const Owned& owned, unsigned tag) const {
+    __device__ void put(const float (&values)[GR], const Owned& owned) const {
         if (!owned.exists) return;
 #pragma unroll
         for (int first = 0; first < GR; first += TOGETHER) {
@@ -148,19 +165,20 @@ struct Exchange {
             for (int i = 0; i < TOGETHER; ++i) round_to(together.values[i], values[first + i]);
             const int summed = owned.unit * GR + first, share = summed / SHARE;
             const int lane = owned.column % 8 * 4 + share % 4;
-            const int place = (share / 4 * BLOCKS + owned.column / 8) * 32 + lane;
-            Element* const to = reinterpret_cast<Element*>(gradients + tag % 2 * GRADIENTS + place);
-            *reinterpret_cast<Together*>(to + summed % SHARE) = together;
+            const unsigned place = ((share / 4 * BLOCKS + owned.column / 8) * 32 + lane) * 16 +
+                                   summed % SHARE * sizeof(Element);
+            *reinterpret_cast<Together*>(shared + (gradients + place)) = together;
         }
     }
 
     // A slice of them, for the tensor core.
-    __device__ Words gradients_of(int slice, int block, unsigned tag) const {
-        return gradients[tag % 2 * GRADIENTS + (slice * BLOCKS + block) * 32 + threadIdx.x % 32];
+    __device__ Words operand(int slice, int block) const {
+        const unsigned place = gradients + threadIdx.x % 32 * 16;
+        return reinterpret_cast<const Words*>(shared + place)[(slice * BLOCKS + block) * 32];
     }
 
     // The sums of the warp's product, to their owners.
-    __device__ void send(const float (&sums)[TILES][BLOCKS][4], int rank, unsigned tag) const {
+    __device__ void send(const float (&sums)[TILES][BLOCKS][4], int rank) const {
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             if (!Pair(tile, rank).exists) continue;
@@ -169,25 +187,23 @@ struct Exchange {
                 unsigned words[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(sums[tile][block][i]);
-                const unsigned place = tag % 2 * RECEIVED + parcel_place(block, 0, 0);
-                send_async(parcel_there[tile] + place * sizeof(Words), words,
-                           barrier_there[tile] + tag % 2 * 8);
+                const unsigned further = block * PAIRS * 4 * sizeof(Words);
+                send_async(parcel_there[tile] + further, words, barrier_there[tile]);
             }
         }
     }
 
-    // Returns when all of an exchange has arrived.
-    __device__ void wait(unsigned tag) const {
-        unsigned char* const barrier = barriers + tag % 2 * 8;
-        wait_for_bytes(barrier, (tag - 1) / 2 % 2);
-        if (threadIdx.x == 0) expect_bytes(barrier, ARRIVING);
+    // Returns when all has arrived.
+    __device__ void wait() const {
+        wait_for_bytes(shared + barrier, (number / 2 + 1) % 2);
+        if (threadIdx.x == 0) expect_bytes(shared + barrier, RECEIVED_BYTES);
     }
 
     // The sum of what has arrived for an owned unit and sequence.
-    __device__ float total(const Owned& owned, unsigned tag) const {
-        const int place = parcel_place(owned.column / 8, owned.pair, owned.column % 8 / 2);
-        const float* from = reinterpret_cast<const float*>(received + tag % 2 * RECEIVED + place) +
-                            owned.unit % 2 * 2 + owned.column % 2;
+    __device__ float total(const Owned& owned) const {
+        const int parcel = parcel_place(owned.column / 8, owned.pair, owned.column % 8 / 2);
+        const unsigned place = (4 * parcel + owned.unit % 2 * 2 + owned.column % 2) * 4;
+        const float* from = reinterpret_cast<const float*>(shared + (received + place));
         float sums[TEAM];
 #pragma unroll
         for (int i = 0; i < TEAM; ++i) sums[i] = from[i * 4 * PARCELS];

@@ -38,12 +38,12 @@ constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
 // The warp's sums.
 template <typename Number>
 __device__ inline void multiply(float (&sums)[TILES][BLOCKS][4], const Matrix& matrix,
-                                const Exchange& exchange, unsigned tag) {
+                                const Exchange& exchange) {
     float chains[CHAINS][TILES][BLOCKS][4] = {};
     Words words[SLICES][BLOCKS];
 #pragma unroll
     for (int i = 0; i < SLICES * BLOCKS; ++i) {
-        words[i / BLOCKS][i % BLOCKS] = exchange.gradients_of(i / BLOCKS, i % BLOCKS, tag);
+        words[i / BLOCKS][i % BLOCKS] = exchange.operand(i / BLOCKS, i % BLOCKS);
     }
 #pragma unroll
     for (int step = 0; step < 2 * SLICES; ++step) {
