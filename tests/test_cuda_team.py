@@ -143,6 +143,31 @@ def test_a_cluster_compiles_without_spills(arch):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100"])
+@pytest.mark.parametrize(("kind", "D"), [("lstm", 256), ("slstm", 384), ("gru", 512)])
+def test_a_cluster_that_scatters_compiles_without_spills(kind, D, arch, prefer_scatter):
+    parts = programs(kind, D, "bfloat16", GPUS[arch])[1]
+    assert "team_scatter.cuh" in parts
+    assert not spills_in_the_loop_of_products(parts, arch)
+
+
+@pytest.fixture
+def prefer_scatter(monkeypatch):
+    cycles = tiling.cycles
+    monkeypatch.setattr(
+        tiling,
+        "cycles",
+        lambda choice, plan, *sizes: (
+            choice.values.backward and not plan.scatter,
+            cycles(choice, plan, *sizes),
+        ),
+    )
+    tiling.best_plan.cache_clear()
+    yield
+    tiling.best_plan.cache_clear()
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("arch", GPUS)
 def test_a_parcel_is_one_access(arch):
     """Of 16 bytes, coherent over the GPU: whoever sees the tag has the values."""

@@ -306,7 +306,7 @@ def _scatter_plan(choice: ScatterChoice, gpu: GPU) -> TeamPlan | None:
     sums = 4 * choice.row_tiles * blocks
     chains = max(1, 4 // (choice.row_tiles * blocks))
     # While sums are added up nothing is multiplied, and the other way round.
-    working = 40 + choice.owned * (values.kept + values.sent + 8) + 2 * choice.row_tiles
+    working = 36 + choice.owned * (values.kept + values.sent + 12) + 2 * choice.row_tiles
     working += max(sums * chains + min(32, 4 * choice.slices * blocks), choice.size + 16)
     working += 64 if values.passes > 1 else 0
     registers = min(255, 65536 // (32 * warps) // 8 * 8)
