@@ -89,7 +89,7 @@ struct Block {
     std::vector<Coroutine> threads;
     std::vector<std::vector<std::vector<Copy>>> copy_groups;
     std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
-    Meeting meeting, warp_meetings[32];
+    Meeting meeting, warp_meetings[32], meetings_of_some[16];
     long long held_up_until[32] = {};
     // Two sets of registers, in turn: a lane may write its next ones while others read these.
     unsigned exchanged[2][1024][6];
@@ -431,6 +431,18 @@ static void round_to(bfloat16& y, float x) {
     y.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+template <typename Half>
+static unsigned round_pair(float first, float second, Half) {
+    Half low, high;
+    round_to(low, first);
+    round_to(high, second);
+    return unsigned(high.bits) << 16 | low.bits;
+}
+template <typename Half>
+static float element_of_pair(unsigned pair, int second, Half) {
+    return to_float(Half{(unsigned short)(second ? pair >> 16 : pair)});
+}
+
 static float exp2_approximate(float x) { return exp2f(x); }
 static float reciprocal_approximate(float x) { return 1.0f / x; }
 static float divide_approximate(float x, float y) { return x / y; }
@@ -521,6 +533,35 @@ static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
     });
 }
 
+// ---- group.py
+
+// At once, so a wait that lacks does not show.
+template <int COUNT, typename Operand>
+static void multiply_by_group(float (&sums)[COUNT], const unsigned (&left)[4], unsigned right,
+                              bool add, Operand operand) {
+    const unsigned* blocks = (const unsigned*)(shared_memory() + right);
+    exchange({left[0], left[1], left[2], left[3]}, [&](unsigned(*lanes)[6]) {
+        const int lane = threadIdx.x % 32;
+        for (int i = 0; i < COUNT; ++i) {
+            const int row_half = i / 2 % 2, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+            if (!add) sums[i] = 0.0f;
+            for (int j = 0; j < 4; ++j) {
+                for (int half = 0; half < 2; ++half) {
+                    const unsigned word = blocks[column / 8 * 64 + half * 32 + column % 8 * 4 + j];
+                    sums[i] += dot(lanes[lane / 4 * 4 + j][2 * half + row_half], word, operand);
+                }
+            }
+        }
+    });
+}
+static void begin_products() {}
+static void close_products() {}
+template <int PENDING>
+static void wait_for_products() {}
+template <int COUNT>
+static void keep(float (&)[COUNT]) {}
+static void show_to_products() {}
+
 static std::vector<Copy>& open_copy_group() {
     auto& groups = current->copy_groups[threadIdx.x];
     if (groups.empty()) groups.emplace_back();
@@ -547,6 +588,11 @@ static void wait_for_copy_groups() {
 template <int THREADS>
 static void meet() {
     __syncthreads();
+}
+
+template <int THREADS>
+static void meet_some(int number) {
+    current->meetings_of_some[number].wait_for(THREADS);
 }
 
 static void pause(unsigned) { yield(); }

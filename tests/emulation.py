@@ -51,9 +51,10 @@ class Library:
 
 
 def emulated(parts: dict[str, str]) -> str:
-    """The program's text, with ptx.cuh and CUDA itself emulated."""
+    """The program's text, with ptx.cuh, group.py's instruction and CUDA itself emulated."""
     header = HEADER.read_text(encoding="utf-8")
-    return header + nvrtc.join({**parts, "ptx.cuh": ""})
+    assembly = dict.fromkeys(parts.keys() & {"ptx.cuh", "group"}, "")
+    return header + nvrtc.join({**parts, **assembly})
 
 
 class EmulatedStepper:
@@ -97,7 +98,13 @@ class EmulatedKernel:
         self.library.emulate(block, grid, self.threads, self.shared_memory, at_once)
 
 
-H200 = GPU(multiprocessors=132, shared_memory=232448, shifts_registers=True, largest_cluster=16)
+H200 = GPU(
+    multiprocessors=132,
+    shared_memory=232448,
+    shifts_registers=True,
+    multiplies_by_groups=True,
+    largest_cluster=16,
+)
 
 
 @pytest.fixture
@@ -122,7 +129,7 @@ def fused_emulation(
         return EmulatedKernel(library(name, emulated(parts)), *plan)
 
     def forget() -> None:
-        for cached in ("_head_kernel", "_team_kernel", "_gradient_kernel"):
+        for cached in ("_head_kernel", "_team_kernel", "_wide_kernel", "_gradient_kernel"):
             getattr(cuda_fused, cached).cache_clear()
 
     forget()

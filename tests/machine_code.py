@@ -77,7 +77,7 @@ def _loops(code: Code) -> list[Loop]:
 
 def _innermost_with_most_products(code: Code, loops: list[Loop]) -> list[Loop]:
     """Of a loop's first turn the compiler may make a copy before it."""
-    products = [address for address, instruction in code if "HMMA" in instruction]
+    products = [address for address, instruction in code if re.search(r"HG?MMA", instruction)]
 
     def most(loop: Loop) -> bool:
         return 2 * sum(loop[0] <= product <= loop[1] for product in products) >= len(products)

@@ -19,6 +19,7 @@ WORKLOAD = [
     ("lstm", (3, 4, 2, 256), torch.bfloat16),
     ("gru", (9, 3, 1, 320), torch.float16),
     ("slstm", (40, 2, 1, 768), torch.bfloat16),
+    ("gru", (180, 2, 1, 768), torch.float16),
     (sparse, (2, 3, 1, 200), torch.float32),
 ]
 

@@ -28,14 +28,16 @@ from tests.machine_code import spills_in_a_loop
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
 
-A100 = GPU(108, 166912, shifts_registers=False, largest_cluster=0)
-RTX_4090 = GPU(128, 101376, shifts_registers=False, largest_cluster=0)
+A100 = GPU(108, 166912, shifts_registers=False, multiplies_by_groups=False, largest_cluster=0)
+RTX_4090 = GPU(128, 101376, shifts_registers=False, multiplies_by_groups=False, largest_cluster=0)
 GPUS = {
     "sm_80": A100,
     "sm_86": RTX_4090,
     "sm_89": RTX_4090,
     "sm_90a": H200,
-    "sm_100": GPU(148, 232448, shifts_registers=False, largest_cluster=16),
+    "sm_100": GPU(
+        148, 232448, shifts_registers=False, multiplies_by_groups=False, largest_cluster=16
+    ),
     "sm_120": RTX_4090,
 }
 

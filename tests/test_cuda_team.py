@@ -203,7 +203,7 @@ def test_a_spill_would_be_noticed(arch):
 
 # ---- the kernels
 
-FEW = GPU(6, 232448, shifts_registers=True, largest_cluster=4)
+FEW = GPU(6, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=4)
 
 
 @pytest.fixture

@@ -79,6 +79,19 @@ def test_large(name, sizes):
     hold_to_vanilla(name, "lstm", *sizes, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize("sizes", [(260, 12, 1, 768), (300, 5, 2, 330)], ids=str)
+def test_many_sequences_of_a_large_head(kind, dtype, sizes):
+    hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
+
+
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 100, 3, 256), (9, 40, 5, 192), (16, 64, 6, 160)], ids=str)
+def test_heads_that_clusters_share(kind, sizes):
+    hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+
+
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 16), (3, 0, 2, 16)], ids=str)
 def test_empty(backend, sizes):
     hold_to_vanilla(backend, "lstm", *sizes, torch.bfloat16, "cuda")

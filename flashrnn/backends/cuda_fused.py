@@ -20,7 +20,7 @@ from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient,
 from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc
-from flashrnn.kernels import head, program, team
+from flashrnn.kernels import head, program, team, wide
 from flashrnn.problem import Problem
 from flashrnn.tiling import (
     GPU,
@@ -28,9 +28,11 @@ from flashrnn.tiling import (
     GradientPlan,
     HeadPlan,
     TeamPlan,
+    WidePlan,
     plan_gradient,
     plan_head,
     plan_team,
+    plan_wide,
 )
 
 
@@ -64,6 +66,9 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
+    plan = _plan(problem, False)
+    if isinstance(plan, WidePlan) and not _in_pairs(Wx):
+        Wx = Wx.contiguous()
     tensors = (Wx, R.contiguous(), b.contiguous(), states, every_state, last_states, gates)
     strides = (*Wx.stride(), *autograd.state_strides(states))
     aligned = _aligned(Wx, every_state, gates)
@@ -133,14 +138,18 @@ def _scan(
         kernel = _head_kernel(cell, precision, D, plan, aligned, problem.device, backward, *options)
         kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
         return
-    assert isinstance(plan, TeamPlan), "flashrnn() asks unsupported() first"
-    team_kernel = _team_kernel(cell, precision, D, plan, problem.device, backward, *options)
-    teams = plan.teams(B, N, _gpu(problem.device))
+    assert not isinstance(plan, str), "flashrnn() asks unsupported() first"
     words = partial(torch.empty, dtype=torch.int32, device=problem.device)
+    teams = plan.teams(B, N, _gpu(problem.device))
     # No exchange has the number 0.
     exchange = words(teams * plan.parcels, 4).zero_()
-    streamed = words(teams * plan.size * plan.warps() * plan.streamed, 128)
     numbers = (*strides, T, B, N, teams)
+    if isinstance(plan, WidePlan):
+        wide_kernel = _wide_kernel(cell, precision, D, plan, problem.device, *options)
+        wide_kernel.launch(teams * plan.size, (*tensors, exchange), numbers)
+        return
+    team_kernel = _team_kernel(cell, precision, D, plan, problem.device, backward, *options)
+    streamed = words(teams * plan.size * plan.warps() * plan.streamed, 128)
     team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), numbers)
 
 
@@ -197,11 +206,24 @@ def _aligned(*tensors: Tensor) -> bool:
     )
 
 
-def _plan(problem: Problem, backward: bool) -> HeadPlan | TeamPlan | str:
+def _in_pairs(x: Tensor) -> bool:
+    """Whether units lie together, each even one at a multiple of two elements."""
+    return (
+        x.data_ptr() % (2 * x.element_size()) == 0
+        and x.stride(-1) == 1
+        and not any(stride % 2 for stride in x.stride()[:-1])
+    )
+
+
+def _plan(problem: Problem, backward: bool) -> HeadPlan | TeamPlan | WidePlan | str:
     gpu = _gpu(problem.device)
     if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
         return plan_head(problem, gpu, backward)
-    return plan_team(problem, gpu, backward)
+    plan = plan_team(problem, gpu, backward)
+    # The batch does not decide whether there is a plan.
+    if backward or isinstance(plan, str):
+        return plan
+    return plan_wide(problem, gpu) or plan
 
 
 def _precision(problem: Problem) -> str:
@@ -219,6 +241,7 @@ def _gpu(device: torch.device) -> GPU:
         multiprocessors=multiprocessors,
         shared_memory=properties.shared_memory_per_block_optin,
         shifts_registers=properties.major == 9,
+        multiplies_by_groups=properties.major == 9,
         largest_cluster=largest_cluster if properties.major in (9, 10) else 0,
     )
 
@@ -261,6 +284,19 @@ def _team_kernel(
     together, cluster = not plan.cluster, plan.size if plan.cluster else 0
     threads = 32 * plan.warps()
     return _kernel(name, parts, device, threads, plan.shared_memory, together, cluster)
+
+
+@cache
+def _wide_kernel(
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: WidePlan,
+    device: torch.device,
+    save_gates: bool,
+) -> _Kernel:
+    parts = wide.forward_source(cell, precision, D, plan, save_gates)
+    return _kernel("wide_forward", parts, device, plan.THREADS, plan.shared_memory, True)
 
 
 @cache

@@ -40,6 +40,25 @@ __device__ inline unsigned round_to_tf32(unsigned bits) {
     return y;
 }
 
+// Two elements in a word, the first in its lower half.
+
+__device__ inline unsigned round_pair(float first, float second, float16) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+__device__ inline unsigned round_pair(float first, float second, bfloat16) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+template <typename Half>
+__device__ inline float element_of_pair(unsigned pair, int second, Half) {
+    return to_float(Half{static_cast<unsigned short>(second ? pair >> 16 : pair)});
+}
+
 // The hardware's approximations, right to about two units in the last place of float32 but for
 // tanh (to 2^-11), with numbers below 1e-38 taken for 0.
 
@@ -171,6 +190,35 @@ __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a
     }
 }
 
+// Products that a group of four warps issues together (kernels/group.py has the instruction) run on
+// their own: what they read and write is theirs between a begin and the wait that covers it.
+
+__device__ inline void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ inline void close_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most PENDING of the closed ones are under way.
+template <int PENDING>
+__device__ inline void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Sums are read after this, not before.
+template <int COUNT>
+__device__ inline void keep(float (&sums)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Has products see what the thread wrote to shared memory, once it has met the others.
+__device__ inline void show_to_products() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // The block's dynamic shared memory.
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -221,6 +269,12 @@ __device__ inline void wait_for_copy_groups() {
 template <int THREADS>
 __device__ inline void meet() {
     asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// A barrier of some warps, of this number.
+template <int THREADS>
+__device__ inline void meet_some(int number) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory");
 }
 
 // Waits for about so many nanoseconds.

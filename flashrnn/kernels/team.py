@@ -68,6 +68,7 @@ def _program(
         "PARCEL_WORDS": 4 if plan.cluster else 3,
         "HELD": plan.held,
         "SPARED": plan.spared,
+        "STREAMED": plan.streamed,
         "AHEAD": plan.ahead,
         **options,
     }
@@ -75,7 +76,7 @@ def _program(
         exchange = ["team_scatter.cuh", "team_matrix.cuh", "team_scattered_product.cuh"]
     else:
         way = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
-        exchange = ["team_gather.cuh", way, "team_matrix.cuh", "team_product.cuh"]
+        exchange = ["team_gather.cuh", "parcels.cuh", way, "team_matrix.cuh", "team_product.cuh"]
     clip = [] if options["FORWARD"] else ["clipped.cuh"]
     files = ["team.cuh", *exchange, *clip, kernel]
     return program.with_files(cell, precision, constants, files)

@@ -1,10 +1,8 @@
 // A block's part of R, shared out among its warps.
 //
-// A fragment is 16 rows of R and what one step of the tensor core sums. Of a warp's FRAGMENTS the
-// first HELD are in registers, the next SPARED in shared memory, the rest in global memory, where
-// each lane finds what it has put.
-
-constexpr int STREAMED = FRAGMENTS - HELD - SPARED;
+// A fragment is 16 rows of R and what one step of the tensor core sums. Of a warp's fragments the
+// first HELD are in registers, the next SPARED in shared memory, the last STREAMED in global memory,
+// where each lane finds what it has put.
 
 struct alignas(16) Fragment {
     unsigned words[4];

@@ -48,9 +48,6 @@ constexpr int TILES = ((ALL_PAIRS + 7) / 8 + WARPS - 1) / WARPS;
 constexpr int SHARE = 16 / sizeof(Element);
 constexpr int SLICES = (UNITS * GR + 4 * SHARE - 1) / (4 * SHARE);
 
-// A warp's fragments of R.
-constexpr int FRAGMENTS = 2 * SLICES * TILES;
-
 // Where the parcel of a pair and of the columns 2 j and 2 j + 1 of a block of 8 lies. Parcels that a
 // warp sends at once lie together, and numbers that it adds up are in 32 different banks.
 __device__ inline int parcel_place(int block, int pair, int j) {

@@ -5,6 +5,7 @@ from flashrnn.tiling.gradient import GradientPlan, plan_gradient
 from flashrnn.tiling.head import LARGEST_HEAD_OF_A_BLOCK, HeadPlan, plan_head
 from flashrnn.tiling.scan import LARGEST_SCANNED_HEAD, ScanPlan, plan_scan
 from flashrnn.tiling.team import TeamPlan, plan_team
+from flashrnn.tiling.wide import WidePlan, plan_wide
 
 __all__ = [
     "GPU",
@@ -14,8 +15,10 @@ __all__ = [
     "HeadPlan",
     "ScanPlan",
     "TeamPlan",
+    "WidePlan",
     "plan_gradient",
     "plan_head",
     "plan_scan",
     "plan_team",
+    "plan_wide",
 ]

@@ -13,10 +13,12 @@ class GPU:
         multiprocessors: how many.
         shared_memory: bytes of it that a thread block may have.
         shifts_registers: whether warps can hand registers to others.
+        multiplies_by_groups: whether it has products of four warps (PTX: wgmma).
         largest_cluster: thread blocks that a cluster may have; 0 where there are none.
     """
 
     multiprocessors: int
     shared_memory: int
     shifts_registers: bool
+    multiplies_by_groups: bool
     largest_cluster: int
