@@ -72,7 +72,7 @@ def forward(
     tensors = (Wx, R.contiguous(), b.contiguous(), states, every_state, last_states, gates)
     strides = (*Wx.stride(), *autograd.state_strides(states))
     aligned = _aligned(Wx, every_state, gates)
-    _scan(problem, False, tensors, strides, aligned)
+    _scan(problem, plan, False, tensors, strides, aligned)
     return every_state, last_states, gates
 
 
@@ -100,7 +100,8 @@ def backward(
         *autograd.state_strides(d_last_states),
     )
     aligned = _aligned(states, gates, d_states, d_gates)
-    _scan(problem, True, (*given, d_gates, d_initial, d_bias), strides, aligned)
+    tensors = (*given, d_gates, d_initial, d_bias)
+    _scan(problem, _plan(problem, True), True, tensors, strides, aligned)
     h_initial, h = states_initial[0], states[0]
     if D <= LARGEST_HEAD_OF_A_BLOCK:
         d_R = _recurrent_gradient(problem, d_gates, h_initial, h)
@@ -112,6 +113,7 @@ def backward(
 
 def _scan(
     problem: Problem,
+    plan: HeadPlan | TeamPlan | WidePlan | str,
     backward: bool,
     tensors: Sequence[Tensor],
     strides: Sequence[int],
@@ -120,14 +122,14 @@ def _scan(
     """Launch a direction's kernel.
 
     Args:
-        problem: with a plan.
+        problem: what is computed.
+        plan: its plan for this direction; a reason why there is none was refused before.
         backward: which of the two.
-        tensors: what both regimes' kernels take and write, in their arguments' order.
+        tensors: what all regimes' kernels take and write, in their arguments' order.
         strides: likewise.
         aligned: whether the tensors are, as :func:`_aligned` says.
     """
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
-    plan = _plan(problem, backward)
     cell, precision = clipped(problem.cell, problem.forward_clipval), _precision(problem)
     options = (
         (problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval)
