@@ -129,8 +129,8 @@ def fused_emulation(
         return EmulatedKernel(library(name, emulated(parts)), *plan)
 
     def forget() -> None:
-        for cached in ("_head_kernel", "_team_kernel", "_wide_kernel", "_gradient_kernel"):
-            getattr(cuda_fused, cached).cache_clear()
+        for regime in ("head", "cluster", "team", "wide", "gradient"):
+            getattr(cuda_fused, f"_{regime}_kernel").cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda: None)

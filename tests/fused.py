@@ -111,6 +111,15 @@ def all_strided(inputs: Inputs) -> Inputs:
     return Inputs(**{name: strided(x) for name, x in inputs.tensors().items()})
 
 
+def at_odd_addresses(inputs: Inputs) -> Inputs:
+    """Contiguous, one element after where they would begin."""
+
+    def moved(x: Tensor) -> Tensor:
+        return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x).requires_grad_()
+
+    return Inputs(**{name: moved(x.detach()) for name, x in inputs.tensors().items()})
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend allocates begins as NaN, so that an element that it never writes shows."""

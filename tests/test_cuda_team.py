@@ -235,6 +235,7 @@ def prefer(request, on_the_cpu, monkeypatch):
         tiling.best_plan.cache_clear()
 
     monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
+    monkeypatch.setattr(cuda_fused, "plan_cluster", lambda problem, gpu: None)
     prefer(lambda plan: 0)
     yield prefer
     tiling.best_plan.cache_clear()

@@ -8,7 +8,14 @@ import threading
 import pytest
 import torch
 
-from tests.fused import DTYPES, OPTIONS, all_strided, hold_to_vanilla, poisoned  # noqa: F401
+from tests.fused import (  # noqa: F401
+    DTYPES,
+    OPTIONS,
+    all_strided,
+    at_odd_addresses,
+    hold_to_vanilla,
+    poisoned,
+)
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse
 
 pytestmark = pytest.mark.gpu
@@ -87,7 +94,11 @@ def test_many_sequences_of_a_large_head(kind, dtype, sizes):
 
 
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
-@pytest.mark.parametrize("sizes", [(16, 100, 3, 256), (9, 40, 5, 192), (16, 64, 6, 160)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(16, 100, 3, 256), (9, 40, 5, 192), (16, 64, 6, 160), (70, 20, 1, 384), (5, 30, 2, 136)],
+    ids=str,
+)
 def test_heads_that_clusters_share(kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
 
@@ -110,6 +121,12 @@ def test_any_strides(where):
     backend, wider = where
     sizes = (3, 4, 2, 24 * wider)
     hold_to_vanilla(backend, "lstm", *sizes, torch.bfloat16, "cuda", change=all_strided)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 2, 24), (16, 4, 3, 256), (200, 3, 1, 768)], ids=str)
+def test_at_odd_addresses(sizes):
+    change = at_odd_addresses
+    hold_to_vanilla("cuda_fused", "lstm", *sizes, torch.bfloat16, "cuda", change=change)
 
 
 def test_tf32(backend, monkeypatch):

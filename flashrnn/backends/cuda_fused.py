@@ -20,20 +20,24 @@ from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient,
 from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc
-from flashrnn.kernels import head, program, team, wide
+from flashrnn.kernels import cluster, head, program, team, wide
 from flashrnn.problem import Problem
 from flashrnn.tiling import (
     GPU,
     LARGEST_HEAD_OF_A_BLOCK,
+    ClusterPlan,
     GradientPlan,
     HeadPlan,
     TeamPlan,
     WidePlan,
+    plan_cluster,
     plan_gradient,
     plan_head,
     plan_team,
     plan_wide,
 )
+
+Plan = HeadPlan | ClusterPlan | TeamPlan | WidePlan
 
 
 @cache
@@ -67,9 +71,12 @@ def forward(
     if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
     plan = _plan(problem, False)
-    if isinstance(plan, WidePlan) and not _in_pairs(Wx):
-        Wx = Wx.contiguous()
-    tensors = (Wx, R.contiguous(), b.contiguous(), states, every_state, last_states, gates)
+    R = R.contiguous()
+    if isinstance(plan, WidePlan):
+        Wx, R = (x if _in_pairs(x) else _copy(x) for x in (Wx, R))
+    if isinstance(plan, ClusterPlan) and not _aligned(Wx):
+        Wx = _copy(Wx)
+    tensors = (Wx, R, b.contiguous(), states, every_state, last_states, gates)
     strides = (*Wx.stride(), *autograd.state_strides(states))
     aligned = _aligned(Wx, every_state, gates)
     _scan(problem, plan, False, tensors, strides, aligned)
@@ -113,7 +120,7 @@ def backward(
 
 def _scan(
     problem: Problem,
-    plan: HeadPlan | TeamPlan | WidePlan | str,
+    plan: Plan | str,
     backward: bool,
     tensors: Sequence[Tensor],
     strides: Sequence[int],
@@ -141,6 +148,11 @@ def _scan(
         kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
         return
     assert not isinstance(plan, str), "flashrnn() asks unsupported() first"
+    if isinstance(plan, ClusterPlan):
+        cluster_kernel = _cluster_kernel(cell, precision, D, plan, problem.device, *options)
+        grid = plan.clusters(B, N) * plan.size
+        cluster_kernel.launch(grid, tensors, (*strides, T, B, N))
+        return
     words = partial(torch.empty, dtype=torch.int32, device=problem.device)
     teams = plan.teams(B, N, _gpu(problem.device))
     # No exchange has the number 0.
@@ -208,6 +220,11 @@ def _aligned(*tensors: Tensor) -> bool:
     )
 
 
+def _copy(x: Tensor) -> Tensor:
+    """Also of what is contiguous, but from an odd address on."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _in_pairs(x: Tensor) -> bool:
     """Whether units lie together, each even one at a multiple of two elements."""
     return (
@@ -217,7 +234,7 @@ def _in_pairs(x: Tensor) -> bool:
     )
 
 
-def _plan(problem: Problem, backward: bool) -> HeadPlan | TeamPlan | WidePlan | str:
+def _plan(problem: Problem, backward: bool) -> Plan | str:
     gpu = _gpu(problem.device)
     if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
         return plan_head(problem, gpu, backward)
@@ -225,7 +242,10 @@ def _plan(problem: Problem, backward: bool) -> HeadPlan | TeamPlan | WidePlan | 
     # The batch does not decide whether there is a plan.
     if backward or isinstance(plan, str):
         return plan
-    return plan_wide(problem, gpu) or plan
+    by_cluster = plan_cluster(problem, gpu)
+    if by_cluster is None or by_cluster.cycles > plan.cycles:
+        by_cluster = None
+    return plan_wide(problem, gpu) or by_cluster or plan
 
 
 def _precision(problem: Problem) -> str:
@@ -286,6 +306,20 @@ def _team_kernel(
     together, cluster = not plan.cluster, plan.size if plan.cluster else 0
     threads = 32 * plan.warps()
     return _kernel(name, parts, device, threads, plan.shared_memory, together, cluster)
+
+
+@cache
+def _cluster_kernel(
+    cell: Cell,
+    precision: str,
+    D: int,
+    plan: ClusterPlan,
+    device: torch.device,
+    save_gates: bool,
+) -> _Kernel:
+    parts = cluster.forward_source(cell, precision, D, plan, save_gates)
+    threads, memory = plan.threads(), plan.shared_memory
+    return _kernel("cluster_forward", parts, device, threads, memory, False, plan.size)
 
 
 @cache

@@ -55,8 +55,13 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
 def recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
     """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
     B, T, _, N, D = d_gates.shape
-    # What the product saw: h rounded, one step earlier.
-    before = torch.cat([h_initial.to(h.dtype), h[:, :-1]], dim=1)[:, :T].reshape(B * T, N, D)
+    # What the product saw: h rounded, one step earlier. All steps move by one at once, past the
+    # ends of sequences too: a plain copy, where to join two parts takes several times as long.
+    before = torch.empty_like(h, memory_format=torch.contiguous_format)
+    if T:
+        before.view(-1)[N * D :] = h.reshape(-1)[: -N * D]
+        before[:, 0] = h_initial[:, 0]
+    before = before.view(B * T, N, D)
     fed = select(d_gates, 2, cell.fed_by("R"))
     Gr = fed.shape[2]
     # A head's gradients together, for one product a head: a copy by whole rows of D.

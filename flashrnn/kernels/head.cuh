@@ -26,6 +26,9 @@ constexpr int COMPUTING_REGISTERS =
 constexpr int SHARE = 16 / sizeof(Element);
 __device__ constexpr int pitch(int rows) { return rows * DD + SHARE; }
 
+// Of a row: units in global memory, and places in a line.
+constexpr int ROW = D, PLACES = DD;
+
 struct alignas(2 * sizeof(Element)) Pair {
     Element first, second;
 };

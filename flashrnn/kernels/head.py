@@ -86,5 +86,6 @@ def _program(
         "ALIGNED": aligned,
         **options,
     }
-    files = ["head.cuh", "fragments.cuh", "traffic.cuh", kernel]
+    traffic = ["traffic.cuh", *(["traffic_forward.cuh"] if kernel == "head_forward.cu" else [])]
+    files = ["head.cuh", "fragments.cuh", *traffic, kernel]
     return program.with_files(cell, precision, constants, files)

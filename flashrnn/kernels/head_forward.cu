@@ -10,11 +10,8 @@
 //   addresses allow it.
 //
 // What orders the steps is one barrier at the end of each. Before the barrier of step t the
-// computing warps have read the inputs of step t and written its new states; the traffic threads have
-// stored the new states of step t - 1, have asked for the inputs of step t + STAGES - 1, into the
-// slot that was read in step t - 1, and have seen those of step t + 1 arrive.
-
-constexpr int INPUTS = pitch(GW), STATES = pitch(S), GATES = pitch(G);
+// computing warps have read the inputs of step t and written its new states; what the traffic threads
+// have done then, traffic_forward.cuh says.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
@@ -49,32 +46,7 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
         Flow<S, Element> output({states + head, T * width, B * T * width, 1}, width, STATES, last);
         Flow<G, Element> output_gates({gates + head_gates, T * G * width, width, 1}, G * width, GATES,
                                       last);
-        int fetched = 0, slot = 0;
-        const auto fetch_next = [&]() {
-            if (fetched++ < T) input.fetch(ring + slot * SEQUENCES * INPUTS);
-            close_copy_group();
-            input.advance();
-            slot = slot + 1 == STAGES ? 0 : slot + 1;
-        };
-        const auto store_next = [&](int t) {
-            const int turn = t % 2 * SEQUENCES;
-            output.store(new_states + turn * STATES);
-            output.advance();
-            if (SAVE_GATES) {
-                output_gates.store(saved + turn * GATES);
-                output_gates.advance();
-            }
-        };
-        for (int t = 0; t < STAGES - 1; ++t) fetch_next();
-        wait_for_copy_groups<STAGES - 2>();
-        meet<THREADS>();
-        for (int t = 0; t < T; ++t) {
-            fetch_next();
-            if (t > 0) store_next(t - 1);
-            wait_for_copy_groups<STAGES - 2>();
-            meet<THREADS>();
-        }
-        store_next(T - 1);
+        carry(input, output, output_gates, ring, new_states, saved, T);
         return;
     }
 

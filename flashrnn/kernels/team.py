@@ -73,10 +73,10 @@ def _program(
         **options,
     }
     if plan.scatter:
-        exchange = ["team_scatter.cuh", "team_matrix.cuh", "team_scattered_product.cuh"]
+        exchange = ["team_scatter.cuh", "matrix.cuh", "team_scattered_product.cuh"]
     else:
         way = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
-        exchange = ["team_gather.cuh", "parcels.cuh", way, "team_matrix.cuh", "team_product.cuh"]
+        exchange = ["team_gather.cuh", "parcels.cuh", way, "matrix.cuh", "team_product.cuh"]
     clip = [] if options["FORWARD"] else ["clipped.cuh"]
     files = ["team.cuh", *exchange, *clip, kernel]
     return program.with_files(cell, precision, constants, files)

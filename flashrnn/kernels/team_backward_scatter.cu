@@ -3,7 +3,7 @@
 //
 // What lives where:
 //
-// - registers: R as far as they hold it (team_matrix.cuh), and in float32 the carried gradients of the
+// - registers: R as far as they hold it (matrix.cuh), and in float32 the carried gradients of the
 //   lane's own units and the sums of its gates' gradients over time; the next step's inputs, which
 //   have a whole step to come: the gates' pre-activations, the states before the step and the given
 //   gradients of those after it;

@@ -1,12 +1,13 @@
 // What the traffic threads do: copies between global memory and lines of shared memory.
 //
-// A line has rows of DD places, one for each of COUNT gates or states; the rows of a step that lie
-// in global memory lie anywhere, their elements, if ALIGNED, together and from a multiple of 16 bytes
-// on. Then a thread keeps the addresses of its pieces of 16 bytes and moves them on from step to
-// step; else it copies element by element.
+// A line has rows of PLACES places, one for each of COUNT gates or states; the rows of a step that lie
+// in global memory, of ROW units, lie anywhere, their elements, if ALIGNED, together and from a
+// multiple of 16 bytes on. Then a thread keeps the addresses of its pieces of 16 bytes and moves them
+// on from step to step; else it copies element by element. Where D is no multiple of ROW, the last
+// rows have fewer units.
 
 constexpr int PIECE = ALIGNED ? SHARE : 1;
-constexpr int PIECES = D / PIECE;
+constexpr int PIECES = ROW / PIECE;
 
 // Where the rows of a tensor lie: `origin` is the first row's first element of sequence 0.
 template <typename T>
@@ -30,13 +31,13 @@ struct Flow {
 
     Rows<T> rows;
     long long step;
-    int pitch, last;
+    int pitch, last, units;
     T* addresses[ALIGNED ? MINE : 1];
 
     // `last` is the last sequence that exists. Those beyond are read as if they were it, and never
-    // written.
-    __device__ Flow(Rows<T> rows, long long step, int pitch, int last)
-        : rows(rows), step(step), pitch(pitch), last(last) {
+    // written. Of a row there are so many units.
+    __device__ Flow(Rows<T> rows, long long step, int pitch, int last, int units = ROW)
+        : rows(rows), step(step), pitch(pitch), last(last), units(units) {
         if constexpr (ALIGNED) {
 #pragma unroll
             for (int i = 0; i < MINE; ++i) addresses[i] = address(index(i));
@@ -45,7 +46,10 @@ struct Flow {
 
     __device__ static int index(int i) { return threadIdx.x - 32 * COMPUTING + i * TRAFFIC; }
     __device__ static int sequence(int index) { return index / (PIECES * COUNT); }
-    __device__ static bool exists(int index) { return ALL % TRAFFIC == 0 || index < ALL; }
+    __device__ bool exists(int index) const {
+        return (ALL % TRAFFIC == 0 || index < ALL) &&
+               (D % ROW == 0 || index % PIECES * PIECE < units);
+    }
 
     __device__ T* address(int index) const {
         const int b = sequence(index) < last ? sequence(index) : last;
@@ -54,7 +58,7 @@ struct Flow {
     }
 
     __device__ int place(int index) const {
-        return sequence(index) * pitch + index / PIECES % COUNT * DD + index % PIECES * PIECE;
+        return sequence(index) * pitch + index / PIECES % COUNT * PLACES + index % PIECES * PIECE;
     }
 
     __device__ void advance() {

@@ -1,5 +1,6 @@
 """Plans: how a kernel is tiled for a problem. Pure functions of the problem and the device."""
 
+from flashrnn.tiling.cluster import ClusterPlan, plan_cluster
 from flashrnn.tiling.gpu import GPU
 from flashrnn.tiling.gradient import GradientPlan, plan_gradient
 from flashrnn.tiling.head import LARGEST_HEAD_OF_A_BLOCK, HeadPlan, plan_head
@@ -11,11 +12,13 @@ __all__ = [
     "GPU",
     "LARGEST_HEAD_OF_A_BLOCK",
     "LARGEST_SCANNED_HEAD",
+    "ClusterPlan",
     "GradientPlan",
     "HeadPlan",
     "ScanPlan",
     "TeamPlan",
     "WidePlan",
+    "plan_cluster",
     "plan_gradient",
     "plan_head",
     "plan_scan",

@@ -22,3 +22,8 @@ class GPU:
     shifts_registers: bool
     multiplies_by_groups: bool
     largest_cluster: int
+
+
+def clusters_at_once(size: int, gpu: GPU) -> int:
+    """Some multiprocessors are left over where clusters do not fill their groups."""
+    return gpu.multiprocessors * 7 // 8 // size

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from typing import ClassVar, NamedTuple
 
 from flashrnn.problem import Problem
-from flashrnn.tiling.gpu import GPU
+from flashrnn.tiling.gpu import GPU, clusters_at_once
 from flashrnn.tiling.sizes import power_of_two, tiles_of
 
 
@@ -32,6 +32,7 @@ class TeamPlan:
         ahead: slices of what the team exchanges that a warp asks for at once.
         parcels: 16-byte parcels of a team's buffers in global memory, two for each turn.
         shared_memory: a block's dynamic shared memory in bytes.
+        cycles: what a step is reckoned to take, of no concern to a kernel.
     """
 
     units: int
@@ -48,6 +49,7 @@ class TeamPlan:
     ahead: int
     parcels: int
     shared_memory: int
+    cycles: float = field(default=0.0, compare=False)
 
     def items(self, B: int, N: int) -> int:
         """Heads times what a team owns of their sequences."""
@@ -113,19 +115,19 @@ class Values(NamedTuple):
 @lru_cache(maxsize=1024)
 def best_plan(values: Values, B: int, N: int, D: int, gpu: GPU) -> TeamPlan | str:
     """The plan with the fewest :func:`cycles`, or the reason why there is none."""
-    best: tuple[float, TeamPlan] | None = None
+    best: TeamPlan | None = None
     for choice, most_ahead in product(_choices(values, B, N, D, gpu), (8, 1)):
         plan = _plan(choice, gpu, most_ahead)
         if plan is not None:
-            needed = cycles(choice, plan, B, N, gpu)
-            if best is None or needed < best[0]:
-                best = needed, plan
+            plan = replace(plan, cycles=cycles(choice, plan, B, N, gpu))
+            if best is None or plan.cycles < best.cycles:
+                best = plan
     if best is None:
         return (
             f"a head of {D} units; its recurrent matrix does not find room on this GPU: more than "
             "two thirds would have to be read anew at each step"
         )
-    return best[1]
+    return best
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choic
         # Whole tiles or parcels of them, or neither.
         some = {tiles_of(few, whole) * whole for few in least for whole in (4, 8, 12, 16)}
         clusters = [size for size in _CLUSTERS if size <= gpu.largest_cluster]
-        clusters = [size for size in clusters if _clusters_at_once(size, gpu)]
+        clusters = [size for size in clusters if clusters_at_once(size, gpu)]
         of_clusters = {
             tiles_of(D, size) for size in clusters if tiles_of(D, tiles_of(D, size)) == size
         }
@@ -345,11 +347,6 @@ def _with_matrix(
     )
 
 
-def _clusters_at_once(size: int, gpu: GPU) -> int:
-    """Some multiprocessors are left over where clusters do not fill their groups."""
-    return gpu.multiprocessors * 7 // 8 // size
-
-
 def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     """What a step of all sequences takes, so far as plans compare by it.
 
@@ -363,7 +360,7 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     multiply = max(chain, issue) * values.passes
     exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
     if choice.cluster:
-        at_once = _clusters_at_once(size, gpu)
+        at_once = clusters_at_once(size, gpu)
         wait, transfer = 0.0, max(300, exchanged_bytes / 3.6 - 740)
     else:
         at_once = gpu.multiprocessors // size
@@ -391,5 +388,5 @@ def _scatter_cycles(choice: ScatterChoice, plan: TeamPlan, B: int, N: int, gpu: 
     # Gradients to all warps, the barrier, what wakes up.
     pass_on = 150 + 64 * warps * choice.slices * choice.blocks / 16
     step = 0.8 * (transfer + multiply + fetch + pass_on + 300 * choice.owned)
-    rounds = tiles_of(plan.items(B, N), _clusters_at_once(choice.size, gpu))
+    rounds = tiles_of(plan.items(B, N), clusters_at_once(choice.size, gpu))
     return step * (rounds + 0.03 * (rounds - 1))

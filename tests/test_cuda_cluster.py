@@ -1,0 +1,197 @@
+"""Backend ``cuda_fused`` forward for heads that clusters own warp by warp, without a GPU.
+
+The emulation lets what thread blocks send each other arrive late and out of order, and holds warps
+up as chance has it, so a missing wait shows.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from flashrnn import FlashRNNConfig
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.kernels import cluster as kernel
+from flashrnn.tiling import GPU, ClusterPlan, plan_cluster
+from flashrnn.tiling import cluster as tiling
+from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import (  # noqa: F401
+    all_strided,
+    at_odd_addresses,
+    continues_exactly,
+    hold_to_vanilla,
+    poisoned,
+    same_without_gradients,
+)
+from tests.machine_code import spills_in_the_loop_of_products
+from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
+from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
+from tests.test_jit import needs_nvrtc
+
+# ---- plans
+
+
+def plan_of(kind, B, N, D, gpu=H200, dtype=torch.bfloat16):
+    return plan_cluster(problem(kind, B, N, D, dtype), gpu)
+
+
+def test_plans_fit_the_gpu_and_cover_the_problem():
+    found = 0
+    for kind, D, B, N in itertools.product(
+        [*BUILT_IN, sparse], [136, 160, 200, 256, 384, 520], [0, 1, 16, 300], [1, 3]
+    ):
+        plan = plan_of(kind, B, N, D)
+        if plan is None:
+            continue
+        found += 1
+        given = (kind, B, N, D)
+        assert (plan.size - 1) * plan.units < D <= plan.size * plan.units, given
+        assert plan.units % plan.warps == 0 and 32 * plan.warps <= 1024, given
+        assert plan.size in (2, 4, 8, 16), given
+        assert 8 * plan.blocks * plan.clusters(B, N) >= B * N, given
+        assert plan.shared_memory <= H200.shared_memory, given
+    assert found > 100
+
+
+def test_only_where_it_is_possible():
+    assert isinstance(plan_of("lstm", 16, 3, 256), ClusterPlan)
+    assert plan_of("lstm", 16, 1, 772) is None
+    assert plan_of(wide, 16, 3, 256) is None
+    assert plan_of("lstm", 16, 3, 256, dtype=torch.float32) is None
+    assert plan_of("lstm", 16, 3, 256, A100) is plan_of("lstm", 16, 3, 256, RTX_4090) is None
+
+
+# ---- the machine code
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100"])
+@pytest.mark.parametrize(
+    ("kind", "D"), [("lstm", 256), ("lstm", 512), ("slstm", 384), ("gru", 256), ("elman", 768)]
+)
+def test_compiles_without_spills(kind, D, arch):
+    cell = resolve(kind)
+    rows = tiling.Rows(
+        *(len(cell.fed_by(x)) for x in ("R", "Wx")), len(cell.states), len(cell.gates)
+    )
+    plans = list(tiling.possible_plans(rows, D, GPUS[arch]))
+    assert plans
+    for plan in plans:
+        parts = kernel.forward_source(cell, "bfloat16", D, plan, True)
+        assert not spills_in_the_loop_of_products(parts, arch), plan
+
+
+# ---- the kernel
+
+FEW = GPU(6, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=4)
+
+
+@pytest.fixture
+def on_the_cpu(fused_emulation, poisoned, monkeypatch):  # noqa: F811
+    """Backend ``cuda_fused`` is emulated, and what it allocates is NaN.
+
+    These plans before others, whatever they are reckoned to take.
+    """
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
+    monkeypatch.setattr(tiling, "cycles", lambda *_: 0.0)
+    tiling.best_plan.cache_clear()
+    yield
+    tiling.best_plan.cache_clear()
+
+
+@pytest.fixture(params=[(2, 1), (2, 2), (4, 1), (4, 2)], ids="{0[0]} blocks, {0[1]}x8".format)
+def tiles(request, on_the_cpu, monkeypatch):
+    """The size of a cluster, and the blocks of 8 sequences that it owns; others where it cannot."""
+    size, blocks = request.param
+    monkeypatch.setattr(
+        tiling, "cycles", lambda plan, *_: (plan.size != size) + (plan.blocks != blocks) / 2
+    )
+    tiling.best_plan.cache_clear()
+    return request.param
+
+
+def check(kind, *sizes, **options):
+    B, _, N, D, dtype = sizes
+    assert isinstance(cuda_fused._plan(problem(kind, B, N, D, dtype), False), ClusterPlan)
+    hold_to_vanilla("cuda_fused", kind, *sizes, **options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_equals_vanilla(tiles, kind, dtype):
+    check(kind, 9, 4, 2, 136, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # A single step, and the smallest of these heads.
+        (2, 1, 1, 136),
+        # All units and sequences there.
+        (16, 3, 1, 192),
+        # The last block lacks most of its units.
+        (20, 2, 3, 152),
+    ],
+    ids=str,
+)
+def test_sizes(tiles, sizes):
+    check("slstm", *sizes, torch.bfloat16)
+
+
+@needs_compiler
+def test_any_strides(on_the_cpu):
+    check("gru", 3, 4, 2, 136, torch.float16, change=all_strided)
+
+
+@needs_compiler
+def test_clipped(on_the_cpu):
+    inputs = random_inputs("gru", 5, 4, 2, 136, torch.float16)
+    config = FlashRNNConfig(forward_clipval=0.3)
+    with torch.no_grad():
+        truth = call("gru", inputs.to(torch.float64), backend="vanilla", config=config)
+        plain = call("gru", inputs, backend="vanilla", config=config)
+        given = call("gru", inputs, backend="cuda_fused", config=config)
+    # Which h are clipped is chance to a gradient.
+    for exact, near, found in zip(truth, plain, given, strict=True):
+        assert relative_error(found, exact) <= 2 * relative_error(near, exact) + 1e-6
+    assert given[0][0].abs().max() == given[0].new_tensor(0.3)
+
+
+@needs_compiler
+def test_no_gradient_asked_for(on_the_cpu):
+    assert same_without_gradients("cuda_fused", 136)
+
+
+@needs_compiler
+def test_continues_a_sequence_exactly(on_the_cpu):
+    assert continues_exactly("cuda_fused", 136)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["lstm", "elman"])
+def test_same_bits_in_whatever_order_things_arrive(tiles, kind):
+    inputs = random_inputs(kind, 9, 5, 1, 136, torch.bfloat16)
+    with torch.no_grad():
+        runs = [call(kind, inputs, backend="cuda_fused") for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@needs_compiler
+def test_a_nan_stays_in_its_sequence_and_head(tiles):
+    inputs = random_inputs("lstm", 4, 3, 2, 136, torch.bfloat16)
+    with torch.no_grad():
+        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
+        outputs = call("lstm", inputs, backend="cuda_fused")
+    poisoned_part = outputs[0].isnan()
+    assert poisoned_part[:, 1, 1:, 0].any() and not poisoned_part[:, 1, 0].any()
+    # The whole team has it at the next step.
+    assert poisoned_part[0, 1, 2, 0].all()
+    assert not poisoned_part[:, [0, 2, 3]].any() and not poisoned_part[:, :, :, 1].any()
+
+
+@needs_compiler
+def test_at_odd_addresses(on_the_cpu):
+    check("gru", 3, 4, 2, 136, torch.float16, change=at_odd_addresses)
