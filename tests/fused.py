@@ -98,6 +98,30 @@ def continues_exactly(backend: str, D: int = 24) -> bool:
     return torch.equal(torch.cat([states, rest], dim=2), whole) and torch.equal(end, last)
 
 
+def gives_the_same_bits(kind: str | Cell, *sizes: int) -> bool:
+    """Whether two calls of ``cuda_fused`` of the same inputs, and their gradients, are alike."""
+    inputs = random_inputs(kind, *sizes, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        outputs = call(kind, inputs, backend="cuda_fused")
+        runs.append([*outputs, *gradients(outputs, inputs).values()])
+    return all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def keeps_a_nan_to_its_sequence_and_head(B: int, D: int) -> bool:
+    """Whether a NaN that one unit of ``cuda_fused`` is given reaches its head and nothing else."""
+    inputs = random_inputs("lstm", B, 3, 2, D, torch.bfloat16)
+    with torch.no_grad():
+        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
+    outputs = call("lstm", inputs, backend="cuda_fused")
+    is_nan, others = outputs[0].isnan(), [b for b in range(B) if b != 1]
+    # All its units have it at the next step.
+    arrives = is_nan[:, 1, 1, 0].any() and is_nan[0, 1, 2, 0].all() and not is_nan[:, 1, 0].any()
+    elsewhere = is_nan[:, others].any() or is_nan[:, :, :, 1].any()
+    d_Wx = gradients(outputs, inputs)["Wx"]
+    return bool(arrives and not elsewhere and not d_Wx[others].isnan().any())
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values, neither contiguous nor aligned, as a leaf of its own."""
     *sizes, last = x.shape

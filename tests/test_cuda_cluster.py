@@ -20,7 +20,9 @@ from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
     continues_exactly,
+    gives_the_same_bits,
     hold_to_vanilla,
+    keeps_a_nan_to_its_sequence_and_head,
     poisoned,
     same_without_gradients,
 )
@@ -173,23 +175,12 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 @needs_compiler
 @pytest.mark.parametrize("kind", ["lstm", "elman"])
 def test_same_bits_in_whatever_order_things_arrive(tiles, kind):
-    inputs = random_inputs(kind, 9, 5, 1, 136, torch.bfloat16)
-    with torch.no_grad():
-        runs = [call(kind, inputs, backend="cuda_fused") for _ in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    assert gives_the_same_bits(kind, 9, 5, 1, 136)
 
 
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(tiles):
-    inputs = random_inputs("lstm", 4, 3, 2, 136, torch.bfloat16)
-    with torch.no_grad():
-        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
-        outputs = call("lstm", inputs, backend="cuda_fused")
-    poisoned_part = outputs[0].isnan()
-    assert poisoned_part[:, 1, 1:, 0].any() and not poisoned_part[:, 1, 0].any()
-    # The whole team has it at the next step.
-    assert poisoned_part[0, 1, 2, 0].all()
-    assert not poisoned_part[:, [0, 2, 3]].any() and not poisoned_part[:, :, :, 1].any()
+    assert keeps_a_nan_to_its_sequence_and_head(4, 136)
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ from tests.fused import (  # noqa: F401
     all_strided,
     continues_exactly,
     hold_to_vanilla,
+    keeps_a_nan_to_its_sequence_and_head,
     poisoned,
     same_without_gradients,
 )
@@ -313,14 +314,7 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
-    inputs = random_inputs("lstm", 4, 3, 2, 16, torch.bfloat16)
-    with torch.no_grad():
-        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
-    outputs = call("lstm", inputs, backend="cuda_fused")
-    poisoned_part = outputs[0].isnan()
-    assert poisoned_part[:, 1, 1:, 0].any() and not poisoned_part[:, 1, 0].any()
-    assert not poisoned_part[:, [0, 2, 3]].any() and not poisoned_part[:, :, :, 1].any()
-    assert not gradients(outputs, inputs)["Wx"][[0, 2, 3]].isnan().any()
+    assert keeps_a_nan_to_its_sequence_and_head(4, 16)
 
 
 # ---- what it says of itself

@@ -21,7 +21,9 @@ from tests.fused import (  # noqa: F401
     OPTIONS,
     all_strided,
     continues_exactly,
+    gives_the_same_bits,
     hold_to_vanilla,
+    keeps_a_nan_to_its_sequence_and_head,
     poisoned,
     same_without_gradients,
 )
@@ -410,26 +412,12 @@ def test_continues_a_sequence_exactly(prefer):
 
 @needs_compiler
 def test_same_bits_in_whatever_order_things_arrive(prefer):
-    inputs = random_inputs("lstm", 9, 3, 1, 131, torch.bfloat16)
-    runs = []
-    for _ in range(2):
-        outputs = call("lstm", inputs, backend="cuda_fused")
-        runs.append([*outputs, *gradients(outputs, inputs).values()])
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    assert gives_the_same_bits("lstm", 9, 3, 1, 131)
 
 
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(prefer):
-    inputs = random_inputs("lstm", 4, 3, 2, 131, torch.bfloat16)
-    with torch.no_grad():
-        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
-    outputs = call("lstm", inputs, backend="cuda_fused")
-    poisoned_part = outputs[0].isnan()
-    assert poisoned_part[:, 1, 1:, 0].any() and not poisoned_part[:, 1, 0].any()
-    # The whole team has it at the next step.
-    assert poisoned_part[0, 1, 2, 0].all()
-    assert not poisoned_part[:, [0, 2, 3]].any() and not poisoned_part[:, :, :, 1].any()
-    assert not gradients(outputs, inputs)["Wx"][[0, 2, 3]].isnan().any()
+    assert keeps_a_nan_to_its_sequence_and_head(4, 131)
 
 
 # ---- what it says of itself

@@ -16,6 +16,7 @@ from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     hold_to_vanilla,
+    keeps_a_nan_to_its_sequence_and_head,
     poisoned,
 )
 from tests.machine_code import instructions, spills_in_the_loop_of_products
@@ -145,11 +146,4 @@ def test_no_gradient_asked_for_and_same_bits(on_the_cpu):
 
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
-    inputs = random_inputs("lstm", 33, 3, 2, 130, torch.bfloat16)
-    with torch.no_grad():
-        inputs.Wx[1, 1, 0, 0, 3] = torch.nan
-        outputs = call("lstm", inputs, backend="cuda_fused")
-    poisoned_part = outputs[0].isnan()
-    assert poisoned_part[0, 1, 2, 0].all() and not poisoned_part[:, 1, 0].any()
-    others = [b for b in range(33) if b != 1]
-    assert not poisoned_part[:, others].any() and not poisoned_part[:, :, :, 1].any()
+    assert keeps_a_nan_to_its_sequence_and_head(33, 130)
