@@ -20,6 +20,7 @@ WORKLOAD = [
     ("gru", (9, 3, 1, 320), torch.float16),
     ("elman", (40, 3, 1, 256), torch.float16),
     ("slstm", (9, 4, 1, 136), torch.bfloat16),
+    ("gru", (40, 3, 5, 248), torch.bfloat16),
     ("lstm", (3, 4, 2, 260), torch.bfloat16),
     ("slstm", (40, 2, 1, 768), torch.bfloat16),
     ("gru", (180, 2, 1, 768), torch.float16),

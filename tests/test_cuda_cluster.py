@@ -5,6 +5,7 @@ up as chance has it, so a missing wait shows.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_plans_fit_the_gpu_and_cover_the_problem():
         found += 1
         given = (kind, B, N, D)
         assert (plan.size - 1) * plan.units < D <= plan.size * plan.units, given
-        assert plan.units % plan.warps == 0 and 32 * plan.warps <= 1024, given
+        assert plan.units % plan.warps == 0 and plan.threads() <= 1024, given
         assert plan.size in (2, 4, 8, 16), given
         assert 8 * plan.blocks * plan.clusters(B, N) >= B * N, given
         assert plan.shared_memory <= H200.shared_memory, given
@@ -62,6 +63,12 @@ def test_only_where_it_is_possible():
     assert plan_of(wide, 16, 3, 256) is None
     assert plan_of("lstm", 16, 3, 256, dtype=torch.float32) is None
     assert plan_of("lstm", 16, 3, 256, A100) is plan_of("lstm", 16, 3, 256, RTX_4090) is None
+
+
+def test_no_larger_clusters_than_run():
+    few = GPU(8, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=8)
+    assert plan_of("lstm", 16, 3, 256, few) is None or plan_of("lstm", 16, 3, 256, few).size < 8
+    assert isinstance(plan_of("lstm", 16, 3, 136, few), ClusterPlan)
 
 
 # ---- the machine code
@@ -134,13 +141,24 @@ def test_equals_vanilla(tiles, kind, dtype):
         (2, 1, 1, 136),
         # All units and sequences there.
         (16, 3, 1, 192),
-        # The last block lacks most of its units.
+        # The last block lacks some of its units, and sequences.
         (20, 2, 3, 152),
     ],
     ids=str,
 )
 def test_sizes(tiles, sizes):
     check("slstm", *sizes, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_sixteen_blocks(on_the_cpu, monkeypatch, kind):
+    """Each lane that makes up a parcel sends it to two of them."""
+    many = replace(FEW, multiprocessors=20, largest_cluster=16)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: many)
+    monkeypatch.setattr(tiling, "cycles", lambda plan, *_: -plan.size - plan.blocks)
+    assert cuda_fused._plan(problem(kind, 9, 1, 248, torch.bfloat16), False).size == 16
+    check(kind, 9, 3, 1, 248, torch.bfloat16)
 
 
 @needs_compiler

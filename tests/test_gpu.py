@@ -96,7 +96,11 @@ def test_many_sequences_of_a_large_head(kind, dtype, sizes):
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [(16, 100, 3, 256), (9, 40, 5, 192), (16, 64, 6, 160), (70, 20, 1, 384), (5, 30, 2, 136)],
+    [
+        *[(16, 100, 3, 256), (9, 40, 5, 192), (16, 64, 6, 160), (70, 20, 1, 384), (5, 30, 2, 136)],
+        # Two blocks of sequences, fragments in shared memory, units that a block lacks.
+        *[(40, 9, 5, 248), (32, 9, 12, 192), (64, 9, 3, 256)],
+    ],
     ids=str,
 )
 def test_heads_that_clusters_share(kind, sizes):

@@ -1,5 +1,5 @@
 // How a cluster of thread blocks owns a head of which each of its warps can multiply all rows that make
-// up the gates of a few units, so that a step's values never leave the warp but as h.
+// up the gates of a few units, so that between one h and the next a warp needs nothing of others.
 //
 // The cluster has one head and SEQUENCES sequences, for all steps; block `rank` of it the head's units
 // from rank * UNITS on, a warp WARP_UNITS of these, with all gates that R feeds: the 16 rows of one

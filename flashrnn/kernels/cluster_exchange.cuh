@@ -14,10 +14,11 @@
 // leaves before it has what is sent to it, so nothing is sent to a block that has left. A cluster has
 // one item, so its barriers know an exchange by its number; the first is number 0.
 
-// Of parcels: of each step and 8 sequences four units' for each lane j, of four pairs of sequences. Those
-// that four neighbouring lanes send to one block lie together.
+// Parcels lie by step, 8 sequences, four units and pair of sequences, so that those which four
+// neighbouring lanes send to one block lie together.
 constexpr unsigned BUFFER_BYTES = STEPS * BLOCKS * 16 * 16;
 constexpr unsigned ARRIVING = TEAM * UNITS / 4 * SEQUENCES / 2 * 16;
+static_assert(ARRIVING == BUFFER_BYTES, "an exchange fills its buffer");
 constexpr unsigned FIRST_BARRIER = 2 * BUFFER_BYTES;
 constexpr int EXCHANGE_BYTES = FIRST_BARRIER + 16;
 
@@ -34,10 +35,6 @@ struct Exchange {
 
     // All threads of all blocks come here together.
     __device__ Exchange(unsigned char* shared, int rank) : shared(shared) {
-        // Units that no warp has are zero.
-        for (unsigned i = threadIdx.x; i < FIRST_BARRIER / 4; i += THREADS) {
-            reinterpret_cast<unsigned*>(shared)[i] = 0;
-        }
         if (threadIdx.x == 0) {
             for (int i = 0; i < 2; ++i) make_barrier(shared + FIRST_BARRIER + 8 * i);
             for (int i = 0; i < 2; ++i) expect_bytes(shared + FIRST_BARRIER + 8 * i, ARRIVING);
@@ -54,6 +51,7 @@ struct Exchange {
         meet_cluster();
     }
 
+    // (A lane with nothing to send has an address all the same, of a block that is there.)
     __device__ static int first_block() { return threadIdx.x % 32 / 4 % MAKERS % TEAM; }
 
     // To the next exchange.

@@ -7,8 +7,8 @@
 //   in float32;
 // - shared memory: h of all units, of two exchanges; fragments of R that registers do not hold; a ring of
 //   the next STAGES steps' inputs; two steps' new states, and pre-activations, where they are saved;
-// - global memory: each element read or written once, by the traffic threads, in 16 bytes where
-//   addresses allow it.
+// - global memory: each element of Wx, states and gates read or written once, by the traffic threads, in
+//   16 bytes, to multiples of which rows are aligned.
 //
 // What orders the steps: a computing warp waits for h of all units, which the cluster's blocks send each
 // other; they run at once. At the end of a step, while h is on its way, the block's warps meet: the

@@ -100,11 +100,12 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[ClusterPlan]:
     warp_units = 16 // padded
     for size in (2, 4, 8, 16):
         # A multiple of 16 bytes, and of what a warp has.
-        step = max(8, warp_units)
-        units = tiles_of(D, size * step) * step
+        granule = max(8, warp_units)
+        units = tiles_of(D, size * granule) * granule
         warps = units // warp_units
         threads = 32 * warps + ClusterPlan.TRAFFIC
-        if size > gpu.largest_cluster or tiles_of(D, units) != size or threads > 1024:
+        there = size <= gpu.largest_cluster and clusters_at_once(size, gpu)
+        if not there or tiles_of(D, units) != size or threads > 1024:
             continue
         steps = tiles_of(size * units, 16)
         for blocks in (1, 2):
