@@ -140,7 +140,7 @@ def test_compiles_for_every_architecture_without_spills(kind, D, precision, arch
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100"])
 def test_a_cluster_compiles_without_spills(arch):
     parts = programs("lstm", 256, "bfloat16", GPUS[arch], N=3)[0]
-    assert "exchange_cluster.cuh" in parts
+    assert "team_gather_cluster.cuh" in parts
     assert not spills_in_the_loop_of_products(parts, arch)
 
 
@@ -174,7 +174,7 @@ def prefer_scatter(monkeypatch):
 def test_a_parcel_is_one_access(arch):
     """Of 16 bytes, coherent over the GPU: whoever sees the tag has the values."""
     for parts in programs("lstm", 1024, "bfloat16", GPUS[arch]):
-        assert "exchange_grid.cuh" in parts
+        assert "team_gather_grid.cuh" in parts
         coherent = instructions(parts, arch, "STRONG.GPU")
         assert {"LDG", "STG"} <= {instruction[:3] for instruction in coherent}
         assert all(".128." in instruction for instruction in coherent), coherent

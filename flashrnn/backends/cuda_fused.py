@@ -242,10 +242,11 @@ def _plan(problem: Problem, backward: bool) -> Plan | str:
     # The batch does not decide whether there is a plan.
     if backward or isinstance(plan, str):
         return plan
+    by_groups = plan_wide(problem, gpu)
+    if by_groups:
+        return by_groups
     by_cluster = plan_cluster(problem, gpu)
-    if by_cluster is None or by_cluster.cycles > plan.cycles:
-        by_cluster = None
-    return plan_wide(problem, gpu) or by_cluster or plan
+    return by_cluster if by_cluster and by_cluster.cycles <= plan.cycles else plan
 
 
 def _precision(problem: Problem) -> str:

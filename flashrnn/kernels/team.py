@@ -75,7 +75,7 @@ def _program(
     if plan.scatter:
         exchange = ["team_scatter.cuh", "matrix.cuh", "team_scattered_product.cuh"]
     else:
-        way = "exchange_cluster.cuh" if plan.cluster else "exchange_grid.cuh"
+        way = "team_gather_cluster.cuh" if plan.cluster else "team_gather_grid.cuh"
         exchange = ["team_gather.cuh", "parcels.cuh", way, "matrix.cuh", "team_product.cuh"]
     clip = [] if options["FORWARD"] else ["clipped.cuh"]
     files = ["team.cuh", *exchange, *clip, kernel]

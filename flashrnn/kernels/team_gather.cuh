@@ -6,8 +6,8 @@
 //
 // Values travel in parcels, each of one value of A_PARCEL neighbouring units, made up by as many
 // neighbouring lanes. A lane owns one unit and sequence of each tile, or OWNED of them. How parcels
-// travel is another file's: through the L2 cache (exchange_grid.cuh), or within a cluster of thread
-// blocks from shared memory to shared memory (exchange_cluster.cuh).
+// travel is another file's: through the L2 cache (team_gather_grid.cuh), or within a cluster of thread
+// blocks from shared memory to shared memory (team_gather_cluster.cuh).
 
 constexpr int SENT = FORWARD ? 1 : GR;
 constexpr int PRODUCED = FORWARD ? GR : 1;

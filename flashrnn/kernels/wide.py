@@ -31,7 +31,7 @@ def forward_source(
     }
     columns = plan.UNITS * len(cell.fed_by("R"))
     files = [
-        *("wide.cuh", "parcels.cuh", "exchange_wide.cuh", "wide_product.cuh"),
+        *("wide.cuh", "parcels.cuh", "wide_exchange.cuh", "wide_product.cuh"),
         "wide_forward.cu",
     ]
     return {

@@ -73,8 +73,8 @@ class Rows(NamedTuple):
     Attributes:
         recurrent: gates that R feeds.
         inputs: gates that Wx feeds.
-        states: ...
-        gates: of any kind.
+        states: states.
+        gates: gates of any kind.
     """
 
     recurrent: int

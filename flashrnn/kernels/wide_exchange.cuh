@@ -1,4 +1,4 @@
-// How a team's blocks send each other a step's values of many sequences. What exchange_grid.cuh says of
+// How a team's blocks send each other a step's values of many sequences. What team_gather_grid.cuh says of
 // parcels, tags and buffers holds here for each tile on its own: of it a warp and its mate have all
 // parcels of tag k - 1 before they send those of tag k, for they meet in between.
 //
