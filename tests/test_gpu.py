@@ -185,7 +185,13 @@ def test_threads_at_once(expected, own_stream):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_a_second_gpu_while_the_first_is_current(where):
     backend, wider = where
-    hold_to_vanilla(backend, "lstm", 3, 5, 2, 24 * wider, torch.bfloat16, "cuda:1")
+    problem = (backend, "lstm", 3, 5, 2, 24 * wider, torch.bfloat16, "cuda:1")
+    hold_to_vanilla(*problem)
+    # All is compiled now, and the first GPU kept busy for seconds. What is launched there, by way
+    # of its access to the second one's memory, comes too late.
+    torch.cuda._sleep(10**10)
+    hold_to_vanilla(*problem)
+    torch.cuda.synchronize()
 
 
 # Of sparse, Wx feeds gates that are no neighbours.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -65,35 +66,36 @@ def forward(
     fixed = _fixed(problem)
     plan = fixed.plan
     alignment, wx_strides = _aligned(Wx)
-    scan.scan_forward[(N * -(-B // plan.BB),)](
-        Wx,
-        R.contiguous(),
-        b.contiguous(),
-        states,
-        every_state,
-        last_states,
-        gates,
-        T,
-        B,
-        *wx_strides,
-        *autograd.state_strides(states),
-        N,
-        D,
-        plan.DD,
-        plan.BB,
-        plan.SS,
-        plan.GG,
-        len(cell.states),
-        *fixed.positions,
-        alignment,
-        problem.needs_gradient,
-        plan.resident,
-        plan.stages,
-        fixed.operand,
-        fixed.precision,
-        fixed.functions.step,
-        num_warps=plan.warps,
-    )
+    with _current(problem.device):
+        scan.scan_forward[(N * -(-B // plan.BB),)](
+            Wx,
+            R.contiguous(),
+            b.contiguous(),
+            states,
+            every_state,
+            last_states,
+            gates,
+            T,
+            B,
+            *wx_strides,
+            *autograd.state_strides(states),
+            N,
+            D,
+            plan.DD,
+            plan.BB,
+            plan.SS,
+            plan.GG,
+            len(cell.states),
+            *fixed.positions,
+            alignment,
+            problem.needs_gradient,
+            plan.resident,
+            plan.stages,
+            fixed.operand,
+            fixed.precision,
+            fixed.functions.step,
+            num_warps=plan.warps,
+        )
     return every_state, last_states, gates
 
 
@@ -118,40 +120,41 @@ def backward(
     plan = fixed.plan
     clipval = problem.gradient_recurrent_clipval
     alignment, d_states_strides = _aligned(d_states)
-    scan.scan_backward[(N * -(-B // plan.BB),)](
-        R.contiguous(),
-        states_initial,
-        states,
-        gates,
-        d_states,
-        d_last_states,
-        d_gates,
-        d_initial,
-        clipval or 0.0,
-        problem.T,
-        B,
-        *autograd.state_strides(states_initial),
-        *d_states_strides,
-        *autograd.state_strides(d_last_states),
-        N,
-        D,
-        plan.DD,
-        plan.BB,
-        plan.SS,
-        plan.GG,
-        len(cell.states),
-        fixed.positions[1],
-        alignment,
-        problem.gradient_recurrent_cut,
-        clipval is not None,
-        plan.resident,
-        plan.stages,
-        plan.parts,
-        fixed.operand,
-        fixed.precision,
-        fixed.functions.derivative,
-        num_warps=plan.warps,
-    )
+    with _current(problem.device):
+        scan.scan_backward[(N * -(-B // plan.BB),)](
+            R.contiguous(),
+            states_initial,
+            states,
+            gates,
+            d_states,
+            d_last_states,
+            d_gates,
+            d_initial,
+            clipval or 0.0,
+            problem.T,
+            B,
+            *autograd.state_strides(states_initial),
+            *d_states_strides,
+            *autograd.state_strides(d_last_states),
+            N,
+            D,
+            plan.DD,
+            plan.BB,
+            plan.SS,
+            plan.GG,
+            len(cell.states),
+            fixed.positions[1],
+            alignment,
+            problem.gradient_recurrent_cut,
+            clipval is not None,
+            plan.resident,
+            plan.stages,
+            plan.parts,
+            fixed.operand,
+            fixed.precision,
+            fixed.functions.derivative,
+            num_warps=plan.warps,
+        )
     return complete(problem, d_gates, d_initial, states_initial, states)
 
 
@@ -161,6 +164,11 @@ def _interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Triton launches on the current device, wherever its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Fixed(NamedTuple):
