@@ -58,7 +58,10 @@ static unsigned any_below(unsigned n) {
 struct Meeting {
     int arrived = 0, number = 0;
 
-    void wait_for(int all);
+    // Gives the number of the meeting, to wait for.
+    int arrive(int all);
+    void wait(int mine);
+    void wait_for(int all) { wait(arrive(all)); }
 };
 
 // Made by makecontext, switched by longjmp, which needs no system call.
@@ -69,6 +72,8 @@ struct Coroutine {
     int number = 0;
     // Its parcels on their way.
     int pending = 0;
+    // Of the cluster, since it arrived there.
+    int cluster_meeting = 0;
 
     bool waits() const { return meeting && meeting->number == number; }
 };
@@ -120,17 +125,21 @@ struct Block {
 static Block* current;
 static Coroutine* self;
 
-void Meeting::wait_for(int all) {
+int Meeting::arrive(int all) {
     const int mine = number;
     if (++arrived == all) {
         arrived = 0;
         ++number;
         last_progress = rounds;
-    } else {
-        self->meeting = this;
-        self->number = mine;
-        yield();
     }
+    return mine;
+}
+
+void Meeting::wait(int mine) {
+    if (number != mine) return;
+    self->meeting = this;
+    self->number = mine;
+    yield();
 }
 
 // ---- what blocks send each other
@@ -157,6 +166,8 @@ struct Barrier {
 // a round; what is sent to one address arrives in order.
 struct Sent {
     Parcel parcel;
+    // What is read only when it arrives, in place of the parcel.
+    const void* copied;
     Block* block;
     Barrier* barrier;
     Coroutine* sender;
@@ -171,18 +182,19 @@ static void arrive(void* to, const Sent& sent) {
         sent_too_late = true;
         return;
     }
-    memcpy(to, &sent.parcel, 16);
+    memcpy(to, sent.copied ? sent.copied : &sent.parcel, 16);
     if (sent.barrier) sent.barrier->count(-16);
 }
 
-static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier) {
+static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier,
+                 const void* copied = nullptr) {
     long long due = rounds + any_below(4);
     const auto after = pending.upper_bound(to);
     if (after != pending.begin()) {
         const auto before = std::prev(after);
         if (before->first == to && before->second.due > due) due = before->second.due;
     }
-    const Sent sent = {parcel, block, barrier, self, due};
+    const Sent sent = {parcel, copied, block, barrier, self, due};
     if (due == rounds) {
         arrive(to, sent);
     } else {
@@ -463,6 +475,10 @@ static float dot(unsigned a, unsigned b, bfloat16) {
 static float dot(unsigned a, unsigned b, float) { return __uint_as_float(a) * __uint_as_float(b); }
 static float dot(unsigned a, unsigned b, tf32) { return rounded_to_tf32(a) * rounded_to_tf32(b); }
 
+struct alignas(16) Fragment {
+    unsigned words[4];
+};
+
 template <typename Operand>
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                 unsigned b1, Operand operand) {
@@ -535,24 +551,55 @@ static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
 
 // ---- group.py
 
+static unsigned long long operand(unsigned address, unsigned summed, unsigned rows) {
+    return (unsigned long long)(rows / 16) << 32 | summed / 16 << 16 | address / 16;
+}
+
+// Of an operand's row the word that has the 2 j-th of the first or the second 8 summed elements.
+static unsigned word_of_operand(unsigned long long operand, int row, int half, int j) {
+    const unsigned address = (operand & 0x3fff) * 16, summed = (operand >> 16 & 0x3fff) * 16;
+    const unsigned rows = (operand >> 32 & 0x3fff) * 16;
+    unsigned word;
+    memcpy(&word, shared_memory() + address + row / 8 * rows + half * summed + row % 8 * 16 + j * 4, 4);
+    return word;
+}
+
 // At once, so a wait that lacks does not show.
-template <int COUNT, typename Operand>
-static void multiply_by_group(float (&sums)[COUNT], const unsigned (&left)[4], unsigned right,
-                              bool add, Operand operand) {
-    const unsigned* blocks = (const unsigned*)(shared_memory() + right);
-    exchange({left[0], left[1], left[2], left[3]}, [&](unsigned(*lanes)[6]) {
-        const int lane = threadIdx.x % 32;
-        for (int i = 0; i < COUNT; ++i) {
-            const int row_half = i / 2 % 2, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-            if (!add) sums[i] = 0.0f;
-            for (int j = 0; j < 4; ++j) {
-                for (int half = 0; half < 2; ++half) {
-                    const unsigned word = blocks[column / 8 * 64 + half * 32 + column % 8 * 4 + j];
-                    sums[i] += dot(lanes[lane / 4 * 4 + j][2 * half + row_half], word, operand);
-                }
+template <int COUNT, typename Left, typename Operand>
+static void add_products(float (&sums)[COUNT], const Left& left, unsigned long long right, bool add,
+                         Operand operand) {
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < COUNT; ++i) {
+        const int row_half = i / 2 % 2, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+        if (!add) sums[i] = 0.0f;
+        for (int j = 0; j < 4; ++j) {
+            for (int half = 0; half < 2; ++half) {
+                sums[i] += dot(left(lane / 4, j, row_half, half),
+                               word_of_operand(right, column, half, j), operand);
             }
         }
+    }
+}
+
+template <int COUNT, typename Operand>
+static void multiply_by_group(float (&sums)[COUNT], const unsigned (&left)[4],
+                              unsigned long long right, bool add, Operand operand) {
+    exchange({left[0], left[1], left[2], left[3]}, [&](unsigned(*lanes)[6]) {
+        const auto word = [&](int i, int j, int row_half, int half) {
+            return lanes[4 * i + j][2 * half + row_half];
+        };
+        add_products(sums, word, right, add, operand);
     });
+}
+
+template <int COUNT, typename Operand>
+static void multiply_by_group(float (&sums)[COUNT], unsigned long long left,
+                              unsigned long long right, bool add, Operand operand) {
+    const int first = threadIdx.x / 32 % 4 * 16;
+    const auto word = [&](int i, int j, int row_half, int half) {
+        return word_of_operand(left, first + i + 8 * row_half, half, j);
+    };
+    add_products(sums, word, right, add, operand);
 }
 static void begin_products() {}
 static void close_products() {}
@@ -630,6 +677,18 @@ static void send_async(const void* to, const unsigned (&words)[4], const void* b
     send_async(cluster_address(to, rank), words, cluster_address(barrier, rank));
 }
 
+// Each 16 bytes of it at a time of their own.
+static void send_copy(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    Block& block = cluster[to >> 24];
+    unsigned char* const there = (unsigned char*)block.shared_words.data();
+    for (unsigned i = 0; i < bytes; i += 16) {
+        send(there + (to & 0xffffff) + i, {}, &block, (Barrier*)(there + (barrier & 0xffffff)),
+             (const char*)from + i);
+    }
+}
+
+static void arrive_at_cluster() { self->cluster_meeting = cluster_meeting.arrive(threads_of_cluster); }
+static void wait_for_cluster() { cluster_meeting.wait(self->cluster_meeting); }
 static void meet_cluster() { cluster_meeting.wait_for(threads_of_cluster); }
 
 static void settle(unsigned&) {}

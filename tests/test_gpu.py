@@ -88,7 +88,15 @@ def test_large(name, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
-@pytest.mark.parametrize("sizes", [(260, 12, 1, 768), (300, 5, 2, 330)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *[(260, 12, 1, 768), (300, 5, 2, 330), (260, 5, 1, 1000)],
+        # Heads that a cluster has room for.
+        *[(250, 9, 1, 512), (130, 30, 2, 384), (255, 9, 3, 256), (200, 9, 6, 136)],
+    ],
+    ids=str,
+)
 def test_many_sequences_of_a_large_head(kind, dtype, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
 

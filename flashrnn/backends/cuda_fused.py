@@ -20,7 +20,7 @@ from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient,
 from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.spec import Cell, clipped
 from flashrnn.jit import launch, nvrtc
-from flashrnn.kernels import cluster, head, program, team, wide
+from flashrnn.kernels import cluster, head, program, team, wide, wide_cluster
 from flashrnn.problem import Problem
 from flashrnn.tiling import (
     GPU,
@@ -29,15 +29,17 @@ from flashrnn.tiling import (
     GradientPlan,
     HeadPlan,
     TeamPlan,
+    WideClusterPlan,
     WidePlan,
     plan_cluster,
     plan_gradient,
     plan_head,
     plan_team,
     plan_wide,
+    plan_wide_cluster,
 )
 
-Plan = HeadPlan | ClusterPlan | TeamPlan | WidePlan
+Plan = HeadPlan | ClusterPlan | TeamPlan | WidePlan | WideClusterPlan
 
 
 @cache
@@ -74,7 +76,7 @@ def forward(
     R = R.contiguous()
     if isinstance(plan, WidePlan):
         Wx, R = (x if _in_pairs(x) else _copy(x) for x in (Wx, R))
-    if isinstance(plan, ClusterPlan) and not _aligned(Wx):
+    if isinstance(plan, ClusterPlan | WideClusterPlan) and not _aligned(Wx):
         Wx = _copy(Wx)
     tensors = (Wx, R, b.contiguous(), states, every_state, last_states, gates)
     strides = (*Wx.stride(), *autograd.state_strides(states))
@@ -148,7 +150,7 @@ def _scan(
         kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
         return
     assert not isinstance(plan, str), "flashrnn() asks unsupported() first"
-    if isinstance(plan, ClusterPlan):
+    if isinstance(plan, ClusterPlan | WideClusterPlan):
         cluster_kernel = _cluster_kernel(cell, precision, D, plan, problem.device, *options)
         grid = plan.clusters(B, N) * plan.size
         cluster_kernel.launch(grid, tensors, (*strides, T, B, N))
@@ -242,11 +244,8 @@ def _plan(problem: Problem, backward: bool) -> Plan | str:
     # The batch does not decide whether there is a plan.
     if backward or isinstance(plan, str):
         return plan
-    by_groups = plan_wide(problem, gpu)
-    if by_groups:
-        return by_groups
-    by_cluster = plan_cluster(problem, gpu)
-    return by_cluster if by_cluster and by_cluster.cycles <= plan.cycles else plan
+    others = (plan_cluster(problem, gpu), plan_wide(problem, gpu), plan_wide_cluster(problem, gpu))
+    return min([plan, *filter(None, others)], key=lambda plan: plan.cycles)
 
 
 def _precision(problem: Problem) -> str:
@@ -314,13 +313,19 @@ def _cluster_kernel(
     cell: Cell,
     precision: str,
     D: int,
-    plan: ClusterPlan,
+    plan: ClusterPlan | WideClusterPlan,
     device: torch.device,
     save_gates: bool,
 ) -> _Kernel:
-    parts = cluster.forward_source(cell, precision, D, plan, save_gates)
-    threads, memory = plan.threads(), plan.shared_memory
-    return _kernel("cluster_forward", parts, device, threads, memory, False, plan.size)
+    if isinstance(plan, ClusterPlan):
+        name, parts = (
+            "cluster_forward",
+            cluster.forward_source(cell, precision, D, plan, save_gates),
+        )
+    else:
+        name = "wide_cluster_forward"
+        parts = wide_cluster.forward_source(cell, precision, D, plan, save_gates)
+    return _kernel(name, parts, device, plan.threads(), plan.shared_memory, False, plan.size)
 
 
 @cache

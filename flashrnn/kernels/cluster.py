@@ -37,7 +37,7 @@ def forward_source(
         "SAVE_GATES": save_gates,
     }
     files = [
-        *("matrix.cuh", "cluster.cuh", "cluster_exchange.cuh"),
+        *("matrix.cuh", "rows.cuh", "cluster.cuh", "cluster_exchange.cuh"),
         *("traffic.cuh", "traffic_forward.cuh", "cluster_forward.cu"),
     ]
     return program.with_files(cell, precision, constants, files)

@@ -9,10 +9,6 @@ constexpr int STEPS = DD * sizeof(Element) / 32;
 constexpr int FRAGMENTS = GR * STEPS;
 constexpr int SPARED = FRAGMENTS - HELD;
 
-struct alignas(16) Fragment {
-    unsigned words[4];
-};
-
 struct Matrix {
     Fragment held[HELD];
     const Fragment* spared;

@@ -13,25 +13,29 @@ def instruction(columns: int, precision: str) -> str:
     kind = {"float16": "f16", "bfloat16": "bf16"}[precision]
     count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
-    left = ", ".join(f"%{count + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
-    inputs = ", ".join(f'"r"(left[{i}])' for i in range(4))
+
+    def function(parameter: str, left: str, inputs: str, words: int, transposes: str) -> str:
+        right, add = count + words, count + words + 1
+        return f"""\
+__device__ inline void multiply_by_group(float (&sums)[{count}], {parameter},
+                                         unsigned long long right, bool add, {precision}) {{
+    asm volatile(
+        "{{ .reg .pred add; setp.ne.u32 add, %{add}, 0;"
+        " wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
+        " {{{sums}}}, {left}, %{right}, add, 1, 1, {transposes}; }}"
+        : {outputs}
+        : {inputs}, "l"(right), "r"(unsigned(add)));
+}}
+"""
+
+    words = ", ".join(f"%{count + i}" for i in range(4))
+    of_words = ", ".join(f'"r"(left[{i}])' for i in range(4))
     return f"""\
 // The group's sums[64 x {columns}] += left[64 x 16] right[16 x {columns}]; = where it does not add.
 //
 // Warp w of the group has the rows from 16 w on, as in mma(): lane 4 i + j the rows i and i + 8, of
 // left the words left[0], left[2] and left[1], left[3], of sums the columns 8 k + 2 j and the next,
-// at 4 k and 4 k + 2. The right operand lies at a shared address, in blocks of 8 columns of 8
-// elements, those of the first 8 summed before those of the others.
-__device__ inline void multiply_by_group(float (&sums)[{count}], const unsigned (&left)[4],
-                                         unsigned right, bool add, {precision}) {{
-    // Blocks of other summed elements lie 128 bytes apart, of other columns 256.
-    const unsigned long long matrix = 16ull << 32 | 8u << 16 | right >> 4;
-    asm volatile(
-        "{{ .reg .pred add; setp.ne.u32 add, %{count + 5}, 0;"
-        " wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
-        " {{{sums}}}, {{{left}}}, %{count + 4}, add, 1, 1, 0; }}"
-        : {outputs}
-        : {inputs}, "l"(matrix), "r"(unsigned(add)));
-}}
-"""
+// at 4 k and 4 k + 2. What lies in shared memory is an operand().
+{function("const unsigned (&left)[4]", f"{{{words}}}", of_words, 4, "0")}
+{function("unsigned long long left", f"%{count}", '"l"(left)', 1, "0, 0")}"""

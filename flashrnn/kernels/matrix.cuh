@@ -4,10 +4,6 @@
 // first HELD are in registers, the next SPARED in shared memory, the last STREAMED in global memory,
 // where each lane finds what it has put.
 
-struct alignas(16) Fragment {
-    unsigned words[4];
-};
-
 struct Matrix {
     Fragment held[HELD];
     Fragment *spared, *streamed;

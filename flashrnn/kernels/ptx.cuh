@@ -93,6 +93,11 @@ __device__ inline float tanh_approximate(float x) {
 // are of one part of the summed dimension, a2, a3 and b1 of another: both parts' places are the
 // lane's j.
 
+// a0 to a3.
+struct alignas(16) Fragment {
+    unsigned words[4];
+};
+
 __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                            unsigned b0, unsigned b1, float16) {
     asm volatile(
@@ -214,7 +219,16 @@ __device__ inline void keep(float (&sums)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Has products see what the thread wrote to shared memory, once it has met the others.
+// What such a product reads from shared memory: blocks of 8 rows (columns, of a right operand) of 8 summed
+// elements of 16 bits, 128 bytes each, from a shared address on. Those of the next 8 summed elements
+// lie `summed` bytes apart, those of other rows `rows`. (In a cluster an address has the block's rank
+// in its upper bits.)
+__device__ inline unsigned long long operand(unsigned address, unsigned summed, unsigned rows) {
+    const unsigned low = summed / 16 << 16 | (address & 0x3ffff) / 16;
+    return static_cast<unsigned long long>(rows / 16) << 32 | low;
+}
+
+// Has products and copies see what the thread wrote to shared memory, once it has met the others.
 __device__ inline void show_to_products() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -390,10 +404,28 @@ __device__ inline void send_async(unsigned to, const unsigned (&words)[4], unsig
         : "memory");
 }
 
-// A barrier of all threads of a cluster.
+// Sends what lies in the block's own shared memory, a multiple of 16 bytes, as a copy that reads it later
+// on: to such an address, with a barrier of the same block.
+__device__ inline void send_copy(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "r"(shared_address(from)), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// A barrier of all threads of a cluster, in two parts: what a thread does between them is not waited for.
+__device__ inline void arrive_at_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ inline void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ inline void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
+    arrive_at_cluster();
+    wait_for_cluster();
 }
 
 // Has the word computed here, not where it is used first.

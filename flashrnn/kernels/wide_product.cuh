@@ -60,7 +60,8 @@ __device__ inline void multiply(float (&sums)[2 * LANE_SUMS], unsigned right, Ar
 #pragma unroll
             for (int step = 0; step < PARCEL_WORDS; ++step) {
                 const int place = (first + i) * SUM_PARTS * PARCEL_WORDS + step;
-                multiply_by_group(sums, left[i][step], right + place * WORDS_A_STEP * 4,
+                multiply_by_group(sums, left[i][step],
+                                  operand(right + place * WORDS_A_STEP * 4, 128, 256),
                                   first + i + step > 0, Operand{});
             }
         }

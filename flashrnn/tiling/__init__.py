@@ -7,6 +7,7 @@ from flashrnn.tiling.head import LARGEST_HEAD_OF_A_BLOCK, HeadPlan, plan_head
 from flashrnn.tiling.scan import LARGEST_SCANNED_HEAD, ScanPlan, plan_scan
 from flashrnn.tiling.team import TeamPlan, plan_team
 from flashrnn.tiling.wide import WidePlan, plan_wide
+from flashrnn.tiling.wide_cluster import WideClusterPlan, plan_wide_cluster
 
 __all__ = [
     "GPU",
@@ -17,6 +18,7 @@ __all__ = [
     "HeadPlan",
     "ScanPlan",
     "TeamPlan",
+    "WideClusterPlan",
     "WidePlan",
     "plan_cluster",
     "plan_gradient",
@@ -24,4 +26,5 @@ __all__ = [
     "plan_scan",
     "plan_team",
     "plan_wide",
+    "plan_wide_cluster",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
+from flashrnn.cells.spec import Cell
 from flashrnn.problem import Problem
 from flashrnn.tiling.gpu import GPU, clusters_at_once
 from flashrnn.tiling.sizes import power_of_two, tiles_of
@@ -52,19 +53,12 @@ class ClusterPlan:
 
 def plan_cluster(problem: Problem, gpu: GPU) -> ClusterPlan | None:
     """How clusters own the heads of a problem in a forward scan, if they can."""
-    cell = problem.cell
-    rows = Rows(
-        recurrent=len(cell.fed_by("R")),
-        inputs=len(cell.fed_by("Wx")),
-        states=len(cell.states),
-        gates=len(cell.gates),
-    )
     # Of 16 bytes, the units that a block has of a sequence.
     if problem.dtype.itemsize != 2 or problem.D % 8:
         return None
     # Few kernels for all sizes of a batch.
     B = 8 * power_of_two(tiles_of(max(1, problem.B), 8))
-    return best_plan(rows, B, problem.N, problem.D, gpu)
+    return best_plan(Rows.of(problem.cell), B, problem.N, problem.D, gpu)
 
 
 class Rows(NamedTuple):
@@ -81,6 +75,12 @@ class Rows(NamedTuple):
     inputs: int
     states: int
     gates: int
+
+    @staticmethod
+    def of(cell: Cell) -> Rows:
+        """Those of a cell."""
+        sources = (len(cell.fed_by(source)) for source in ("R", "Wx"))
+        return Rows(*sources, len(cell.states), len(cell.gates))
 
 
 @lru_cache(maxsize=1024)

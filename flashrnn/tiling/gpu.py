@@ -25,5 +25,9 @@ class GPU:
 
 
 def clusters_at_once(size: int, gpu: GPU) -> int:
-    """Some multiprocessors are left over where clusters do not fill their groups."""
-    return gpu.multiprocessors * 7 // 8 // size
+    """How many of so many thread blocks run at once.
+
+    A cluster lies in one group of some 16 multiprocessors, of which not all have as many.
+    """
+    groups, left = divmod(gpu.multiprocessors * 7 // 8, 16)
+    return groups * (16 // size) + left // size

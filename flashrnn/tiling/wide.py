@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from flashrnn.problem import Problem
@@ -25,6 +25,7 @@ class WidePlan:
         at_once: slices of what the team exchanges that a warp asks for at once.
         parcels: 16-byte parcels of a team's buffers in global memory, two for each tile.
         shared_memory: a block's dynamic shared memory in bytes.
+        cycles: what a step is reckoned to take, of no concern to a kernel.
     """
 
     UNITS: ClassVar = 24
@@ -35,6 +36,7 @@ class WidePlan:
     at_once: int
     parcels: int
     shared_memory: int
+    cycles: float = field(default=0.0, compare=False)
 
     def teams(self, B: int, N: int, gpu: GPU) -> int:
         """Teams of a launch, as many as run at once."""
@@ -42,7 +44,7 @@ class WidePlan:
 
 
 def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
-    """How teams own the heads of a problem in a forward scan, where that is the best way to."""
+    """How teams own the heads of a problem in a forward scan, if they can, and have enough to do."""
     cell, N, D = problem.cell, problem.N, problem.D
     recurrent = len(cell.fed_by("R"))
     possible = gpu.multiplies_by_groups and problem.dtype.itemsize == 2 and D % 2 == 0
@@ -62,7 +64,7 @@ def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
     shared_memory = matrix_bytes + halves_bytes + 4 * len(cell.gates) * WidePlan.UNITS
     if tiles < _FEWEST_TILES or shared_memory > gpu.shared_memory:
         return None
-    return WidePlan(
+    plan = WidePlan(
         size=size,
         tiles=tiles,
         # As equal parts as there are, of 4 at most.
@@ -70,3 +72,17 @@ def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
         parcels=tiles * 2 * 2 * slices * 4 * 32,
         shared_memory=shared_memory,
     )
+    rows = len(cell.states) + len(cell.gates)
+    return replace(plan, cycles=cycles(plan, rows, problem.B, N, gpu))
+
+
+def cycles(plan: WidePlan, rows: int, B: int, N: int, gpu: GPU) -> float:
+    """What a step of all sequences takes, in the measure of :func:`flashrnn.tiling.team.cycles`.
+
+    Its numbers follow what was measured on an H200 (docs/performance.md), the mean of calls that save
+    pre-activations and calls that do not. `rows`: states and gates of a cell.
+    """
+    slices = 2 * tiles_of(plan.size, 4)
+    items = N * tiles_of(B, 16 * plan.tiles)
+    rounds = tiles_of(items, plan.teams(B, N, gpu))
+    return rounds * (290 + plan.tiles * (50 * slices + 326 * rows))
