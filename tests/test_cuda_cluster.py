@@ -27,7 +27,7 @@ from tests.fused import (  # noqa: F401
     poisoned,
     same_without_gradients,
 )
-from tests.machine_code import spills_in_the_loop_of_products
+from tests.machine_code import spills_in_a_loop, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
 from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
 from tests.test_jit import needs_nvrtc
@@ -66,7 +66,7 @@ def test_only_where_it_is_possible():
 
 
 def test_no_larger_clusters_than_run():
-    few = GPU(8, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=8)
+    few = GPU(7, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=8)
     assert plan_of("lstm", 16, 3, 256, few) is None or plan_of("lstm", 16, 3, 256, few).size < 8
     assert isinstance(plan_of("lstm", 16, 3, 136, few), ClusterPlan)
 
@@ -81,14 +81,21 @@ def test_no_larger_clusters_than_run():
 )
 def test_compiles_without_spills(kind, D, arch):
     cell = resolve(kind)
-    rows = tiling.Rows(
-        *(len(cell.fed_by(x)) for x in ("R", "Wx")), len(cell.states), len(cell.gates)
-    )
-    plans = list(tiling.possible_plans(rows, D, GPUS[arch]))
+    plans = list(tiling.possible_plans(tiling.Rows.of(cell), D, GPUS[arch]))
     assert plans
     for plan in plans:
         parts = kernel.forward_source(cell, "bfloat16", D, plan, True)
         assert not spills_in_the_loop_of_products(parts, arch), plan
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kind", ["lstm", "gru", "slstm"])
+@pytest.mark.parametrize("D", [136, 192, 256])
+def test_traffic_threads_keep_their_addresses(kind, D):
+    """A warp of many units, and two blocks of sequences, are many pieces for a traffic thread."""
+    for N, B in itertools.product([1, 6], [16, 256]):
+        parts = kernel.forward_source(resolve(kind), "bfloat16", D, plan_of(kind, B, N, D), True)
+        assert not spills_in_a_loop(parts, "sm_90a"), (B, N)
 
 
 # ---- the kernel

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -245,7 +246,8 @@ def _plan(problem: Problem, backward: bool) -> Plan | str:
     if backward or isinstance(plan, str):
         return plan
     others = (plan_cluster(problem, gpu), plan_wide(problem, gpu), plan_wide_cluster(problem, gpu))
-    return min([plan, *filter(None, others)], key=lambda plan: plan.cycles)
+    possible: list[Plan] = [plan, *(other for other in others if other is not None)]
+    return min(possible, key=attrgetter("cycles"))
 
 
 def _precision(problem: Problem) -> str:

@@ -79,8 +79,8 @@ class Rows(NamedTuple):
     @staticmethod
     def of(cell: Cell) -> Rows:
         """Those of a cell."""
-        sources = (len(cell.fed_by(source)) for source in ("R", "Wx"))
-        return Rows(*sources, len(cell.states), len(cell.gates))
+        recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
+        return Rows(recurrent, inputs, len(cell.states), len(cell.gates))
 
 
 @lru_cache(maxsize=1024)
@@ -114,7 +114,10 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[ClusterPlan]:
             registers = min(255, 512 // tiles_of(threads, 128) // 8 * 8)
             working = 56 + 8 * blocks + owned * (2 * rows.gates + rows.states)
             held = min(steps, (registers - working) // 4)
-            if held < 1:
+            # A traffic thread keeps the addresses of its pieces, of 8 units each.
+            counts = (rows.inputs, rows.states, rows.gates)
+            pieces = sum(tiles_of(blocks * units * k, ClusterPlan.TRAFFIC) for k in counts)
+            if held < 1 or 65 + 2 * pieces > registers:
                 continue
 
             def line(count: int, units: int = units) -> int:

@@ -27,7 +27,8 @@ class GPU:
 def clusters_at_once(size: int, gpu: GPU) -> int:
     """How many of so many thread blocks run at once.
 
-    A cluster lies in one group of some 16 multiprocessors, of which not all have as many.
+    A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
     """
-    groups, left = divmod(gpu.multiprocessors * 7 // 8, 16)
-    return groups * (16 // size) + left // size
+    groups = gpu.multiprocessors * 7 // 8 // 16
+    of_the_last = min(14, gpu.multiprocessors - 16 * groups)
+    return groups * (16 // size) + of_the_last // size

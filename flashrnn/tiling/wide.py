@@ -44,7 +44,7 @@ class WidePlan:
 
 
 def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
-    """How teams own the heads of a problem in a forward scan, if they can, and have enough to do."""
+    """How teams own the heads of a problem in a forward scan, if they can and have much to do."""
     cell, N, D = problem.cell, problem.N, problem.D
     recurrent = len(cell.fed_by("R"))
     possible = gpu.multiplies_by_groups and problem.dtype.itemsize == 2 and D % 2 == 0
@@ -79,10 +79,10 @@ def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
 def cycles(plan: WidePlan, rows: int, B: int, N: int, gpu: GPU) -> float:
     """What a step of all sequences takes, in the measure of :func:`flashrnn.tiling.team.cycles`.
 
-    Its numbers follow what was measured on an H200 (docs/performance.md), the mean of calls that save
-    pre-activations and calls that do not. `rows`: states and gates of a cell.
+    Its numbers follow what was measured on an H200 (docs/performance.md), the mean of calls that
+    save pre-activations and calls that do not. `rows`: states and gates of a cell.
     """
     slices = 2 * tiles_of(plan.size, 4)
     items = N * tiles_of(B, 16 * plan.tiles)
     rounds = tiles_of(items, plan.teams(B, N, gpu))
-    return rounds * (290 + plan.tiles * (50 * slices + 326 * rows))
+    return rounds * (250 + plan.tiles * (44 * slices + 284 * rows))

@@ -19,7 +19,7 @@ class WideClusterPlan:
 
     Attributes:
         TRAFFIC: threads that move data.
-        TRAFFIC_REGISTERS: registers that each of them keeps, where it gives others to those that compute.
+        TRAFFIC_REGISTERS: that each of them keeps, where others go to threads that compute.
         size: thread blocks of the cluster.
         units: units of the head that a block owns.
         groups: groups of four warps of a block that compute.
@@ -86,7 +86,8 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[WideClusterPlan]:
         if not 2 <= size <= gpu.largest_cluster or not clusters_at_once(size, gpu):
             continue
         steps = size * units // 16
-        for blocks in range(1, 9):
+        # With one block it has never been the best way.
+        for blocks in range(2, 9):
             working = 24 + 4 * blocks + 4 // padded * blocks * rows.states
             held = min(steps, (registers_of(groups) - working) // 4)
             line = 16 * units * blocks
@@ -107,10 +108,15 @@ def registers_of(groups: int) -> int:
 
 
 def cycles(plan: WideClusterPlan, rows: Rows, B: int, N: int, gpu: GPU) -> float:
-    """What a step of all sequences takes, in the measure of :func:`flashrnn.tiling.team.cycles`."""
+    """What a step of all sequences takes, in the measure of :func:`flashrnn.tiling.team.cycles`.
+
+    Its numbers follow what was measured on an H200 (docs/performance.md), the mean of calls that
+    save pre-activations and calls that do not.
+    """
     steps = plan.size * plan.units // 16
-    multiply = plan.groups * steps * 4 * max(2, plan.blocks)
-    arrive = plan.size * plan.units * plan.blocks * 16 / 23
-    cell = plan.units * plan.blocks * 8 * (4 * rows.gates + 4) / 16
-    rounds = tiles_of(plan.clusters(B, N), clusters_at_once(plan.size, gpu))
-    return rounds * (1500 + 1.2 * multiply + 0.7 * arrive + cell)
+    elements = plan.size * plan.units * plan.blocks
+    values = 8 * plan.units * plan.blocks * (rows.gates + rows.states)
+    step = 1970 + 1.6 * plan.groups * steps + 0.68 * elements + 0.334 * values
+    # Without a second buffer blocks wait for one another once more.
+    step += 740 if plan.buffers == 1 else 0
+    return step * tiles_of(plan.clusters(B, N), clusters_at_once(plan.size, gpu))
