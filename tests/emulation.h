@@ -58,10 +58,7 @@ static unsigned any_below(unsigned n) {
 struct Meeting {
     int arrived = 0, number = 0;
 
-    // Gives the number of the meeting, to wait for.
-    int arrive(int all);
-    void wait(int mine);
-    void wait_for(int all) { wait(arrive(all)); }
+    void wait_for(int all);
 };
 
 // Made by makecontext, switched by longjmp, which needs no system call.
@@ -72,8 +69,6 @@ struct Coroutine {
     int number = 0;
     // Its parcels on their way.
     int pending = 0;
-    // Of the cluster, since it arrived there.
-    int cluster_meeting = 0;
 
     bool waits() const { return meeting && meeting->number == number; }
 };
@@ -125,21 +120,17 @@ struct Block {
 static Block* current;
 static Coroutine* self;
 
-int Meeting::arrive(int all) {
+void Meeting::wait_for(int all) {
     const int mine = number;
     if (++arrived == all) {
         arrived = 0;
         ++number;
         last_progress = rounds;
+    } else {
+        self->meeting = this;
+        self->number = mine;
+        yield();
     }
-    return mine;
-}
-
-void Meeting::wait(int mine) {
-    if (number != mine) return;
-    self->meeting = this;
-    self->number = mine;
-    yield();
 }
 
 // ---- what blocks send each other
@@ -687,8 +678,6 @@ static void send_copy(unsigned to, const void* from, unsigned bytes, unsigned ba
     }
 }
 
-static void arrive_at_cluster() { self->cluster_meeting = cluster_meeting.arrive(threads_of_cluster); }
-static void wait_for_cluster() { cluster_meeting.wait(self->cluster_meeting); }
 static void meet_cluster() { cluster_meeting.wait_for(threads_of_cluster); }
 
 static void settle(unsigned&) {}

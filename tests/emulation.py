@@ -129,6 +129,7 @@ def fused_emulation(
         return EmulatedKernel(library(name, emulated(parts)), *plan)
 
     def forget() -> None:
+        cuda_fused._best_plan.cache_clear()
         for regime in ("head", "cluster", "team", "wide", "gradient"):
             getattr(cuda_fused, f"_{regime}_kernel").cache_clear()
 

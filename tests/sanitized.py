@@ -25,7 +25,7 @@ WORKLOAD = [
     ("slstm", (40, 2, 1, 768), torch.bfloat16),
     ("gru", (180, 2, 1, 1000), torch.float16),
     ("lstm", (130, 3, 1, 512), torch.bfloat16),
-    ("gru", (250, 3, 1, 768), torch.bfloat16),
+    ("lstm", (250, 3, 1, 768), torch.bfloat16),
     (sparse, (2, 3, 1, 200), torch.float32),
 ]
 

@@ -153,15 +153,22 @@ def test_a_cluster_that_scatters_compiles_without_spills(kind, D, arch, prefer_s
     assert not spills_in_the_loop_of_products(parts, arch)
 
 
+def in_order(ranks, cycles):
+    """A number that is least where the first rank is, then the next, then the cycles."""
+    number = 0
+    for rank in ranks:
+        number = 1000 * number + int(rank)
+    return 10**9 * number + int(cycles)
+
+
 @pytest.fixture
 def prefer_scatter(monkeypatch):
     cycles = tiling.cycles
     monkeypatch.setattr(
         tiling,
         "cycles",
-        lambda choice, plan, *sizes: (
-            choice.values.backward and not plan.scatter,
-            cycles(choice, plan, *sizes),
+        lambda choice, plan, *sizes: in_order(
+            [choice.values.backward and not plan.scatter], cycles(choice, plan, *sizes)
         ),
     )
     tiling.best_plan.cache_clear()
@@ -223,18 +230,25 @@ def prefer(request, on_the_cpu, monkeypatch):
     scatter = request.param == "scatter"
 
     def prefer(rank):
+        def ranks(plan):
+            found = rank(plan)
+            return found if isinstance(found, tuple) else (found,)
+
         monkeypatch.setattr(
             tiling,
             "cycles",
-            lambda choice, plan, *sizes: (
-                plan.cluster != clusters,
-                scatter and not plan.scatter and choice.values.backward,
-                plan.scatter and not scatter,
-                rank(plan),
+            lambda choice, plan, *sizes: in_order(
+                [
+                    plan.cluster != clusters,
+                    scatter and not plan.scatter and choice.values.backward,
+                    plan.scatter and not scatter,
+                    *ranks(plan),
+                ],
                 cycles(choice, plan, *sizes),
             ),
         )
         tiling.best_plan.cache_clear()
+        cuda_fused._best_plan.cache_clear()
 
     monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
     monkeypatch.setattr(cuda_fused, "plan_cluster", lambda problem, gpu: None)

@@ -55,7 +55,10 @@ def test_plans_fit_the_gpu_and_cover_the_problem():
         assert plan.shared_memory <= H200.shared_memory, given
         computing, traffic = 128 * plan.groups, plan.TRAFFIC
         registers = computing * plan.registers + traffic * plan.TRAFFIC_REGISTERS
-        assert registers <= 64 * 1024 and plan.registers % 8 == 0, given
+        # As the launch has them; threads share out among them no more than those.
+        of_a_thread = min(255, 64 * 1024 // plan.threads() // 8 * 8)
+        assert registers <= of_a_thread * plan.threads() or plan.groups == 1, given
+        assert plan.registers % 8 == 0 and plan.held >= 1, given
     assert found > 150
 
 
@@ -73,7 +76,7 @@ def test_only_where_it_is_possible():
     [
         *[((B, 1, 768), B >= 128) for B in (1, 16, 64, 128, 256)],
         *[((B, 1, 512), B >= 128) for B in (16, 128, 256)],
-        *[((B, 3, 256), B >= 256) for B in (16, 64, 128, 256)],
+        *[((B, 3, 256), B >= 256) for B in (16, 64, 72, 128, 136, 256)],
         *[((64, 12, 192), False), ((256, 2, 384), True), ((256, 1, 1024), False)],
     ],
     ids=str,
@@ -94,8 +97,8 @@ def test_chosen_where_it_was_measured_to_be_fastest(monkeypatch, sizes, chosen):
 )
 def test_compiles_without_spills(kind, D):
     cell = resolve(kind)
-    for B in (64, 128, 256):
-        plan = plan_of(kind, B, 1, D)
+    for B, N in itertools.product((64, 128, 256, 512), (1, 3)):
+        plan = plan_of(kind, B, N, D)
         parts = kernel.forward_source(cell, "bfloat16", D, plan, True)
         assert not spills_in_a_loop(parts, "sm_90a"), plan
 
@@ -196,7 +199,7 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", ["lstm", "elman"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_same_bits_in_whatever_order_things_arrive(tiles, kind):
     assert gives_the_same_bits(kind, 18, 5, 1, 192)
 

@@ -8,6 +8,8 @@ import threading
 import pytest
 import torch
 
+from flashrnn.backends import cuda_fused
+from flashrnn.tiling import wide_cluster
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
@@ -112,6 +114,26 @@ def test_many_sequences_of_a_large_head(kind, dtype, sizes):
     ids=str,
 )
 def test_heads_that_clusters_share(kind, sizes):
+    hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+
+
+@pytest.fixture(params=[2, 3, 5], ids="{}x8 sequences".format)
+def many_sequences_in_clusters(request, monkeypatch):
+    """Clusters that own so many are chosen before others, whatever they are reckoned to take."""
+    monkeypatch.setattr(
+        wide_cluster, "cycles", lambda plan, *_: abs(plan.blocks - request.param) - plan.groups
+    )
+    caches = (wide_cluster.best_plan, cuda_fused._best_plan)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize("sizes", [(50, 40, 1, 768), (20, 9, 2, 520), (90, 9, 3, 136)], ids=str)
+def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
 
 

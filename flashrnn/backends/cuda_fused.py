@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -238,7 +238,12 @@ def _in_pairs(x: Tensor) -> bool:
 
 
 def _plan(problem: Problem, backward: bool) -> Plan | str:
-    gpu = _gpu(problem.device)
+    # In a cache, T would only be in the way.
+    return _best_plan(problem._replace(T=1), _gpu(problem.device), backward)
+
+
+@lru_cache(maxsize=1024)
+def _best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
         return plan_head(problem, gpu, backward)
     plan = plan_team(problem, gpu, backward)

@@ -30,7 +30,7 @@ __device__ constexpr int pitch(int rows) {
 // The warp's part of R for a step of the tensor core.
 __device__ inline Fragment fragment(int step, const Element* R, int n, int N, int rank) {
     const int first = 16 * step + threadIdx.x % 4 * 4;
-    return rows_of(R, n, N, rank, [&](int word, int k) { return first + 2 * word + k; });
+    return rows_of(R, n, N, rank, [&](int half, int k) { return first + 2 * half + k; });
 }
 
 // Four units' h for one sequence.

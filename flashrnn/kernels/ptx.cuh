@@ -86,17 +86,17 @@ __device__ inline float tanh_approximate(float x) {
     return y;
 }
 
+// A lane's part of a left operand: a0 to a3 of what follows.
+struct alignas(16) Fragment {
+    unsigned words[4];
+};
+
 // The warp's c[16 x 8] += a[16 x 16] b[16 x 8] (of 4-byte elements a[16 x 8] b[8 x 8]).
 //
 // Lane 4 i + j holds of c the rows i (c[0], c[1]) and i + 8 (c[2], c[3]), columns 2 j and 2 j + 1;
 // of a the row i in a0 and a2 and i + 8 in a1 and a3; of b the column i. The words a0, a1 and b0
 // are of one part of the summed dimension, a2, a3 and b1 of another: both parts' places are the
 // lane's j.
-
-// a0 to a3.
-struct alignas(16) Fragment {
-    unsigned words[4];
-};
 
 __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                            unsigned b0, unsigned b1, float16) {
@@ -365,7 +365,8 @@ __device__ inline void expect_bytes(void* barrier, unsigned bytes) {
 
 // Returns once the phase of this parity, 0 or 1 in turn, is complete and what has arrived can be read.
 // PTX promises the latter to who waits with `acquire.cluster`, which also empties the first-level cache
-// each time; send_async writes past that cache, so that waiting as for the block's own copies does.
+// each time; send_async and send_copy write past that cache, so that waiting as for the block's own
+// copies does.
 __device__ inline void wait_for_bytes(void* barrier, unsigned parity) {
     asm volatile(
         "{ .reg .pred complete; again:"
@@ -414,18 +415,10 @@ __device__ inline void send_copy(unsigned to, const void* from, unsigned bytes, 
         : "memory");
 }
 
-// A barrier of all threads of a cluster, in two parts: what a thread does between them is not waited for.
-__device__ inline void arrive_at_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ inline void wait_for_cluster() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
+// A barrier of all threads of a cluster.
 __device__ inline void meet_cluster() {
-    arrive_at_cluster();
-    wait_for_cluster();
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
 }
 
 // Has the word computed here, not where it is used first.

@@ -31,7 +31,7 @@ struct Owned {
 };
 
 // The lane's part of 16 of R's columns for the warp's rows, as the tensor core wants its left operand:
-// word w is of the lane's row w % 2. `column` says which column of R element k of a word is.
+// word w is of the lane's row w % 2. `column` says which column of R element k of the words w / 2 is.
 template <typename Column>
 __device__ inline Fragment rows_of(const Element* R, int n, int N, int rank, const Column& column) {
     const int i = threadIdx.x % 32 / 4;

@@ -3,7 +3,7 @@
 // But four warps, a group, multiply their 64 rows by the instructions that they issue together, which
 // read h from shared memory, for all SEQUENCES of the cluster, and R from registers or shared memory.
 //
-// A block's traffic threads, four warps after its GROUPS, send h and move what lies in global memory.
+// A block's traffic threads, four warps after its GROUPS, send h and move a step's inputs and results.
 //
 // Values of a block's units and of all sequences lie in lines, wherever they do: pieces of 16 bytes have
 // a sequence's EIGHT neighbouring units, and those of 8 sequences are one block of what the product
@@ -11,7 +11,6 @@
 
 constexpr int WARPS = 4 * GROUPS;
 constexpr int COMPUTING = 32 * WARPS;
-constexpr int TRAFFIC = 128;
 constexpr int THREADS = COMPUTING + TRAFFIC;
 static_assert(UNITS == WARPS * WARP_UNITS, "a warp has a tile of rows");
 static_assert(sizeof(Element) == 2, "a piece has eight elements");

@@ -34,6 +34,7 @@ def forward_source(
         # Warps that compute get registers of those that do not, unless they have all they can use.
         "SHIFT_REGISTERS": plan.groups > 1,
         "COMPUTING_REGISTERS": plan.registers,
+        "TRAFFIC": plan.TRAFFIC,
         "TRAFFIC_REGISTERS": plan.TRAFFIC_REGISTERS,
         "SAVE_GATES": save_gates,
     }

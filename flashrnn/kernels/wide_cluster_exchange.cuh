@@ -2,8 +2,8 @@
 // memory of all others.
 //
 // A block takes the others' lines in the order of their ranks from its own on, and waits for PART of them
-// at a time: a barrier for each part counts their bytes as they arrive. So each block sends first to the
-// one before it, and all send to different ones at a time.
+// at a time, its own among the first: a barrier for each part counts their bytes as they arrive. So each
+// block sends first to the one before it, and all send to different ones at a time.
 //
 // Where there are two BUFFERS of lines, who sends exchange k has all of exchange k - 1, whose senders had
 // multiplied exchange k - 2, which it replaces, and armed its barriers anew. Where there is one, blocks

@@ -27,7 +27,7 @@ struct Matrix {
             const int sender = (rank + step / STEPS_A_LINE) % TEAM;
             const int first = sender * UNITS + step % STEPS_A_LINE * 16 + 2 * j;
             const Fragment fragment =
-                rows_of(R, n, N, rank, [&](int word, int k) { return first + 8 * word + k; });
+                rows_of(R, n, N, rank, [&](int half, int k) { return first + 8 * half + k; });
             if (is_held(step)) {
                 held[held_before(step)] = fragment;
                 continue;

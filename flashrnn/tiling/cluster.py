@@ -57,8 +57,9 @@ def plan_cluster(problem: Problem, gpu: GPU) -> ClusterPlan | None:
     if problem.dtype.itemsize != 2 or problem.D % 8:
         return None
     # Few kernels for all sizes of a batch.
-    B = 8 * power_of_two(tiles_of(max(1, problem.B), 8))
-    return best_plan(Rows.of(problem.cell), B, problem.N, problem.D, gpu)
+    B, N, rows = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N, Rows.of(problem.cell)
+    plan = best_plan(rows, B, N, problem.D, gpu)
+    return plan and replace(plan, cycles=cycles(plan, rows, max(1, problem.B), N, gpu))
 
 
 class Rows(NamedTuple):

@@ -86,8 +86,19 @@ def plan_team(problem: Problem, gpu: GPU, backward: bool) -> TeamPlan | str:
         passes=3 if problem.dtype.itemsize == 4 else 1,
     )
     # Few kernels for all sizes of a batch, an empty one among them.
-    B = 8 * power_of_two(tiles_of(max(1, problem.B), 8))
-    return best_plan(values, B, problem.N, problem.D, gpu)
+    B, N = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N
+    plan = best_plan(values, B, N, problem.D, gpu)
+    if isinstance(plan, str):
+        return plan
+    taken, reckoned = (_rounds(plan, size, N, gpu) for size in (max(1, problem.B), B))
+    return replace(plan, cycles=plan.cycles * taken / reckoned)
+
+
+def _rounds(plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
+    """How often a step is computed for all sequences, and some time to begin anew."""
+    at_once = clusters_at_once(plan.size, gpu) if plan.cluster else gpu.multiprocessors // plan.size
+    rounds = tiles_of(plan.items(B, N), at_once)
+    return rounds + 0.03 * (rounds - 1)
 
 
 class Values(NamedTuple):
@@ -355,16 +366,14 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     if isinstance(choice, ScatterChoice):
         return _scatter_cycles(choice, plan, B, N, gpu)
     values, warps, columns = choice.values, choice.warps, choice.columns
-    items, size, slices = plan.items(B, N), choice.size, choice.slices
+    size, slices = choice.size, choice.slices
     chain, issue = 37 * choice.words * slices, warps * choice.blocks * choice.fragments
     multiply = max(chain, issue) * values.passes
     exchanged_bytes = 16 * size * values.sent * choice.unit_parcels * columns
     if choice.cluster:
-        at_once = clusters_at_once(size, gpu)
         wait, transfer = 0.0, max(300, exchanged_bytes / 3.6 - 740)
     else:
-        at_once = gpu.multiprocessors // size
-        running = min(at_once, items) * size
+        running = min(gpu.multiprocessors // size, plan.items(B, N)) * size
         wait, transfer = 400.0 + size, max(exchanged_bytes / 87, running * exchanged_bytes / 11000)
         # Slices that are asked for later come while those before are multiplied, or after.
         late = max(0, 300 - plan.ahead * multiply / slices)
@@ -372,8 +381,7 @@ def cycles(choice: Choice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
     fetch = 512 * warps * (plan.spared / 200 + plan.streamed / 20)
     add = choice.sum_parts * (57 + columns * choice.units * values.produced / 30)
     turn = transfer + multiply + fetch + add + 700 * choice.owned
-    rounds = tiles_of(items, at_once)
-    return max(wait + turn, choice.turns * turn) * (rounds + 0.03 * (rounds - 1))
+    return max(wait + turn, choice.turns * turn) * _rounds(plan, B, N, gpu)
 
 
 def _scatter_cycles(choice: ScatterChoice, plan: TeamPlan, B: int, N: int, gpu: GPU) -> float:
@@ -388,5 +396,4 @@ def _scatter_cycles(choice: ScatterChoice, plan: TeamPlan, B: int, N: int, gpu: 
     # Gradients to all warps, the barrier, what wakes up.
     pass_on = 150 + 64 * warps * choice.slices * choice.blocks / 16
     step = 0.8 * (transfer + multiply + fetch + pass_on + 300 * choice.owned)
-    rounds = tiles_of(plan.items(B, N), clusters_at_once(choice.size, gpu))
-    return step * (rounds + 0.03 * (rounds - 1))
+    return step * _rounds(plan, B, N, gpu)

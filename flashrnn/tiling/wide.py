@@ -73,7 +73,7 @@ def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
         shared_memory=shared_memory,
     )
     rows = len(cell.states) + len(cell.gates)
-    return replace(plan, cycles=cycles(plan, rows, problem.B, N, gpu))
+    return replace(plan, cycles=cycles(plan, rows, max(1, problem.B), N, gpu))
 
 
 def cycles(plan: WidePlan, rows: int, B: int, N: int, gpu: GPU) -> float:

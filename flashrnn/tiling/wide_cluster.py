@@ -10,7 +10,7 @@ from typing import ClassVar
 from flashrnn.problem import Problem
 from flashrnn.tiling.cluster import Rows
 from flashrnn.tiling.gpu import GPU, clusters_at_once
-from flashrnn.tiling.sizes import tiles_of
+from flashrnn.tiling.sizes import power_of_two, tiles_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,12 @@ def plan_wide_cluster(problem: Problem, gpu: GPU) -> WideClusterPlan | None:
     # Pieces of 16 bytes have eight units.
     if not gpu.multiplies_by_groups or problem.dtype.itemsize != 2 or problem.D % 8:
         return None
+    B, N, rows = max(1, problem.B), problem.N, Rows.of(problem.cell)
     # Few kernels for all sizes of a batch.
-    B = 8 * tiles_of(max(1, problem.B), 8)
-    return best_plan(Rows.of(problem.cell), B, problem.N, problem.D, gpu)
+    tiles, power = tiles_of(B, 8), power_of_two(tiles_of(B, 8))
+    rounded = 8 * (3 * power // 4 if tiles <= 3 * power // 4 else power)
+    plan = best_plan(rows, rounded, N, problem.D, gpu)
+    return plan and replace(plan, cycles=cycles(plan, rows, B, N, gpu))
 
 
 @lru_cache(maxsize=1024)
@@ -88,8 +91,11 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[WideClusterPlan]:
         steps = size * units // 16
         # With one block it has never been the best way.
         for blocks in range(2, 9):
-            working = 24 + 4 * blocks + 4 // padded * blocks * rows.states
+            carried = 4 // padded * blocks * rows.states
+            working = 24 + 4 * blocks + carried + (8 if carried > 20 else 0)
             held = min(steps, (registers_of(groups) - working) // 4)
+            if held < 1:
+                continue
             line = 16 * units * blocks
             for buffers in (2, 1):
                 lines = buffers * size + rows.gates + rows.states - 1
@@ -104,7 +110,7 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[WideClusterPlan]:
 def registers_of(groups: int) -> int:
     """See :attr:`WideClusterPlan.registers`."""
     left = 64 * 1024 - WideClusterPlan.TRAFFIC * WideClusterPlan.TRAFFIC_REGISTERS
-    return min(248, left // (128 * groups) // 8 * 8)
+    return min(240, left // (128 * groups) // 8 * 8)
 
 
 def cycles(plan: WideClusterPlan, rows: Rows, B: int, N: int, gpu: GPU) -> float:
