@@ -466,10 +466,6 @@ static float dot(unsigned a, unsigned b, bfloat16) {
 static float dot(unsigned a, unsigned b, float) { return __uint_as_float(a) * __uint_as_float(b); }
 static float dot(unsigned a, unsigned b, tf32) { return rounded_to_tf32(a) * rounded_to_tf32(b); }
 
-struct alignas(16) Fragment {
-    unsigned words[4];
-};
-
 template <typename Operand>
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                 unsigned b1, Operand operand) {
@@ -511,16 +507,19 @@ static void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned
 
 static unsigned char* shared_memory() { return (unsigned char*)current->shared_words.data(); }
 
+// As in a cluster, the block's rank in its upper bits.
 static unsigned shared_address(const void* generic) {
-    return (unsigned char*)generic - shared_memory();
+    return unsigned(current - cluster) << 24 | unsigned((unsigned char*)generic - shared_memory());
 }
+
+static unsigned char* at(unsigned address) { return shared_memory() + (address & 0xffffff); }
 
 static void load_matrices(unsigned (&words)[4], unsigned row) {
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
         for (int block = 0; block < 4; ++block) {
             const unsigned address = lanes[8 * block + lane / 4][0] + 4 * (lane % 4);
-            memcpy(&words[block], shared_memory() + address, 4);
+            memcpy(&words[block], at(address), 4);
         }
     });
 }
@@ -533,7 +532,7 @@ static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
             for (int k = 0; k < 2; ++k) {
                 unsigned short element;
                 const unsigned address = lanes[8 * block + 2 * (lane % 4) + k][0] + lane / 4 * 2;
-                memcpy(&element, shared_memory() + address, 2);
+                memcpy(&element, at(address), 2);
                 words[block] |= unsigned(element) << 16 * k;
             }
         }
@@ -541,10 +540,6 @@ static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
 }
 
 // ---- group.py
-
-static unsigned long long operand(unsigned address, unsigned summed, unsigned rows) {
-    return (unsigned long long)(rows / 16) << 32 | summed / 16 << 16 | address / 16;
-}
 
 // Of an operand's row the word that has the 2 j-th of the first or the second 8 summed elements.
 static unsigned word_of_operand(unsigned long long operand, int row, int half, int j) {
@@ -654,7 +649,7 @@ static void wait_for_bytes(void* barrier, unsigned parity) {
 }
 
 static unsigned cluster_address(const void* here, int rank) {
-    return unsigned(rank) << 24 | shared_address(here);
+    return unsigned(rank) << 24 | shared_address(here) & 0xffffff;
 }
 
 static void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {

@@ -45,6 +45,7 @@ def prelude(
     return {
         "plan": "\n".join(map(_constant, constants, constants.values())),
         "ptx.cuh": read("ptx.cuh"),
+        "operands.cuh": read("operands.cuh"),
         "types": f"using Element = {element};\nusing Bits = {bits};\n"
         f"using Operand = {PRECISIONS[precision]};",
         "pointwise.cuh": read("pointwise.cuh"),

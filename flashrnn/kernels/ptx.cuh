@@ -86,11 +86,6 @@ __device__ inline float tanh_approximate(float x) {
     return y;
 }
 
-// A lane's part of a left operand: a0 to a3 of what follows.
-struct alignas(16) Fragment {
-    unsigned words[4];
-};
-
 // The warp's c[16 x 8] += a[16 x 16] b[16 x 8] (of 4-byte elements a[16 x 8] b[8 x 8]).
 //
 // Lane 4 i + j holds of c the rows i (c[0], c[1]) and i + 8 (c[2], c[3]), columns 2 j and 2 j + 1;
@@ -217,15 +212,6 @@ template <int COUNT>
 __device__ inline void keep(float (&sums)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
-// What such a product reads from shared memory: blocks of 8 rows (columns, of a right operand) of 8 summed
-// elements of 16 bits, 128 bytes each, from a shared address on. Those of the next 8 summed elements
-// lie `summed` bytes apart, those of other rows `rows`. (In a cluster an address has the block's rank
-// in its upper bits.)
-__device__ inline unsigned long long operand(unsigned address, unsigned summed, unsigned rows) {
-    const unsigned low = summed / 16 << 16 | (address & 0x3ffff) / 16;
-    return static_cast<unsigned long long>(rows / 16) << 32 | low;
 }
 
 // Has products and copies see what the thread wrote to shared memory, once it has met the others.
