@@ -28,10 +28,7 @@ struct Exchange {
 
     // All threads of all blocks come here together.
     __device__ Exchange(unsigned char* shared, int rank) : shared(shared), rank(rank) {
-        if (threadIdx.x == 0) {
-            for (int i = 0; i <= ROOM; ++i) make_barrier(barrier(i));
-        }
-        __syncthreads();
+        if (threadIdx.x <= ROOM) make_barrier(barrier(threadIdx.x));
         for (int i = 0; i < BUFFERS; ++i) expect_lines(i);
         expect_notices();
         meet_cluster();
