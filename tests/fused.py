@@ -79,6 +79,19 @@ def hold_to_vanilla(
             assert error <= (7e-3 if is_gradient else 3e-3), name
 
 
+def clips_h(backend: str, B: int, D: int) -> None:
+    """Hold outputs to vanilla in float64. Which h are clipped is chance to a gradient."""
+    inputs = random_inputs("gru", B, 4, 2, D, torch.float16)
+    config = FlashRNNConfig(forward_clipval=0.3)
+    with torch.no_grad():
+        truth = call("gru", inputs.to(torch.float64), backend="vanilla", config=config)
+        plain = call("gru", inputs, backend="vanilla", config=config)
+        given = call("gru", inputs, backend=backend, config=config)
+    for exact, near, found in zip(truth, plain, given, strict=True):
+        assert relative_error(found, exact) <= 2 * relative_error(near, exact) + 1e-6
+    assert given[0][0].abs().max() == given[0].new_tensor(0.3)
+
+
 def same_without_gradients(backend: str, D: int = 24) -> bool:
     """Whether a call that saves nothing for a backward gives the same bits."""
     inputs = random_inputs("slstm", 3, 4, 2, D, torch.bfloat16)

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster as kernel
@@ -20,6 +19,7 @@ from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
+    clips_h,
     continues_exactly,
     gives_the_same_bits,
     hold_to_vanilla,
@@ -28,7 +28,7 @@ from tests.fused import (  # noqa: F401
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop, spills_in_the_loop_of_products
-from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
+from tests.problems import BUILT_IN, sparse, wide
 from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
 from tests.test_jit import needs_nvrtc
 
@@ -175,16 +175,7 @@ def test_any_strides(on_the_cpu):
 
 @needs_compiler
 def test_clipped(on_the_cpu):
-    inputs = random_inputs("gru", 5, 4, 2, 136, torch.float16)
-    config = FlashRNNConfig(forward_clipval=0.3)
-    with torch.no_grad():
-        truth = call("gru", inputs.to(torch.float64), backend="vanilla", config=config)
-        plain = call("gru", inputs, backend="vanilla", config=config)
-        given = call("gru", inputs, backend="cuda_fused", config=config)
-    # Which h are clipped is chance to a gradient.
-    for exact, near, found in zip(truth, plain, given, strict=True):
-        assert relative_error(found, exact) <= 2 * relative_error(near, exact) + 1e-6
-    assert given[0][0].abs().max() == given[0].new_tensor(0.3)
+    clips_h("cuda_fused", 5, 136)
 
 
 @needs_compiler

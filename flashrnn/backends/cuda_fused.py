@@ -325,10 +325,8 @@ def _cluster_kernel(
     save_gates: bool,
 ) -> _Kernel:
     if isinstance(plan, ClusterPlan):
-        name, parts = (
-            "cluster_forward",
-            cluster.forward_source(cell, precision, D, plan, save_gates),
-        )
+        name = "cluster_forward"
+        parts = cluster.forward_source(cell, precision, D, plan, save_gates)
     else:
         name = "wide_cluster_forward"
         parts = wide_cluster.forward_source(cell, precision, D, plan, save_gates)

@@ -83,6 +83,11 @@ class Rows(NamedTuple):
         recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
         return Rows(recurrent, inputs, len(cell.states), len(cell.gates))
 
+    @property
+    def padded(self) -> int:
+        """Rows of R that the tensor core multiplies for a unit; see ``kernels/rows.cuh``."""
+        return self.recurrent if self.recurrent <= 2 else 4
+
 
 @lru_cache(maxsize=1024)
 def best_plan(rows: Rows, B: int, N: int, D: int, gpu: GPU) -> ClusterPlan | None:
@@ -97,8 +102,7 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[ClusterPlan]:
     """All plans for heads of D units."""
     if not 1 <= rows.recurrent <= 4:
         return
-    padded = rows.recurrent if rows.recurrent <= 2 else 4
-    warp_units = 16 // padded
+    warp_units = 16 // rows.padded
     for size in (2, 4, 8, 16):
         # A multiple of 16 bytes, and of what a warp has.
         granule = max(8, warp_units)
@@ -110,7 +114,7 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[ClusterPlan]:
             continue
         steps = tiles_of(size * units, 16)
         for blocks in (1, 2):
-            owned = 4 // padded * blocks
+            owned = 4 // rows.padded * blocks
             # Each quarter of a multiprocessor has a quarter of its registers for its warps.
             registers = min(255, 512 // tiles_of(threads, 128) // 8 * 8)
             working = 56 + 8 * blocks + owned * (2 * rows.gates + rows.states)

@@ -72,17 +72,17 @@ def plan_wide(problem: Problem, gpu: GPU) -> WidePlan | None:
         parcels=tiles * 2 * 2 * slices * 4 * 32,
         shared_memory=shared_memory,
     )
-    rows = len(cell.states) + len(cell.gates)
-    return replace(plan, cycles=cycles(plan, rows, max(1, problem.B), N, gpu))
+    values = len(cell.states) + len(cell.gates)
+    return replace(plan, cycles=cycles(plan, values, max(1, problem.B), N, gpu))
 
 
-def cycles(plan: WidePlan, rows: int, B: int, N: int, gpu: GPU) -> float:
+def cycles(plan: WidePlan, values: int, B: int, N: int, gpu: GPU) -> float:
     """What a step of all sequences takes, in the measure of :func:`flashrnn.tiling.team.cycles`.
 
     Its numbers follow what was measured on an H200 (docs/performance.md), the mean of calls that
-    save pre-activations and calls that do not. `rows`: states and gates of a cell.
+    save pre-activations and calls that do not. `values`: states and gates of a cell.
     """
     slices = 2 * tiles_of(plan.size, 4)
     items = N * tiles_of(B, 16 * plan.tiles)
     rounds = tiles_of(items, plan.teams(B, N, gpu))
-    return rounds * (250 + plan.tiles * (44 * slices + 284 * rows))
+    return rounds * (250 + plan.tiles * (44 * slices + 284 * values))

@@ -82,16 +82,15 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[WideClusterPlan]:
     """All plans for heads of D units."""
     if not 1 <= rows.recurrent <= 4:
         return
-    padded = rows.recurrent if rows.recurrent <= 2 else 4
     for groups in (1, 2, 3):
-        units = 64 // padded * groups
+        units = 64 // rows.padded * groups
         size = tiles_of(D, units)
         if not 2 <= size <= gpu.largest_cluster or not clusters_at_once(size, gpu):
             continue
         steps = size * units // 16
         # With one block it has never been the best way.
         for blocks in range(2, 9):
-            carried = 4 // padded * blocks * rows.states
+            carried = 4 // rows.padded * blocks * rows.states
             working = 24 + 4 * blocks + carried + (8 if carried > 20 else 0)
             held = min(steps, (registers_of(groups) - working) // 4)
             if held < 1:
