@@ -21,7 +21,7 @@
 #define __launch_bounds__(...)
 #define __restrict__
 
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
@@ -30,15 +30,36 @@ struct Index {
 };
 static Index threadIdx, blockIdx;
 
-// An argument of a launch, of whatever type the kernel declares.
+// An argument of a launch, of whatever type the kernel declares: it takes the first bytes, as many as it
+// has.
 struct Argument {
     long long value;
 
     template <typename T>
     operator T() const {
-        return (T)value;
+        T taken;
+        memcpy(&taken, &value, sizeof(T));
+        return taken;
     }
 };
+
+// ---- alignment
+
+// The compiler takes it that what it calls does not change this, unless it is volatile.
+static volatile bool misaligned;
+
+static void expect_multiple(unsigned long long address, unsigned bytes) {
+    if (address % bytes) misaligned = true;
+}
+
+static void expect_aligned(const void* address, unsigned bytes) {
+    expect_multiple(reinterpret_cast<unsigned long long>(address), bytes);
+}
+
+// Called (-fsanitize=alignment) where an address is no multiple of what its type asks for.
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(void*, void*) {
+    misaligned = true;
+}
 
 // ---- blocks
 
@@ -194,7 +215,10 @@ static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier,
     }
 }
 
-static void publish(Parcel* to, const Parcel& parcel) { send(to, parcel, nullptr, nullptr); }
+static void publish(Parcel* to, const Parcel& parcel) {
+    expect_aligned(to, 16);
+    send(to, parcel, nullptr, nullptr);
+}
 
 // What is due by a round arrives.
 static void deliver(long long round) {
@@ -325,7 +349,7 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
         }
     }
     pending.clear();
-    sent_too_late = false;
+    sent_too_late = misaligned = false;
     cluster = blocks.data();
     cluster_meeting = {};
     threads_of_cluster = at_once * threads;
@@ -343,6 +367,7 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
         return "a kernel stalled: its threads wait for what never comes";
     }
     if (sent_too_late) return "a kernel sent something to a block that has left";
+    if (misaligned) return "a kernel accessed an address that is no multiple of what it loads or stores";
     return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
 }
 
@@ -515,6 +540,7 @@ static unsigned shared_address(const void* generic) {
 static unsigned char* at(unsigned address) { return shared_memory() + (address & 0xffffff); }
 
 static void load_matrices(unsigned (&words)[4], unsigned row) {
+    expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
         for (int block = 0; block < 4; ++block) {
@@ -525,6 +551,7 @@ static void load_matrices(unsigned (&words)[4], unsigned row) {
 }
 
 static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
+    expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
         for (int block = 0; block < 4; ++block) {
@@ -601,7 +628,11 @@ static std::vector<Copy>& open_copy_group() {
     return groups.back();
 }
 
-static void copy_async(void* to, const void* from) { open_copy_group().push_back({to, from}); }
+static void copy_async(void* to, const void* from) {
+    expect_aligned(to, 16);
+    expect_aligned(from, 16);
+    open_copy_group().push_back({to, from});
+}
 
 static void close_copy_group() {
     open_copy_group();
@@ -637,7 +668,10 @@ static unsigned load_alone(const T* from) {
 
 static void prefetch(const void*) {}
 
-static void make_barrier(void* barrier) { *(Barrier*)barrier = {}; }
+static void make_barrier(void* barrier) {
+    expect_aligned(barrier, 8);
+    *(Barrier*)barrier = {};
+}
 
 static void expect_bytes(void* barrier, unsigned bytes) {
     ((Barrier*)barrier)->armed = 1;
@@ -653,6 +687,7 @@ static unsigned cluster_address(const void* here, int rank) {
 }
 
 static void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
+    expect_multiple(to, 16);
     Block& block = cluster[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
     send(there + (to & 0xffffff), {{words[0], words[1], words[2]}, words[3]}, &block,
@@ -665,6 +700,7 @@ static void send_async(const void* to, const unsigned (&words)[4], const void* b
 
 // Each 16 bytes of it at a time of their own.
 static void send_copy(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    for (unsigned multiple : {to, shared_address(from), bytes}) expect_multiple(multiple, 16);
     Block& block = cluster[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
     for (unsigned i = 0; i < bytes; i += 16) {
