@@ -67,11 +67,11 @@ class EmulatedStepper:
         self.library, self.grid, self.threads, self.sizes = library, grid, threads, sizes
 
     def run(self, fields: tuple[int, ...], count: int) -> None:
-        done = 0
+        done, sizes = 0, [ctypes.c_int64(size) for size in self.sizes]
         for length in runs.lengths(count):
             self.block[:] = (*fields, done)
             for ahead in range(length):
-                self.library.emulate(self.block, ahead, *self.sizes, self.grid, self.threads)
+                self.library.emulate(self.block, ahead, *sizes, self.grid, self.threads)
             done += length
 
 
@@ -151,7 +151,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     @cache
     def library(name: str, source: str) -> Library:
         entry = (
-            f'extern "C" const char* emulate(Call* call, int ahead, int B, int N, int D,\n'
+            f'extern "C" const char* emulate(Call* call, int ahead, long long B, int N, int D,\n'
             f"                               int grid, int threads) {{\n"
             f"    return run_kernel(grid, threads, [=] {{ {name}(call, ahead, B, N, D); }});\n}}\n"
         )

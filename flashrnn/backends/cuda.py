@@ -46,7 +46,9 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0 or T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    R, b, h = _aligned(R), b.contiguous(), states[0].to(Wx.dtype).contiguous()
+    # Rows of what the step's product reads.
+    R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
+    b = b.contiguous()
     tensors = (Wx, R, b, states, h, every_state, gates, last_states)
     fields = (
         *(x.data_ptr() for x in tensors),
@@ -75,7 +77,7 @@ def backward(
         return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # Rows of what the step's product sums over: [N, D summed over by the step, Gr, D].
-    transposed = R.permute(1, 3, 0, 2).contiguous()
+    transposed = _aligned(R.permute(1, 3, 0, 2))
     tensors = (transposed, states_initial, states, gates, d_states, d_last_states)
     fields = (
         *(x.data_ptr() for x in (*tensors, d_gates, d_initial)),
@@ -91,10 +93,10 @@ def backward(
     return complete(problem, d_gates, d_initial, states_initial, states)
 
 
-def _aligned(R: Tensor) -> Tensor:
+def _aligned(x: Tensor) -> Tensor:
     """Contiguous, and from a multiple of 16 bytes on."""
-    R = R.contiguous()
-    return R if R.data_ptr() % 16 == 0 else R.clone()
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:

@@ -15,7 +15,7 @@
 // the given gradients and then waits until this one is complete: only then does it read d_gates.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_backward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
+step_backward(const Call* __restrict__ call, int ahead, long long B, int N, int D) {
     start_dependent_launch();
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
