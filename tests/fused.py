@@ -135,6 +135,54 @@ def keeps_a_nan_to_its_sequence_and_head(B: int, D: int) -> bool:
     return bool(arrives and not elsewhere and not d_Wx[others].isnan().any())
 
 
+def same_pattern_as_vanilla(
+    backend: str,
+    kind: str | Cell,
+    inputs: Inputs,
+    asked: tuple[Tensor, Tensor] | None = None,
+    **options: object,
+) -> None:
+    """Hold which elements are finite, inf, -inf and NaN to vanilla in the same dtype.
+
+    Compared are every step's states, the last states and the gradients of all inputs; the message
+    names the first element that differs.
+
+    Args:
+        backend: the backend.
+        kind: the cell.
+        inputs: the call's; they may hold anything.
+        asked: the gradients of ``states`` and ``last_states``, random where absent.
+        options: fields of :class:`flashrnn.FlashRNNConfig`.
+    """
+    config = FlashRNNConfig(**options)  # type: ignore[arg-type]
+    runs = []
+    for name in (backend, "vanilla"):
+        outputs = call(kind, inputs, backend=name, config=config)
+        found = dict(zip(("states", "last_states"), outputs, strict=True))
+        if asked is None:
+            slopes = gradients(outputs, inputs)
+        else:
+            leaves = inputs.tensors()
+            slopes = dict(
+                zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), asked), strict=True)
+            )
+        runs.append(found | {f"d_{leaf}": slope for leaf, slope in slopes.items()})
+    for name, expected in runs[1].items():
+        given = runs[0][name]
+        differs = (pattern(given) != pattern(expected)).nonzero()
+        if len(differs):
+            at = tuple(differs[0].tolist())
+            raise AssertionError(
+                f"{name}{list(at)} is {given[at].item()}, of vanilla {expected[at].item()}, "
+                f"and {len(differs) - 1} more of {given.numel()}"
+            )
+
+
+def pattern(x: Tensor) -> Tensor:
+    """0 where finite, ±1 where ±inf, 2 where NaN."""
+    return x.isnan() * 2 + x.isposinf() * 1 - x.isneginf() * 1
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values, neither contiguous nor aligned, as a leaf of its own."""
     *sizes, last = x.shape
