@@ -12,6 +12,7 @@ constexpr int SPARED = FRAGMENTS - HELD;
 struct Matrix {
     Fragment held[HELD];
     const Fragment* spared;
+    NotFinite<Operand> not_finite;
 
     // Fragment f belongs to recurrent gate f % GR and to the summed units of step f / GR. FORWARD:
     // rows are the units that R produces; else those that it reads, and what it produces is summed.
@@ -37,6 +38,7 @@ struct Matrix {
                 }
                 memcpy(&fragment.words[w], word, 4);
                 fragment.words[w] = prepare(fragment.words[w], Operand{});
+                not_finite.look_at(fragment.words[w]);
                 // Else all elements are loaded before the first two become one word.
                 settle(fragment.words[w]);
             }
@@ -56,13 +58,21 @@ __device__ inline unsigned matrix_line(const Element* lines, int pitch) {
     return shared_address(lines + lane % COLUMNS * pitch + lane / 8 * SHARE);
 }
 
+template <typename Number>
 __device__ inline void multiply(int pass, float (&sums)[BLOCKS][4], const Fragment& a,
-                                const unsigned (&right)[BLOCKS][4], int half) {
+                                const unsigned (&right)[BLOCKS][4], int half, Number) {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
         mma_pass(pass, sums[block], a.words[0], a.words[1], a.words[2], a.words[3],
-                 right[block][2 * half], right[block][2 * half + 1], Operand{});
+                 right[block][2 * half], right[block][2 * half + 1], Number{});
     }
+}
+
+template <typename Number>
+__device__ inline void look_at(NotFinite<Number>& not_finite, const unsigned (&right)[BLOCKS][4],
+                               int half) {
+#pragma unroll
+    for (int i = 0; i < 2 * BLOCKS; ++i) not_finite.look_at(right[i / 2][2 * half + i % 2]);
 }
 
 // An instruction waits for the one before that adds to the same sum. So there are several chains of
@@ -70,9 +80,11 @@ __device__ inline void multiply(int pass, float (&sums)[BLOCKS][4], const Fragme
 constexpr int CHAINS_FORWARD = GR * BLOCKS < 3 ? 2 : 1;
 constexpr int CHAINS_BACKWARD = BLOCKS > 1 ? 2 : PASSES<Operand> == 1 ? 4 : 6;
 
-// What R produces from the lines' first row, for each recurrent gate. `line` is matrix_line's.
+// What R produces from the lines' first row, for each recurrent gate. `line` is matrix_line's,
+// `not_finite` the matrix's.
+template <typename Number>
 __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Matrix& matrix,
-                                         unsigned line, int pitch) {
+                                         unsigned line, int pitch, NotFinite<Number> not_finite) {
     float chains[CHAINS_FORWARD][GR][BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
@@ -84,12 +96,13 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (step + half == STEPS) break;
+            look_at(not_finite, right, half);
 #pragma unroll
-            for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+            for (int pass = 0; pass < PASSES<Number>; ++pass) {
 #pragma unroll
                 for (int s = 0; s < GR; ++s) {
                     const Fragment a = matrix[(step + half) * GR + s];
-                    multiply(pass, chains[half % CHAINS_FORWARD][s], a, right, half);
+                    multiply(pass, chains[half % CHAINS_FORWARD][s], a, right, half, Number{});
                 }
             }
         }
@@ -104,11 +117,16 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
             }
         }
     }
+    if constexpr (NotFinite<Number>::MATTERS) {
+        if (!not_finite.any_in_warp()) return;
+        recurrent_product(sums, matrix, line, pitch, NotFinite<Careful>{});
+    }
 }
 
 // The gradient of what R reads, from the lines' rows of gates.
+template <typename Number>
 __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix& matrix,
-                                          unsigned line, int pitch) {
+                                          unsigned line, int pitch, NotFinite<Number> not_finite) {
     float chains[CHAINS_BACKWARD][BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
@@ -119,15 +137,18 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
             for (int block = 0; block < BLOCKS; ++block) {
                 const int offset = 8 * block * pitch + RECURRENT[s] * DD;
                 load_matrices(right[block], line + offset * sizeof(Element) + step * 32);
+#pragma unroll
+                for (int w = 0; w < 4; ++w) right[block][w] = contained(right[block][w], Operand{});
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (step + half == STEPS) break;
+                look_at(not_finite, right, half);
                 const Fragment a = matrix[(step + half) * GR + s];
 #pragma unroll
-                for (int pass = 0; pass < PASSES<Operand>; ++pass) {
-                    const int chain = (2 * s + half) * PASSES<Operand> + pass;
-                    multiply(pass, chains[chain % CHAINS_BACKWARD], a, right, half);
+                for (int pass = 0; pass < PASSES<Number>; ++pass) {
+                    const int chain = (2 * s + half) * PASSES<Number> + pass;
+                    multiply(pass, chains[chain % CHAINS_BACKWARD], a, right, half, Number{});
                 }
             }
         }
@@ -137,5 +158,9 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
         sums[i / 4][i % 4] = chains[0][i / 4][i % 4];
 #pragma unroll
         for (int c = 1; c < CHAINS_BACKWARD; ++c) sums[i / 4][i % 4] += chains[c][i / 4][i % 4];
+    }
+    if constexpr (NotFinite<Number>::MATTERS) {
+        if (!not_finite.any_in_warp()) return;
+        transposed_product(sums, matrix, line, pitch, NotFinite<Careful>{});
     }
 }

@@ -111,7 +111,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     const auto add_recurrent_gradient = [&](int done) {
         if (CUT) return;
         float sums[BLOCKS][4];
-        transposed_product(sums, matrix, line + (done + 1) % 2 * TURN, GATES);
+        transposed_product(sums, matrix, line + (done + 1) % 2 * TURN, GATES, matrix.not_finite);
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
             const float d_h = lane.owned(sums, e);

@@ -82,7 +82,7 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     int slot = 0;
     for (int t = 0; t < T; ++t) {
         float sums[GR][BLOCKS][4], preactivations[G][OWNED];
-        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES);
+        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES, matrix.not_finite);
         // Nothing here depends on the product, and all of it hides behind it.
         const Element* inputs = ring + slot * SEQUENCES * INPUTS;
         slot = slot + 1 == STAGES ? 0 : slot + 1;

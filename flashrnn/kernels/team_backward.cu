@@ -89,7 +89,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 const int next = last ? 0 : turn + 1;
                 if (!CUT && t + 1 < T) {
                     if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
-                    multiply<Operand>(partial[++products % 2], matrix, arrivals);
+                    multiply(partial[++products % 2], matrix, arrivals);
                 }
                 // Sent before other tiles had their turns, it comes while the warp computes its units.
                 if (!CUT && TURNS > 1) arrivals.look_for(exchange, next, tag + last);
@@ -145,7 +145,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                         for (int s = 0; s < SENT; ++s) {
                             const float d_gate = d_preactivations[e][RECURRENT[s]];
                             unsigned words[PARCEL_WORDS];
-                            make_parcel(words, owned.exists ? d_gate : 0.0f);
+                            make_parcel(words, owned.exists ? contained(d_gate, Element{}) : 0.0f);
                             const int parcel = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
                             exchange.send(words, parcel, owned, turn, tag + 1);
                         }

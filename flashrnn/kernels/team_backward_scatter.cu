@@ -137,7 +137,9 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                 for (int e = 0; e < OWNED; ++e) {
                     float recurrent[GR];
 #pragma unroll
-                    for (int k = 0; k < GR; ++k) recurrent[k] = d_preactivations[e][RECURRENT[k]];
+                    for (int k = 0; k < GR; ++k) {
+                        recurrent[k] = contained(d_preactivations[e][RECURRENT[k]], Element{});
+                    }
                     exchange.put(recurrent, Owned(e, rank, item, B));
                 }
             }
@@ -145,7 +147,7 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
         if (!CUT) {
             meet<THREADS>();
             float sums[TILES][BLOCKS][4];
-            multiply<Operand>(sums, matrix, exchange);
+            multiply(sums, matrix, exchange, matrix.not_finite);
             exchange.send(sums, rank);
             exchange.advance();
         }

@@ -96,7 +96,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 const bool last = turn + 1 == item.turns;
                 const int next = last ? 0 : turn + 1;
                 if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
-                multiply<Operand>(partial[products % 2], matrix, arrivals);
+                multiply(partial[products % 2], matrix, arrivals);
                 // Sent before other tiles had their turns, it comes while the warp computes its units.
                 if (TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 meet<THREADS>();

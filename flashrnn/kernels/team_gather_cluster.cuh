@@ -78,6 +78,11 @@ struct Arrivals {
             wait_for_bytes(barrier, (tag - 1) / 2 % 2);
             if (threadIdx.x == 0) expect_bytes(barrier, ARRIVING);
         }
+        take_again(i, words);
+    }
+
+    // A slice that has come, and lies there until the block sends what its next step gives.
+    __device__ void take_again(int i, unsigned (&words)[BLOCKS][2 * PARCEL_WORDS]) const {
         Words parcels[2][BLOCKS];
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; ++k) {

@@ -53,19 +53,29 @@ __device__ constexpr bool apart(int step) {
     return sizeof(Element) == 2 && PARCEL_WORDS % 2 && step == PARCEL_WORDS - 1;
 }
 
-// Multiplies the values of an exchange, and puts the warp's sums where total() finds them. A template,
-// so that mma_half, which is there for 16 bits alone, is not looked for with float32.
+using Sums = float[CHAINS][TILES][BLOCKS][4];
+
+// Adds what R gives for the values of an exchange, by the warp's part. A template, so that mma_half, which
+// is there for 16 bits alone, is not looked for with float32. `not_finite` is the matrix's.
 template <typename Number>
-__device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals& arrivals) {
-    float sums[CHAINS][TILES][BLOCKS][4] = {};
+__device__ inline void add_products(Sums& sums, const Matrix& matrix, Arrivals& arrivals,
+                                    NotFinite<Number> not_finite) {
 #pragma unroll
     for (int i = 0; i < SLICES_A_WARP; ++i) {
         unsigned words[BLOCKS][2 * PARCEL_WORDS];
-        arrivals.take(i, words);
+        if constexpr (IS_CAREFUL<Number>) {
+            arrivals.take_again(i, words);
+        } else {
+            arrivals.take(i, words);
+        }
+#pragma unroll
+        for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
+            not_finite.look_at(words[k % BLOCKS][k / BLOCKS]);
+        }
 #pragma unroll
         for (int step = 0; step < PARCEL_WORDS; ++step) {
 #pragma unroll
-            for (int pass = 0; pass < (apart(step) ? 2 : PASSES<Operand>); ++pass) {
+            for (int pass = 0; pass < (apart(step) ? 2 : PASSES<Number>); ++pass) {
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile) {
                     const Fragment a = matrix[(i * PARCEL_WORDS + step) * TILES + tile];
@@ -87,6 +97,18 @@ __device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals
             }
         }
     }
+    if constexpr (NotFinite<Number>::MATTERS) {
+        if (!not_finite.any_in_warp()) return;
+#pragma unroll
+        for (int i = 0; i < CHAINS * TILES * BLOCKS * 4; ++i) (&sums[0][0][0][0])[i] = 0.0f;
+        add_products(sums, matrix, arrivals, NotFinite<Careful>{});
+    }
+}
+
+// Multiplies the values of an exchange, and puts the warp's sums where total() finds them.
+__device__ inline void multiply(Partial& partial, const Matrix& matrix, Arrivals& arrivals) {
+    Sums sums = {};
+    add_products(sums, matrix, arrivals, matrix.not_finite);
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {

@@ -35,20 +35,23 @@ __device__ inline void load_matrix(Matrix& matrix, const Element* R, int n, int 
 // An instruction waits for the one before that adds to the same sum, so there are several of them.
 constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
 
-// The warp's sums.
+// The warp's sums. `not_finite` is the matrix's.
 template <typename Number>
 __device__ inline void multiply(float (&sums)[TILES][BLOCKS][4], const Matrix& matrix,
-                                const Exchange& exchange) {
+                                const Exchange& exchange, NotFinite<Number> not_finite) {
+    if (IS_CAREFUL<Number>) load_anew();
     float chains[CHAINS][TILES][BLOCKS][4] = {};
     Words words[SLICES][BLOCKS];
 #pragma unroll
     for (int i = 0; i < SLICES * BLOCKS; ++i) {
         words[i / BLOCKS][i % BLOCKS] = exchange.operand(i / BLOCKS, i % BLOCKS);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) not_finite.look_at(words[i / BLOCKS][i % BLOCKS].words[w]);
     }
 #pragma unroll
     for (int step = 0; step < 2 * SLICES; ++step) {
 #pragma unroll
-        for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+        for (int pass = 0; pass < PASSES<Number>; ++pass) {
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 const Fragment a = matrix[step * TILES + tile];
@@ -68,5 +71,8 @@ __device__ inline void multiply(float (&sums)[TILES][BLOCKS][4], const Matrix& m
 #pragma unroll
         for (int chain = 1; chain < CHAINS; ++chain) sum += chains[chain][tile][block][i % 4];
         sums[tile][block][i % 4] = sum;
+    }
+    if constexpr (NotFinite<Number>::MATTERS) {
+        if (not_finite.any_in_warp()) multiply(sums, matrix, exchange, NotFinite<Careful>{});
     }
 }
