@@ -107,6 +107,8 @@ struct Block {
     int index = 0;
     // Threads that are not finished.
     int running = 0;
+    // What its threads say at a barrier.
+    bool any = false;
     std::vector<Coroutine> threads;
     std::vector<std::vector<std::vector<Copy>>> copy_groups;
     std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
@@ -373,6 +375,15 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
 
 static void __syncthreads() { current->meeting.wait_for(current->threads.size()); }
 
+static bool __syncthreads_or(bool mine) {
+    current->any |= mine;
+    __syncthreads();
+    const bool any = current->any;
+    __syncthreads();
+    current->any = false;
+    return any;
+}
+
 // ---- registers that a warp exchanges
 
 template <typename Use>
@@ -419,6 +430,14 @@ template <typename T>
 static T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
     const unsigned lane = threadIdx.x % 32;
     return __shfl_sync(mask, value, lane + delta < 32 ? lane + delta : lane);
+}
+
+static bool __any_sync(unsigned, bool mine) {
+    bool any = false;
+    exchange({mine}, [&](unsigned(*lanes)[6]) {
+        for (int lane = 0; lane < 32; ++lane) any |= lanes[lane][0];
+    });
+    return any;
 }
 
 template <typename T>
@@ -477,7 +496,21 @@ static float divide_approximate(float x, float y) { return x / y; }
 static float tanh_approximate(float x) { return tanhf(x); }
 
 // To the nearest, ties away from zero.
-static float rounded_to_tf32(unsigned x) { return __uint_as_float((x + 0x1000) & ~0x1fffu); }
+static unsigned round_to_tf32(unsigned x) {
+    const unsigned magnitude = x & 0x7fffffffu;
+    return magnitude >= 0x7f800000u ? x : (x + 0x1000) & ~0x1fffu;
+}
+
+static unsigned clip_pair(unsigned pair, unsigned largest, float16) {
+    unsigned clipped = 0;
+    for (int i = 0; i < 32; i += 16) {
+        float16 element = {(unsigned short)(pair >> i)};
+        const float x = to_float(element), bound = to_float(float16{(unsigned short)(largest >> i)});
+        round_to(element, x > bound ? bound : x < -bound ? -bound : x);
+        clipped |= unsigned(element.bits) << i;
+    }
+    return clipped;
+}
 
 static float dot(unsigned a, unsigned b, float16) {
     return to_float(float16{(unsigned short)a}) * to_float(float16{(unsigned short)b}) +
@@ -489,7 +522,6 @@ static float dot(unsigned a, unsigned b, bfloat16) {
                to_float(bfloat16{(unsigned short)(b >> 16)});
 }
 static float dot(unsigned a, unsigned b, float) { return __uint_as_float(a) * __uint_as_float(b); }
-static float dot(unsigned a, unsigned b, tf32) { return rounded_to_tf32(a) * rounded_to_tf32(b); }
 
 template <typename Operand>
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
@@ -512,22 +544,11 @@ static void mma_half(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, Opera
     mma(c, a0, a1, 0, 0, b0, 0, operand);
 }
 
-template <typename Operand>
-static unsigned prepare(unsigned word, Operand) {
-    return word;
-}
-static unsigned prepare(unsigned word, tf32) { return __float_as_uint(rounded_to_tf32(word)); }
-
-template <typename Operand>
-constexpr int PASSES = 1;
-template <>
-constexpr int PASSES<float> = 3;
-
-// All of a product in the last of its passes.
-template <typename Operand>
-static void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                     unsigned b0, unsigned b1, Operand operand) {
-    if (pass == PASSES<Operand> - 1) mma(c, a0, a1, a2, a3, b0, b1, operand);
+static void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                          unsigned b0, unsigned b1) {
+    unsigned words[6] = {a0, a1, a2, a3, b0, b1};
+    for (unsigned& word : words) word &= ~0x1fffu;
+    mma(c, words[0], words[1], words[2], words[3], words[4], words[5], float{});
 }
 
 static unsigned char* shared_memory() { return (unsigned char*)current->shared_words.data(); }

@@ -55,6 +55,7 @@ def forward(
         *Wx.stride(),
         *autograd.state_strides(states),
         T,
+        _clips(problem),
     )
     runs.run(_forward_stepper(*_key(problem), problem.needs_gradient), fields, T)
     return every_state, last_states, gates
@@ -85,11 +86,12 @@ def backward(
         *d_states.stride(),
         *autograd.state_strides(d_last_states),
         T,
+        _clips(problem),
     )
     # The last launch adds what reaches the initial h through R.
     count = T if cut else T + 1
-    clipval = problem.gradient_recurrent_clipval
-    runs.run(_backward_stepper(*_key(problem), cut, clipval), fields, count)
+    clip = problem.gradient_recurrent_clipval is not None
+    runs.run(_backward_stepper(*_key(problem), cut, clip), fields, count)
     return complete(problem, d_gates, d_initial, states_initial, states)
 
 
@@ -97,6 +99,10 @@ def _aligned(x: Tensor) -> Tensor:
     """Contiguous, and from a multiple of 16 bytes on."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _clips(problem: Problem) -> int:
+    return program.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
@@ -125,10 +131,10 @@ def _backward_stepper(
     precision: str,
     device: torch.device,
     cut: bool,
-    clipval: float | None,
+    clip: bool,
 ) -> runs.Stepper:
     plan = step.plan_step(cell, B, N, D, precision, backward=True)
-    parts = step.backward_source(cell, precision, plan, cut, clipval)
+    parts = step.backward_source(cell, precision, plan, cut, clip)
     return _stepper("step_backward", parts, step.BACKWARD_CALL, plan, (B, N, D), device)
 
 

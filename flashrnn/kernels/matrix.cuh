@@ -7,7 +7,6 @@
 struct Matrix {
     Fragment held[HELD];
     Fragment *spared, *streamed;
-    NotFinite<Operand> not_finite;
 
     __device__ Matrix(void* shared, Fragment* global)
         : spared(static_cast<Fragment*>(shared) + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32),
@@ -18,17 +17,10 @@ struct Matrix {
     // `make` gives the lane's part of the warp's fragment f.
     template <typename Make>
     __device__ void load(const Make& make) {
-        not_finite = {};
 #pragma unroll
-        for (int f = 0; f < HELD; ++f) held[f] = looked_at(make(f));
-        for (int f = 0; f < SPARED; ++f) spared[f * 32] = looked_at(make(HELD + f));
-        for (int f = 0; f < STREAMED; ++f) streamed[f * 32] = looked_at(make(HELD + SPARED + f));
-    }
-
-    __device__ Fragment looked_at(const Fragment& fragment) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) not_finite.look_at(fragment.words[w]);
-        return fragment;
+        for (int f = 0; f < HELD; ++f) held[f] = make(f);
+        for (int f = 0; f < SPARED; ++f) spared[f * 32] = make(HELD + f);
+        for (int f = 0; f < STREAMED; ++f) streamed[f * 32] = make(HELD + SPARED + f);
     }
 
     __device__ Fragment operator[](int f) const {

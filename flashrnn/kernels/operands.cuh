@@ -17,15 +17,10 @@ __device__ inline unsigned long long operand(unsigned address, unsigned summed, 
 
 // Products of 4-byte elements: the tensor core sees the upper 19 bits of each, 11 of them mantissa.
 
-// Rounded to so many, unless that makes infinity of a finite number.
-__device__ inline unsigned to_tf32(unsigned word) {
-    const bool largest = fabsf(__uint_as_float(word)) > __uint_as_float(0x7f7fefffu);
-    return largest ? word : round_to_tf32(word);
-}
-
 __device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                            unsigned b0, unsigned b1, tf32) {
-    mma_truncated(c, to_tf32(a0), to_tf32(a1), to_tf32(a2), to_tf32(a3), to_tf32(b0), to_tf32(b1));
+    mma_truncated(c, round_to_tf32(a0), round_to_tf32(a1), round_to_tf32(a2), round_to_tf32(a3),
+                  round_to_tf32(b0), round_to_tf32(b1));
 }
 
 __device__ inline unsigned high_bits(unsigned x) { return x & 0xffffe000u; }
@@ -40,7 +35,7 @@ __device__ inline unsigned prepare(unsigned word, Operand) {
     return word;
 }
 
-__device__ inline unsigned prepare(unsigned word, tf32) { return to_tf32(word); }
+__device__ inline unsigned prepare(unsigned word, tf32) { return round_to_tf32(word); }
 
 // How many instructions a product of operands takes; each adds to c. `pass` is a constant once the
 // loop over it is unrolled.
@@ -57,12 +52,11 @@ __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a
 
 __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
                                 unsigned a3, unsigned b0, unsigned b1, tf32) {
-    mma_truncated(c, a0, a1, a2, a3, to_tf32(b0), to_tf32(b1));
+    mma_truncated(c, a0, a1, a2, a3, round_to_tf32(b0), round_to_tf32(b1));
 }
 
 // float32 in full: every factor is the sum of two that have 11 bits of mantissa or so; of their
-// four products the smallest does not matter. Of infinity the lower part is NaN, and so is all that is
-// multiplied with it.
+// four products the smallest does not matter.
 __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
                                 unsigned a3, unsigned b0, unsigned b1, float) {
     if (pass == 0) {
@@ -75,49 +69,10 @@ __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a
     }
 }
 
-// The same where factors may be infinite or NaN. These take part in the last pass alone, that of the
-// upper parts, and are 0 in the others.
-struct Careful {};
-template <>
-constexpr int PASSES<Careful> = 3;
-
+// Infinity is no such sum: its lower part comes out as NaN, and so does all that is multiplied with it.
+// So what has such factors is multiplied once more with care: number by number, and slowly, for it hardly
+// ever comes to that.
 template <typename Operand>
-constexpr bool IS_CAREFUL = false;
-template <>
-constexpr bool IS_CAREFUL<Careful> = true;
+constexpr bool NEEDS_CARE = PASSES<Operand> > 1;
 
-__device__ inline unsigned careful_part(int pass, unsigned word, bool left) {
-    // Here: else what R's words become would be kept, step after step, for what hardly ever comes.
-    settle(word);
-    const unsigned magnitude = word & 0x7fffffffu;
-    if (pass == 2) return magnitude > 0x7f800000u ? 0x7fffffffu : high_bits(word);
-    if (magnitude >= 0x7f800000u) return 0;
-    return left == (pass == 0) ? low_bits(word) : high_bits(word);
-}
-
-__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                unsigned a3, unsigned b0, unsigned b1, Careful) {
-    mma_truncated(c, careful_part(pass, a0, true), careful_part(pass, a1, true),
-                  careful_part(pass, a2, true), careful_part(pass, a3, true),
-                  careful_part(pass, b0, false), careful_part(pass, b1, false));
-}
-
-// Whether words that a warp multiplies are finite, which matters to float32 in full: if not, it
-// multiplies them once more, with care.
-template <typename Operand>
-struct NotFinite {
-    static constexpr bool MATTERS = false;
-
-    __device__ void look_at(unsigned) {}
-};
-
-template <>
-struct NotFinite<float> {
-    static constexpr bool MATTERS = true;
-
-    // NaN once one was not.
-    float sum = 0.0f;
-
-    __device__ void look_at(unsigned word) { sum += __uint_as_float(low_bits(word)); }
-    __device__ bool any_in_warp() const { return __any_sync(~0u, sum != sum); }
-};
+__device__ inline bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }

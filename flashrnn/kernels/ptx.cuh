@@ -367,9 +367,6 @@ __device__ inline void meet_cluster() {
                      : "memory");
 }
 
-// Has what is read from here on loaded anew.
-__device__ inline void load_anew() { asm volatile("" ::: "memory"); }
-
 // Has the word computed here, not where it is used first.
 __device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
 __device__ inline void settle(float& number) { asm volatile("" : "+f"(number)); }

@@ -119,80 +119,87 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
             fetch_pieces(columns + row * COLUMNS_PITCH, from + n * D, first + row < rows, piece);
         }
     };
+    for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
+        if (chunk < chunks) fetch(chunk);
+        close_copy_group();
+    }
+
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float sums[TILES][DD / 8][4] = {};
-    const auto add_products = [&](auto number) {
-        for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
-            if (chunk < chunks) fetch(chunk);
-            close_copy_group();
-        }
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            wait_for_copy_groups<STAGES - 2>();
-            __syncthreads();
-            if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
-            close_copy_group();
-            const Element* lines = ring + chunk % STAGES * SLOT;
-            const Element* columns = lines + CHUNK * LINES_PITCH;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        wait_for_copy_groups<STAGES - 2>();
+        __syncthreads();
+        if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
+        close_copy_group();
+        const Element* lines = ring + chunk % STAGES * SLOT;
+        const Element* columns = lines + CHUNK * LINES_PITCH;
 #pragma unroll
-            for (int row = 0; row < CHUNK; row += 2 * SHARE) {
-                unsigned left[TILES][4];
+        for (int row = 0; row < CHUNK; row += 2 * SHARE) {
+            unsigned left[TILES][4];
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) {
-                    const int line = 16 * (warp + tile * WARPS);
-                    if (ALL_TILES || line < LINES) {
-                        load_left(left[tile], lines + row * LINES_PITCH + line, LINES_PITCH);
-                    }
+            for (int tile = 0; tile < TILES; ++tile) {
+                const int line = 16 * (warp + tile * WARPS);
+                if (ALL_TILES || line < LINES) {
+                    load_left(left[tile], lines + row * LINES_PITCH + line, LINES_PITCH);
                 }
+            }
 #pragma unroll
-                for (int pair = 0; pair < DD / 16; ++pair) {
-                    unsigned right[4];
-                    load_right(right, columns + row * COLUMNS_PITCH + 16 * pair, COLUMNS_PITCH);
+            for (int pair = 0; pair < DD / 16; ++pair) {
+                unsigned right[4];
+                load_right(right, columns + row * COLUMNS_PITCH + 16 * pair, COLUMNS_PITCH);
 #pragma unroll
-                    for (int pass = 0; pass < PASSES<decltype(number)>; ++pass) {
+                for (int pass = 0; pass < PASSES<Operand>; ++pass) {
 #pragma unroll
-                        for (int tile = 0; tile < TILES; ++tile) {
-                            if (!ALL_TILES && 16 * (warp + tile * WARPS) >= LINES) continue;
+                    for (int tile = 0; tile < TILES; ++tile) {
+                        if (!ALL_TILES && 16 * (warp + tile * WARPS) >= LINES) continue;
 #pragma unroll
-                            for (int half = 0; half < 2; ++half) {
-                                mma_pass(pass, sums[tile][2 * pair + half], left[tile][0],
-                                         left[tile][1], left[tile][2], left[tile][3],
-                                         right[2 * half], right[2 * half + 1], number);
-                            }
+                        for (int half = 0; half < 2; ++half) {
+                            mma_pass(pass, sums[tile][2 * pair + half], left[tile][0], left[tile][1],
+                                     left[tile][2], left[tile][3], right[2 * half],
+                                     right[2 * half + 1], Operand{});
                         }
                     }
                 }
             }
         }
-    };
-    // `use` gets each sum of the thread's that is one of the gradient's, and where that lies.
-    const auto each_sum = [&](const auto& use) {
+    }
+
+    bool needs_care = false;
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
+    for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-            for (int block = 0; block < DD / 8; ++block) {
+        for (int block = 0; block < DD / 8; ++block) {
 #pragma unroll
-                for (int v = 0; v < 4; ++v) {
-                    const int line = 16 * (warp + tile * WARPS) + lane / 4 + v / 2 * 8;
-                    const int s = group * GATES + line / DD, d = line % DD;
-                    const int p = 8 * block + 2 * (lane % 4) + v % 2;
-                    if (line < LINES && s < GR && d < D && p < D) use(sums[tile][block][v], s, d, p);
+            for (int v = 0; v < 4; ++v) {
+                const int line = 16 * (warp + tile * WARPS) + lane / 4 + v / 2 * 8;
+                const int s = group * GATES + line / DD, d = line % DD;
+                const int p = 8 * block + 2 * (lane % 4) + v % 2;
+                if (line < LINES && s < GR && d < D && p < D) {
+                    const long long block_of = (static_cast<long long>(part) * GR + s) * N + n;
+                    const float sum = sums[tile][block][v];
+                    parts[(block_of * D + d) * D + p] = sum;
+                    needs_care |= sum != sum;
                 }
             }
         }
-    };
-    add_products(Operand{});
-    if constexpr (NotFinite<Operand>::MATTERS) {
-        // A sum whose factors were not finite is NaN.
-        bool doubtful = false;
-        each_sum([&](float sum, int, int, int) { doubtful |= sum != sum; });
-        if (__syncthreads_or(doubtful)) {
-#pragma unroll
-            for (int i = 0; i < TILES * DD / 2; ++i) (&sums[0][0][0])[i] = 0.0f;
-            add_products(Careful{});
-        }
     }
-    each_sum([&](float sum, int s, int d, int p) {
-        const long long block_of = (static_cast<long long>(part) * GR + s) * N + n;
-        parts[(block_of * D + d) * D + p] = sum;
-    });
+    if (!NEEDS_CARE<Operand> || !__syncthreads_or(needs_care)) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < GATES * D * D; i += THREADS) {
+        const int s = group * GATES + i / (D * D), d = i / D % D, p = i % D;
+        if (s >= GR) break;
+        int gate = 0;
+#pragma unroll
+        for (int k = 0; k < GR; ++k) {
+            if (k == s) gate = RECURRENT[k];
+        }
+        float sum = 0.0f;
+#pragma unroll 1
+        for (long long row = begin; row < begin + rows; ++row) {
+            const Element* before = row % T ? h + (row - 1) * width : h_initial + row / T * width;
+            sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) *
+                   to_float(before[n * D + p]);
+        }
+        parts[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p] = sum;
+    }
 }

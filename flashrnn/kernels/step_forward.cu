@@ -87,7 +87,7 @@ step_forward(const Call* __restrict__ call, int ahead, long long B, int N, int D
                 }
             }
             float after[S];
-            step(before[e], gates[e], after);
+            step(before[e], gates[e], after, clips_of(call->clips).forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 carried[(s * B + unit.b) * width + unit.place] = after[s];

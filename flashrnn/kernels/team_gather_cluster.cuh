@@ -78,11 +78,6 @@ struct Arrivals {
             wait_for_bytes(barrier, (tag - 1) / 2 % 2);
             if (threadIdx.x == 0) expect_bytes(barrier, ARRIVING);
         }
-        take_again(i, words);
-    }
-
-    // A slice that has come, and lies there until the block sends what its next step gives.
-    __device__ void take_again(int i, unsigned (&words)[BLOCKS][2 * PARCEL_WORDS]) const {
         Words parcels[2][BLOCKS];
 #pragma unroll
         for (int k = 0; k < 2 * BLOCKS; ++k) {
@@ -94,5 +89,11 @@ struct Arrivals {
             const Words& parcel = parcels[parcel_of(step, half)][block];
             words[block][2 * step + half] = parcel.words[word_of(step, half)];
         }
+    }
+
+    // A parcel that has come, and lies there until the block sends what its next step gives.
+    __device__ Words again(int parcel, int column) const {
+        const int first = sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
+        return mine[parcel_place(parcel, column) - first];
     }
 };

@@ -72,28 +72,15 @@ struct Arrivals {
             if (complete) break;
             ask(i, 1);
         }
-        put_in_order(words, parcels[i % AHEAD]);
-        // Where the first has come others have, asked for in vain before.
-        if (i == 0) ask(1, AHEAD - 1);
-        if (i + AHEAD < SLICES_A_WARP) expect(i + AHEAD);
-    }
-
-    // A slice that has come, and lies there until the block sends what its next step gives.
-    __device__ void take_again(int i, unsigned (&words)[BLOCKS][2 * PARCEL_WORDS]) const {
-        Parcel again[2][BLOCKS];
-#pragma unroll
-        for (int k = 0; k < 2 * BLOCKS; ++k) again[k / BLOCKS][k % BLOCKS] = look_up(place(i, k));
-        put_in_order(words, again);
-    }
-
-    __device__ static void put_in_order(unsigned (&words)[BLOCKS][2 * PARCEL_WORDS],
-                                        const Parcel (&parcels)[2][BLOCKS]) {
 #pragma unroll
         for (int k = 0; k < BLOCKS * 2 * PARCEL_WORDS; ++k) {
             const int block = k % BLOCKS, step = k / BLOCKS / 2, half = k / BLOCKS % 2;
-            const Parcel& parcel = parcels[parcel_of(step, half)][block];
+            const Parcel& parcel = parcels[i % AHEAD][parcel_of(step, half)][block];
             words[block][2 * step + half] = parcel.words[word_of(step, half)];
         }
+        // Where the first has come others have, asked for in vain before.
+        if (i == 0) ask(1, AHEAD - 1);
+        if (i + AHEAD < SLICES_A_WARP) expect(i + AHEAD);
     }
 
     // Asks for slice i.
@@ -124,5 +111,11 @@ struct Arrivals {
 
     __device__ const Parcel* place(int i, int k) const {
         return mine + (i * SUM_PARTS * 2 * BLOCKS + k) * 32;
+    }
+
+    // A parcel that has come, and lies there until the block sends what its next step gives.
+    __device__ Parcel again(int parcel, int column) const {
+        const int first = sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
+        return look_up(mine + (parcel_place(parcel, column) - first));
     }
 };
