@@ -205,6 +205,50 @@ def at_odd_addresses(inputs: Inputs) -> Inputs:
     return Inputs(**{name: moved(x.detach()) for name, x in inputs.tensors().items()})
 
 
+def transposed(inputs: Inputs) -> Inputs:
+    """Every dimension's neighbours lie far apart, but those of the first."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        order = tuple(reversed(range(x.ndim)))
+        return x.detach().permute(order).contiguous().permute(order).requires_grad_()
+
+    return Inputs(**{name: laid_out(x) for name, x in inputs.tensors().items()})
+
+
+def as_the_backward_reads_R(inputs: Inputs) -> Inputs:
+    """R lies as a kernel would lay it out for itself, from an odd address on."""
+    R = inputs.R.detach().permute(1, 3, 0, 2)
+    room = R.new_empty(R.numel() + 1)[1:].view(R.shape).copy_(R)
+    return Inputs(inputs.Wx, room.permute(2, 0, 3, 1).requires_grad_(), inputs.b, inputs.states)
+
+
+def expanded(inputs: Inputs) -> Inputs:
+    """All sequences, steps and heads are one and the same memory."""
+
+    def first(x: Tensor, *dimensions: int) -> Tensor:
+        kept = [slice(0, 1) if i in dimensions else slice(None) for i in range(x.ndim)]
+        return x.detach()[tuple(kept)].expand(x.shape).requires_grad_()
+
+    return Inputs(
+        first(inputs.Wx, 0, 1, 3), first(inputs.R, 1), first(inputs.b, 1), first(inputs.states, 1, 3)
+    )
+
+
+LAYOUTS = [transposed, as_the_backward_reads_R, expanded]
+
+
+def check_clipped(backend: str, clipval: float) -> None:
+    """Hold a call whose h and gradient are clipped to a value to vanilla's."""
+    options = {"forward_clipval": clipval, "gradient_recurrent_clipval": clipval}
+    inputs = random_inputs("elman", 3, 3, 1, 16, torch.float32)
+    runs = []
+    for name in (backend, "vanilla"):
+        outputs = call("elman", inputs, backend=name, config=FlashRNNConfig(**options))
+        runs.append([*outputs, *gradients(outputs, inputs).values()])
+    for given, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend allocates begins as NaN, so that an element that it never writes shows."""

@@ -25,13 +25,17 @@ from tests.emulation import (  # noqa: F401
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
+    LAYOUTS,
     all_strided,
+    at_odd_addresses,
+    check_clipped,
     continues_exactly,
     hold_to_vanilla,
     poisoned,
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there, summing
 from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
 from tests.test_graphs import everything
 from tests.test_jit import needs_nvrtc
@@ -245,6 +249,39 @@ def test_tf32(on_the_cpu, monkeypatch):
 @needs_compiler
 def test_any_strides(on_the_cpu):
     check("lstm", 3, 4, 2, 24, torch.bfloat16, change=all_strided)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [at_odd_addresses, *LAYOUTS])
+def test_any_addresses_and_layouts(on_the_cpu, change, dtype):
+    check("lstm", 3, 4, 2, 24, dtype, change=change)
+
+
+@needs_compiler
+@pytest.mark.parametrize("clipval", [None, 1.0], ids="clipped to {}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, dtype, clipval):
+    # Of a stored float16 nothing tells whether it was infinite before it was rounded, and a clip
+    # contains it.
+    infinite = ("inf", "-inf") if dtype == torch.float16 and clipval else ()
+    options = {} if clipval is None else {"gradient_recurrent_clipval": clipval}
+    follows_vanilla("cuda", summing, 3, 3, 2, 20, dtype=dtype, but=infinite, **options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
+    ignores_what_is_not_there("cuda", kind, 3, 3, 2, 20, dtype=torch.float32)
+    ignores_what_is_not_there("cuda", kind, 3, 3, 2, 19, dtype=torch.bfloat16)
+
+
+@needs_compiler
+def test_a_schedule_of_clips_compiles_once(on_the_cpu):
+    cached = cuda._forward_stepper, cuda._backward_stepper
+    for clipval in (0.1, 0.2, 1e39, 1e-50):
+        check_clipped("cuda", clipval)
+    assert [steppers.cache_info().currsize for steppers in cached] == [1, 1]
 
 
 @needs_compiler

@@ -18,7 +18,10 @@ from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_hea
 from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
     OPTIONS,
+    LAYOUTS,
     all_strided,
+    at_odd_addresses,
+    check_clipped,
     continues_exactly,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
@@ -26,6 +29,7 @@ from tests.fused import (  # noqa: F401
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there, summing
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
 
@@ -158,15 +162,6 @@ def test_a_spill_would_be_noticed(arch):
     assert spills_in_a_loop({"spilling": SPILLING}, arch)
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("clipval", [1e39, 1e-50])
-def test_a_clip_value_need_not_fit_float32(clipval):
-    plan = plan_head(problem("elman", 1, 1, 16, torch.bfloat16), H200, True)
-    cell = resolve("elman")
-    parts = head.backward_source(cell, "bfloat16", 16, plan, True, False, clipval)
-    assert nvrtc.compile_program(parts, "sm_80")
-
-
 # ---- around the kernels
 
 
@@ -288,6 +283,37 @@ def test_no_kernel_of_its_own_for_a_length(on_the_cpu):
 @needs_compiler
 def test_any_strides(on_the_cpu):
     check("lstm", 3, 4, 2, 24, torch.bfloat16, change=all_strided)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [at_odd_addresses, *LAYOUTS])
+def test_any_addresses_and_layouts(on_the_cpu, change, dtype):
+    check("lstm", 3, 4, 2, 24, dtype, change=change)
+
+
+@needs_compiler
+@pytest.mark.parametrize("clipval", [None, 1.0], ids="clipped to {}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [16, 20])
+def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, D, dtype, clipval):
+    options = {} if clipval is None else {"gradient_recurrent_clipval": clipval}
+    follows_vanilla("cuda_fused", summing, 3, 3, 2, D, dtype=dtype, **options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
+    ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 20, dtype=torch.float32)
+    ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 24, dtype=torch.bfloat16)
+
+
+@needs_compiler
+def test_a_schedule_of_clips_compiles_once(on_the_cpu):
+    for clipval in (0.1, 0.2, 1e39, 1e-50):
+        check_clipped("cuda_fused", clipval)
+    assert cuda_fused._head_kernel.cache_info().currsize == 2
+    assert cuda_fused._best_plan.cache_info().currsize == 2
 
 
 @needs_compiler

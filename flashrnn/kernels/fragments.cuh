@@ -119,10 +119,10 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
     }
 }
 
-// The gradient of what R reads, from the lines' rows of gates.
+// The gradient of what R reads, from the lines' rows of gates, which it may have to contain.
 template <typename Number>
 __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix& matrix,
-                                          unsigned line, int pitch) {
+                                          unsigned line, int pitch, bool contain) {
     float chains[CHAINS_BACKWARD][BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
@@ -134,7 +134,9 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
                 const int offset = 8 * block * pitch + RECURRENT[s] * DD;
                 load_matrices(right[block], line + offset * sizeof(Element) + step * 32);
 #pragma unroll
-                for (int w = 0; w < 4; ++w) right[block][w] = contained(right[block][w], Number{});
+                for (int w = 0; w < 4; ++w) {
+                    if (contain) right[block][w] = contained(right[block][w], Number{});
+                }
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
