@@ -16,7 +16,7 @@ from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.render import render_triton
-from flashrnn.cells.spec import Cell, clipped
+from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit.source import load_source
 from flashrnn.problem import Problem, tf32_allowed
 from flashrnn.tiling import ScanPlan, plan_scan
@@ -74,6 +74,7 @@ def forward(
             every_state,
             last_states,
             gates,
+            problem.forward_clipval or 0.0,
             T,
             B,
             *wx_strides,
@@ -128,6 +129,7 @@ def backward(
             d_gates,
             d_initial,
             clipval or 0.0,
+            problem.forward_clipval or 0.0,
             problem.T,
             B,
             *autograd.state_strides(states_initial),
@@ -191,14 +193,27 @@ class _Fixed(NamedTuple):
 
 
 def _fixed(problem: Problem) -> _Fixed:
-    cell = clipped(problem.cell, problem.forward_clipval)
-    return _fixed_for(cell, problem.N, problem.D, problem.dtype, problem.device, tf32_allowed())
+    return _fixed_for(
+        problem.cell,
+        problem.N,
+        problem.D,
+        problem.dtype,
+        problem.device,
+        problem.forward_clipval is not None,
+        problem.dtype == torch.float32 and tf32_allowed(),
+    )
 
 
 # Each has kernels of its own: with the least used entry go those that were compiled for it.
 @lru_cache(maxsize=128)
 def _fixed_for(
-    cell: Cell, N: int, D: int, dtype: torch.dtype, device: torch.device, tf32: bool
+    cell: TracedCell,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    clips: bool,
+    tf32: bool,
 ) -> _Fixed:
     import triton.language as tl
 
@@ -214,8 +229,8 @@ def _fixed_for(
         plan=plan,
         positions=tuple(_positions(cell, source) for source in ("Wx", "R", "b")),
         operand=tl.float32 if _interpreted() else operands.get(dtype, tl.float32),
-        precision="tf32" if dtype == torch.float32 and tf32 else "ieee",
-        functions=load_source(render_triton(cell)),
+        precision="tf32" if tf32 else "ieee",
+        functions=load_source(render_triton(clipped(cell) if clips else cell)),
     )
 
 
@@ -237,7 +252,7 @@ def _aligned(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return alignment, (*(stride // alignment for stride in strides), innermost)
 
 
-def _positions(cell: Cell, source: str) -> tuple[int, ...]:
+def _positions(cell: TracedCell, source: str) -> tuple[int, ...]:
     """Where each gate stands in ``source``'s gate dimension; -1 where it does not feed it."""
     fed = cell.fed_by(source)
     return tuple(fed.index(k) if k in fed else -1 for k in range(len(cell.gates)))

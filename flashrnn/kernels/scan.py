@@ -188,6 +188,7 @@ def scan_forward(
     states,
     last_states,
     gates,
+    forward_clipval,
     T,
     B,
     wx_stride_b,
@@ -286,7 +287,7 @@ def scan_forward(
         wx_offsets += wx_stride_t
         inputs = tl.load(Wx + wx_offsets, mask=tl.where(t + 1 < T, wx_mask, False), other=0.0)
         inputs = inputs.to(tl.float32) + bias
-        carried = step(carried, _unpack(preactivations, GG, G))
+        carried = step(carried, _unpack(preactivations, GG, G), forward_clipval)
         if RESIDENT:
             h = _of_units(carried[0], unit, D, DD).to(dtype).to(OPERAND)
             following = tl.dot(block, h, inputs, input_precision=PRECISION)
@@ -345,6 +346,7 @@ def scan_backward(
     d_gates,
     d_states_initial,
     clipval,
+    forward_clipval,
     T,
     B,
     initial_stride_s,
@@ -465,7 +467,7 @@ def scan_backward(
         for s in tl.static_range(S):
             values = values + (tl.where(i + 1 == T, initial[s], before[s]),)
             gradients = gradients + (d_carried[s] + d_given[s],)
-        d_inputs = derivative(values, preactivations, gradients)
+        d_inputs = derivative(values, preactivations, gradients, forward_clipval)
 
         d_carried = d_inputs[:S]
         d_preactivations = ()
@@ -505,7 +507,8 @@ def scan_backward(
 # Numbers of which nothing is compiled in, so that one kernel serves all. What divides strides and
 # which is 1 comes with the tensors' layout.
 _ONLY_AT_RUN_TIME = [
-    *("clipval", "T", "B", "wx_stride_b", "wx_stride_t", "wx_stride_g", "wx_stride_n"),
+    *("clipval", "forward_clipval", "T", "B"),
+    *("wx_stride_b", "wx_stride_t", "wx_stride_g", "wx_stride_n"),
     *("initial_stride_s", "initial_stride_b", "initial_stride_n"),
     *("d_states_stride_s", "d_states_stride_b", "d_states_stride_t", "d_states_stride_n"),
     *("d_last_stride_s", "d_last_stride_b", "d_last_stride_n"),
