@@ -162,10 +162,11 @@ def same_pattern_as_vanilla(
         if asked is None:
             slopes = gradients(outputs, inputs)
         else:
-            leaves = inputs.tensors()
-            slopes = dict(
-                zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), asked), strict=True)
+            leaves = list(inputs.tensors().values())
+            given = torch.autograd.grad(
+                outputs, leaves, asked, allow_unused=True, materialize_grads=True
             )
+            slopes = dict(zip(inputs.tensors(), given, strict=True))
         runs.append(found | {f"d_{leaf}": slope for leaf, slope in slopes.items()})
     for name, expected in runs[1].items():
         given = runs[0][name]
