@@ -30,6 +30,25 @@ def wide(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor,
     return (torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates))) * torch.sigmoid(h),)
 
 
+@cell(states=("h",), gates=("g",))
+def root(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Its derivative is not finite at 0."""
+    return (gates[0].abs().sqrt(),)
+
+
+@cell(
+    states=("h", "c", "n"),
+    gates={"a": ("Wx", "R", "b"), "x": ("Wx",), "p": ("R",), "q": ("Wx", "b"), "r": ("R", "b")},
+)
+def undefined(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Neither it nor its derivative is finite at 0; R does not feed all gates."""
+    _, c, n = states
+    a, x, p, q, r = gates
+    h = torch.log(a.abs()) + 1 / (c.abs() + p.abs())
+    c = torch.tanh(c).abs().sqrt() + torch.tanh(x) / torch.exp(q)
+    return h, c, torch.tanh(n) / r
+
+
 @dataclass
 class Inputs:
     """The arguments of a call, leaves that require gradients."""

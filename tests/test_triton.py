@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flashrnn import cell, flashrnn, functional
+from flashrnn import FlashRNNConfig, cell, flashrnn, functional
 from flashrnn.backends import autograd
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
@@ -19,12 +19,26 @@ from tests.fused import (  # noqa: F401
     all_strided,
     continues_exactly,
     hold_to_vanilla,
+    pattern,
     poisoned,
+    same_pattern_as_vanilla,
     same_without_gradients,
 )
-from tests.problems import BUILT_IN, call, gradients, random_inputs, sparse, wide
+from tests.problems import (
+    BUILT_IN,
+    call,
+    gradients,
+    random_inputs,
+    root,
+    sparse,
+    undefined,
+    wide,
+)
 
 # Triton's own library is interpreted or not as the variable says when it is first imported.
+# Triton's interpreter before 3.7, of NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
+
 needs_triton = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
     reason="needs Triton and TRITON_INTERPRET=1, with which `make test` runs this file by itself",
@@ -96,6 +110,121 @@ def test_extremes_give_no_nan(on_the_cpu, kind):
     outputs = call(kind, inputs, backend="triton")
     found = gradients(outputs, inputs)
     assert all(x.isfinite().all() for x in (*outputs, *found.values()))
+
+
+# NumPy's, of what is not finite, which here is meant.
+unbounded = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# In float32 R is read again at every step, but with TF32 it stays in registers as in 16 bits.
+PRODUCTS = [(torch.bfloat16, False), (torch.float16, False)]
+PRODUCTS += [(torch.float32, False), (torch.float32, True)]
+
+
+@pytest.fixture
+def tf32(request):
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
+@pytest.mark.parametrize("kind", [root, undefined], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (9, 3, 1, 12)], ids=str)
+def test_padding_reaches_no_sum(on_the_cpu, kind, dtype, tf32, sizes):
+    inputs = random_inputs(kind, *sizes, dtype)
+    outputs = call(kind, inputs, backend="vanilla")
+    assert all(x.isfinite().all() for x in (*outputs, *gradients(outputs, inputs).values()))
+    same_pattern_as_vanilla("triton", kind, inputs)
+
+
+@needs_triton
+@unbounded
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [*range(2, 17), 33, 65, 96, 100, 128])
+def test_padding_of_every_size_reaches_no_sum(on_the_cpu, D):
+    for kind, dtype in [(undefined, torch.bfloat16), (root, torch.float32)]:
+        same_pattern_as_vanilla("triton", kind, random_inputs(kind, 1, 2, 1, D, dtype))
+
+
+@needs_triton
+@unbounded
+def test_padding_reaches_no_sum_where_16_bits_are_read_again(on_the_cpu):
+    inputs = random_inputs(wide, 1, 3, 1, 65, torch.bfloat16)
+    with torch.no_grad():
+        inputs.Wx[0, 1, 2, 0, 7], inputs.Wx[0, 1, 3, 0, 8] = torch.inf, torch.nan
+    same_pattern_as_vanilla("triton", wide, inputs)
+
+
+def _set(inputs, name, value, *at):
+    with torch.no_grad():
+        getattr(inputs, name)[at] = value
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
+@pytest.mark.parametrize("kind", ["elman", "gru", sparse], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize(
+    # An infinite h that R multiplies; an R that the last step's gradient does not pass.
+    ("name", "at"),
+    [("states", (0, 1, 0, 0, 3)), ("R", (0, 0, 2, 5)), ("Wx", (1, 1, -1, 0, 4))],
+)
+def test_what_is_not_finite_spreads_as_in_vanilla(on_the_cpu, kind, dtype, tf32, value, name, at):
+    inputs = random_inputs(kind, 2, 3, 1, 12, dtype)
+    _set(inputs, name, value, *at)
+    same_pattern_as_vanilla("triton", kind, inputs)
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_matrix_and_no_steps(on_the_cpu, dtype):
+    inputs = random_inputs("lstm", 2, 0, 1, 8, dtype)
+    _set(inputs, "R", torch.inf, 0, 0, 2, 5)
+    same_pattern_as_vanilla("triton", "lstm", inputs)
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"gradient_recurrent_clipval": 0.05}, *OPTIONS[2:]], ids=str)
+def test_clips_keep_nan(on_the_cpu, dtype, options):
+    inputs = random_inputs("lstm", 2, 4, 2, 12, dtype)
+    asked = tuple(torch.ones_like(x) for x in call("lstm", inputs, backend="vanilla"))
+    asked[1][0, 1, 0, 0, 3] = torch.nan
+    same_pattern_as_vanilla("triton", "lstm", inputs, asked, **options)
+    _set(inputs, "Wx", torch.nan, 0, 2, 0, 1, 5)
+    same_pattern_as_vanilla("triton", "lstm", inputs, **options)
+
+
+@cell(states=("h",), gates=[f"g{k}" for k in range(5)])
+def steep(states, gates):
+    """Gradients of gates pass float16's range where h's do not."""
+    return (torch.tanh(5000 * gates[0]) + sum(gates[1:]),)
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize("D", [12, 65], ids=["R in registers", "R read again"])
+def test_a_clip_contains_gradients_beyond_float16(on_the_cpu, D):
+    inputs = random_inputs(steep, 2, 3, 1, D, torch.float16)
+    with torch.no_grad():
+        for x in inputs.tensors().values():
+            x.zero_()
+        inputs.R.fill_(0.25)
+    runs = []
+    for backend in ("triton", "vanilla"):
+        config = FlashRNNConfig(gradient_recurrent_clipval=0.5)
+        _, last_states = call(steep, inputs, backend=backend, config=config)
+        slopes = torch.full_like(last_states, 100.0)
+        runs.append(torch.autograd.grad(last_states, [inputs.Wx, inputs.states], slopes))
+    for given, expected in zip(*runs, strict=True):
+        assert torch.equal(pattern(given), pattern(expected))
+    d_Wx, d_states = runs[0]
+    assert d_Wx[:, 2, 0].isposinf().all() and d_Wx[:, :2].isfinite().all()
+    assert (d_states == 0.5).all()
 
 
 @needs_triton
