@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from flashrnn import FlashRNNConfig, cell, flashrnn, functional
-from flashrnn.backends import autograd
+from flashrnn.backends import autograd, triton
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from flashrnn.tiling import ScanPlan, plan_scan
@@ -26,6 +26,7 @@ from tests.fused import (  # noqa: F401
 )
 from tests.problems import (
     BUILT_IN,
+    Inputs,
     call,
     gradients,
     random_inputs,
@@ -225,6 +226,114 @@ def test_a_clip_contains_gradients_beyond_float16(on_the_cpu, D):
     d_Wx, d_states = runs[0]
     assert d_Wx[:, 2, 0].isposinf().all() and d_Wx[:, :2].isfinite().all()
     assert (d_states == 0.5).all()
+
+
+# Addresses
+
+
+class Sparse:
+    """Tensors of sparse files: of those that pass 2³¹ elements, only what is touched takes room.
+
+    Room lies before and behind, so that an offset that overflowed finds zeros and harms nothing.
+    """
+
+    ROOM = 2**34
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+
+    def strided(self, size, stride, dtype):
+        self.count += 1
+        end = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        numbers = torch.from_file(
+            str(self.folder / str(self.count)), True, 2 * self.ROOM + end + 1, dtype=dtype
+        )
+        return numbers.as_strided(size, stride, self.ROOM)
+
+    def contiguous(self, size, dtype):
+        return self.strided(size, torch.empty(size, device="meta").stride(), dtype)
+
+    def far(self, x):
+        """The values of x, all neighbours at least 2³¹ elements apart."""
+        stride = [2**31 + 64 * 8**k for k in range(x.ndim)]
+        return self.strided(x.shape, stride, x.dtype).copy_(x.detach())
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_strides_beyond_32_bits(interpreter, tmp_path, dtype):
+    inputs = random_inputs("lstm", 2, 3, 2, 3, dtype)
+    sparse = Sparse(tmp_path)
+    far = {name: sparse.far(x).requires_grad_() for name, x in inputs.tensors().items()}
+    runs = []
+    for leaves, place in ((inputs, torch.Tensor.clone), (Inputs(**far), sparse.far)):
+        outputs = call("lstm", leaves, backend="triton")
+        slopes = [place(torch.cos(x.detach())) for x in outputs]
+        found = torch.autograd.grad(outputs, list(leaves.tensors().values()), slopes)
+        runs.append([*outputs, *found])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+class FirstProgram:
+    """A kernel of which one program runs, whatever the grid."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel[(1,)]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sizes_beyond_32_bits(interpreter, monkeypatch, tmp_path, dtype):
+    """The first of 2³⁰ / D heads: from one gate, sequence, step or state to the next is 2³⁰."""
+    B, T, D = 2, 2, 3
+    N = 2**30 // D
+    sparse, empty_like, new_empty = Sparse(tmp_path), torch.empty_like, torch.Tensor.new_empty
+
+    def large(x, *size, **options):
+        made = new_empty(x.to("meta"), *size, **options)
+        if made.numel() < 2**30:
+            return new_empty(x, *size, **options)
+        return sparse.contiguous(made.shape, made.dtype)
+
+    def large_like(x, **options):
+        return empty_like(x, **options) if x.numel() < 2**30 else large(x, x.shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", large)
+    monkeypatch.setattr(torch, "empty_like", large_like)
+    monkeypatch.setattr(
+        triton, "complete", lambda problem, d_gates, d_initial, *_: (d_gates, d_initial)
+    )
+    fixed = triton._fixed
+    monkeypatch.setattr(
+        triton,
+        "_fixed",
+        lambda problem: fixed(problem)._replace(
+            forward=FirstProgram(fixed(problem).forward),
+            backward=FirstProgram(fixed(problem).backward),
+        ),
+    )
+
+    def place(x, heads, dim=-2):
+        size = list(x.shape)
+        size[dim] = heads
+        placed = sparse.contiguous(size, x.dtype) if heads > 1 else torch.empty(size, dtype=x.dtype)
+        placed.narrow(dim, 0, 1).copy_(x.detach())
+        return placed
+
+    inputs = random_inputs("lstm", B, T, 1, D, dtype)
+    runs = []
+    for heads in (1, N):
+        problem = Problem(resolve("lstm").traced, B, T, heads, D, dtype, torch.device("cpu"), True)
+        Wx, b, initial = (place(x, heads) for x in (inputs.Wx, inputs.b, inputs.states))
+        R = place(inputs.R, heads, 1)
+        states, last, gates = triton.forward(problem, Wx, R, b, initial)
+        d_states, d_last = (place(torch.cos(x.narrow(-2, 0, 1)), heads) for x in (states, last))
+        found = triton.backward(problem, R, initial, states, gates, d_states, d_last)
+        runs.append([x.narrow(-2, 0, 1) for x in (states, last, gates, *found)])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 @needs_triton
