@@ -19,11 +19,15 @@ from flashrnn.jit import nvrtc, runs
 from flashrnn.tiling import GPU
 
 HEADER = Path(__file__).with_name("emulation.h")
-COMMAND = (
-    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC"),
+COMPILE = (
+    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-c"),
     # What some compilers define by themselves forbids longjmp to another stack.
     "-U_FORTIFY_SOURCE",
+    # Every access asks whether its address is a multiple of what its type is aligned to.
+    "-fsanitize=alignment",
 )
+# Without the compiler's library for what such questions find: emulation.h has its own answer.
+LINK = ("g++", "-shared")
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="needs g++, to compile the kernels for the CPU"
@@ -34,12 +38,10 @@ class Library:
     """A program compiled by g++, removed with its folder."""
 
     def __init__(self, source: str, folder: Path) -> None:
-        text, library = folder / "program.cpp", folder / "program.so"
+        text, compiled, library = (folder / f"program.{end}" for end in ("cpp", "o", "so"))
         text.write_text(source, encoding="utf-8")
-        subprocess.run(
-            [*COMMAND, "-o", str(library), str(text)],
-            check=True,
-        )
+        subprocess.run([*COMPILE, "-o", compiled, text], check=True)
+        subprocess.run([*LINK, "-o", library, compiled], check=True)
         self.functions = ctypes.CDLL(str(library))
 
     def emulate(self, *arguments) -> None:
@@ -65,11 +67,11 @@ class EmulatedStepper:
         self.library, self.grid, self.threads, self.sizes = library, grid, threads, sizes
 
     def run(self, fields: tuple[int, ...], count: int) -> None:
-        done = 0
+        done, sizes = 0, [ctypes.c_int64(size) for size in self.sizes]
         for length in runs.lengths(count):
             self.block[:] = (*fields, done)
             for ahead in range(length):
-                self.library.emulate(self.block, ahead, *self.sizes, self.grid, self.threads)
+                self.library.emulate(self.block, ahead, *sizes, self.grid, self.threads)
             done += length
 
 
@@ -149,7 +151,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     @cache
     def library(name: str, source: str) -> Library:
         entry = (
-            f'extern "C" const char* emulate(Call* call, int ahead, int B, int N, int D,\n'
+            f'extern "C" const char* emulate(Call* call, int ahead, long long B, int N, int D,\n'
             f"                               int grid, int threads) {{\n"
             f"    return run_kernel(grid, threads, [=] {{ {name}(call, ahead, B, N, D); }});\n}}\n"
         )

@@ -44,7 +44,7 @@ def program(kind, B, N, D, precision, backward):
     kind = resolve(kind)
     plan = step.plan_step(kind, B, N, D, precision, backward)
     if backward:
-        return step.backward_source(kind, precision, plan, False, None)
+        return step.backward_source(kind, precision, plan, False, False)
     return step.forward_source(kind, precision, plan, True)
 
 

@@ -106,7 +106,7 @@ def programs(kind, B, N, D, precision, gpu):
     gradient = plan_gradient(len(kind.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
         head.forward_source(kind, precision, D, plans[0], True, True),
-        head.backward_source(kind, precision, D, plans[1], True, False, None),
+        head.backward_source(kind, precision, D, plans[1], True, False, False),
         head.gradient_source(kind, precision, D, gradient, True),
     ]
 

@@ -116,7 +116,7 @@ def programs(kind, D, precision, gpu, N=1):
     assert all(isinstance(plan, TeamPlan) for plan in plans), plans
     return [
         team.forward_source(cell, precision, D, plans[0], True),
-        team.backward_source(cell, precision, D, plans[1], False, None),
+        team.backward_source(cell, precision, D, plans[1], False, False),
     ]
 
 

@@ -46,13 +46,16 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0 or T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    R, b, h = _aligned(R), b.contiguous(), states[0].to(Wx.dtype).contiguous()
+    # Rows of what the step's product reads.
+    R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
+    b = b.contiguous()
     tensors = (Wx, R, b, states, h, every_state, gates, last_states)
     fields = (
         *(x.data_ptr() for x in tensors),
         *Wx.stride(),
         *autograd.state_strides(states),
         T,
+        _clips(problem),
     )
     runs.run(_forward_stepper(*_key(problem), problem.needs_gradient), fields, T)
     return every_state, last_states, gates
@@ -75,7 +78,7 @@ def backward(
         return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # Rows of what the step's product sums over: [N, D summed over by the step, Gr, D].
-    transposed = R.permute(1, 3, 0, 2).contiguous()
+    transposed = _aligned(R.permute(1, 3, 0, 2))
     tensors = (transposed, states_initial, states, gates, d_states, d_last_states)
     fields = (
         *(x.data_ptr() for x in (*tensors, d_gates, d_initial)),
@@ -83,18 +86,23 @@ def backward(
         *d_states.stride(),
         *autograd.state_strides(d_last_states),
         T,
+        _clips(problem),
     )
     # The last launch adds what reaches the initial h through R.
     count = T if cut else T + 1
-    clipval = problem.gradient_recurrent_clipval
-    runs.run(_backward_stepper(*_key(problem), cut, clipval), fields, count)
+    clip = problem.gradient_recurrent_clipval is not None
+    runs.run(_backward_stepper(*_key(problem), cut, clip), fields, count)
     return complete(problem, d_gates, d_initial, states_initial, states)
 
 
-def _aligned(R: Tensor) -> Tensor:
+def _aligned(x: Tensor) -> Tensor:
     """Contiguous, and from a multiple of 16 bytes on."""
-    R = R.contiguous()
-    return R if R.data_ptr() % 16 == 0 else R.clone()
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _clips(problem: Problem) -> int:
+    return program.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
@@ -123,10 +131,10 @@ def _backward_stepper(
     precision: str,
     device: torch.device,
     cut: bool,
-    clipval: float | None,
+    clip: bool,
 ) -> runs.Stepper:
     plan = step.plan_step(cell, B, N, D, precision, backward=True)
-    parts = step.backward_source(cell, precision, plan, cut, clipval)
+    parts = step.backward_source(cell, precision, plan, cut, clip)
     return _stepper("step_backward", parts, step.BACKWARD_CALL, plan, (B, N, D), device)
 
 

@@ -142,33 +142,34 @@ def _scan(
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = _precision(problem)
+    clipval = problem.gradient_recurrent_clipval
     options = (
-        (problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval)
+        (problem.gradient_recurrent_cut, clipval is not None)
         if backward
         else (problem.needs_gradient,)
     )
+    numbers = (*strides, T, B, N, program.clips(clipval, problem.forward_clipval))
     if isinstance(plan, HeadPlan):
         kernel = _head_kernel(cell, precision, D, plan, aligned, problem.device, backward, *options)
-        kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
+        kernel.launch(plan.grid(B, N), tensors, numbers)
         return
     assert not isinstance(plan, str), "flashrnn() asks unsupported() first"
     if isinstance(plan, ClusterPlan | WideClusterPlan):
         cluster_kernel = _cluster_kernel(cell, precision, D, plan, problem.device, *options)
         grid = plan.clusters(B, N) * plan.size
-        cluster_kernel.launch(grid, tensors, (*strides, T, B, N))
+        cluster_kernel.launch(grid, tensors, numbers)
         return
     words = partial(torch.empty, dtype=torch.int32, device=problem.device)
     teams = plan.teams(B, N, _gpu(problem.device))
     # No exchange has the number 0.
     exchange = words(teams * plan.parcels, 4).zero_()
-    numbers = (*strides, T, B, N, teams)
     if isinstance(plan, WidePlan):
         wide_kernel = _wide_kernel(cell, precision, D, plan, problem.device, *options)
-        wide_kernel.launch(teams * plan.size, (*tensors, exchange), numbers)
+        wide_kernel.launch(teams * plan.size, (*tensors, exchange), (*numbers, teams))
         return
     team_kernel = _team_kernel(cell, precision, D, plan, problem.device, backward, *options)
     streamed = words(teams * plan.size * plan.warps() * plan.streamed, 128)
-    team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), numbers)
+    team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), (*numbers, teams))
 
 
 def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
@@ -239,8 +240,9 @@ def _in_pairs(x: Tensor) -> bool:
 
 
 def _plan(problem: Problem, backward: bool) -> Plan | str:
-    # In a cache, T would only be in the way.
-    return _best_plan(problem._replace(T=1, step=None), _gpu(problem.device), backward)
+    # In a cache, what no plan depends on would only be in the way.
+    key = problem._replace(T=1, gradient_recurrent_clipval=None, forward_clipval=None, step=None)
+    return _best_plan(key, _gpu(problem.device), backward)
 
 
 @lru_cache(maxsize=1024)

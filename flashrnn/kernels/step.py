@@ -20,17 +20,17 @@ FORWARD_CALL = (
     *("Wx", "R", "b", "initial", "h_initial", "states", "gates", "carried"),
     *("Wx_b", "Wx_t", "Wx_g", "Wx_n", "Wx_d"),
     *("initial_s", "initial_b", "initial_n", "initial_d"),
-    *("T", "done"),
+    *("T", "clips", "done"),
 )
-"""The fields of step_forward.cu's call: addresses, strides in elements, T, and how many steps are
-done before the run's first launch."""
+"""The fields of step_forward.cu's call: addresses, strides in elements, T, what
+:func:`program.clips` gives, and how many steps are done before the run's first launch."""
 
 BACKWARD_CALL = (
     *("R", "initial", "states", "gates", "d_states", "d_last", "d_gates", "d_carried"),
     *("initial_s", "initial_b", "initial_n", "initial_d"),
     *("d_states_s", "d_states_b", "d_states_t", "d_states_n", "d_states_d"),
     *("d_last_s", "d_last_b", "d_last_n", "d_last_d"),
-    *("T", "done"),
+    *("T", "clips", "done"),
 )
 """The fields of step_backward.cu's call."""
 
@@ -122,15 +122,15 @@ def forward_source(
     cell: TracedCell, precision: str, plan: StepPlan, save_gates: bool
 ) -> dict[str, str]:
     """The parts of step_forward.cu's program, each under the name that an error gives it."""
-    options = {"SAVE_GATES": save_gates}
+    options = {"SAVE_GATES": save_gates, "CLIP": False}
     return _program("step_forward.cu", FORWARD_CALL, cell, precision, plan, options)
 
 
 def backward_source(
-    cell: TracedCell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
+    cell: TracedCell, precision: str, plan: StepPlan, cut: bool, clip: bool
 ) -> dict[str, str]:
     """The parts of step_backward.cu's program, each under the name that an error gives it."""
-    options = program.gradient_options(cut, clipval)
+    options = program.gradient_options(cut, clip)
     return _program("step_backward.cu", BACKWARD_CALL, cell, precision, plan, options)
 
 
@@ -140,7 +140,7 @@ def _program(
     cell: TracedCell,
     precision: str,
     plan: StepPlan,
-    options: Mapping[str, bool | float],
+    options: Mapping[str, bool],
 ) -> dict[str, str]:
     constants = {
         "UNITS": plan.units,
@@ -152,12 +152,11 @@ def _program(
         "ALIGNED": plan.aligned,
         **options,
     }
+    files = ("tile.cuh", "clipped.cuh", "product.cuh", kernel)
     return {
         **program.prelude(cell, precision, constants),
         "call": _render_call(call),
-        "tile.cuh": program.read("tile.cuh"),
-        "product.cuh": program.read("product.cuh"),
-        kernel: program.read(kernel),
+        **{name: program.read(name) for name in files},
     }
 
 

@@ -13,7 +13,7 @@
 // b and then waits until this one is complete: only then does it read states.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_forward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
+step_forward(const Call* __restrict__ call, int ahead, long long B, int N, int D) {
     start_dependent_launch();
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
@@ -87,7 +87,7 @@ step_forward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
                 }
             }
             float after[S];
-            step(before[e], gates[e], after);
+            step(before[e], gates[e], after, clips_of(call->clips).forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 carried[(s * B + unit.b) * width + unit.place] = after[s];
