@@ -15,7 +15,7 @@ from torch import Tensor
 from flashrnn.problem import Problem
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Nothing: it runs wherever PyTorch does."""
     return None
 
