@@ -162,7 +162,7 @@ def _scan(
         grid = plan.clusters(B, N) * plan.size
         cluster_kernel.launch(grid, tensors, (*strides, T, B, N))
         return
-    words = partial(torch.empty, dtype=torch.int32, device=problem.device)
+    words = partial(tensors[0].new_empty, dtype=torch.int32)
     teams = plan.teams(B, N, _gpu(problem))
     # No exchange has the number 0.
     exchange = words(teams * plan.parcels, 4).zero_()
