@@ -14,7 +14,7 @@ from torch import Tensor
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.backends.requirements import refusal, unavailable_cuda
-from flashrnn.cells.spec import Cell, clipped
+from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc, runs
 from flashrnn.kernels import program, step
 from flashrnn.problem import Problem
@@ -98,16 +98,16 @@ def _aligned(R: Tensor) -> Tensor:
     return R if R.data_ptr() % 16 == 0 else R.clone()
 
 
-def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:
+def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
     """What of a problem both directions' kernels and their launches depend on."""
-    cell = clipped(problem.cell, problem.forward_clipval)
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = program.precision_of(problem.dtype)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 
 @lru_cache(maxsize=256)
 def _forward_stepper(
-    cell: Cell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
+    cell: TracedCell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
 ) -> runs.Stepper:
     plan = step.plan_step(cell, B, N, D, precision, backward=False)
     loaded = _forward_program(cell, precision, plan, save_gates, device)
@@ -116,7 +116,7 @@ def _forward_stepper(
 
 @lru_cache(maxsize=256)
 def _backward_stepper(
-    cell: Cell,
+    cell: TracedCell,
     B: int,
     N: int,
     D: int,
@@ -147,14 +147,14 @@ def _stepper(
 
 @lru_cache(maxsize=256)
 def _forward_program(
-    cell: Cell, precision: str, plan: step.StepPlan, save_gates: bool, device: torch.device
+    cell: TracedCell, precision: str, plan: step.StepPlan, save_gates: bool, device: torch.device
 ) -> launch.Program:
     return _load("step_forward", step.forward_source(cell, precision, plan, save_gates), device)
 
 
 @lru_cache(maxsize=256)
 def _backward_program(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     plan: step.StepPlan,
     cut: bool,

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
 from flashrnn.backends.requirements import refusal, unavailable_cuda
-from flashrnn.cells.spec import Cell, clipped
+from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import cluster, head, program, team, wide, wide_cluster
 from flashrnn.problem import Problem
@@ -50,8 +50,8 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    # The batch and the length do not decide whether there is a plan.
-    return refusal(problem) or _without_plan(problem._replace(B=1, T=1), _gpu(problem))
+    # Nor does the batch decide whether there is a plan.
+    return refusal(problem) or _without_plan(_planned(problem, B=1), _gpu(problem))
 
 
 @lru_cache(maxsize=1024)
@@ -143,7 +143,8 @@ def _scan(
         aligned: whether the tensors are, as :func:`_aligned` says.
     """
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
-    cell, precision = clipped(problem.cell, problem.forward_clipval), _precision(problem)
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    precision = _precision(problem)
     options = (
         (problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval)
         if backward
@@ -246,8 +247,14 @@ def _in_pairs(x: Tensor) -> bool:
 
 
 def _plan(problem: Problem, backward: bool) -> Plan | str:
-    # In a cache, T would only be in the way.
-    return _best_plan(problem._replace(T=1), _gpu(problem), backward)
+    return _best_plan(_planned(problem, problem.B), _gpu(problem), backward)
+
+
+def _planned(problem: Problem, B: int) -> Problem:
+    """A problem without what no plan depends on, which in a cache would only be in the way."""
+    return problem._replace(
+        B=B, T=1, gradient_recurrent_clipval=None, forward_clipval=None, step=None
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -310,7 +317,7 @@ def _index(device: torch.device) -> int:
 
 @lru_cache(maxsize=256)
 def _head_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: HeadPlan,
@@ -327,7 +334,7 @@ def _head_kernel(
 
 @lru_cache(maxsize=256)
 def _team_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: TeamPlan,
@@ -346,7 +353,7 @@ def _team_kernel(
 
 @lru_cache(maxsize=256)
 def _cluster_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: ClusterPlan | WideClusterPlan,
@@ -364,7 +371,7 @@ def _cluster_kernel(
 
 @lru_cache(maxsize=256)
 def _wide_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: WidePlan,
@@ -377,7 +384,7 @@ def _wide_kernel(
 
 @lru_cache(maxsize=256)
 def _gradient_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: GradientPlan,
