@@ -17,6 +17,7 @@ import pytest
 
 from flashrnn.backends import cuda, cuda_fused
 from flashrnn.jit import nvrtc, runs
+from flashrnn.problem import Problem
 from flashrnn.tiling import GPU
 
 HEADER = Path(__file__).with_name("emulation.h")
@@ -117,6 +118,11 @@ H200 = GPU(
     multiplies_by_groups=True,
     clusters=clusters_of(132),
 )
+
+
+def plan_taken(problem: Problem, backward: bool) -> cuda_fused.Plan | str:
+    """What ``cuda_fused`` computes a problem by."""
+    return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 
 @pytest.fixture

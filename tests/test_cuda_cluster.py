@@ -14,7 +14,7 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import cluster as kernel
 from flashrnn.tiling import GPU, ClusterPlan, plan_cluster
 from flashrnn.tiling import cluster as tiling
-from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
@@ -130,7 +130,7 @@ def tiles(request, on_the_cpu, monkeypatch):
 
 def check(kind, *sizes, **options):
     B, _, N, D, dtype = sizes
-    assert isinstance(cuda_fused._plan(problem(kind, B, N, D, dtype), False), ClusterPlan)
+    assert isinstance(plan_taken(problem(kind, B, N, D, dtype), False), ClusterPlan)
     hold_to_vanilla("cuda_fused", kind, *sizes, **options)
 
 
@@ -165,7 +165,7 @@ def test_sixteen_blocks(on_the_cpu, monkeypatch, kind):
     many = FEW._replace(multiprocessors=20, clusters=clusters_of(20))
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: many)
     monkeypatch.setattr(tiling, "cycles", lambda plan, *_: -plan.size - plan.blocks)
-    assert cuda_fused._plan(problem(kind, 9, 1, 248, torch.bfloat16), False).size == 16
+    assert plan_taken(problem(kind, 9, 1, 248, torch.bfloat16), False).size == 16
     check(kind, 9, 3, 1, 248, torch.bfloat16)
 
 

@@ -13,7 +13,7 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import wide as kernel
 from flashrnn.tiling import GPU, WidePlan, plan_wide
 from flashrnn.tiling import wide as tiling
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     hold_to_vanilla,
@@ -64,7 +64,7 @@ def test_the_batch_does_not_decide_whether_there_is_a_plan(monkeypatch):
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     for D in (768, 1024, 3168, 4096):
         there = [
-            isinstance(cuda_fused._plan(problem("elman", B, 1, D, torch.bfloat16), False), str)
+            isinstance(plan_taken(problem("elman", B, 1, D, torch.bfloat16), False), str)
             for B in (1, 300)
         ]
         assert len(set(there)) == 1, D
@@ -100,9 +100,7 @@ def on_the_cpu(fused_emulation, poisoned, monkeypatch):  # noqa: F811
 
 
 def check(kind, *sizes, **options):
-    assert isinstance(
-        cuda_fused._plan(problem(kind, *(sizes[i] for i in (0, 2, 3, 4))), False), WidePlan
-    )
+    assert isinstance(plan_taken(problem(kind, *(sizes[i] for i in (0, 2, 3, 4))), False), WidePlan)
     hold_to_vanilla("cuda_fused", kind, *sizes, **options)
 
 

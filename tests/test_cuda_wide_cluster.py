@@ -16,7 +16,7 @@ from flashrnn.kernels import wide_cluster as kernel
 from flashrnn.tiling import GPU, WideClusterPlan, plan_wide_cluster
 from flashrnn.tiling import wide_cluster as tiling
 from flashrnn.tiling.cluster import Rows
-from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
@@ -85,7 +85,7 @@ def test_only_where_it_is_possible():
 def test_chosen_where_it_is_fastest(monkeypatch, sizes, chosen):
     """As measured on an H200; at B = 72 and 136 others are reckoned to take half the rounds."""
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
-    plan = cuda_fused._plan(problem("lstm", *sizes, torch.bfloat16), False)
+    plan = plan_taken(problem("lstm", *sizes, torch.bfloat16), False)
     assert isinstance(plan, WideClusterPlan) == chosen
 
 
@@ -149,7 +149,7 @@ def tiles(request, on_the_cpu, monkeypatch):
 
 def check(kind, *sizes, **options):
     B, _, N, D, dtype = sizes
-    plan = cuda_fused._plan(problem(kind, B, N, D, dtype), False)
+    plan = plan_taken(problem(kind, B, N, D, dtype), False)
     if not isinstance(plan, WideClusterPlan):
         assert not list(tiling.possible_plans(Rows.of(resolve(kind)), D, SOME))
         pytest.skip("one block would have all units")

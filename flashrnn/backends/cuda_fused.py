@@ -75,7 +75,8 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    plan = _plan(problem, False)
+    gpu = _gpu(problem)
+    plan = _plan(problem, False, gpu)
     R = R.contiguous()
     if isinstance(plan, WidePlan):
         Wx, R = (x if _in_pairs(x) else _copy(x) for x in (Wx, R))
@@ -84,7 +85,7 @@ def forward(
     tensors = (Wx, R, b.contiguous(), states, every_state, last_states, gates)
     strides = (*Wx.stride(), *autograd.state_strides(states))
     aligned = _aligned(Wx, every_state, gates)
-    _scan(problem, plan, False, tensors, strides, aligned)
+    _scan(problem, gpu, plan, False, tensors, strides, aligned)
     return every_state, last_states, gates
 
 
@@ -113,10 +114,11 @@ def backward(
     )
     aligned = _aligned(states, gates, d_states, d_gates)
     tensors = (*given, d_gates, d_initial, d_bias)
-    _scan(problem, _plan(problem, True), True, tensors, strides, aligned)
+    gpu = _gpu(problem)
+    _scan(problem, gpu, _plan(problem, True, gpu), True, tensors, strides, aligned)
     h_initial, h = states_initial[0], states[0]
     if D <= LARGEST_HEAD_OF_A_BLOCK:
-        d_R = _recurrent_gradient(problem, d_gates, h_initial, h)
+        d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
     else:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
@@ -125,6 +127,7 @@ def backward(
 
 def _scan(
     problem: Problem,
+    gpu: GPU,
     plan: Plan | str,
     backward: bool,
     tensors: Sequence[Tensor],
@@ -135,6 +138,7 @@ def _scan(
 
     Args:
         problem: what is computed.
+        gpu: where.
         plan: its plan for this direction; a reason why there is none was refused before, unless
             the call was chosen for another context than it runs in.
         backward: which of the two.
@@ -164,7 +168,7 @@ def _scan(
         cluster_kernel.launch(grid, tensors, (*strides, T, B, N))
         return
     words = partial(tensors[0].new_empty, dtype=torch.int32)
-    teams = plan.teams(B, N, _gpu(problem))
+    teams = plan.teams(B, N, gpu)
     # No exchange has the number 0.
     exchange = words(teams * plan.parcels, 4).zero_()
     numbers = (*strides, T, B, N, teams)
@@ -177,13 +181,14 @@ def _scan(
     team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), numbers)
 
 
-def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
+def _recurrent_gradient(
+    problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
+) -> Tensor:
     """See :func:`flashrnn.backends.gradients.recurrent_gradient`, of which this is a kernel."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     recurrent = len(cell.fed_by("R"))
     # What the product saw.
     h_initial = h_initial.to(h.dtype).contiguous()
-    gpu = _gpu(problem)
     plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(d_gates, h_initial, h)
     precision = _precision(problem)
@@ -246,8 +251,8 @@ def _in_pairs(x: Tensor) -> bool:
     )
 
 
-def _plan(problem: Problem, backward: bool) -> Plan | str:
-    return _best_plan(_planned(problem, problem.B), _gpu(problem), backward)
+def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan | str:
+    return _best_plan(_planned(problem, problem.B), gpu, backward)
 
 
 def _planned(problem: Problem, B: int) -> Problem:

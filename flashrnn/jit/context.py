@@ -80,7 +80,8 @@ def current_stream(device: int) -> int:
 
 def number(stream: int) -> int:
     """The number of a stream's context; no other context of this process ever has it."""
-    (found,) = check(driver().cuCtxGetId(_of(stream)))
+    # Asked of none, the driver tells the current one's.
+    (found,) = check(driver().cuCtxGetId(_of(stream) if stream else None))
     return int(found)
 
 
@@ -155,7 +156,6 @@ def check(result: tuple[Any, ...]) -> tuple[Any, ...]:
     Raises:
         RuntimeError: the call failed.
     """
-    error, *values = result
-    if error:
-        raise RuntimeError(f"the CUDA driver failed: {error!r}")
-    return tuple(values)
+    if result[0]:
+        raise RuntimeError(f"the CUDA driver failed: {result[0]!r}")
+    return result[1:]

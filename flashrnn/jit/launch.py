@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flashrnn.jit import nvrtc
 from flashrnn.jit.context import (
     check,
     current_stream,
@@ -22,7 +23,6 @@ from flashrnn.jit.context import (
     within,
     within_primary,
 )
-from flashrnn.jit.nvrtc import compile_program
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def clusters_at_once(device: int, stream: int, shared_memory: int) -> tuple[int,
         stream: the stream.
         shared_memory: all that a thread block may have, so that none shares a multiprocessor.
     """
-    cubin = compile_program({"probe": _PROBE}, architecture(device))
+    cubin = nvrtc.compile_program({"probe": _PROBE}, architecture(device))
     program = Program(cubin, ["probe"], device, shared_memory)
     function = driver().CUfunction(int(program.kernels[0].handle))
     attribute = driver().CUlaunchAttribute()
