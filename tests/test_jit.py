@@ -240,11 +240,14 @@ def test_runs_are_cut_into_few_recordings(count):
     assert len(lengths) <= count // runs.LONGEST + runs.LONGEST.bit_length()
 
 
+class FakeProgram:
+    device = 0
+    kernels = ("set", "step")
+
+
 def stepper():
     return runs.Stepper(
-        device=0,
-        set_call="set",
-        step="step",
+        program=FakeProgram(),
         fields=3,
         grid=5,
         threads=64,
@@ -259,17 +262,17 @@ def enqueued(monkeypatch):
     log = []
 
     class Recording:
-        def __init__(self, launches):
+        def __init__(self, launches, stream):
             self.launches = list(launches)
             log.append(("record", len(self.launches)))
 
-        def replay(self, stream):
+        def replay(self, stream, device):
             log.extend((stream, one) for one in self.launches)
 
     monkeypatch.setattr(runs.launch, "Recording", Recording)
     monkeypatch.setattr(runs.launch, "configure", lambda *shape, overlaps=False: (*shape, overlaps))
     monkeypatch.setattr(
-        runs.launch, "enqueue", lambda all_, stream: log.extend((stream, one) for one in all_)
+        runs.launch, "enqueue", lambda all_, stream, _: log.extend((stream, one) for one in all_)
     )
     monkeypatch.setattr(runs, "_new_block", lambda *_: FakeBlock())
     monkeypatch.setattr(runs, "_steppers", runs.OrderedDict())
@@ -282,7 +285,9 @@ class FakeBlock:
 
 
 def test_every_step_is_enqueued_once_in_order(enqueued):
-    runs._recorded(stepper(), 7).run((11, 12), 300)
+    one = runs._recorded(stepper(), 7, 1)
+    for _ in range(2):
+        one.run((11, 12), 300)
     done, steps = 0, []
     for stream, one in (entry for entry in enqueued if entry[0] != "record"):
         assert stream == 7
@@ -295,27 +300,34 @@ def test_every_step_is_enqueued_once_in_order(enqueued):
             steps.append(done + ahead)
             # The first step of a run waits for the block; the others may start early.
             assert one.config == (5, 64, ahead > 0)
-    assert steps == list(range(300))
+    assert steps == 2 * list(range(300))
 
 
-def test_recordings_are_made_once(enqueued):
+def recorded(enqueued):
+    return [entry[1] for entry in enqueued if entry[0] == "record"]
+
+
+def test_recordings_are_made_once_and_of_what_comes_again(enqueued):
     one = stepper()
+    runs._recorded(one, 7, 1).run((11, 12), 300)
+    assert recorded(enqueued) == [128]
     for _ in range(3):
-        runs._recorded(one, 7).run((11, 12), 300)
-    assert [entry[1] for entry in enqueued if entry[0] == "record"] == [128, 32, 8, 4]
+        runs._recorded(one, 7, 1).run((11, 12), 300)
+    assert recorded(enqueued) == [128, 32, 8, 4]
 
 
 def test_the_least_recently_used_recordings_go_first(enqueued):
     steppers = [stepper() for _ in range(runs._MOST_STEPPERS)]
-    first = [runs._recorded(one, 7) for one in steppers]
-    assert runs._recorded(steppers[0], 7) is first[0]
-    runs._recorded(stepper(), 7)
+    first = [runs._recorded(one, 7, 1) for one in steppers]
+    assert runs._recorded(steppers[0], 7, 1) is first[0]
+    runs._recorded(stepper(), 7, 1)
     assert len(runs._steppers) == runs._MOST_STEPPERS
-    assert runs._recorded(steppers[0], 7) is first[0]
-    assert runs._recorded(steppers[1], 7) is not first[1]
+    assert runs._recorded(steppers[0], 7, 1) is first[0]
+    assert runs._recorded(steppers[1], 7, 1) is not first[1]
 
 
-def test_each_stream_has_recordings_of_its_own(enqueued):
+def test_each_stream_and_each_context_has_recordings_of_its_own(enqueued):
     one = stepper()
-    assert runs._recorded(one, 7) is not runs._recorded(one, 8)
-    assert runs._recorded(one, 7) is runs._recorded(one, 7)
+    found = {id(runs._recorded(one, *where)) for where in [(7, 1), (8, 1), (0, 1), (0, 2)]}
+    assert len(found) == 4
+    assert runs._recorded(one, 7, 1) is runs._recorded(one, 7, 1)

@@ -49,6 +49,11 @@ def unavailable() -> str | None:
     return None
 
 
+def version() -> tuple[int, int]:
+    """NVRTC's version, that of the CUDA it belongs to."""
+    return _version()
+
+
 def compile_program(parts: Mapping[str, str], arch: str) -> bytes:
     """The cubin of a program.
 
