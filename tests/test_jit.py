@@ -243,7 +243,7 @@ def test_error_shows_the_line_and_its_part(folder):
     message = str(caught.value)
     assert "cell broken(3): error" in message
     assert "return h + g;" in message
-    assert "sm_90" in message
+    assert "sm_90" in message and "NVRTC {}.{}".format(*nvrtc._version()) in message
     assert not folder.exists()
 
 
@@ -252,25 +252,22 @@ def test_error_shows_the_line_and_its_part(folder):
 needs_users = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs users and modes")
 
 
-def owned_by(user, *paths):
-    """Make paths a user's, as far as Python is told."""
-    numbers = {os.stat(path).st_ino for path in paths}
-    stat, fstat = os.stat, os.fstat
+def give(user, *paths, monkeypatch):
+    """Make paths a user's, as far as the package is told."""
+    numbers = {path.stat().st_ino for path in paths}
+    stat, fstat = Path.stat, os.fstat
 
     def told(status):
         other = (*status[:4], user, *status[5:])
         return os.stat_result(other) if status.st_ino in numbers else status
 
-    return {
-        "stat": lambda *given, **named: told(stat(*given, **named)),
-        "fstat": lambda *given: told(fstat(*given)),
-    }
+    monkeypatch.setattr(Path, "stat", lambda path, **named: told(stat(path, **named)))
+    monkeypatch.setattr(os, "fstat", lambda descriptor: told(fstat(descriptor)))
 
 
 def make_unsafe(path, how, monkeypatch):
     if how == "another user's":
-        for name, function in owned_by(os.geteuid() + 1, path).items():
-            monkeypatch.setattr(os, name, function)
+        give(os.geteuid() + 1, path, monkeypatch=monkeypatch)
     else:
         path.chmod(how)
 
@@ -329,8 +326,7 @@ def test_roots_folder_is_read(folder, compiled, monkeypatch):
     right = nvrtc.compile_program(KERNEL, "sm_90")
     (file,) = folder.iterdir()
     folder.chmod(0o755)
-    for name, function in owned_by(0, folder, file).items():
-        monkeypatch.setattr(os, name, function)
+    give(0, folder, file, monkeypatch=monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
     forget()
     assert nvrtc.compile_program(KERNEL, "sm_90") == right

@@ -120,8 +120,10 @@ def _compile(source: str, arch: str, names: Iterable[str]) -> bytes:
         program = Program(source, "c++", ProgramOptions(arch=arch, std=_STANDARD))
         return bytes(program.compile("cubin").code)
     except Exception as error:
+        # Not always the version that pip names: the first that is found, as PyTorch's own.
+        nvrtc = "NVRTC {}.{}".format(*_version())
         parts = ", ".join(names)
-        raise CompileError(f"NVRTC could not compile ({parts}) for {arch}: {error}") from error
+        raise CompileError(f"{nvrtc} could not compile ({parts}) for {arch}: {error}") from error
 
 
 def _digest(key: str, cubin: bytes) -> bytes:
