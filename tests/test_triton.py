@@ -21,6 +21,7 @@ from tests.fused import (  # noqa: F401
     continues_exactly,
     hold_to_vanilla,
     poisoned,
+    round_as_a_gpu,
     same_without_gradients,
 )
 from tests.problems import BUILT_IN, call, gradients, random_inputs, sparse, wide
@@ -34,18 +35,8 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """Triton's interpreter, which cuts digits off where a GPU rounds to bfloat16: mended."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-        return convert(data, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    """Triton's interpreter, mended."""
+    round_as_a_gpu(monkeypatch)
 
 
 @pytest.fixture
