@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test check gpu-test clean
+.PHONY: help demo bench test check gpu-test gpu-stress clean
 
 help:
 	@echo 'make demo      train a small network on the CPU or the GPU; ARGS="--task text" for another task'
 	@echo 'make bench     measure speed beside other RNNs; ARGS="head-dim --quick" for less than everything'
 	@echo 'make test      run the tests; those that need a GPU are skipped where there is none'
 	@echo 'make gpu-test  run the tests that need a GPU, and only those'
+	@echo 'make gpu-stress  random calls, foreign kernels, full memory and more; ARGS="fuzz --seconds 600"'
 	@echo 'make check     lint, format and types, all without changing a file'
 	@echo 'make clean     remove .venv and what building and testing left behind'
 	@echo
@@ -31,6 +32,9 @@ test: $(INSTALLED)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
+
+gpu-stress: $(INSTALLED)
+	$(BIN)/python -m tests.stress $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
