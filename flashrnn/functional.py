@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
+from flashrnn.cells.traced import TracedCell
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
 from flashrnn.problem import Problem, carry_dtype
 
@@ -85,7 +88,8 @@ def flashrnn(
     computed_in = _dtype(tensors, config, dtype, autocast)
 
     problem = Problem(
-        cell=cell,
+        # A graph of torch.compile needs the names alone, and finds the rest by the handle.
+        cell=cast(TracedCell, cell) if torch.compiler.is_compiling() else cell.traced,
         B=B,
         T=T,
         N=N,
@@ -96,6 +100,7 @@ def flashrnn(
         gradient_recurrent_cut=config.gradient_recurrent_cut,
         gradient_recurrent_clipval=config.gradient_recurrent_clipval,
         forward_clipval=config.forward_clipval,
+        step=cell.step,
     )
     chosen = backends.choose(backend, problem)
     if states is None:

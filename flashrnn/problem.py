@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.spec import Step
+from flashrnn.cells.traced import TracedCell
 
 
 class Problem(NamedTuple):
     """The problem that a backend supports or not.
 
     Attributes:
-        cell: the cell.
+        cell: the cell, as traced.
         B: batch size.
         T: sequence length.
         N: number of heads.
@@ -24,9 +25,10 @@ class Problem(NamedTuple):
         gradient_recurrent_cut: see :class:`flashrnn.FlashRNNConfig`, as the two below.
         gradient_recurrent_clipval: ...
         forward_clipval: ...
+        step: the cell's own function, which only ``vanilla`` calls. What a cache keeps has none.
     """
 
-    cell: Cell
+    cell: TracedCell
     B: int
     T: int
     N: int
@@ -37,6 +39,7 @@ class Problem(NamedTuple):
     gradient_recurrent_cut: bool = False
     gradient_recurrent_clipval: float | None = None
     forward_clipval: float | None = None
+    step: Step | None = None
 
     @property
     def carry_dtype(self) -> torch.dtype:

@@ -1,14 +1,24 @@
 """What a cell may be, how it is named, and what is refused with which words."""
 
 import copy
+import io
+import math
+import multiprocessing
+import pickle
+import random
+import timeit
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
 import flashrnn
 from flashrnn import CellError, cell, register
 from flashrnn.cells import elman, gru, resolve
+from flashrnn.cells.graph import evaluate
 from flashrnn.cells.spec import _registered, cell_of
+from flashrnn.cells.traced import cell_of_text, clipped
 from tests.problems import BUILT_IN, call, random_inputs
 
 
@@ -45,10 +55,98 @@ def test_own_cell_works_by_object_and_by_name(clean_registry):
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
-def test_a_copy_is_a_cell_of_its_own(copied):
-    other = copied(gru)
-    assert cell_of(other.handle) is other is not gru is cell_of(gru.handle)
-    assert other.fingerprint == gru.fingerprint
+def test_a_copy_is_the_cell_itself(copied):
+    assert copied(gru) is gru is cell_of(gru.handle)
+
+
+def at_module_level(states, gates):
+    return (torch.tanh(gates[0]) * 0.5,)
+
+
+wrapped = step_of(at_module_level)
+
+
+@step_of
+def decorated(states, gates):
+    return (torch.tanh(gates[0]) * 0.25,)
+
+
+class Layer(torch.nn.Module):
+    """A module that holds a cell, as a user's layer does."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+
+@pytest.mark.parametrize(
+    "given", [gru, wrapped, decorated], ids=["built in", "by object", "by name"]
+)
+def test_cells_pickle(given):
+    again = pickle.loads(pickle.dumps(given))
+    assert again.traced == given.traced
+    saved = io.BytesIO()
+    torch.save(Layer(given), saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=False).cell.traced == given.traced
+    assert (
+        pickle.loads(pickle.dumps(gru)) is gru
+        and pickle.loads(pickle.dumps(decorated)) is decorated
+    )
+
+
+def test_cells_reach_a_spawned_process():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.map(fingerprint_of, [gru, wrapped, decorated])
+    assert found == [gru.fingerprint, wrapped.fingerprint, decorated.fingerprint]
+
+
+def fingerprint_of(cell):
+    return cell.fingerprint
+
+
+def test_equal_cells_are_one_to_caches():
+    """What is compiled for a cell serves one that a factory makes anew; another name is another."""
+
+    def made(name="mine"):
+        return cell(states=("h",), gates=("g",), name=name)(at_module_level).traced
+
+    assert made() == made() and len({made(), made()}) == 1
+    assert made() != made("other") and made() != gru.traced
+
+
+def test_a_traced_cell_is_made_of_its_text():
+    for given in (gru.traced, clipped(gru.traced), wrapped.traced):
+        again = cell_of_text(given.text)
+        assert again == given and again.graphs == given.graphs and again.clips == given.clips
+    with pytest.raises(ValueError, match="does not know: frobnicate"):
+        cell_of_text(gru.traced.text.replace('"tanh"', '"frobnicate"'))
+
+
+def test_clipping_is_a_number_of_the_graphs():
+    """Values on a bound and beyond it, and their derivatives, as torch.clamp has them."""
+    traced = clipped(wrapped.traced)
+    for g, bound in ((0.1, 0.3), (9.0, 0.3), (-9.0, 0.3), (0.0, 1e-3), (math.nan, 0.3)):
+        gate = torch.tensor(g, dtype=torch.float64, requires_grad=True)
+        (h,) = at_module_level((), (gate,))
+        h = h.clamp(-bound, bound)
+        h.backward(torch.tensor(2.0, dtype=torch.float64))
+        (given,) = evaluate(traced.graphs.forward, (0.5, g, bound))
+        d_h, d_g = evaluate(traced.graphs.derivative, (0.5, g, 2.0, bound))
+        expected = torch.tensor([h.item(), 0.0, gate.grad.item()])
+        torch.testing.assert_close(torch.tensor([given, d_h, d_g]), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [5, b"mine", ("mine",)])
+def test_names_are_strings(name):
+    with pytest.raises(TypeError, match="name is a string"):
+        register(wrapped, name)
+    with pytest.raises(TypeError, match="name is a string"):
+        cell(states=("h",), gates=("g",), name=name)(at_module_level)
+    with pytest.raises(ValueError, match="at least one character"):
+        register(wrapped, "")
+    with pytest.raises(ValueError, match=r"unknown function 'lsmt'.*'lstm'"):
+        resolve("lsmt")
 
 
 def test_registering_again_replaces_but_never_a_built_in(clean_registry):
@@ -95,6 +193,25 @@ def if_on_data(states, gates):
 
 
 CAPTURED = torch.ones(3, dtype=torch.float64)
+LEARNED = torch.nn.Parameter(torch.tensor(2.0))
+LAYER = torch.nn.PReLU()
+
+
+def if_on_dtype(states, gates):
+    return (gates[0] * 2 if gates[0].dtype == torch.float64 else gates[0],)
+
+
+def if_on_device(states, gates):
+    return (gates[0] * 2 if gates[0].device.type == "cpu" else gates[0],)
+
+
+def if_on_requires_grad(states, gates):
+    return (gates[0] * 2 if gates[0].requires_grad else gates[0],)
+
+
+def two_dimensions(states, gates):
+    _rows, columns = gates[0].shape
+    return (gates[0] / columns,)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +230,43 @@ CAPTURED = torch.ones(3, dtype=torch.float64)
         (lambda s, g: (s[0].add_(g[0]),), "in place"),
         (lambda s, g: (g[0] + torch.ones(3, dtype=torch.float64),), r"shape \(3,\).*full_like"),
         (lambda s, g: (g[0] + CAPTURED,), r"captures a tensor of shape \(3,\)"),
-        (lambda s, g: (g[0] ** 1.5,), "power 1.5"),
+        (lambda s, g: (g[0] ** 1.3,), r"power 1.3 .*line \d+.*multiples of 0.5 from -8 to 8"),
+        (lambda s, g: (g[0] ** s[0],), r"power of a tensor.*torch.exp\(y"),
+        # What a cell looks at beside values.
+        (lambda s, g: (g[0] / s[0].shape[-1],), r"looks at a tensor's shape .*line \d+.*full_like"),
+        (lambda s, g: (g[0] / s[0].size(-1),), "looks at a tensor's size"),
+        (lambda s, g: (g[0] / s[0].size()[-1],), "looks at a tensor's shape"),
+        (lambda s, g: (g[0] / s[0].numel(),), "looks at a tensor's numel"),
+        (lambda s, g: (g[0] / len(s[0]),), "looks at a tensor's __len__"),
+        (lambda s, g: (g[0] / s[0].ndim,), "looks at a tensor's ndim"),
+        (lambda s, g: (g[0] / s[0].stride(0),), "looks at a tensor's stride"),
+        (lambda s, g: (g[0] / s[0].element_size(),), "looks at a tensor's element_size"),
+        (lambda s, g: (g[0] / len(s[0].shape),), "looks at a tensor's shape"),
+        (lambda s, g: (g[0] / math.prod(s[0].shape),), "looks at a tensor's shape"),
+        (lambda s, g: (g[0] * torch.zeros(*s[0].shape),), "looks at a tensor's shape"),
+        (two_dimensions, "looks at a tensor's shape"),
+        (if_on_device, r"looks at a tensor's device"),
+        (lambda s, g: (g[0] * (g[0].device == "cpu"),), "looks at a tensor's device"),
+        (lambda s, g: (g[0] * torch.device(g[0].device).index,), "device"),
+        (lambda s, g: (g[0] * (1 + g[0].is_cuda),), "looks at a tensor's is_cuda"),
+        (if_on_requires_grad, "looks at a tensor's requires_grad"),
+        (lambda s, g: (g[0] * (g[0].grad_fn is None),), "looks at a tensor's grad_fn"),
+        (lambda s, g: (g[0] * g[0].is_contiguous(),), "looks at a tensor's is_contiguous"),
+        (if_on_dtype, "one function in float64 and another in float32"),
+        (lambda s, g: (g[0] + torch.finfo(g[0].dtype).eps,), r"another in float32.*torch.finfo"),
+        (lambda s, g: (g[0] * g[0].dtype.itemsize,), "another in float32"),
+        (lambda s, g: (g[0] * random.random(),), "at its next call"),
+        # Tensors that a cell captures.
+        (lambda s, g: (g[0] * LEARNED,), r"captures a tensor of shape \(\).*line \d+.*\(\"b\",\)"),
+        (lambda s, g: (g[0] * LEARNED.detach(),), "captures a tensor"),
+        (lambda s, g: (g[0] * LEARNED.item(),), "captures a tensor"),
+        (lambda s, g: (g[0] * float(LEARNED),), "captures a tensor"),
+        (lambda s, g: (g[0] * CAPTURED.tolist()[0],), "captures a tensor"),
+        (lambda s, g: (g[0] * CAPTURED.shape[0],), "captures a tensor"),
+        (lambda s, g: (g[0] * torch.sigmoid(LEARNED),), "captures a tensor"),
+        (lambda s, g: (LAYER(g[0]),), "captures a tensor"),
+        (lambda s, g: (torch.where(g[0] > LEARNED, g[0], s[0]),), "captures a tensor"),
+        (lambda s, g: (g[0] * torch.from_numpy(numpy.ones(())),), "captures a tensor"),
         (lambda s, g: (g[0].float().double(),), "converts torch.float64 to torch.float32"),
         (lambda s, g: (g[0].sum(-1),), "shape"),
         (lambda s, g: (g[0].float(),), "dtype torch.float32"),
@@ -135,3 +288,133 @@ def test_unsupported_operation_is_named_with_those_supported():
         _ = step_of(lambda s, g: (torch.lgamma(g[0]),)).graphs
     assert "aten.lgamma" in str(error.value)
     assert "tanh" in str(error.value) and "where" in str(error.value)
+
+
+LIST, ARRAY, NUMBER = [2.0], numpy.array([2.0, 5.0]), numpy.float64(2.0)
+OPTIONS = SimpleNamespace(factor=2.0, table={"factor": 2.0}, act=torch.nn.LeakyReLU(2.0))
+
+
+class Owner:
+    """An object whose method is a step."""
+
+    def __init__(self):
+        self.factor = 2.0
+
+    def step(self, states, gates):
+        return (gates[0] * self.scaled(),)
+
+    def scaled(self):
+        return self.factor
+
+
+OWNER = Owner()
+ACTS = {2.0: lambda x: 2 * x, 3.0: lambda x: 3 * x}
+ACT = ACTS[2.0]
+
+
+def global_factor(states, gates):
+    return (gates[0] * helper(),)
+
+
+def helper():
+    return NUMBER
+
+
+def closure():
+    factor = 2.0
+
+    def step(states, gates):
+        return (sum((gates[0] * x for x in [factor]), 0.0),)
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return step, change
+
+
+def default_of(states, gates, factors=LIST):
+    return (gates[0] * factors[0],)
+
+
+IN_CLOSURE, CHANGE_CLOSURE = closure()
+
+
+@pytest.mark.parametrize(
+    ("step", "change"),
+    [
+        (IN_CLOSURE, CHANGE_CLOSURE),
+        (global_factor, lambda x: globals().update(NUMBER=numpy.float64(x))),
+        (lambda s, g: (g[0] * LIST[0],), lambda x: LIST.__setitem__(0, x)),
+        (lambda s, g: (g[0] * max(LIST),), lambda x: LIST.__setitem__(0, x)),
+        (default_of, lambda x: LIST.__setitem__(0, x)),
+        (lambda s, g: (g[0] * ARRAY[0],), lambda x: ARRAY.__setitem__(0, x)),
+        (lambda s, g: (g[0] * float(ARRAY.min()),), lambda x: ARRAY.__setitem__(0, x)),
+        (lambda s, g: (g[0] * OPTIONS.factor,), lambda x: setattr(OPTIONS, "factor", x)),
+        (lambda s, g: (g[0] * vars(OPTIONS)["factor"],), lambda x: setattr(OPTIONS, "factor", x)),
+        (lambda s, g: (g[0] * OPTIONS.table["factor"],), lambda x: OPTIONS.table.update(factor=x)),
+        (lambda s, g: (-OPTIONS.act(-g[0]),), lambda x: setattr(OPTIONS.act, "negative_slope", x)),
+        (OWNER.step, lambda x: setattr(OWNER, "factor", x)),
+        (lambda s, g: (ACT(g[0]),), lambda x: globals().update(ACT=ACTS[x])),
+    ],
+    ids=[
+        *("closure", "global of a helper", "item", "list", "default", "array item", "array"),
+        *("attribute", "object", "item of an attribute", "module", "method", "function"),
+    ],
+)
+def test_a_captured_value_that_changes_makes_another_cell(step, change):
+    """The result follows it, and what was computed before keeps its own derivative."""
+    mine, Wx = step_of(step), torch.ones(1, 1, 1, 1, 1, requires_grad=True)
+    zeros = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)
+
+    def run():
+        return flashrnn.flashrnn(Wx, *zeros, function=mine)[0]
+
+    change(2.0)
+    before, unchanged = run(), mine.traced
+    assert before.item() == 2.0 and mine.traced is unchanged
+    try:
+        change(3.0)
+        after, changed = run(), mine.traced
+        assert after.item() == 3.0 and changed != unchanged
+        assert str(unchanged.graphs.forward) != str(changed.graphs.forward)
+        assert torch.autograd.grad(before, Wx)[0].item() == 2.0
+        assert torch.autograd.grad(after, Wx)[0].item() == 3.0
+    finally:
+        change(2.0)
+    assert run().item() == 2.0 and mine.traced == unchanged
+
+
+def test_signs_and_kinds_of_captured_values_count():
+    """What compares equal in Python need not compute the same."""
+    values = [0.0]
+    inverse = step_of(lambda s, g: (1 / (g[0] * values[0]),))
+    found = []
+    for value in (0.0, -0.0, 1.0, True):
+        values[0] = value
+        found.append(evaluate(inverse.graphs.forward, (0.0, 1.0))[0])
+    assert found == [math.inf, -math.inf, 1.0, 1.0]
+
+
+def test_an_object_too_large_to_compare_is_refused():
+    large = SimpleNamespace(numbers=list(range(5000)))
+    with pytest.raises(
+        CellError, match=r"captures `large`, a SimpleNamespace too large to compare"
+    ):
+        _ = step_of(lambda s, g: (g[0] * len(vars(large)),)).traced
+
+
+def test_captured_values_are_compared_at_once():
+    """In about a microsecond: in no more time than thirty calls of an empty function take."""
+    a, b, c = 0.5, 1.5, 2.5
+    mine = step_of(lambda s, g: (torch.tanh(a * g[0] + b) * c,))
+    built_in, _ = elman.traced, mine.traced
+
+    def nothing():
+        pass
+
+    def least(function):
+        return min(timeit.repeat(function, number=2000, repeat=20))
+
+    assert least(lambda: mine.traced) < 30 * least(nothing)
+    assert elman.traced is built_in

@@ -102,16 +102,31 @@ def test_gradient_free_state_has_no_influence():
 
 
 def test_constants_are_no_inputs():
-    factor = torch.tensor(0.25, requires_grad=True)
+    """A shape, a dtype and a device may be handed on, for these make no constant another one."""
 
     @cell(states=("h", "a"), gates=("g",))
     def constants(states, gates):
         h, _ = states
+        factor = torch.tensor(0.25)
         h = h * factor * torch.tensor(2.0, dtype=h.dtype, device=h.device) + factor.item()
-        return h, torch.full(h.shape, 7.0, dtype=h.dtype)
+        sevens = torch.full(h.shape, 7.0, dtype=h.dtype, device=h.device, layout=h.layout)
+        return h, sevens + torch.zeros(h.size(), dtype=h.dtype).to(h.device)
 
     assert evaluate(constants.graphs.forward, (1.0, 2.0, 3.0)) == (0.75, 7.0)
     assert evaluate(constants.graphs.derivative, (1.0, 2.0, 3.0, 4.0, 5.0)) == (2.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("exponent", [k / 2 for k in range(-16, 17)])
+def test_powers(exponent):
+    """Every power that the message promises, with its derivative."""
+    power = cell(states=("h",), gates=("g",))(lambda s, g: (g[0] ** exponent,))
+    x = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    x.pow(exponent).backward()
+    (value,) = evaluate(power.graphs.forward, (0.0, 1.7))
+    assert math.isclose(value, 1.7**exponent, rel_tol=1e-14)
+    assert math.isclose(
+        evaluate(power.graphs.derivative, (0.0, 1.7, 1.0))[1], x.grad, rel_tol=1e-14
+    )
 
 
 def test_cell_without_a_gradient():

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import operator
 from functools import cache
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from flashrnn.cells.spec import unknown_name
+from flashrnn.cells.spec import Cell, unknown_name
 from flashrnn.problem import Problem
 
 PREFERENCE = ("cuda_fused", "triton", "cuda", "vanilla")
@@ -92,7 +92,7 @@ def choose(name: str, problem: Problem) -> Backend:
         # Plans are made for one N and one D; B and T decide nothing, and stay open.
         N, D = operator.index(problem.N), operator.index(problem.D)
         dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
-        handle = problem.cell.handle
+        handle = cast(Cell, problem.cell).handle
         return load(constants.chosen(name, handle, N, D, dtype, device, needs_gradient))
     return _loaded(best(name, problem))
 

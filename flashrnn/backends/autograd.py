@@ -9,9 +9,10 @@ The residuals are the same for all: the states and, where a gradient may be aske
 pre-activations ``[B, T, G, N, D]``.
 
 ``torch.library`` makes operators of both directions, so that ``torch.compile`` sees them whole.
-An operator's arguments are tensors, numbers and strings: a cell goes in by its key. Where nothing
-records operators, an autograd function runs instead, or where no gradient is needed, nothing but
-the backend: each takes a fraction of the host time of the one before.
+An operator's arguments are tensors, numbers and strings: a cell goes in as its text, so that a
+program that was saved runs wherever this package is imported. Where nothing records operators, an
+autograd function runs instead, or where no gradient is needed, nothing but the backend: each takes
+a fraction of the host time of the one before.
 """
 
 from __future__ import annotations
@@ -25,13 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import flashrnn
 from flashrnn.backends import recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell, cell_of_text
 from flashrnn.problem import Problem
-
-_cells: dict[str, Cell] = {}
 
 
 class FusedBackend(Protocol):
@@ -66,7 +65,7 @@ def run(
             b,
             states,
             backend,
-            _key(problem.cell),
+            _text(problem.cell),
             problem.needs_gradient,
             problem.gradient_recurrent_cut,
             problem.gradient_recurrent_clipval,
@@ -80,21 +79,13 @@ def run(
     return every_state, last_states
 
 
-def _key(cell: Cell) -> str:
-    """The string that stands for a cell in a graph: the same in every process."""
+def _text(cell: TracedCell) -> str:
+    """The string that stands for a cell in a graph: all of it."""
     if torch.compiler.is_compiling():
         from flashrnn.backends import constants
 
-        return constants.key(cell.handle)
-    return remember(cell)
-
-
-def remember(cell: Cell) -> str:
-    """A cell's key, by which the operators find it from now on."""
-    # Graphs are kept on disk, and those of another version may not fit these operators.
-    key = f"{cell.fingerprint}-{flashrnn.__version__}"
-    _cells[key] = cell
-    return key
+        return constants.text(cast(Cell, cell).handle)
+    return cell.text
 
 
 def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +126,17 @@ def scan(
     """Every step's states, the last states as carried, and the gates' pre-activations."""
     B, T, _, N, D = Wx.shape
     problem = Problem(
-        _cells[cell], B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval
+        cell_of_text(cell),
+        B,
+        T,
+        N,
+        D,
+        Wx.dtype,
+        Wx.device,
+        save_gates,
+        cut,
+        clipval,
+        forward_clipval,
     )
     return _backend(backend).forward(problem, Wx, R, b, states)
 
@@ -154,7 +155,7 @@ def _(
     forward_clipval: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, N, D = Wx.shape
-    problem = Problem(_cells[cell], B, T, N, D, Wx.dtype, Wx.device, save_gates)
+    problem = Problem(cell_of_text(cell), B, T, N, D, Wx.dtype, Wx.device, save_gates)
     return new_outputs(problem, Wx)
 
 
@@ -175,7 +176,7 @@ def scan_backward(
     """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
     _, B, T, N, D = states.shape
     problem = Problem(
-        _cells[cell], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
+        cell_of_text(cell), B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
     )
     found = _backend(backend).backward(
         problem, R, states_initial, states, gates, d_states, d_last_states
@@ -203,7 +204,7 @@ def _(
         gates.new_empty(gates.shape),
         states_initial.new_empty(states_initial.shape),
         R.new_empty(R.shape),
-        R.new_empty(len(_cells[cell].fed_by("b")), N, D),
+        R.new_empty(len(cell_of_text(cell).fed_by("b")), N, D),
     )
 
 
@@ -220,7 +221,7 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
     def pull_back(*tensors: Tensor) -> Gradients:
         return Gradients(*scan_backward(*tensors, *ctx.call))
 
-    return *_gradients(ctx, _cells[ctx.call[1]], pull_back, d_states, d_last), *(None,) * 6
+    return *_gradients(ctx, cell_of_text(ctx.call[1]), pull_back, d_states, d_last), *(None,) * 6
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -256,7 +257,7 @@ class _Scan(torch.autograd.Function):
                     *scan_backward(
                         *tensors,
                         backend,
-                        _key(problem.cell),
+                        _text(problem.cell),
                         problem.gradient_recurrent_cut,
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
@@ -269,7 +270,7 @@ class _Scan(torch.autograd.Function):
 
 def _gradients(
     ctx: Any,
-    cell: Cell,
+    cell: TracedCell,
     pull_back: Callable[..., Gradients],
     d_states: Tensor | None,
     d_last: Tensor | None,

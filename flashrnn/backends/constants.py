@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch
 
 from flashrnn import backends
-from flashrnn.backends import autograd
 from flashrnn.cells.spec import cell_of
 from flashrnn.problem import Problem
 
 
 @torch.compiler.assume_constant_result
-def key(handle: str) -> str:
-    """The string that stands for a cell in a graph."""
-    return autograd.remember(cell_of(handle))
+def text(handle: str) -> str:
+    """See :attr:`flashrnn.cells.traced.TracedCell.text`."""
+    return cell_of(handle).traced.text
 
 
 @torch.compiler.assume_constant_result
@@ -30,5 +29,5 @@ def chosen(
     needs_gradient: bool,
 ) -> str:
     """See :func:`flashrnn.backends.best`; of a problem, what a backend may decide by."""
-    problem = Problem(cell_of(handle), 1, 1, N, D, dtype, device, needs_gradient)
+    problem = Problem(cell_of(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
     return backends.best(name, problem)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.backends.requirements import missing_gpu, refusal
-from flashrnn.cells.spec import Cell, clipped
+from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc, runs
 from flashrnn.kernels import program, step
 from flashrnn.problem import Problem
@@ -97,9 +97,9 @@ def _aligned(R: Tensor) -> Tensor:
     return R if R.data_ptr() % 16 == 0 else R.clone()
 
 
-def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:
+def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
     """What of a problem both directions' kernels and their launches depend on."""
-    cell = clipped(problem.cell, problem.forward_clipval)
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = program.precision_of(problem.dtype)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
@@ -107,7 +107,7 @@ def _key(problem: Problem) -> tuple[Cell, int, int, int, str, torch.device]:
 # Never forgotten: a graph of the user's may hold its launches.
 @cache
 def _forward_stepper(
-    cell: Cell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
+    cell: TracedCell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
 ) -> runs.Stepper:
     plan = step.plan_step(cell, B, N, D, precision, backward=False)
     parts = step.forward_source(cell, precision, plan, save_gates)
@@ -116,7 +116,7 @@ def _forward_stepper(
 
 @cache
 def _backward_stepper(
-    cell: Cell,
+    cell: TracedCell,
     B: int,
     N: int,
     D: int,

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
 from flashrnn.backends.requirements import missing_gpu, refusal
-from flashrnn.cells.spec import Cell, clipped
+from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import cluster, head, program, team, wide, wide_cluster
 from flashrnn.problem import Problem
@@ -140,7 +140,8 @@ def _scan(
         aligned: whether the tensors are, as :func:`_aligned` says.
     """
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
-    cell, precision = clipped(problem.cell, problem.forward_clipval), _precision(problem)
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    precision = _precision(problem)
     options = (
         (problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval)
         if backward
@@ -239,7 +240,7 @@ def _in_pairs(x: Tensor) -> bool:
 
 def _plan(problem: Problem, backward: bool) -> Plan | str:
     # In a cache, T would only be in the way.
-    return _best_plan(problem._replace(T=1), _gpu(problem.device), backward)
+    return _best_plan(problem._replace(T=1, step=None), _gpu(problem.device), backward)
 
 
 @lru_cache(maxsize=1024)
@@ -281,7 +282,7 @@ def _gpu(device: torch.device) -> GPU:
 
 @cache
 def _head_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: HeadPlan,
@@ -298,7 +299,7 @@ def _head_kernel(
 
 @cache
 def _team_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: TeamPlan,
@@ -317,7 +318,7 @@ def _team_kernel(
 
 @cache
 def _cluster_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: ClusterPlan | WideClusterPlan,
@@ -335,7 +336,7 @@ def _cluster_kernel(
 
 @cache
 def _wide_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: WidePlan,
@@ -348,7 +349,7 @@ def _wide_kernel(
 
 @cache
 def _gradient_kernel(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: GradientPlan,

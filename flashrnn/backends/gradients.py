@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem
 
 
@@ -52,7 +52,7 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
-def recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
+def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
     """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
     B, T, _, N, D = d_gates.shape
     # What the product saw: h rounded, one step earlier. All steps move by one at once, past the
@@ -69,7 +69,7 @@ def recurrent_gradient(cell: Cell, d_gates: Tensor, h_initial: Tensor, h: Tensor
     return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
 
 
-def bias_gradient(cell: Cell, d_gates: Tensor) -> Tensor:
+def bias_gradient(cell: TracedCell, d_gates: Tensor) -> Tensor:
     """``db[g, n, d] = Σ d_gates[b, t, g, n, d]`` over b and t."""
     # The sum runs in float32 and is rounded once.
     return select(d_gates.sum((0, 1)), 0, cell.fed_by("b"))

@@ -16,7 +16,7 @@ from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.backends.requirements import missing_gpu, refusal
 from flashrnn.cells.render import render_triton
-from flashrnn.cells.spec import Cell, clipped
+from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit.source import load_source
 from flashrnn.problem import Problem, tf32_allowed
 from flashrnn.tiling import ScanPlan, plan_scan
@@ -192,7 +192,7 @@ class _Fixed(NamedTuple):
 
 def _fixed(problem: Problem) -> _Fixed:
     # In a cache, B, T and N would only be in the way.
-    return _fixed_for(problem._replace(B=1, T=1, N=1), tf32_allowed())
+    return _fixed_for(problem._replace(B=1, T=1, N=1, step=None), tf32_allowed())
 
 
 @lru_cache(maxsize=1024)
@@ -202,13 +202,14 @@ def _fixed_for(problem: Problem, tf32: bool) -> _Fixed:
     cell, dtype = problem.cell, problem.dtype
     plan = _plan(problem, tf32)
     assert isinstance(plan, ScanPlan), "flashrnn() asks unsupported() first"
+    computed = cell if problem.forward_clipval is None else clipped(cell)
     operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return _Fixed(
         plan=plan,
         positions=tuple(_positions(cell, source) for source in ("Wx", "R", "b")),
         operand=tl.float32 if _interpreted() else operands.get(dtype, tl.float32),
         precision="tf32" if dtype == torch.float32 and tf32 else "ieee",
-        functions=load_source(render_triton(clipped(cell, problem.forward_clipval))),
+        functions=load_source(render_triton(computed)),
     )
 
 
@@ -230,7 +231,7 @@ def _aligned(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return alignment, (*(stride // alignment for stride in strides), innermost)
 
 
-def _positions(cell: Cell, source: str) -> tuple[int, ...]:
+def _positions(cell: TracedCell, source: str) -> tuple[int, ...]:
     """Where each gate stands in ``source``'s gate dimension; -1 where it does not feed it."""
     fed = cell.fed_by(source)
     return tuple(fed.index(k) if k in fed else -1 for k in range(len(cell.gates)))

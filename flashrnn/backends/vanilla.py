@@ -30,6 +30,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashrnn.backends.Backend`."""
     cell, dtype, carry_dtype = problem.cell, problem.dtype, problem.carry_dtype
+    step = problem.step
+    assert step is not None, "flashrnn() hands it on"
     S, B, T, N, D = len(cell.states), problem.B, problem.T, problem.N, problem.D
     recurrent = cell.fed_by("R")
     G, Gr = len(cell.gates), len(recurrent)
@@ -53,7 +55,7 @@ def run(
         fed, unfed = inputs_t[:, :, :Gr], inputs_t[:, :, Gr:]
         product = torch.baddbmm(fed.reshape(N, B, Gr * D), h, recurrent_matrix)
         gates = (*product.view(N, B, Gr, D).unbind(2), *unfed.unbind(2))
-        carried = tuple(cell.step(carried, tuple(gates[k] for k in declared)))
+        carried = tuple(step(carried, tuple(gates[k] for k in declared)))
         if problem.forward_clipval is not None:
             clipped = carried[0].clamp(-problem.forward_clipval, problem.forward_clipval)
             carried = (clipped, *carried[1:])
@@ -63,7 +65,7 @@ def run(
     if T == 0:
         # Nothing, but of everything: backward then finds its way and gives zeros.
         return Wx.new_empty(S, B, 0, N, D) + (Wx.sum() + R.sum() + b.sum()), last_states
-    steps = torch.stack([step[s] for s in range(S) for step in trajectory])
+    steps = torch.stack([after[s] for s in range(S) for after in trajectory])
     every_state = steps.view(S, T, N, B, D).permute(0, 3, 1, 2, 4)
     return every_state.to(dtype).contiguous(), last_states
 

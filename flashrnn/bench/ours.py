@@ -101,7 +101,7 @@ class Ours(Contender):
 
 def _problem(case: Case, device: torch.device, backward: bool) -> Problem:
     return Problem(
-        cell=resolve(case.function),
+        cell=resolve(case.function).traced,
         B=case.B,
         T=case.T,
         N=case.N,

@@ -1,7 +1,8 @@
 """Cells: one definition each, and what is derived from it."""
 
 from flashrnn.cells.library import elman, gru, lstm, slstm
-from flashrnn.cells.spec import Cell, Gate, available_functions, cell, register, resolve
+from flashrnn.cells.signature import Gate
+from flashrnn.cells.spec import Cell, available_functions, cell, register, resolve
 
 __all__ = [
     "Cell",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from flashrnn.cells.graph import Argument, Graph
 from flashrnn.cells.operations import OPERATIONS, Scalar
 from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import FORWARD_CLIPVAL, TracedCell
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
@@ -19,32 +20,28 @@ from flashrnn.kernels import pointwise
 """
 
 
-def render_triton(cell: Cell) -> str:
+def render_triton(cell: Cell | TracedCell) -> str:
     """A Python module with a cell's step and its derivative as Triton functions.
 
-    ``step(states, gates)`` returns the new states; ``derivative(states, gates, gradients)``
-    the gradients of the states followed by those of the gates. All are tuples of float32
-    tiles of one shape.
+    ``step(states, gates, forward_clipval)`` returns the new states; ``derivative(states, gates,
+    gradients, forward_clipval)`` the gradients of the states followed by those of the gates. All
+    but ``forward_clipval``, a number that only a clipped cell reads, are tuples of float32 tiles of
+    one shape.
     """
     graphs = cell.graphs
-    counts = {
-        "states": len(cell.states),
-        "gates": len(cell.gates),
-        "gradients": len(cell.states),
-    }
+    inputs = {"states": len(cell.states), "gates": len(cell.gates)}
+    gradients = {"gradients": len(cell.states)}
     return "\n\n".join(
         [
             _TRITON_HEADER,
-            _triton_function("step", graphs.forward, counts),
-            _triton_function("derivative", graphs.derivative, counts),
+            _triton_function("step", graphs.forward, inputs),
+            _triton_function("derivative", graphs.derivative, inputs | gradients),
         ]
     )
 
 
-def _triton_function(name: str, graph: Graph, counts: dict[str, int]) -> str:
-    elements = [f"{group}[{k}]" for group, count in counts.items() for k in range(count)]
-    spelled = dict(zip(graph.inputs, elements, strict=False))
-    groups = [group for group in counts if any(e.startswith(group) for e in spelled.values())]
+def _triton_function(name: str, graph: Graph, groups: Mapping[str, int]) -> str:
+    spelled = _spelled(graph, groups)
 
     def spell(argument: Argument) -> str:
         if isinstance(argument, str):
@@ -65,19 +62,21 @@ def _triton_function(name: str, graph: Graph, counts: dict[str, int]) -> str:
         for output in graph.outputs
     ]
     lines.append(f"return ({''.join(f'{output}, ' for output in outputs)})")
-    head = f"@triton.jit\ndef {name}({', '.join(groups)}):"
+    # The default goes once every kernel passes a value.
+    head = f"@triton.jit\ndef {name}({', '.join(groups)}, {FORWARD_CLIPVAL}=0.0):"
     return "\n    ".join([head, *lines]) + "\n"
 
 
-def render_cuda(cell: Cell) -> str:
+def render_cuda(cell: Cell | TracedCell) -> str:
     """What a CUDA kernel needs of a cell, as C++ text.
 
     Constants: ``S``, ``G``, ``GW`` and ``GR``, the numbers of states, of gates and of those that
     ``Wx`` and ``R`` feed; ``FED_WX``, ``FED_R`` and ``FED_B``, where each gate stands in the gate
     dimension of ``Wx``, ``R`` and ``b``, -1 where it does not; ``RECURRENT``, the gates that ``R``
-    feeds. And the functions ``step(states, gates, new_states)`` and ``derivative(states, gates,
-    gradients, d_states, d_gates)`` on arrays of float32 numbers, of which they write the last ones.
-    They call ``pointwise.cuh``.
+    feeds. And the functions ``step(states, gates, new_states, forward_clipval)`` and
+    ``derivative(states, gates, gradients, d_states, d_gates, forward_clipval)`` on arrays of
+    float32 numbers, of which they write ``new_states``, ``d_states`` and ``d_gates``;
+    ``forward_clipval`` is a number that only a clipped cell reads. They call ``pointwise.cuh``.
     """
     graphs = cell.graphs
     states, gates = len(cell.states), len(cell.gates)
@@ -117,7 +116,7 @@ def _listed(numbers: Sequence[int]) -> str:
 def _cuda_function(
     name: str, graph: Graph, inputs: Mapping[str, int], outputs: Mapping[str, int]
 ) -> str:
-    spelled = dict(zip(graph.inputs, _elements(inputs), strict=True))
+    spelled = _spelled(graph, inputs)
 
     def spell(argument: Argument) -> str:
         if isinstance(argument, str):
@@ -132,8 +131,15 @@ def _cuda_function(
         lines.append(f"{element} = {spell(output)};")
     parameters = [f"const float (&{group})[{count}]" for group, count in inputs.items()]
     parameters += [f"float (&{group})[{count}]" for group, count in outputs.items()]
+    # The default goes once every kernel passes a value.
+    parameters.append(f"float {FORWARD_CLIPVAL} = 0.0f")
     head = f"__device__ inline void {name}(\n    {', '.join(parameters)}) {{"
     return "\n    ".join([head, *lines]) + "\n}"
+
+
+def _spelled(graph: Graph, groups: Mapping[str, int]) -> dict[str, str]:
+    """How a graph's inputs are spelled; a clipped cell's last one has its own name."""
+    return dict(zip(graph.inputs, [*_elements(groups), FORWARD_CLIPVAL], strict=False))
 
 
 def _elements(groups: Mapping[str, int]) -> list[str]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 
-if TYPE_CHECKING:
-    from flashrnn.cells.trace import CellGraphs
+from flashrnn.cells.signature import SOURCES, Gate, Signature
 
-SOURCES = ("Wx", "R", "b")
+if TYPE_CHECKING:
+    from flashrnn.cells.captures import Captures
+    from flashrnn.cells.traced import CellGraphs, TracedCell
 
 _numbers = itertools.count()
 
@@ -26,49 +26,25 @@ Step = Callable[
 ]
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A gate: the pre-activation ``sum(sources)`` that the cell's step function receives.
-
-    Attributes:
-        name: the gate's name.
-        sources: what feeds it, out of ``"Wx"`` (the input), ``"R"`` (the recurrent
-            product with ``h``) and ``"b"`` (the bias).
-    """
-
-    name: str
-    sources: tuple[str, ...] = SOURCES
-
-    def __post_init__(self) -> None:
-        unknown = [source for source in self.sources if source not in SOURCES]
-        if unknown or not self.sources or len(set(self.sources)) != len(self.sources):
-            raise ValueError(
-                f"gate {self.name!r} is fed by {self.sources!r}; accepted is any non-empty "
-                f"selection of {SOURCES}, each at most once"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
+@dataclass(frozen=True, eq=False, repr=False)
+class Cell(Signature):
     """A recurrent cell: named states and gates, and the pointwise step between them.
 
-    Made by :func:`cell`. Two cells are equal only if they are the same object.
+    Made by :func:`cell`. Two cells are equal only if they are the same object, and a copy is the
+    cell itself: nothing of it changes.
 
     Attributes:
-        name: the name shown in messages and, once registered, accepted as ``function=``.
-        states: names of the states; the first is ``h``, the one that ``R`` multiplies.
-        gates: the gates in the order in which the step function receives them.
         step: ``step(states, gates) -> new states``; tensors of one shape and dtype.
         handle: stands for the cell within this process; see :func:`cell_of`.
     """
 
-    name: str
-    states: tuple[str, ...]
-    gates: tuple[Gate, ...]
     step: Step
     handle: str = field(default_factory=lambda: f"cell {next(_numbers)}", init=False)
+    # What the step was traced with, and what came of it.
+    _trace: list[tuple[Captures, TracedCell]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         _cells[self.handle] = self
         for kind, names in (("state", self.states), ("gate", tuple(g.name for g in self.gates))):
             if not names or len(set(names)) != len(names):
@@ -83,47 +59,69 @@ class Cell:
                     "a recurrent cell needs an input (Wx) and a recurrent product (R)"
                 )
 
-    def fed_by(self, source: str) -> tuple[int, ...]:
-        """Indices into ``gates`` of those that ``source`` feeds.
-
-        Their order is the order of the gate dimension of ``Wx``, ``R`` and ``b``.
-        """
-        return self._fed_by[source]
-
-    @cached_property
-    def _fed_by(self) -> dict[str, tuple[int, ...]]:
-        gates = tuple(enumerate(self.gates))
-        return {s: tuple(k for k, gate in gates if s in gate.sources) for s in SOURCES}
-
-    def gate_names(self, source: str) -> tuple[str, ...]:
-        """Names of the gates that ``source`` feeds, in the order of its gate dimension."""
-        return tuple(self.gates[k].name for k in self.fed_by(source))
-
-    @cached_property
-    def graphs(self) -> CellGraphs:
-        """The aten graphs of the step and of its derivative (:mod:`flashrnn.cells.trace`).
+    @property
+    def traced(self) -> TracedCell:
+        """The cell as kernels have it: traced at its first use, and again where a Python value
+        that the step captures has changed since (:mod:`flashrnn.cells.captures`).
 
         Raises:
             CellError: the step function is not one that a cell may have.
         """
+        if self._trace:
+            captures, traced = self._trace[0]
+            if not captures.changed():
+                return traced
+        return self._traced_anew()
+
+    def _traced_anew(self) -> TracedCell:
+        from flashrnn.cells.captures import NOTHING, captures_of
         from flashrnn.cells.trace import trace
+        from flashrnn.cells.traced import TracedCell
 
-        return trace(self)
+        # The built-in cells are functions of their tensors alone, as tests see to.
+        built_in = _library.get(self.name) is self
+        captures = NOTHING if built_in else captures_of(self.name, self.step)
+        graphs = trace(self, checked=not built_in)
+        traced = TracedCell(self.name, self.states, self.gates, graphs)
+        self._trace[:] = [(captures, traced)]
+        return traced
 
-    @cached_property
+    @property
+    def graphs(self) -> CellGraphs:
+        """See :attr:`flashrnn.cells.traced.TracedCell.graphs`."""
+        return self.traced.graphs
+
+    @property
     def fingerprint(self) -> str:
-        """Name and digest: the same for the same cell in every process."""
-        program = f"{self.states} {self.gates} {self.graphs.forward} {self.graphs.derivative}"
-        return f"{self.name}-{hashlib.sha256(program.encode()).hexdigest()[:16]}"
+        """See :attr:`flashrnn.cells.traced.TracedCell.fingerprint`."""
+        return self.traced.fingerprint
+
+    def __copy__(self) -> Cell:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Cell:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy, here or in another process, gets a handle of its own.
+        module, name = getattr(self.step, "__module__", ""), getattr(self.step, "__qualname__", "")
+        try:
+            by_name = _imported(module, name) is self
+        except (ImportError, AttributeError):
+            by_name = False
+        if by_name:
+            # Its function cannot be found by that name, for the cell has it.
+            return _imported, (module, name)
         return Cell, (self.name, self.states, self.gates, self.step)
 
-    def __repr__(self) -> str:
-        return (
-            f"<cell {self.name}: states {self.states}, gates {tuple(g.name for g in self.gates)}>"
-        )
+
+def _imported(module: str, name: str) -> Any:
+    """What a module has under a qualified name."""
+    if module not in sys.modules:
+        __import__(module)
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 _cells: WeakValueDictionary[str, Cell] = WeakValueDictionary()
@@ -184,28 +182,22 @@ def cell(
 
     def decorate(step: Step) -> Cell:
         own_name = str(getattr(step, "__name__", "cell"))
-        return Cell(name or own_name, tuple(states), specs, step)
+        return Cell(own_name if name is None else name, tuple(states), specs, step)
 
     return decorate
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a cell's name is a string, got {type(name).__name__}: {name!r}")
+    if not name:
+        raise ValueError("a cell's name has at least one character, got ''")
 
 
 def _distinct(names: Sequence[str]) -> Sequence[str]:
     if len(set(names)) != len(names):
         raise ValueError(f"gates {tuple(names)!r}: each needs a name of its own")
     return names
-
-
-@cache
-def clipped(cell: Cell, clipval: float | None) -> Cell:
-    """The cell whose new ``h`` is clipped to ``[-clipval, clipval]``; ``None``: the cell itself."""
-    if clipval is None:
-        return cell
-
-    def step(states: tuple[torch.Tensor, ...], gates: tuple[torch.Tensor, ...]) -> Any:
-        h, *others = cell.step(states, gates)
-        return (h.clamp(-clipval, clipval), *others)
-
-    return Cell(f"{cell.name}_clipped", cell.states, cell.gates, step)
 
 
 _library: dict[str, Cell] = {}
@@ -230,12 +222,13 @@ def register(cell: Cell, name: str | None = None) -> Cell:
         The cell, so that ``register`` can stand above ``@cell(...)`` as a decorator.
 
     Raises:
-        TypeError: not a cell.
-        ValueError: the name is that of a built-in cell.
+        TypeError: not a cell, or a name that is no string.
+        ValueError: an empty name, or that of a built-in cell.
     """
     if not isinstance(cell, Cell):
         raise TypeError(f"register() takes a cell made by @cell, got {type(cell).__name__}")
-    name = name or cell.name
+    name = cell.name if name is None else name
+    _check_name(name)
     if name in _library:
         raise ValueError(f"{name!r} is a built-in cell; register yours under another name")
     _registered[name] = cell
@@ -250,14 +243,9 @@ def available_functions() -> tuple[str, ...]:
 def resolve(function: str | Cell) -> Cell:
     """The cell that ``function`` means.
 
-    A cell that is not built in is traced at its first use, whatever the backend, so that a
-    step function that no fused backend could run is refused on the CPU already. The built-in
-    ones are held to the same by tests, and spare every process the tracing.
-
     Raises:
         TypeError: neither a name nor a cell.
         ValueError: an unknown name.
-        CellError: the step function is not one that a cell may have.
     """
     if isinstance(function, str):
         if function in _library:
@@ -270,8 +258,6 @@ def resolve(function: str | Cell) -> Cell:
             f"function is {type(function).__name__}; accepted are a cell made by @cell, "
             f"or a name out of {', '.join(available_functions())}"
         )
-    if not torch.compiler.is_compiling() and function not in _library.values():
-        _ = function.graphs
     return function
 
 

@@ -10,70 +10,95 @@ what no output depends on is dropped.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flashrnn.cells.graph import Argument, Assignment, Graph
+from flashrnn.cells.graph import Argument, Graph, GraphBuilder
 from flashrnn.cells.operations import OPERATIONS
 from flashrnn.cells.spec import Cell, CellError
+from flashrnn.cells.traced import CellGraphs
 
-# Two dimensions, so that a reduction, a transpose or a new axis shows in the shape.
-_TRACED_SHAPE = (2, 3)
-# Constants keep their digits, and nothing depends on a lower precision's limits.
-_TRACED_DTYPE = torch.float64
-
-
-@dataclass(frozen=True)
-class CellGraphs:
-    """What the compiler knows of a cell.
-
-    Attributes:
-        forward: (states, gates) -> new states.
-        derivative: (states, gates, gradients of the new states) -> (gradients of the
-            states, gradients of the gates). Inputs that are gradients are named ``d_...``.
-    """
-
-    forward: Graph
-    derivative: Graph
+# Two dimensions, so that a reduction, a transpose or a new axis shows in the shape. Constants keep
+# their digits in float64, and nothing depends on a lower precision's limits.
+_TRACED_AS = ((2, 3), torch.float64)
+# What the graphs are held against: the other dtype that a cell computes in, another shape.
+_TRACED_AGAIN_AS = ((4, 2), torch.float32)
 
 
-def trace(cell: Cell) -> CellGraphs:
+def trace(cell: Cell, checked: bool = True) -> CellGraphs:
     """Trace a cell's step function and its derivative.
+
+    Args:
+        cell: the cell.
+        checked: trace twice, as another dtype and shape, and refuse a cell whose graphs differ.
 
     Raises:
         CellError: an operation that is not pointwise, that changes a tensor in place, or that
-            the table lacks; control flow that depends on a tensor's values; a captured tensor;
-            new states of the wrong number, shape or dtype.
+            the table lacks; a look at a tensor's values, shape, device or whatever else differs
+            from call to call; a captured tensor; new states of the wrong number, shape or dtype;
+            a function that is another one in float32, or when it is called again.
     """
     # In a thread of its own, for none of the caller's modes is on there: no_grad, autocast, a
     # default device, fake tensors, a functorch transform.
     with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(_trace, cell).result()
+        return executor.submit(_trace_checked if checked else _trace, cell).result()
 
 
-def _trace(cell: Cell) -> CellGraphs:
+def _trace_checked(cell: Cell) -> CellGraphs:
+    found = _trace(cell)
+    again = _trace(cell, *_TRACED_AGAIN_AS)
+    for graph, other in ((found.forward, again.forward), (found.derivative, again.derivative)):
+        if _in_float32(graph) != _in_float32(other):
+            raise CellError(
+                f"cell {cell.name!r} is one function in float64 and another in float32, or at its "
+                "next call: it depends on a dtype (g.dtype, torch.finfo), on time or on chance. "
+                "Write numbers that hold for both, and feed what changes through a gate (Wx)"
+            )
+    return found
+
+
+def _in_float32(graph: Graph) -> list[Any]:
+    """What a graph says, its constants rounded."""
+
+    def rounded(argument: Argument) -> str:
+        if isinstance(argument, (str, bool)):
+            return repr(argument)
+        return repr(ctypes.c_float(argument).value)
+
+    body = [(x.operation, *map(rounded, x.arguments)) for x in graph.body]
+    return [*body, *map(rounded, graph.outputs)]
+
+
+def _trace(
+    cell: Cell,
+    shape: tuple[int, ...] = _TRACED_AS[0],
+    dtype: torch.dtype = _TRACED_AS[1],
+) -> CellGraphs:
     states = [f"state_{name}" for name in cell.states]
     gates = [f"gate_{gate.name}" for gate in cell.gates]
     gradients = [f"d_{name}" for name in states]
-    inputs = [_Traced(name).requires_grad_() for name in states + gates]
-    cotangents = [_Traced(name) for name in gradients]
-    recorder = _Recorder(cell)
+    inputs = [_Traced(name, shape, dtype).requires_grad_() for name in states + gates]
+    cotangents = [_Traced(name, shape, dtype) for name in gradients]
+    recorder = _Recorder(cell, shape, dtype)
     try:
         with recorder:
             # Copies, for autograd has its own words against a change of the leaves in place.
             copies = [x.clone() for x in inputs]
-            outputs = _checked_step(cell, copies[: len(states)], copies[len(states) :])
+            with _Watch(cell):
+                given = cell.step(tuple(copies[: len(states)]), tuple(copies[len(states) :]))
+            outputs = _checked(cell, given, shape, dtype)
             if recorder.refusal:
                 raise recorder.refusal
             recorder.judging = False
@@ -109,10 +134,9 @@ class _WithGradients(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-def _checked_step(
-    cell: Cell, states: Sequence[Tensor], gates: Sequence[Tensor]
+def _checked(
+    cell: Cell, given: Any, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    given = cell.step(tuple(states), tuple(gates))
     expected = f"{len(cell.states)} new states ({', '.join(cell.states)})"
     if not isinstance(given, (tuple, list)):
         kind = "Tensor" if isinstance(given, Tensor) else type(given).__name__
@@ -128,10 +152,10 @@ def _checked_step(
                 f"cell {cell.name!r} returned {type(state).__name__} as its state {name!r}; "
                 "accepted is a tensor (torch.zeros_like(h) where it is a constant)"
             )
-        if state.shape != torch.Size(_TRACED_SHAPE) or state.dtype != _TRACED_DTYPE:
+        if state.shape != torch.Size(shape) or state.dtype != dtype:
             raise CellError(
-                f"cell {cell.name!r} turns states and gates of shape {_TRACED_SHAPE} and dtype "
-                f"{_TRACED_DTYPE} into a state {name!r} of shape {tuple(state.shape)} and dtype "
+                f"cell {cell.name!r} turns states and gates of shape {shape} and dtype "
+                f"{dtype} into a state {name!r} of shape {tuple(state.shape)} and dtype "
                 f"{state.dtype}; a cell keeps both: use pointwise operations alone"
             )
     return tuple(given)
@@ -146,12 +170,7 @@ class _Traced(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
-        cls,
-        argument: Argument,
-        shape: Sequence[int] = _TRACED_SHAPE,
-        dtype: torch.dtype = _TRACED_DTYPE,
-    ) -> _Traced:
+    def __new__(cls, argument: Argument, shape: Sequence[int], dtype: torch.dtype) -> _Traced:
         traced = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         traced.argument = argument
         return traced
@@ -162,6 +181,112 @@ class _Traced(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"<traced {self.argument}>"
+
+
+# What a cell may ask of a tensor: it is the same in every call. dtype is not, but a cell that
+# depends on it shows when it is traced again.
+_ALWAYS_ALIKE = {"dtype", "layout", "is_floating_point", "is_complex", "__hash__"}
+_ALWAYS_ALIKE |= {"__repr__", "__str__", "__format__"}
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses what would make a cell another one in another call: captured tensors, and looks at
+    what tensors are beside their values.
+
+    Shapes and devices may be handed on (``torch.zeros(h.shape, device=h.device)``), not looked at.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.cell = cell
+        # Tensors that the step made, by their identity; kept, so that it stays theirs.
+        self.own: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for tensor in tensors:
+            if not isinstance(tensor, _Traced) and id(tensor) not in self.own:
+                raise captured(self.cell, tensor)
+        is_read = func.__name__ == "__get__"
+        name = func.__self__.__name__ if is_read else func.__name__
+        if name == "shape" or (func is Tensor.size and len(args) + len(kwargs) == 1):
+            return _Shape.of(self.cell, args[0])
+        if is_read and name == "device":
+            return _Device.of(self.cell)
+        if func is torch.device and isinstance(args[0], _Device):
+            raise _looked_at(self.cell, "device")
+        args, kwargs = tree_map_only(_Device, lambda _: "cpu", (args, kwargs))
+        result = func(*args, **kwargs)
+        found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        is_a_look = not found and any(isinstance(x, _Traced) for x in tensors)
+        if is_a_look and name not in _ALWAYS_ALIKE:
+            raise _looked_at(self.cell, name)
+        self.own.update((id(x), x) for x in found if not isinstance(x, _Traced))
+        return result
+
+
+def captured(cell: Cell, tensor: Tensor) -> CellError:
+    """The refusal of a tensor that is neither a state nor a gate."""
+    return CellError(
+        f"cell {cell.name!r} captures a tensor of shape {tuple(tensor.shape)}{_where(cell)}; a "
+        "cell sees its states and gates alone, so it would get no gradient. What is learned or "
+        'changes comes through a gate: gates={..., "a": ("b",)} gives the step a gate `a` that '
+        "b alone feeds, a number for each unit (peepholes; a single number by expand), and "
+        '("Wx",) one for each step. A constant is a Python number'
+    )
+
+
+def _looked_at(cell: Cell, name: str) -> CellError:
+    return CellError(
+        f"cell {cell.name!r} looks at a tensor's {name}{_where(cell)}, which differs from call to "
+        "call: a cell is one pointwise function for every size, dtype and device. Use Python "
+        "numbers, and torch.zeros_like(h) or torch.full_like(h, number) for tensors"
+    )
+
+
+class _Shape(tuple[int, ...]):
+    """A shape that PyTorch's functions take and nobody can look at."""
+
+    cell: Cell
+
+    @classmethod
+    def of(cls, cell: Cell, tensor: Tensor) -> _Shape:
+        shape = cls(tensor.shape)
+        shape.cell = cell
+        return shape
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _looked_at(self.cell, "shape")
+
+    __getitem__ = __iter__ = __len__ = __contains__ = __hash__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __mul__ = __rmul__ = numel = count = index = _refuse
+
+
+class _Device(str):
+    """A device that PyTorch's functions take and nobody can look at."""
+
+    cell: Cell
+
+    @classmethod
+    def of(cls, cell: Cell) -> _Device:
+        device = cls("the device of a cell's tensors")
+        device.cell = cell
+        return device
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _looked_at(self.cell, "device")
+
+    __eq__ = __ne__ = __hash__ = __contains__ = _refuse
+    startswith = split = _refuse  # type: ignore[assignment]
+    type = index = property(_refuse)
 
 
 # Operations of the table that aten spells under other names too.
@@ -186,10 +311,10 @@ _FILLS = {
 class _Recorder(TorchDispatchMode):
     """Writes down what is computed of traced tensors, over the table's operations."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        self.cell = cell
-        self.body: dict[tuple[Any, ...], Assignment] = {}
+        self.cell, self.shape, self.dtype = cell, shape, dtype
+        self.builder = GraphBuilder()
         # Whether the step itself calls, and not a formula of PyTorch's, which may work in place.
         self.judging = True
         # The first operation of the step that a cell may not have.
@@ -201,18 +326,7 @@ class _Recorder(TorchDispatchMode):
 
     def graph(self, names: Sequence[str], outputs: Sequence[Tensor]) -> Graph:
         """The graph from the inputs of these names to outputs."""
-        values = tuple(map(self._value, outputs))
-        return Graph(tuple(names), self._needed(values), values)
-
-    def _needed(self, outputs: tuple[Argument, ...]) -> tuple[Assignment, ...]:
-        """The body without what no output depends on."""
-        wanted = {name for name in outputs if isinstance(name, str)}
-        kept: list[Assignment] = []
-        for assignment in reversed(self.body.values()):
-            if assignment.name in wanted:
-                kept.append(assignment)
-                wanted.update(a for a in assignment.arguments if isinstance(a, str))
-        return tuple(reversed(kept))
+        return self.builder.graph(names, tuple(map(self._value, outputs)))
 
     def __torch_dispatch__(
         self,
@@ -255,7 +369,7 @@ class _Recorder(TorchDispatchMode):
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
-        if tuple(result.shape) not in ((), _TRACED_SHAPE):
+        if tuple(result.shape) not in ((), self.shape):
             raise CellError(
                 f"cell {self.cell.name!r} makes a tensor of shape {tuple(result.shape)}; "
                 "write a Python number, or torch.full_like(h, number)"
@@ -288,22 +402,14 @@ class _Recorder(TorchDispatchMode):
             raise self._refused(func)
         return result
 
-    def _emit(self, operation: str, *arguments: Argument) -> str:
-        """The name of an operation's result: the first one where it is a common subexpression."""
-        # repr tells 0.0 from -0.0 and True from 1.0.
-        key = (operation, *map(repr, arguments))
-        assignment = Assignment(f"v{len(self.body)}", operation, arguments)
-        return self.body.setdefault(key, assignment).name
-
     def _value(self, argument: Any) -> Argument:
         if isinstance(argument, _Traced):
             return argument.argument
         if isinstance(argument, Tensor):
             if argument.ndim > 0:
                 raise CellError(
-                    f"cell {self.cell.name!r} captures a tensor of shape {tuple(argument.shape)}; "
-                    "a cell sees its states and gates alone. Feed it through a gate (Wx or b) or "
-                    "a state"
+                    f"cell {self.cell.name!r} makes a tensor of shape {tuple(argument.shape)}; "
+                    "write a Python number, or torch.full_like(h, number)"
                 )
             argument = argument.detach().item()
         if isinstance(argument, bool):
@@ -333,27 +439,27 @@ class _Recorder(TorchDispatchMode):
         if name == "rsub":
             name, args = "sub", (args[1], args[0], *args[2:])
         if name == "reciprocal":
-            return self._emit("div", 1.0, self._value(args[0]))
+            return self.builder.emit("div", 1.0, self._value(args[0]))
         if name == "rsqrt":
-            return self._emit("div", 1.0, self._emit("sqrt", self._value(args[0])))
+            return self.builder.emit("div", 1.0, self.builder.emit("sqrt", self._value(args[0])))
         if name == "relu":
-            return self._emit("maximum", self._value(args[0]), 0.0)
+            return self.builder.emit("maximum", self._value(args[0]), 0.0)
 
         if name not in OPERATIONS or any(key != "alpha" for key in kwargs):
             return None
         values = [self._value(argument) for argument in args]
         if kwargs.get("alpha", 1) != 1:
-            values[1] = self._emit("mul", values[1], self._value(kwargs["alpha"]))
-        return self._emit(name, *values)
+            values[1] = self.builder.emit("mul", values[1], self._value(kwargs["alpha"]))
+        return self.builder.emit(name, *values)
 
     def _convert(self, tensor: Tensor, target: torch.dtype | None) -> Argument:
         source, value = tensor.dtype, self._value(tensor)
         if target in (None, source):
             return value
-        if source == torch.bool and target == _TRACED_DTYPE:
-            return self._emit("where", value, 1.0, 0.0)
+        if source == torch.bool and target == self.dtype:
+            return self.builder.emit("where", value, 1.0, 0.0)
         if target == torch.bool:
-            return self._emit("ne", value, 0.0)
+            return self.builder.emit("ne", value, 0.0)
         raise CellError(
             f"cell {self.cell.name!r} converts {source} to {target}; "
             "a cell computes in the dtype that it is given (x.to(h.dtype) of a condition is fine)"
@@ -362,25 +468,30 @@ class _Recorder(TorchDispatchMode):
     def _clamp(self, tensor: Tensor, min: Any = None, max: Any = None) -> Argument:
         value = self._value(tensor)
         if min is not None:
-            value = self._emit("maximum", value, self._value(min))
+            value = self.builder.emit("maximum", value, self._value(min))
         if max is not None:
-            value = self._emit("minimum", value, self._value(max))
+            value = self.builder.emit("minimum", value, self._value(max))
         return value
 
     def _power(self, base: Any, exponent: Any) -> Argument:
-        if not isinstance(exponent, (int, float)) or exponent not in (0.5, *range(-8, 9)):
+        # The derivative's exponents are one less than the step's.
+        largest = 8 if self.judging else 9
+        if not isinstance(exponent, (int, float)) or 2 * exponent not in range(
+            -2 * largest, 2 * largest + 1
+        ):
+            given = exponent if isinstance(exponent, (int, float)) else "of a tensor"
             raise CellError(
-                f"cell {self.cell.name!r} takes the power {exponent}; "
-                "accepted are 0.5 and whole numbers from -8 to 8"
+                f"cell {self.cell.name!r} takes the power {given}{_where(self.cell)}; accepted "
+                "are multiples of 0.5 from -8 to 8, and torch.exp(y * torch.log(x)) for others"
             )
-        if exponent == 0.5:
-            return self._emit("sqrt", self._value(base))
+        x = self._value(base)
+        factors = [x] * abs(int(exponent))
+        if exponent % 1:
+            factors.append(self.builder.emit("sqrt", x))
         value: Argument = 1.0
-        for _ in range(abs(int(exponent))):
-            value = (
-                self._value(base) if value == 1.0 else self._emit("mul", value, self._value(base))
-            )
-        return self._emit("div", 1.0, value) if exponent < 0 else value
+        for factor in factors:
+            value = factor if value == 1.0 else self.builder.emit("mul", value, factor)
+        return self.builder.emit("div", 1.0, value) if exponent < 0 else value
 
     def _refused(self, func: OpOverload) -> CellError:
         supported = ", ".join(OPERATIONS)

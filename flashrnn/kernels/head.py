@@ -6,7 +6,7 @@ What sizes their registers and shared memory is compiled in, D among it, and fol
 
 from __future__ import annotations
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import program
 from flashrnn.tiling import GradientPlan, HeadPlan
 
@@ -14,7 +14,7 @@ GRADIENT_THREADS = 256
 
 
 def forward_source(
-    cell: Cell, precision: str, D: int, plan: HeadPlan, aligned: bool, save_gates: bool
+    cell: TracedCell, precision: str, D: int, plan: HeadPlan, aligned: bool, save_gates: bool
 ) -> dict[str, str]:
     """The parts of head_forward.cu's program, each under the name that an error gives it.
 
@@ -30,7 +30,7 @@ def forward_source(
 
 
 def backward_source(
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: HeadPlan,
@@ -61,7 +61,7 @@ def backward_source(
 
 
 def gradient_source(
-    cell: Cell, precision: str, D: int, plan: GradientPlan, aligned: bool
+    cell: TracedCell, precision: str, D: int, plan: GradientPlan, aligned: bool
 ) -> dict[str, str]:
     """The parts of recurrent_gradient.cu's program; see :func:`forward_source`."""
     constants = {"D": D, "GATES": plan.gates, "STAGES": plan.stages, "ALIGNED": aligned}
@@ -70,7 +70,7 @@ def gradient_source(
 
 def _program(
     kernel: str,
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: HeadPlan,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flashrnn.cells.render import render_cuda
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import tf32_allowed
 
 PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
@@ -30,7 +30,7 @@ def itemsize_of(precision: str) -> int:
 
 
 def prelude(
-    cell: Cell, precision: str, constants: Mapping[str, bool | int | float]
+    cell: TracedCell, precision: str, constants: Mapping[str, bool | int | float]
 ) -> dict[str, str]:
     """The first parts of a program, each under the name that an error gives it.
 
@@ -54,7 +54,10 @@ def prelude(
 
 
 def with_files(
-    cell: Cell, precision: str, constants: Mapping[str, bool | int | float], files: Sequence[str]
+    cell: TracedCell,
+    precision: str,
+    constants: Mapping[str, bool | int | float],
+    files: Sequence[str],
 ) -> dict[str, str]:
     """A whole program: :func:`prelude`, and files beside this one after it, in their order."""
     return {**prelude(cell, precision, constants), **{name: read(name) for name in files}}

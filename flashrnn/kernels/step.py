@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import program
 from flashrnn.tiling.sizes import tiles_of
 
@@ -72,7 +72,7 @@ class StepPlan:
         return tiles_of(D, self.units) * N * tiles_of(B, 8 * self.blocks)
 
 
-def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool) -> StepPlan:
+def plan_step(cell: TracedCell, B: int, N: int, D: int, precision: str, backward: bool) -> StepPlan:
     """The tiles of a step kernel for a problem.
 
     Args:
@@ -118,14 +118,16 @@ def plan_step(cell: Cell, B: int, N: int, D: int, precision: str, backward: bool
     )
 
 
-def forward_source(cell: Cell, precision: str, plan: StepPlan, save_gates: bool) -> dict[str, str]:
+def forward_source(
+    cell: TracedCell, precision: str, plan: StepPlan, save_gates: bool
+) -> dict[str, str]:
     """The parts of step_forward.cu's program, each under the name that an error gives it."""
     options = {"SAVE_GATES": save_gates}
     return _program("step_forward.cu", FORWARD_CALL, cell, precision, plan, options)
 
 
 def backward_source(
-    cell: Cell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
+    cell: TracedCell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
 ) -> dict[str, str]:
     """The parts of step_backward.cu's program, each under the name that an error gives it."""
     options = program.gradient_options(cut, clipval)
@@ -135,7 +137,7 @@ def backward_source(
 def _program(
     kernel: str,
     call: tuple[str, ...],
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     plan: StepPlan,
     options: Mapping[str, bool | float],

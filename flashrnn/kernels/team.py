@@ -6,13 +6,13 @@ What sizes their registers and shared memory is compiled in, D among it, and fol
 
 from __future__ import annotations
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import program
 from flashrnn.tiling import TeamPlan
 
 
 def forward_source(
-    cell: Cell, precision: str, D: int, plan: TeamPlan, save_gates: bool
+    cell: TracedCell, precision: str, D: int, plan: TeamPlan, save_gates: bool
 ) -> dict[str, str]:
     """The parts of team_forward.cu's program, each under the name that an error gives it.
 
@@ -28,7 +28,7 @@ def forward_source(
 
 
 def backward_source(
-    cell: Cell, precision: str, D: int, plan: TeamPlan, cut: bool, clipval: float | None
+    cell: TracedCell, precision: str, D: int, plan: TeamPlan, cut: bool, clipval: float | None
 ) -> dict[str, str]:
     """The parts of the program of :func:`backward_name`'s kernel; see :func:`forward_source`.
 
@@ -51,7 +51,7 @@ def backward_name(plan: TeamPlan) -> str:
 
 def _program(
     kernel: str,
-    cell: Cell,
+    cell: TracedCell,
     precision: str,
     D: int,
     plan: TeamPlan,

@@ -6,13 +6,13 @@ What sizes its registers and shared memory is compiled in, D among it, and follo
 
 from __future__ import annotations
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import group, program
 from flashrnn.tiling import WideClusterPlan
 
 
 def forward_source(
-    cell: Cell, precision: str, D: int, plan: WideClusterPlan, save_gates: bool
+    cell: TracedCell, precision: str, D: int, plan: WideClusterPlan, save_gates: bool
 ) -> dict[str, str]:
     """The parts of wide_cluster_forward.cu's program, each under the name that an error gives it.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
-from flashrnn.cells.spec import Cell
+from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem
 from flashrnn.tiling.gpu import GPU, clusters_at_once
 from flashrnn.tiling.sizes import power_of_two, tiles_of
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
     gates: int
 
     @staticmethod
-    def of(cell: Cell) -> Rows:
+    def of(cell: TracedCell) -> Rows:
         """Those of a cell."""
         recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
         return Rows(recurrent, inputs, len(cell.states), len(cell.gates))
