@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_triton.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_triton.py tests/test_operators.py $(ARGS)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)

@@ -82,6 +82,12 @@ def flashrnn(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(
+                f"{name} is a tensor of layout {kind}; accepted are dense tensors: "
+                "torch.nested.to_padded_tensor() and .to_dense() make such"
+            )
     B, T, N, D = _sizes(cell, Wx, R, b, states)
     device = _device(tensors)
     autocast = _autocast_enabled(device.type)

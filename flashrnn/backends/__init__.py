@@ -17,6 +17,8 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn.cells.spec import Cell, unknown_name
@@ -111,8 +113,35 @@ def recorded() -> bool:
     )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its values: none that only an operator can read.
+
+    Not so are negated views, subclasses, and tensors that stand for others or for zeros.
+    """
+    if type(tensor) not in (Tensor, Parameter) or tensor.is_neg():
+        return False
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # It has no storage.
+        return False
+
+
+def _transformed() -> bool:
+    """Whether derivatives are taken forward, or a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def best(name: str, problem: Problem) -> str:
     """The name of the backend that :func:`choose` gives."""
+    if _transformed():
+        if name not in ("auto", "vanilla"):
+            load(name)  # Unless there is none of this name.
+            raise ValueError(
+                f"backend {name!r} cannot do this call: it is within a transform of torch.func "
+                "(grad, vjp, jvp, vmap, ...) or of torch.autograd.forward_ad, which only "
+                "backend='vanilla' can be; backend='auto' takes that one there"
+            )
+        return "vanilla"
     if name != "auto":
         backend = _loaded(name)
         reason = backend.unavailable() or backend.unsupported(problem)
