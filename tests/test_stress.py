@@ -1,21 +1,27 @@
 """The stress program, as far as it can be tried without a GPU."""
 
 import importlib.util
+import itertools
 import os
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.problem import Problem
+from flashrnn.tiling import ClusterPlan, HeadPlan, TeamPlan, WideClusterPlan, WidePlan
+from tests.emulation import H200
 from tests.stress import __main__ as stress
 from tests.stress import fuzz
 from tests.stress.running import Check, run_in_a_child
-
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's cases are others")
 
@@ -120,7 +126,6 @@ def test_cases_follow_from_their_numbers_and_reach_everything(device):
     assert {layout for case in cases for layout in case.layouts} == set(fuzz.LAYOUTS)
     assert {case.values for case in cases} == set(fuzz.VALUES)
     assert {case.mode for case in cases} == set(fuzz.MODES)
-    assert all(case.B * case.T * case.N * case.D <= sizes.inputs for case in cases)
 
 
 def test_a_family_shares_what_is_compiled():
@@ -129,6 +134,23 @@ def test_a_family_shares_what_is_compiled():
         cases = [fuzz.draw(number, "cuda") for number in range(first, first + size)]
         assert len({(x.cell, x.N, x.D, x.dtype, x.tf32, x.triton) for x in cases}) == 1
         assert len({x.B for x in cases} - {0}) <= 3 and len({x.layouts for x in cases}) <= 3
+
+
+def test_three_minutes_reach_every_regime():
+    found = Counter()
+    for number in range(30 * fuzz.SIZES["cuda"].family):
+        x = fuzz.draw(number, "cuda")
+        if not x.triton and x.B:
+            gpu = torch.device("cuda")
+            cell = resolve(fuzz.CELLS[x.cell])
+            problem = Problem(cell, x.B, 1, x.N, x.D, x.dtype, gpu, x.mode == "training")
+            for backward in (False, True):
+                plan = cuda_fused._best_plan(problem, H200, backward)
+                found[type(plan).__name__, backward] += 1
+    forward = {HeadPlan, ClusterPlan, TeamPlan, WidePlan, WideClusterPlan}
+    expected = {(plan.__name__, False) for plan in forward}
+    expected |= {(plan.__name__, True) for plan in (HeadPlan, TeamPlan)}
+    assert expected <= found.keys() and all(found[key] >= 5 for key in expected)
 
 
 @pytest.mark.parametrize("layout", fuzz.LAYOUTS)
@@ -141,10 +163,8 @@ def test_layouts_keep_shapes_and_all_but_one_keep_values(layout):
 
 
 def test_workers_share_the_families():
-    of_workers = [
-        [check.name for check, _ in zip(fuzz.cases(["cuda"], "cpu", 1, 60, k, 3), range(4))]
-        for k in range(3)
-    ]
+    every = [fuzz.cases(["cuda"], "cpu", 1, 60, k, 3) for k in range(3)]
+    of_workers = [[check.name for check in itertools.islice(cases, 4)] for cases in every]
     assert of_workers[0] == [f"seed:{1_000_000 + k}" for k in (0, 3, 6, 9)]
     assert not {*of_workers[0]} & {*of_workers[1]}
 

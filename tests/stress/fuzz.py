@@ -389,7 +389,9 @@ def _complaint(
     finite = given.isfinite() & plain.isfinite() & truth.isfinite()
     given, plain, truth = given[finite], plain[finite], truth[finite]
     error, bound = relative_error(given, truth), relative_error(plain, truth)
-    bound = largest_error(name, bound, case.dtype, case.B * case.T * case.N * case.D, case.T)
+    elements = case.B * case.T * case.N * case.D
+    # Fixed bounds over many steps are for ordinary problems; of these vanilla exceeds some itself.
+    bound = largest_error(name, bound, case.dtype, elements, T=0)
     if case.tf32:
         bound = max(bound, 2e-3 if is_gradient else 1e-3)
     return None if error <= bound else f"error {error:.3g}, at most {bound:.3g} is right"

@@ -14,35 +14,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashrnn import Cell, FlashRNNConfig, cell, flashrnn
+from flashrnn import Cell, FlashRNNConfig, flashrnn
 from tests.fused import hold_to_vanilla, largest_error
 from tests.problems import Inputs, call, random_inputs, relative_error
+from tests.stress.cells import CELLS, new_cell
 from tests.stress.fuzz import INFINITE, same_bits
-from tests.stress.machine import PROBLEMS, prepared
+from tests.stress.machine import PROBLEMS, Run, prepared
 
 PAST = 2**31
 
 # ---- indices
 
 
-def large_problem(kind: str | Cell, B: int, T: int, N: int, D: int, backend: str) -> None:
+def large_problem(
+    name: str, B: int, T: int, N: int, D: int, backend: str, sums: float = 2**-8
+) -> None:
     """Forward and backward, held to vanilla in a few sequences, heads and stretches of time.
 
     A sequence does not depend on others, nor a head; and a step not on one that is long past. The
     incoming gradients are the states themselves, which take no further memory.
+
+    Args:
+        name: of the cell.
+        B, T, N, D: the sizes.
+        backend: the backend.
+        sums: what the errors of R's and b's gradients may be: sums of B·T terms.
     """
+    kind = CELLS[name]
     inputs = _large_inputs(kind, B, T, N, D)
     states, _ = call(kind, inputs, backend=backend)
     d_Wx, d_R, d_b, d_states = torch.autograd.grad(
         states, list(inputs.tensors().values()), states.detach()
     )
     states = states.detach()
-    for b in sorted({0, B // 2, B - 1}):
-        for n in sorted({0, N // 2, N - 1}):
-            for start in sorted({0, max(0, T // 2 - _WINDOW), max(0, T - _WINDOW)}):
+    for b in sorted({0, B - 1}):
+        for n in sorted({0, N - 1}):
+            for start in sorted({0, max(0, T - _WINDOW)}):
                 _hold_window(kind, inputs, states, d_Wx, d_states, b, n, start)
     for n in sorted({0, N - 1}):
-        _hold_sums(inputs, kind, states, d_Wx, d_R, d_b, n)
+        _hold_sums(inputs, states, d_Wx, d_R, d_b, n, sums)
 
 
 _WINDOW = 192
@@ -101,13 +111,13 @@ def _hold_window(
             for y in (found[torch.float64][name], found[torch.bfloat16][name], x)
         )
         error = relative_error(x, truth)
-        bound = largest_error(name, relative_error(plain, truth), torch.bfloat16, 1, end - start)
+        bound = largest_error(name, relative_error(plain, truth), torch.bfloat16, x.numel(), T=0)
         where = f"sequence {b}, head {n}, steps {start + first} to {start + last}"
         assert error <= bound, f"{name}: error {error:.3g}, at most {bound:.3g} is right, {where}"
 
 
 def _hold_sums(
-    inputs: Inputs, kind: str | Cell, states: Tensor, d_Wx: Tensor, d_R: Tensor, d_b: Tensor, n: int
+    inputs: Inputs, states: Tensor, d_Wx: Tensor, d_R: Tensor, d_b: Tensor, n: int, bound: float
 ) -> None:
     """R's and b's gradients of a head follow from those of the pre-activations, which Wx has."""
     B, T, G, _, D = d_Wx.shape
@@ -124,19 +134,20 @@ def _hold_sums(
         right_R += torch.einsum("btgd,btp->gdp", d_gates, before)
         right_b += d_gates.sum((0, 1))
     for name, given, right in (("d_R", d_R[:, n], right_R), ("d_b", d_b[:, n], right_b)):
-        error = relative_error(given, right)
-        assert error < 2**-8, f"{name}: error {error:.3g} of head {n}"
+        if given.numel():
+            error = relative_error(given, right)
+            assert error < bound, f"{name}: error {error:.3g} of head {n}, below {bound} is right"
 
 
 def far_apart(kind: str, B: int, T: int, N: int, D: int, backend: str) -> None:
     """Few numbers, whose strides and the products of those pass 2³¹."""
 
     def spread(x: Tensor, dim: int) -> Tensor:
-        """Along one dimension, elements stand further apart than 2³⁰."""
-        contiguous = list(x.contiguous().stride())
-        contiguous[dim] = PAST // 2 + 64
-        room = (x.shape[dim] - 1) * contiguous[dim] + x.numel()
-        view = torch.empty(room, dtype=x.dtype, device=x.device).as_strided(x.shape, contiguous)
+        """Along one dimension, the last elements are 2³¹ from the first ones."""
+        strides = list(x.detach().contiguous().stride())
+        strides[dim] = PAST // (x.shape[dim] - 1) // 64 * 64 + 64
+        room = (x.shape[dim] - 1) * strides[dim] + x.numel()
+        view = torch.empty(room, dtype=x.dtype, device=x.device).as_strided(x.shape, strides)
         return view.copy_(x.detach()).requires_grad_()
 
     for dim in range(3):
@@ -164,18 +175,12 @@ def far_apart(kind: str, B: int, T: int, N: int, D: int, backend: str) -> None:
 
 def more_rows_than_32_bits_count(backend: str) -> None:
     """B·T past 2³², of one unit. Right, or refused with a reason."""
-    B, T = 1 << 16, (1 << 16) + 3
-    inputs = _large_inputs("elman", B, T, 1, 1)
     try:
-        states, _ = call("elman", inputs, backend=backend)
+        # So many terms are not summed to the last digit.
+        large_problem("elman", 1 << 16, (1 << 16) + 3, 1, 1, backend, sums=2**-5)
     except ValueError as error:
         if "cannot do this call" not in str(error):
             raise
-        return
-    ones = states.new_ones(()).expand_as(states)
-    d_Wx, d_R, d_b = torch.autograd.grad(states, [inputs.Wx, inputs.R, inputs.b], ones)
-    _hold_sums(inputs, "elman", states.detach(), d_Wx, d_R, d_b, 0)
-    _hold_window("elman", inputs, states.detach(), d_Wx, inputs.states, B - 1, 0, T - _WINDOW)
 
 
 # ---- memory
@@ -201,61 +206,70 @@ def calls_that_do_not_fit(backend: str) -> None:
         run = prepared(backend, *problem)
         run.expected = run.again()
         kind, (_, _, N, D), dtype = problem
-        # Forward fits into 640 MB and backward does not, or not even forward does.
-        for megabytes in (200, 150):
-            rows = megabytes * 2**20 // (run.inputs.Wx.shape[2] * N * D * dtype.itemsize)
-            B = 16
-            with torch.no_grad():
-                large = Inputs(
-                    run.inputs.Wx[:1, :1].expand(B, rows // B, -1, -1, -1).contiguous(),
-                    run.inputs.R,
-                    run.inputs.b,
-                    run.inputs.states[:, :1].expand(-1, B, -1, -1, -1).contiguous(),
-                )
-            large.Wx.requires_grad_()
-            for free in (700, 100):
-                with all_but(free):
-                    for _ in range(3):
-                        _does_not_fit(kind, large, backend)
-                        gc.collect()
-                        run.hold(run.again())
+        large = _of_200_megabytes(run.inputs, N * D * dtype.itemsize)
+        # Of so much, forward does not fit; or it does, and perhaps backward does not.
+        for free in (160, 700):
+            with all_but(free):
+                for _ in range(3):
+                    fits = _fits(kind, large, backend)
+                    assert free == 700 or not fits, f"{run.name}: 500 MB fit into {free}"
+                    gc.collect()
+                    run.hold(run.again())
 
 
-def _does_not_fit(kind: str | Cell, inputs: Inputs, backend: str) -> None:
+def _of_200_megabytes(inputs: Inputs, row: int) -> Inputs:
+    """The first step of the first sequence again and again, so that Wx takes so much."""
+    B, T = 16, 200 * 2**20 // (16 * inputs.Wx.shape[2] * row)
+    Wx = inputs.Wx.detach()[:1, :1].expand(B, T, -1, -1, -1).contiguous()
+    states = inputs.states.detach()[:, :1].expand(-1, B, -1, -1, -1)
+    return Inputs(Wx.requires_grad_(), inputs.R, inputs.b, states)
+
+
+def _fits(kind: str | Cell, inputs: Inputs, backend: str) -> bool:
     try:
         states, _ = call(kind, inputs, backend=backend)
         torch.autograd.grad(states, inputs.Wx, states.detach())
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
-        return
+        return False
+    return True
 
 
 def first_calls_when_memory_is_full(backend: str) -> None:
-    """Kernels are loaded when next to nothing is free, or all of it is PyTorch's, kept for later.
+    """Kernels are loaded when next to nothing is free, or PyTorch keeps all of it for later.
 
     The call is right, or says that memory is out; and it is right once there is memory.
     """
+    sizes = (3, 5, 1, 48)
+    # What PyTorch itself loads is there then.
+    prepared(backend, new_cell(100), sizes, torch.bfloat16).again()
     for k, megabytes in enumerate((64, 16, 4, 1)):
-        for held in (True, False):
-            run = prepared(backend, _new_cell(100 + 2 * k + held), (3, 5, 1, 48), torch.bfloat16)
-            torch.cuda.synchronize()
-            found = None
-            with all_but(megabytes):
-                try:
-                    if held:
-                        found = run.again()
-                    torch.cuda.synchronize()
-                except torch.OutOfMemoryError:
-                    pass
-            if not held:
-                free, _ = torch.cuda.mem_get_info()
-                kept = torch.empty(free - megabytes * 2**20, dtype=torch.uint8, device="cuda")
-                del kept
-                found = run.again()
-            torch.cuda.empty_cache()
-            run.expected = run.again()
-            if found is not None:
-                run.hold(found)
+        in_use, kept = (
+            prepared(backend, new_cell(101 + 2 * k + i), sizes, torch.bfloat16) for i in range(2)
+        )
+        with all_but(megabytes):
+            found = _if_it_fits(in_use)
+        _hold_if_any(in_use, found)
+        free, _ = torch.cuda.mem_get_info()
+        torch.empty(free - megabytes * 2**20, dtype=torch.uint8, device="cuda")
+        found = _if_it_fits(kept)
+        torch.cuda.empty_cache()
+        _hold_if_any(kept, found)
+
+
+def _if_it_fits(run: Run) -> list[Tensor] | None:
+    try:
+        found = run.again()
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return None
+    return found
+
+
+def _hold_if_any(run: Run, found: list[Tensor] | None) -> None:
+    run.expected = run.again()
+    if found is not None:
+        run.hold(found)
 
 
 # ---- NaN
@@ -332,18 +346,6 @@ def _hold_elsewhere(
 # ---- growth
 
 
-def _new_cell(k: int) -> Cell:
-    """The k-th cell; asked for again, an equal one."""
-    scale = 1 + k / 64
-
-    @cell(states=("h",), gates=("f", "z"))
-    def growing(states: Any, gates: Any) -> Any:
-        f = torch.sigmoid(gates[0])
-        return (f * states[0] + (1 - f) * torch.tanh(scale * gates[1]),)
-
-    return growing
-
-
 CALLS = 3000
 _CELLS = {"triton": 6}
 """How many cells are tried, where not two dozen."""
@@ -362,7 +364,7 @@ def many_calls(backend: str, device: str) -> None:
     for k in range(count):
         first_third = k < count // 3
         number = (k * cells) // (count // 3) if first_third else rng.randrange(cells)
-        own = _new_cell(number)
+        own = new_cell(number)
         D = (24, 40)[number % 2]
         B, T, N = (
             rng.randint(1, 16),
