@@ -118,7 +118,8 @@ def is_plain(tensor: Tensor) -> bool:
 
     Not so are negated views, subclasses, and tensors that stand for others or for zeros.
     """
-    if type(tensor) not in (Tensor, Parameter) or tensor.is_neg():
+    kind = type(tensor)
+    if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
         return False
     try:
         return tensor.data_ptr() != 0 or tensor.numel() == 0

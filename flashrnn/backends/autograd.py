@@ -58,7 +58,8 @@ def run(
     backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
-    if recorded() or not all(map(is_plain, (Wx, R, b, states))):
+    plain = is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)
+    if recorded() or not plain:
         every_state, last_states, _ = scan(
             Wx,
             R,

@@ -7,13 +7,12 @@ does not depend on the step before is computed for all steps at once.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, as_dtype_has_it
 
 
 def unavailable() -> str | None:
@@ -52,12 +51,14 @@ def run(
         if problem.gradient_recurrent_cut:
             h = h.detach()
         elif problem.gradient_recurrent_clipval is not None:
-            h = _ClipGradient.apply(h, _bound(problem.gradient_recurrent_clipval, carry_dtype))
+            h = _ClipGradient.apply(
+                h, as_dtype_has_it(problem.gradient_recurrent_clipval, carry_dtype)
+            )
         product = torch.baddbmm(inputs_t[:, :, :Gr].reshape(N, B, Gr * D), h, recurrent_matrix)
         gates = (*product.view(N, B, Gr, D).unbind(2), *_unbound(inputs_t[:, :, Gr:], 2))
         carried = tuple(step(carried, tuple(gates[k] for k in declared)))
         if problem.forward_clipval is not None:
-            bound = _bound(problem.forward_clipval, carry_dtype)
+            bound = as_dtype_has_it(problem.forward_clipval, carry_dtype)
             carried = (carried[0].clamp(-bound, bound), *carried[1:])
         trajectory.append(carried)
 
@@ -87,11 +88,6 @@ def _input_preactivations(
 def _unbound(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
     """``tensor.unbind(dim)``, which no saved program may have of a dimension of size 0."""
     return tensor.unbind(dim) if tensor.shape[dim] else ()
-
-
-def _bound(clipval: float, dtype: torch.dtype) -> float:
-    """A clip value as a dtype has it: infinite where it is beyond the largest number."""
-    return clipval if clipval <= torch.finfo(dtype).max else math.inf
 
 
 class _ClipGradient(torch.autograd.Function):
