@@ -18,7 +18,7 @@ from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from flashrnn.tiling import ClusterPlan, HeadPlan, TeamPlan, WideClusterPlan, WidePlan
-from tests.emulation import H200
+from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
 from tests.stress import __main__ as stress
 from tests.stress import fuzz
 from tests.stress.running import Check, run_in_a_child
@@ -240,6 +240,13 @@ def test_a_failing_case_fails_again_by_its_line(wrong_backend, capsys):
     line = ["fuzz", "--case", f"seed:{number}", "--backend", "cuda"]
     assert stress.main(line) == 1
     assert capsys.readouterr().out == f"FAILED seed:{number}: {message}\n"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [5, 9, 13, 16])
+def test_cases_of_the_emulated_kernels(fused_emulation, number):  # noqa: F811
+    fuzz.check(number, ["cuda_fused"], "cpu")
 
 
 @without_gpu
