@@ -12,13 +12,14 @@ TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_graphs.py test
   tests/test_info.py tests/test_jit.py tests/test_readme.py tests/test_vanilla.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-newest test-oldest check gpu-test clean .venv-newest
+.PHONY: help demo bench test test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
 
 help:
 	@echo 'make demo         train a small network on the CPU or the GPU; ARGS="--task text" for another task'
 	@echo 'make bench        measure speed beside other RNNs; ARGS="head-dim --quick" for less than everything'
 	@echo 'make test         run the tests; those that need a GPU are skipped where there is none'
 	@echo 'make gpu-test     run the tests that need a GPU, and only those'
+	@echo 'make gpu-stress   random calls, foreign kernels, full memory and more; ARGS="fuzz --seconds 600"'
 	@echo 'make test-newest  run the telling part of the tests with the newest version of every dependency'
 	@echo 'make test-oldest  the same with the oldest version that pyproject.toml allows (Python 3.10 to 3.12)'
 	@echo 'make check        lint, format and types, all without changing a file'
@@ -45,7 +46,10 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip list --disable-pip-version-check
 	.venv-$*/bin/python -m pytest -n auto $(TELLING) $(ARGS)
 	.venv-$*/bin/python -m pytest -n auto -k 'compiles' tests/test_cuda*.py $(ARGS)
-	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto tests/test_triton.py $(ARGS)
+	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto tests/test_triton.py tests/test_operators.py $(ARGS)
+
+gpu-stress: $(INSTALLED)
+	$(BIN)/python -m tests.stress $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
