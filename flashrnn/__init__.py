@@ -8,6 +8,9 @@ from flashrnn.cells.spec import CellError
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
 
+# Its operators are what saved programs call.
+from flashrnn.backends import autograd as _operators  # isort: skip  # noqa: F401
+
 __version__ = "0.1.0"
 
 __all__ = [

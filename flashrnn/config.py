@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,10 +65,14 @@ class FlashRNNConfig:
             accepted = "accepted are positive numbers, or None"
             if not isinstance(value, (int, float)):
                 raise TypeError(f"{option} is {type(value).__name__}; {accepted}")
-            if not 0 < value < math.inf:
+            if not 0 < value <= sys.float_info.max:
                 raise ValueError(f"{option}={value!r}; {accepted}")
         values = self.initial_val if isinstance(self.initial_val, Sequence) else [self.initial_val]
-        if not all(isinstance(value, (int, float)) for value in values):
+        largest = sys.float_info.max
+        if not all(
+            isinstance(value, float) or (isinstance(value, int) and abs(value) <= largest)
+            for value in values
+        ):
             raise TypeError(
                 f"initial_val={self.initial_val!r}; accepted is one number, or one for each state"
             )

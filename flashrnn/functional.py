@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
-from flashrnn.problem import Problem, carry_dtype
+from flashrnn.problem import Problem, as_dtype_has_it, carry_dtype
 
 
 def flashrnn(
@@ -79,9 +79,17 @@ def flashrnn(
     tensors = {"Wx": Wx, "R": R, "b": b}
     if states is not None:
         tensors["states"] = states
+    needs_gradient = False
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; accepted is a torch.Tensor")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(
+                f"{name} is a tensor of layout {kind}; accepted are dense tensors: "
+                "torch.nested.to_padded_tensor() and .to_dense() make such"
+            )
+        needs_gradient = needs_gradient or tensor.requires_grad
     B, T, N, D = _sizes(cell, Wx, R, b, states)
     device = _device(tensors)
     autocast = _autocast_enabled(device.type)
@@ -89,18 +97,18 @@ def flashrnn(
 
     problem = Problem(
         # A graph of torch.compile needs the names alone, and finds the rest by the handle.
-        cell=cast(TracedCell, cell) if torch.compiler.is_compiling() else cell.traced,
-        B=B,
-        T=T,
-        N=N,
-        D=D,
-        dtype=computed_in,
-        device=device,
-        needs_gradient=torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()),
-        gradient_recurrent_cut=config.gradient_recurrent_cut,
-        gradient_recurrent_clipval=config.gradient_recurrent_clipval,
-        forward_clipval=config.forward_clipval,
-        step=cell.step,
+        cast(TracedCell, cell) if torch.compiler.is_compiling() else cell.traced,
+        B,
+        T,
+        N,
+        D,
+        computed_in,
+        device,
+        needs_gradient and torch.is_grad_enabled(),
+        config.gradient_recurrent_cut,
+        config.gradient_recurrent_clipval,
+        config.forward_clipval,
+        cell.step,
     )
     chosen = backends.choose(backend, problem)
     if states is None:
@@ -126,11 +134,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
-    values = config.initial_values(problem.cell.states)
     dtype, device = problem.carry_dtype, problem.device
-    if not any(values):
-        start = _zero(dtype, device)
-    elif len(set(values)) == 1:
+    values = config.initial_values(problem.cell.states)
+    if values == (0.0,) * len(values):
+        return _zero(dtype, device).expand(len(values), problem.B, 1, problem.N, problem.D)
+    values = tuple(as_dtype_has_it(value, dtype) for value in values)
+    if len(set(values)) == 1:
         # Filled where it is needed: no copy from the host, none to wait for.
         start = torch.full((), values[0], dtype=dtype, device=device)
     else:
@@ -157,12 +166,24 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _sizes(
     cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """B, T, N and D, once every shape is found to fit.
+    """B, T, N and D, once every shape is found to fit."""
+    if Wx.ndim == 5:
+        B, T, Gw, N, D = Wx.shape
+        in_Wx, in_R, in_b = cell.gate_counts
+        if (
+            (Gw == in_Wx and N > 0 and D > 0)
+            and R.shape == (in_R, N, D, D)
+            and b.shape == (in_b, N, D)
+            and (states is None or states.shape == (len(cell.states), B, 1, N, D))
+        ):
+            return B, T, N, D
+    _refuse_sizes(cell, Wx, R, b, states)
 
-    Each tensor is held to the sizes that ``Wx`` sets, so that a message names one culprit.
-    """
+
+def _refuse_sizes(cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None) -> NoReturn:
+    """Say which tensor does not fit: each is held to the sizes that ``Wx`` sets."""
     _check_rank("Wx", Wx, "[B, T, Gw, N, D]", 5)
-    B, T, _, N, D = Wx.shape
+    B, _, _, N, D = Wx.shape
     if N == 0 or D == 0:
         raise ValueError(
             f"Wx has shape {tuple(Wx.shape)}, {N} heads of {D} units; accepted are N and D ≥ 1"
@@ -183,7 +204,7 @@ def _sizes(
                 f"{cell.name} has {S}: {', '.join(cell.states)}"
             )
         _check_shape("states", states, "[S, B, 1, N, D]", (S, B, 1, N, D))
-    return B, T, N, D
+    raise AssertionError("all shapes fit")
 
 
 def _check_rank(name: str, tensor: Tensor, layout: str, rank: int) -> None:
@@ -211,9 +232,10 @@ def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ..
 
 def _device(tensors: dict[str, Tensor]) -> torch.device:
     device = tensors["Wx"].device
-    if any(tensor.device != device for tensor in tensors.values()):
-        given = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"{given}; accepted is one device for all: move them with .to(device)")
+    for tensor in tensors.values():
+        if tensor.device != device:
+            given = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+            raise ValueError(f"{given}; accepted is one device for all: move them with .to(device)")
     return device
 
 
@@ -230,9 +252,10 @@ def _dtype(
     autocast: bool,
 ) -> torch.dtype:
     """The dtype of the computation, once every given dtype is found to fit."""
-    if any(tensor.dtype not in SUPPORTED_DTYPES for tensor in tensors.values()):
-        names = ", ".join(str(supported) for supported in SUPPORTED_DTYPES)
-        raise TypeError(f"{_listed(tensors)}; accepted are {names}")
+    for tensor in tensors.values():
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            names = ", ".join(str(supported) for supported in SUPPORTED_DTYPES)
+            raise TypeError(f"{_listed(tensors)}; accepted are {names}")
 
     requested = dtype if dtype is not None else config.dtype
     if autocast and config.enable_automatic_mixed_precision:

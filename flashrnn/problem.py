@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,11 @@ class Problem(NamedTuple):
 def carry_dtype(dtype: torch.dtype) -> torch.dtype:
     """See :attr:`Problem.carry_dtype`."""
     return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def as_dtype_has_it(value: float, dtype: torch.dtype) -> float:
+    """A number, or infinity where it is beyond the dtype's largest: PyTorch refuses such ones."""
+    return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
 def tf32_allowed() -> bool:

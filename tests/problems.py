@@ -30,6 +30,25 @@ def wide(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor,
     return (torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates))) * torch.sigmoid(h),)
 
 
+@cell(states=("h",), gates=("g",))
+def root(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Its derivative is not finite at 0."""
+    return (gates[0].abs().sqrt(),)
+
+
+@cell(
+    states=("h", "c", "n"),
+    gates={"a": ("Wx", "R", "b"), "x": ("Wx",), "p": ("R",), "q": ("Wx", "b"), "r": ("R", "b")},
+)
+def undefined(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Neither it nor its derivative is finite at 0; R does not feed all gates."""
+    _, c, n = states
+    a, x, p, q, r = gates
+    h = torch.log(a.abs()) + 1 / (c.abs() + p.abs())
+    c = torch.tanh(c).abs().sqrt() + torch.tanh(x) / torch.exp(q)
+    return h, c, torch.tanh(n) / r
+
+
 @dataclass
 class Inputs:
     """The arguments of a call, leaves that require gradients."""
@@ -89,17 +108,17 @@ def call(function: str | Cell, inputs: Inputs, **options: object) -> tuple[Tenso
 
 
 def gradients(outputs: tuple[Tensor, Tensor], inputs: Inputs, seed: int = 1) -> dict[str, Tensor]:
-    """Gradients of a random weighted sum of both outputs.
-
-    The weights depend on the shapes alone, so that two precisions get the same ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
-    ]
+    """Gradients of a random weighted sum of both outputs."""
     leaves = list(inputs.tensors().values())
+    weights = random_weights(outputs, seed)
     found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, materialize_grads=True)
     return dict(zip(inputs.tensors(), found, strict=True))
+
+
+def random_weights(outputs: tuple[Tensor, Tensor], seed: int) -> list[Tensor]:
+    """Gradients of outputs; they depend on the shapes alone, so two precisions get the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
 
 
 def relative_error(given: Tensor, truth: Tensor) -> float:

@@ -18,7 +18,7 @@ from flashrnn import CellError, cell, register
 from flashrnn.cells import elman, gru, resolve
 from flashrnn.cells.graph import evaluate
 from flashrnn.cells.spec import _registered, cell_of
-from flashrnn.cells.traced import cell_of_text, clipped
+from flashrnn.cells.traced import clipped, parsed
 from tests.problems import BUILT_IN, call, random_inputs
 
 
@@ -117,10 +117,10 @@ def test_equal_cells_are_one_to_caches():
 
 def test_a_traced_cell_is_made_of_its_text():
     for given in (gru.traced, clipped(gru.traced), wrapped.traced):
-        again = cell_of_text(given.text)
+        again, _ = parsed(given.text)
         assert again == given and again.graphs == given.graphs and again.clips == given.clips
     with pytest.raises(ValueError, match="does not know: frobnicate"):
-        cell_of_text(gru.traced.text.replace('"tanh"', '"frobnicate"'))
+        parsed(gru.traced.text.replace('"tanh"', '"frobnicate"'))
 
 
 def test_clipping_is_a_number_of_the_graphs():

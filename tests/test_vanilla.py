@@ -309,8 +309,23 @@ def test_forward_clipval_bounds_h_alone(function):
     assert torch.equal(clipped[1:, :, 0], free[1:, :, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_numbers_beyond_a_dtype_are_infinite(dtype):
+    """As float32 has 1e39: a bound that bounds nothing, a start that is infinite."""
+    inputs = random_inputs("lstm", 2, 3, 1, 4, dtype)
+    beyond = FlashRNNConfig(forward_clipval=1e39, gradient_recurrent_clipval=1e39)
+    expected, given = (call("lstm", inputs, config=config) for config in (None, beyond))
+    assert all(map(torch.equal, given, expected))
+    found = [gradients(outputs, inputs) for outputs in (given, expected)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    for value in (-1e39, (0.0, -1e39)):
+        config = FlashRNNConfig(initial_val=value)
+        _, last = flashrnn(inputs.Wx[:, :0], inputs.R, inputs.b, config=config)
+        assert (last[1] == torch.tensor(-1e39, dtype=torch.float64).to(last.dtype)).all()
+
+
 @pytest.mark.parametrize("option", ["gradient_recurrent_clipval", "forward_clipval"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 10**400])
 def test_clip_values_must_be_positive(option, value):
     with pytest.raises(ValueError, match=f"{option}=.*positive"):
         FlashRNNConfig(**{option: value})
@@ -323,6 +338,7 @@ def test_clip_values_must_be_positive(option, value):
         ("gradient_recurrent_clipval", [1.0], "gradient_recurrent_clipval is list; accepted are"),
         ("initial_val", "10", "initial_val='10'; accepted is one number, or one for each state"),
         ("initial_val", None, "initial_val=None; accepted is one number"),
+        ("initial_val", 10**400, "accepted is one number"),
         ("initial_val", (0.0, None), r"initial_val=\(0.0, None\); accepted is one number"),
     ],
 )

@@ -2,7 +2,7 @@
 
 A backend is a module of this package with one signature:
 
-    unavailable() -> str | None            why it does not run on this machine
+    unavailable(device) -> str | None      why it does not run on a device
     unsupported(problem) -> str | None     why it cannot do this problem
     run(problem, Wx, R, b, states) -> (states, last_states)
 
@@ -17,6 +17,8 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn.cells.spec import Cell, unknown_name
@@ -29,11 +31,15 @@ _ALIASES = {"triton_fused": "triton"}
 class Backend(Protocol):
     """What a backend's module offers."""
 
-    def unavailable(self) -> str | None:
-        """Why the backend does not run on this machine; ``None`` where it does."""
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the backend does not run on a device of this machine; ``None`` where it does.
+
+        Whether the device is one of its kind is asked first: of a machine whose tensors are on the
+        CPU, nothing of CUDA is.
+        """
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why the backend cannot do this problem; ``None`` where it can."""
+        """Why the backend cannot do this problem, on a device it runs on; ``None`` where it can."""
 
     def run(
         self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
@@ -111,11 +117,39 @@ def recorded() -> bool:
     )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its values: none that only an operator can read.
+
+    Not so are negated views, subclasses, and tensors that stand for others or for zeros.
+    """
+    kind = type(tensor)
+    if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
+        return False
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # It has no storage.
+        return False
+
+
+def _transformed() -> bool:
+    """Whether derivatives are taken forward, or a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def best(name: str, problem: Problem) -> str:
     """The name of the backend that :func:`choose` gives."""
+    if _transformed():
+        if name not in ("auto", "vanilla"):
+            load(name)  # Unless there is none of this name.
+            raise ValueError(
+                f"backend {name!r} cannot do this call: it is within a transform of torch.func "
+                "(grad, vjp, jvp, vmap, ...) or of torch.autograd.forward_ad, which only "
+                "backend='vanilla' can be; backend='auto' takes that one there"
+            )
+        return "vanilla"
     if name != "auto":
         backend = _loaded(name)
-        reason = backend.unavailable() or backend.unsupported(problem)
+        reason = backend.unavailable(problem.device) or backend.unsupported(problem)
         if reason:
             raise ValueError(
                 f"backend {name!r} cannot do this call: {reason}. "
@@ -124,6 +158,6 @@ def best(name: str, problem: Problem) -> str:
         return name
     for candidate in PREFERENCE:
         backend = _loaded(candidate)
-        if not (backend.unavailable() or backend.unsupported(problem)):
+        if not (backend.unavailable(problem.device) or backend.unsupported(problem)):
             return candidate
     raise AssertionError("vanilla supports every problem")

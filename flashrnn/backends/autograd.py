@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashrnn.backends import recorded
+from flashrnn.backends import is_plain, recorded
 from flashrnn.backends.gradients import Gradients, select
-from flashrnn.cells.spec import Cell
-from flashrnn.cells.traced import TracedCell, cell_of_text
+from flashrnn.cells.spec import Cell, cell_of
+from flashrnn.cells.traced import TracedCell, parsed
 from flashrnn.problem import Problem
 
 
@@ -58,7 +58,7 @@ def run(
     backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
-    if recorded():
+    if recorded() or not (is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)):
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -72,8 +72,7 @@ def run(
             problem.forward_clipval,
         )
         return every_state, last_states
-    # The autograd function also says that it has no derivative forward.
-    if problem.needs_gradient or forward_ad._current_level >= 0:
+    if problem.needs_gradient:
         return _Scan.apply(Wx, R, b, states, backend, problem)
     every_state, last_states, _ = _backend(backend).forward(problem, Wx, R, b, states)
     return every_state, last_states
@@ -126,7 +125,7 @@ def scan(
     """Every step's states, the last states as carried, and the gates' pre-activations."""
     B, T, _, N, D = Wx.shape
     problem = Problem(
-        cell_of_text(cell),
+        parsed(cell)[0],
         B,
         T,
         N,
@@ -138,7 +137,39 @@ def scan(
         clipval,
         forward_clipval,
     )
+    _check_no_derivative_forward(backend)
+    _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
+    _check_captures(cell)
     return _backend(backend).forward(problem, Wx, R, b, states)
+
+
+def _check_no_derivative_forward(backend: str) -> None:
+    """Of an operator in a graph; :func:`flashrnn.backends.best` refuses calls."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"backend {backend!r} has no derivative forward (torch.func.jvp, jacfwd, "
+            "torch.autograd.forward_ad); backend='vanilla' has"
+        )
+
+
+def _check_captures(text: str) -> None:
+    """A graph of torch.compile has the cell as it was when it was compiled."""
+    traced, handle = parsed(text)
+    cell = cell_of(handle)
+    if cell is not None and cell.traced != traced:
+        raise RuntimeError(
+            f"cell {traced.name!r} captures a Python value that has changed since torch.compile "
+            "compiled this call. Call torch.compiler.reset(), or feed what changes through a gate"
+        )
+
+
+def _check_memory(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.data_ptr():
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__} without memory of its own; accepted are "
+                "dense tensors. Convert it, or take backend='vanilla'"
+            )
 
 
 @scan.register_fake
@@ -155,7 +186,7 @@ def _(
     forward_clipval: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, N, D = Wx.shape
-    problem = Problem(cell_of_text(cell), B, T, N, D, Wx.dtype, Wx.device, save_gates)
+    problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates)
     return new_outputs(problem, Wx)
 
 
@@ -176,8 +207,10 @@ def scan_backward(
     """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
     _, B, T, N, D = states.shape
     problem = Problem(
-        cell_of_text(cell), B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
+        parsed(cell)[0], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
     )
+    _check_no_derivative_forward(backend)
+    _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
     found = _backend(backend).backward(
         problem, R, states_initial, states, gates, d_states, d_last_states
     )
@@ -204,8 +237,21 @@ def _(
         gates.new_empty(gates.shape),
         states_initial.new_empty(states_initial.shape),
         R.new_empty(R.shape),
-        R.new_empty(len(cell_of_text(cell).fed_by("b")), N, D),
+        R.new_empty(len(parsed(cell)[0].fed_by("b")), N, D),
     )
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        f"backend {ctx.backend!r} has no second derivative; backend='vanilla' has"
+    )
+
+
+def _remember_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.backend = inputs[6]
+
+
+scan_backward.register_autograd(_no_second_derivative, setup_context=_remember_backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -221,7 +267,7 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
     def pull_back(*tensors: Tensor) -> Gradients:
         return Gradients(*scan_backward(*tensors, *ctx.call))
 
-    return *_gradients(ctx, cell_of_text(ctx.call[1]), pull_back, d_states, d_last), *(None,) * 6
+    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 6
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -252,7 +298,7 @@ class _Scan(torch.autograd.Function):
 
         def pull_back(*tensors: Tensor) -> Gradients:
             # In a graph of the gradient, the operator says that it has no derivative of its own.
-            if recorded() or torch.is_grad_enabled():
+            if recorded() or torch.is_grad_enabled() or not all(map(is_plain, tensors)):
                 return Gradients(
                     *scan_backward(
                         *tensors,

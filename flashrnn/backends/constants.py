@@ -8,14 +8,22 @@ from __future__ import annotations
 import torch
 
 from flashrnn import backends
-from flashrnn.cells.spec import cell_of
+from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.problem import Problem
 
 
 @torch.compiler.assume_constant_result
 def text(handle: str) -> str:
-    """See :attr:`flashrnn.cells.traced.TracedCell.text`."""
-    return cell_of(handle).traced.text
+    """See :meth:`flashrnn.cells.traced.TracedCell.text_for`."""
+    cell = _cell(handle)
+    traced = cell.traced
+    return traced.text_for(handle) if cell.captures else traced.text
+
+
+def _cell(handle: str) -> Cell:
+    cell = cell_of(handle)
+    assert cell is not None, "what is compiled holds it"
+    return cell
 
 
 @torch.compiler.assume_constant_result
@@ -29,5 +37,5 @@ def chosen(
     needs_gradient: bool,
 ) -> str:
     """See :func:`flashrnn.backends.best`; of a problem, what a backend may decide by."""
-    problem = Problem(cell_of(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
+    problem = Problem(_cell(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
     return backends.best(name, problem)

@@ -21,25 +21,34 @@ from flashrnn.jit.source import load_source
 from flashrnn.problem import Problem, tf32_allowed
 from flashrnn.tiling import ScanPlan, plan_scan
 
-OLDEST = (3, 3)
+# Earlier ones multiply no tiles of fewer than 16 columns.
+OLDEST = (3, 5)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton does not run on a device."""
+    return _not_installed() or (_not_interpreted(device) if _interpreted() else missing_gpu(device))
+
+
+def _not_interpreted(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    return f"the tensors are on {device}, and Triton's interpreter (TRITON_INTERPRET=1) is not"
 
 
 @cache
-def unavailable() -> str | None:
-    """Why Triton does not run here."""
+def _not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if _version() < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return f"it needs Triton {oldest} or later: pip install 'triton>={oldest}'"
-    if _interpreted():
-        return None
-    return missing_gpu()
+    return None
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    reason = refusal(problem, "cpu" if _interpreted() else "cuda")
+    reason = refusal(problem)
     if reason:
         return reason
     plan = _plan(problem, tf32_allowed())
@@ -57,8 +66,6 @@ def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    from flashrnn.kernels import scan
-
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0:
@@ -67,7 +74,7 @@ def forward(
     plan = fixed.plan
     alignment, wx_strides = _aligned(Wx)
     with _current(problem.device):
-        scan.scan_forward[(N * -(-B // plan.BB),)](
+        fixed.forward[(N * -(-B // plan.BB),)](
             Wx,
             R.contiguous(),
             b.contiguous(),
@@ -75,6 +82,7 @@ def forward(
             every_state,
             last_states,
             gates,
+            problem.forward_clipval or 0.0,
             T,
             B,
             *wx_strides,
@@ -109,8 +117,6 @@ def backward(
     d_last_states: Tensor,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    from flashrnn.kernels import scan
-
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
@@ -121,7 +127,7 @@ def backward(
     clipval = problem.gradient_recurrent_clipval
     alignment, d_states_strides = _aligned(d_states)
     with _current(problem.device):
-        scan.scan_backward[(N * -(-B // plan.BB),)](
+        fixed.backward[(N * -(-B // plan.BB),)](
             R.contiguous(),
             states_initial,
             states,
@@ -131,6 +137,7 @@ def backward(
             d_gates,
             d_initial,
             clipval or 0.0,
+            problem.forward_clipval or 0.0,
             problem.T,
             B,
             *autograd.state_strides(states_initial),
@@ -149,7 +156,6 @@ def backward(
             clipval is not None,
             plan.resident,
             plan.stages,
-            plan.parts,
             fixed.operand,
             fixed.precision,
             fixed.functions.derivative,
@@ -161,9 +167,9 @@ def backward(
 @cache
 def _interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
-    import triton
+    from flashrnn.kernels import pointwise
 
-    return bool(triton.knobs.runtime.interpret)
+    return pointwise.INTERPRETED
 
 
 def _current(device: torch.device) -> AbstractContextManager[None]:
@@ -172,9 +178,11 @@ def _current(device: torch.device) -> AbstractContextManager[None]:
 
 
 class _Fixed(NamedTuple):
-    """What of a launch follows from the problem, whatever its B, T and N.
+    """What of a launch follows from the problem, whatever its B, T and clip values.
 
     Attributes:
+        forward: the kernel of the scan.
+        backward: that of the scan backwards.
         plan: tiles.
         positions: where each gate stands in the gate dimensions of Wx, R and b; -1 where it is
             not fed.
@@ -183,6 +191,8 @@ class _Fixed(NamedTuple):
         functions: the module with the cell's step and derivative.
     """
 
+    forward: Any
+    backward: Any
     plan: ScanPlan
     positions: tuple[tuple[int, ...], ...]
     operand: Any
@@ -191,25 +201,44 @@ class _Fixed(NamedTuple):
 
 
 def _fixed(problem: Problem) -> _Fixed:
-    # In a cache, B, T and N would only be in the way.
-    return _fixed_for(problem._replace(B=1, T=1, N=1, step=None), tf32_allowed())
+    return _fixed_for(
+        problem.cell,
+        problem.N,
+        problem.D,
+        problem.dtype,
+        problem.device,
+        problem.forward_clipval is not None,
+        problem.dtype == torch.float32 and tf32_allowed(),
+    )
 
 
-@lru_cache(maxsize=1024)
-def _fixed_for(problem: Problem, tf32: bool) -> _Fixed:
+# Each has kernels of its own: with the least used entry go those that were compiled for it.
+@lru_cache(maxsize=128)
+def _fixed_for(
+    cell: TracedCell,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    clips: bool,
+    tf32: bool,
+) -> _Fixed:
     import triton.language as tl
 
-    cell, dtype = problem.cell, problem.dtype
-    plan = _plan(problem, tf32)
+    from flashrnn.kernels.scan import new_kernels
+
+    plan = _plan(Problem(cell, 1, 1, N, D, dtype, device), tf32)
     assert isinstance(plan, ScanPlan), "flashrnn() asks unsupported() first"
-    computed = cell if problem.forward_clipval is None else clipped(cell)
     operands = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    forward, backward = new_kernels()
     return _Fixed(
+        forward=forward,
+        backward=backward,
         plan=plan,
         positions=tuple(_positions(cell, source) for source in ("Wx", "R", "b")),
         operand=tl.float32 if _interpreted() else operands.get(dtype, tl.float32),
-        precision="tf32" if dtype == torch.float32 and tf32 else "ieee",
-        functions=load_source(render_triton(computed)),
+        precision="tf32" if tf32 else "ieee",
+        functions=load_source(render_triton(clipped(cell) if clips else cell)),
     )
 
 

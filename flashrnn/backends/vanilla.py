@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, as_dtype_has_it
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Nothing: it runs wherever PyTorch does."""
     return None
 
@@ -45,20 +45,21 @@ def run(
     carried = tuple(state.transpose(0, 1).contiguous() for state in states.squeeze(2).unbind(0))
 
     trajectory: list[tuple[Tensor, ...]] = []
-    for inputs_t in inputs.permute(1, 3, 0, 2, 4).unbind(0):
+    for inputs_t in _unbound(inputs.permute(1, 3, 0, 2, 4), 0):
         # What multiplies R has been rounded to dtype: the same h that is returned.
         h = carried[0].to(dtype).to(carry_dtype)
         if problem.gradient_recurrent_cut:
             h = h.detach()
         elif problem.gradient_recurrent_clipval is not None:
-            h = _ClipGradient.apply(h, problem.gradient_recurrent_clipval)
-        fed, unfed = inputs_t[:, :, :Gr], inputs_t[:, :, Gr:]
-        product = torch.baddbmm(fed.reshape(N, B, Gr * D), h, recurrent_matrix)
-        gates = (*product.view(N, B, Gr, D).unbind(2), *unfed.unbind(2))
+            h = _ClipGradient.apply(
+                h, as_dtype_has_it(problem.gradient_recurrent_clipval, carry_dtype)
+            )
+        product = torch.baddbmm(inputs_t[:, :, :Gr].reshape(N, B, Gr * D), h, recurrent_matrix)
+        gates = (*product.view(N, B, Gr, D).unbind(2), *_unbound(inputs_t[:, :, Gr:], 2))
         carried = tuple(step(carried, tuple(gates[k] for k in declared)))
         if problem.forward_clipval is not None:
-            clipped = carried[0].clamp(-problem.forward_clipval, problem.forward_clipval)
-            carried = (clipped, *carried[1:])
+            bound = as_dtype_has_it(problem.forward_clipval, carry_dtype)
+            carried = (carried[0].clamp(-bound, bound), *carried[1:])
         trajectory.append(carried)
 
     last_states = torch.stack(carried).transpose(1, 2).unsqueeze(2).contiguous()
@@ -75,7 +76,7 @@ def _input_preactivations(
 ) -> Tensor:
     """What reaches the gates without the recurrent product: ``[B, T, G, N, D]``, in ``order``."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    bias = dict(zip(cell.fed_by("b"), b.unbind(0), strict=True))
+    bias = dict(zip(cell.fed_by("b"), _unbound(b, 0), strict=True))
     b = torch.stack([bias.get(k, b.new_zeros(N, D)) for k in order])
     if cell.fed_by("Wx") != order:
         given = dict(zip(cell.fed_by("Wx"), Wx.unbind(2), strict=True))
@@ -84,14 +85,32 @@ def _input_preactivations(
     return Wx + b
 
 
+def _unbound(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """``tensor.unbind(dim)``, which no saved program may have of a dimension of size 0."""
+    return tensor.unbind(dim) if tensor.shape[dim] else ()
+
+
 class _ClipGradient(torch.autograd.Function):
     """The identity, whose gradient is clipped element by element."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clipval: float) -> Tensor:
-        ctx.clipval = clipval
+    def forward(x: Tensor, clipval: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.clipval = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].clamp(-ctx.clipval, ctx.clipval), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "gradient_recurrent_clipval clips gradients that flow backward, and a derivative "
+            "forward (torch.func.jvp, jacfwd, torch.autograd.forward_ad) has none: leave it out, "
+            "or take torch.func.vjp or jacrev"
+        )

@@ -97,6 +97,11 @@ class Captures:
         self._by_identity = all(map(_is_unchanging, self._values))
         self._contents = tuple(map(_content, self._values))
 
+    @property
+    def exist(self) -> bool:
+        """Whether there are any."""
+        return bool(self._values)
+
     def changed(self) -> bool:
         """Whether any of it is another value now."""
         if not self._values:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,6 @@ from flashrnn.cells.signature import SOURCES, Gate, Signature
 if TYPE_CHECKING:
     from flashrnn.cells.captures import Captures
     from flashrnn.cells.traced import CellGraphs, TracedCell
-
-_numbers = itertools.count()
 
 Step = Callable[
     [tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]],
@@ -35,11 +33,11 @@ class Cell(Signature):
 
     Attributes:
         step: ``step(states, gates) -> new states``; tensors of one shape and dtype.
-        handle: stands for the cell within this process; see :func:`cell_of`.
+        handle: a string that stands for the cell; see :func:`cell_of`.
     """
 
     step: Step
-    handle: str = field(default_factory=lambda: f"cell {next(_numbers)}", init=False)
+    handle: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     # What the step was traced with, and what came of it.
     _trace: list[tuple[Captures, TracedCell]] = field(default_factory=list, init=False)
 
@@ -87,6 +85,11 @@ class Cell(Signature):
         return traced
 
     @property
+    def captures(self) -> bool:
+        """Whether the step captures Python values, and may become another one."""
+        return bool(self._trace) and self._trace[0][0].exist
+
+    @property
     def graphs(self) -> CellGraphs:
         """See :attr:`flashrnn.cells.traced.TracedCell.graphs`."""
         return self.traced.graphs
@@ -127,12 +130,12 @@ def _imported(module: str, name: str) -> Any:
 _cells: WeakValueDictionary[str, Cell] = WeakValueDictionary()
 
 
-def cell_of(handle: str) -> Cell:
-    """The cell with this handle.
+def cell_of(handle: str) -> Cell | None:
+    """The cell with this handle, where this process has made it and not forgotten.
 
     ``torch.compile`` takes strings, and no cells, as arguments of what it does not look into.
     """
-    return _cells[handle]
+    return _cells.get(handle)
 
 
 class CellError(ValueError):

@@ -58,10 +58,15 @@ class TracedCell(Signature):
 
     @cached_property
     def text(self) -> str:
-        """All of it as a string, of which :func:`cell_of_text` makes the cell again."""
+        """All of it as a string, of which :func:`parsed` makes the cell again."""
+        return self.text_for("")
+
+    def text_for(self, handle: str) -> str:
+        """The same, with the handle of the cell that it was traced from."""
         # Graphs of torch.compile are kept on disk, and the operators that those of another
         # version call may lay out their results in another way.
-        return json.dumps({"version": flashrnn.__version__, "cell": self._content})
+        about = {"version": flashrnn.__version__, "handle": handle, "cell": self._content}
+        return json.dumps(about)
 
     @property
     def _content(self) -> list[object]:
@@ -76,15 +81,17 @@ class TracedCell(Signature):
 
 
 @lru_cache(maxsize=256)
-def cell_of_text(text: str) -> TracedCell:
-    """The traced cell with this :attr:`TracedCell.text`."""
-    name, states, gates, forward, derivative = json.loads(text)["cell"]
-    return TracedCell(
+def parsed(text: str) -> tuple[TracedCell, str]:
+    """The traced cell and the handle in a :meth:`TracedCell.text_for`."""
+    about = json.loads(text)
+    name, states, gates, forward, derivative = about["cell"]
+    cell = TracedCell(
         name,
         tuple(states),
         tuple(Gate(gate, tuple(sources)) for gate, sources in gates),
         CellGraphs(Graph.from_json(forward), Graph.from_json(derivative)),
     )
+    return cell, about["handle"]
 
 
 @lru_cache(maxsize=256)

@@ -10,8 +10,12 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-if triton.knobs.runtime.interpret:
-    # The interpreter knows no assembly.
+# Whether Triton's interpreter runs kernels: as it runs Triton's own library, which follows what
+# TRITON_INTERPRET said when it was first imported.
+INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
+
+if INTERPRETED:
+    # It knows no assembly.
     @triton.jit
     def _exp2(x):
         return tl.exp2(x)

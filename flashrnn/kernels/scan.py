@@ -24,10 +24,16 @@ The loop is turned so that the product has a twin outside of it, the first (forw
 copy of R from shared memory to registers, and leaves it outside where there are two. In the forward
 scan the product of the next step comes before the stores of this one, for which nothing waits.
 
-Sizes are padded to tiles by masks alone. A gate that a tensor does not feed has position -1 in
-that tensor's FED_... tuple. OPERAND is the dtype in which the product gets its operands: the
-tensors' own, but for Triton's interpreter, whose product does not know bfloat16. Strides come in
-units of ..._ALIGN elements, so that the compiler knows what divides them whatever T and B are.
+Sizes are padded to tiles by masks alone. A cell is not always finite where its inputs are 0, and
+zero times inf is NaN, so what a product sums over is masked on both sides: R, and what it
+multiplies. A product has rows for gates that R does not feed, which take no part of it. Columns,
+the sequences, never meet.
+
+A gate that a tensor does not feed has position -1 in that tensor's FED_... tuple. OPERAND is the
+dtype in which the product gets its operands: the tensors' own, but for Triton's interpreter, whose
+product does not know bfloat16. Strides come in units of ..._ALIGN elements, so that the compiler
+knows what divides them whatever T and B are. Numbers below 2³¹ reach a kernel as 32 bits: what is
+made of them is an offset only in 64.
 """
 
 import triton
@@ -77,13 +83,58 @@ def _positions(slots, FED: tl.constexpr):
 
 
 @triton.jit
+def _offsets(slot, row, n, unit, slot_stride, row_stride, n_stride, unit_stride):
+    """Where the elements of a tile lie, in 64 bits whatever the strides are."""
+    return (
+        slot.to(tl.int64) * slot_stride + row * row_stride
+        + n * n_stride + unit.to(tl.int64) * unit_stride
+    )  # fmt: skip
+
+
+@triton.jit
 def _load_block(R, n, gates, produced, summed, N, D: tl.constexpr, OPERAND: tl.constexpr):
     """``R[gates, n, produced, summed]``; 0.0 where a gate is -1 or a unit beyond D."""
-    offsets = ((gates * N + n) * D + produced) * D + summed
+    offsets = ((gates.to(tl.int64) * N + n) * D + produced) * D + summed
     mask = (gates >= 0) & (produced < D) & (summed < D)
     # Not the load's own `other`: a choice after the load keeps the compiler from moving the
     # operand into the loop.
     return tl.where(mask, tl.load(R + offsets, mask=mask), 0.0).to(OPERAND)
+
+
+@triton.jit
+def _of_units(tile, unit, D: tl.constexpr, DD: tl.constexpr):
+    """The tile with 0.0 for units beyond D, whatever the cell made of them."""
+    if D < DD:
+        tile = tl.where(unit < D, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def _only_fed(product, inputs, gate, FED: tl.constexpr):
+    """The product, but for gates that R does not feed the inputs to which it was added."""
+    for k in tl.static_range(len(FED)):
+        if FED[k] < 0:
+            product = tl.where(gate == k, inputs, product)
+    return product
+
+
+@triton.jit
+def _clamped(tile, bound):
+    """The tile clipped to ±bound; NaN stays."""
+    tile = tl.maximum(tile, -bound, tl.PropagateNan.ALL)
+    return tl.minimum(tile, bound, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _in_range(d_gates, CLIP: tl.constexpr):
+    """Gates' gradients as a product's operand.
+
+    Where the gradient that comes out of R is clipped, one that float16 has no number for counts as
+    its largest: an infinite one would leave NaN, which no clip contains.
+    """
+    if CLIP and d_gates.dtype == tl.float16:
+        d_gates = _clamped(d_gates, 65504.0)
+    return d_gates
 
 
 @triton.jit
@@ -123,17 +174,12 @@ def _add_streamed_product(
         summed = first + tl.arange(0, 16)
         block = _load_block(R, n, gates, produced, summed[None, :], N, D, OPERAND)
         mask = (summed < D)[:, None] & row_mask
-        part = tl.load(h + summed[:, None] * stride, mask=mask, other=0.0).to(dtype).to(OPERAND)
+        offsets = summed[:, None].to(tl.int64) * stride
+        part = tl.load(h + offsets, mask=mask, other=0.0).to(dtype).to(OPERAND)
         accumulator = tl.dot(block, part, accumulator, input_precision=PRECISION)
     return accumulator
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("T", "B", "wx_stride_b", "wx_stride_t", "wx_stride_g", "wx_stride_n"),
-        *("initial_stride_s", "initial_stride_b", "initial_stride_n"),
-    ]
-)
 def scan_forward(
     Wx,
     R,
@@ -142,6 +188,7 @@ def scan_forward(
     states,
     last_states,
     gates,
+    forward_clipval,
     T,
     B,
     wx_stride_b,
@@ -180,6 +227,8 @@ def scan_forward(
     G: tl.constexpr = len(FED_WX)
     width: tl.constexpr = N * D
     dtype = Wx.dtype.element_ty
+    length = tl.cast(T, tl.int64)
+    wx_stride_t = tl.cast(wx_stride_t, tl.int64) * WX_ALIGN
     n = (tl.program_id(0) % N).to(tl.int64)
     row = (tl.program_id(0) // N).to(tl.int64) * BB + tl.arange(0, BB)[None, :]
     gate_line = tl.arange(0, GG * DD)[:, None]
@@ -189,78 +238,73 @@ def scan_forward(
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
 
-    carried = _unpack(
-        tl.load(
-            states_initial + state * initial_stride_s + row * initial_stride_b
-            + n * initial_stride_n + state_unit * initial_stride_d,
-            mask=states_mask,
-            other=0.0,
-        ).to(tl.float32),
-        SS,
-        S,
+    unit = tl.arange(0, DD)[:, None]
+
+    initial_offsets = _offsets(
+        state, row, n, state_unit,
+        initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
     )  # fmt: skip
+    initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
+    carried = _unpack(initial.to(tl.float32), SS, S)
     fed_b, fed_r, fed_wx = (
         _positions(gate, FED_B),
         _positions(gate, FED_R),
         _positions(gate, FED_WX),
     )
     bias = tl.load(
-        b + (fed_b * N + n) * D + gate_unit, mask=(fed_b >= 0) & (gate_unit < D), other=0.0
+        b + (fed_b.to(tl.int64) * N + n) * D + gate_unit,
+        mask=(fed_b >= 0) & (gate_unit < D),
+        other=0.0,
     ).to(tl.float32)
     if RESIDENT:
         block = _load_block(R, n, fed_r, gate_unit, tl.arange(0, DD)[None, :], N, D, OPERAND)
 
     wx_mask = gates_mask & (fed_wx >= 0)
-    wx_offsets = (
-        row * (wx_stride_b * WX_ALIGN) + n * (wx_stride_n * WX_ALIGN)
-        + fed_wx * (wx_stride_g * WX_ALIGN) + gate_unit * wx_stride_d
+    wx_offsets = _offsets(
+        fed_wx, row, n, gate_unit,
+        tl.cast(wx_stride_g, tl.int64) * WX_ALIGN, tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
+        tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
     )  # fmt: skip
-    states_offsets = (state * tl.cast(B, tl.int64) + row) * T * width + n * D + state_unit
-    gates_offsets = row * T * (G * width) + gate * width + n * D + gate_unit
+    states_offsets = _offsets(
+        state, row, n, state_unit, length * width * B, length * width, D, 1
+    )  # fmt: skip
+    gates_offsets = _offsets(gate, row, n, gate_unit, width, length * (G * width), D, 1)
 
     # The product of the first step, then in every step that of the next.
-    inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (T > 0), other=0.0)
-    preactivations = inputs.to(tl.float32) + bias
+    inputs = tl.load(Wx + wx_offsets, mask=tl.where(T > 0, wx_mask, False), other=0.0)
+    inputs = inputs.to(tl.float32) + bias
     if RESIDENT:
         # What multiplies R has been rounded: the same h that is stored.
-        h = carried[0].to(dtype).to(OPERAND)
-        preactivations = tl.dot(block, h, preactivations, input_precision=PRECISION)
+        h = _of_units(carried[0], unit, D, DD).to(dtype).to(OPERAND)
+        preactivations = tl.dot(block, h, inputs, input_precision=PRECISION)
     else:
         preactivations = _add_streamed_product(
-            preactivations, states_initial + row * initial_stride_b + n * initial_stride_n,
+            inputs, states_initial + row * initial_stride_b + n * initial_stride_n,
             initial_stride_d, row < B, dtype, R, n, fed_r, gate_unit, N, D, DD, OPERAND, PRECISION
         )  # fmt: skip
+    preactivations = _only_fed(preactivations, inputs, gate, FED_R)
     for t in tl.range(0, T, num_stages=STAGES):
-        wx_offsets += wx_stride_t * WX_ALIGN
-        inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
-        carried = step(carried, _unpack(preactivations, GG, G))
-        following = inputs.to(tl.float32) + bias
+        wx_offsets += wx_stride_t
+        inputs = tl.load(Wx + wx_offsets, mask=tl.where(t + 1 < T, wx_mask, False), other=0.0)
+        inputs = inputs.to(tl.float32) + bias
+        carried = step(carried, _unpack(preactivations, GG, G), forward_clipval)
         if RESIDENT:
-            h = carried[0].to(dtype).to(OPERAND)
-            following = tl.dot(block, h, following, input_precision=PRECISION)
+            h = _of_units(carried[0], unit, D, DD).to(dtype).to(OPERAND)
+            following = tl.dot(block, h, inputs, input_precision=PRECISION)
         tl.store(states + states_offsets, _pack(carried, SS).to(dtype), mask=states_mask)
         if not RESIDENT:
             tl.debug_barrier()
             following = _add_streamed_product(
-                following, states + (row * T + t) * width + n * D,
+                inputs, states + (row * length + t) * width + n * D,
                 1, row < B, dtype, R, n, fed_r, gate_unit, N, D, DD, OPERAND, PRECISION
             )  # fmt: skip
         if STORE_GATES:
             tl.store(gates + gates_offsets, preactivations.to(dtype), mask=gates_mask)
         states_offsets += width
         gates_offsets += G * width
-        preactivations = following
-    last_offsets = (state * tl.cast(B, tl.int64) + row) * width + n * D + state_unit
+        preactivations = _only_fed(following, inputs, gate, FED_R)
+    last_offsets = _offsets(state, row, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1)
     tl.store(last_states + last_offsets, _pack(carried, SS), mask=states_mask)
-
-
-@triton.jit
-def _product(blocks, operands, PRECISION: tl.constexpr):
-    """The sum of each block's product with its operand."""
-    total = tl.dot(blocks[0], operands[0], input_precision=PRECISION)
-    for k in tl.static_range(1, len(operands)):
-        total += tl.dot(blocks[k], operands[k], input_precision=PRECISION)
-    return total
 
 
 @triton.jit
@@ -274,29 +318,24 @@ def _streamed_product(
     D: tl.constexpr,
     DD: tl.constexpr,
     FED_R: tl.constexpr,
+    CLIP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As _product, both read from memory; ``d_gates`` points at each row's first gate and unit."""
+    """The product, both read from memory; ``d_gates`` points at each row's first gate and unit."""
     total = tl.zeros([DD, row_mask.shape[1]], tl.float32)
     for first in tl.range(0, len(FED_R) * DD, 16, num_stages=3):
         summed = first + tl.arange(0, 16)
         gate, produced = summed // DD, summed % DD
-        fed = _positions(gate[None, :], FED_R)
-        block = _load_block(R, n, fed, produced[None, :], unit, N, D, OPERAND)
-        offsets = (gate * (N * D) + produced)[:, None]
-        part = tl.load(d_gates + offsets, mask=(produced < D)[:, None] & row_mask, other=0.0)
-        total = tl.dot(block, part.to(OPERAND), total, input_precision=PRECISION)
+        fed = _positions(gate, FED_R)
+        block = _load_block(R, n, fed[None, :], produced[None, :], unit, N, D, OPERAND)
+        offsets = (gate.to(tl.int64) * (N * D) + produced)[:, None]
+        mask = ((fed >= 0) & (produced < D))[:, None] & row_mask
+        part = _in_range(tl.load(d_gates + offsets, mask=mask, other=0.0), CLIP).to(OPERAND)
+        total = tl.dot(block, part, total, input_precision=PRECISION)
     return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("clipval", "T", "B", "initial_stride_s", "initial_stride_b", "initial_stride_n"),
-        *("d_states_stride_s", "d_states_stride_b", "d_states_stride_t", "d_states_stride_n"),
-        *("d_last_stride_s", "d_last_stride_b", "d_last_stride_n"),
-    ]
-)
 def scan_backward(
     R,
     states_initial,
@@ -307,6 +346,7 @@ def scan_backward(
     d_gates,
     d_states_initial,
     clipval,
+    forward_clipval,
     T,
     B,
     initial_stride_s,
@@ -335,7 +375,6 @@ def scan_backward(
     CLIP: tl.constexpr,
     RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     derivative: tl.constexpr,
@@ -347,9 +386,10 @@ def scan_backward(
     CUT: no gradient through R. CLIP: that gradient is clipped to ±clipval at every step.
     """
     G: tl.constexpr = len(FED_R)
-    slots: tl.constexpr = GG // PARTS
     width: tl.constexpr = N * D
     dtype = R.dtype.element_ty
+    length = tl.cast(T, tl.int64)
+    d_states_stride_t = tl.cast(d_states_stride_t, tl.int64) * D_STATES_ALIGN
     n = (tl.program_id(0) % N).to(tl.int64)
     row = (tl.program_id(0) // N).to(tl.int64) * BB + tl.arange(0, BB)[None, :]
     unit = tl.arange(0, DD)[:, None]
@@ -360,51 +400,45 @@ def scan_backward(
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
 
-    initial = tl.load(
-        states_initial + state * initial_stride_s + row * initial_stride_b
-        + n * initial_stride_n + state_unit * initial_stride_d,
-        mask=states_mask,
-        other=0.0,
+    initial_offsets = _offsets(
+        state, row, n, state_unit,
+        initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
     )  # fmt: skip
+    initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
     initial = _in_product_layout(_unpack(initial.to(tl.float32), SS, S), OPERAND, PRECISION)
-    d_carried = _unpack(
-        tl.load(
-            d_last_states + state * d_last_stride_s + row * d_last_stride_b
-            + n * d_last_stride_n + state_unit * d_last_stride_d,
-            mask=states_mask,
-            other=0.0,
-        ).to(tl.float32),
-        SS,
-        S,
+    d_last_offsets = _offsets(
+        state, row, n, state_unit,
+        d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d
     )  # fmt: skip
-    # R transposed, a gate beside another, times d_gates, a gate below another. It comes in PARTS,
-    # whose products do not wait for one another.
-    blocks = ()
+    d_last = tl.load(d_last_states + d_last_offsets, mask=states_mask, other=0.0)
+    d_carried = _unpack(d_last.to(tl.float32), SS, S)
     if RESIDENT:
-        for k in tl.static_range(PARTS):
-            summed = tl.arange(0, slots * DD)[None, :]
-            fed = _positions(summed // DD + k * slots, FED_R)
-            blocks = blocks + (_load_block(R, n, fed, summed % DD, unit, N, D, OPERAND),)
+        # R transposed, a gate beside another, times d_gates, a gate below another.
+        summed = tl.arange(0, GG * DD)[None, :]
+        fed = _positions(summed // DD, FED_R)
+        block = _load_block(R, n, fed, summed % DD, unit, N, D, OPERAND)
 
-    last = tl.cast(T, tl.int64) - 1
+    last = length - 1
     # `states` is read one step earlier than the rest: the states that the step started from.
-    states_offsets = (
-        ((state * tl.cast(B, tl.int64) + row) * T + last - 1) * width + n * D + state_unit
+    states_offsets = (last - 1) * width + _offsets(
+        state, row, n, state_unit, length * width * B, length * width, D, 1
     )
-    gates_offsets = (row * T + last) * (G * width) + gate * width + n * D + gate_unit
-    d_states_offsets = (
-        state * (d_states_stride_s * D_STATES_ALIGN) + row * (d_states_stride_b * D_STATES_ALIGN)
-        + last * (d_states_stride_t * D_STATES_ALIGN) + n * (d_states_stride_n * D_STATES_ALIGN)
-        + state_unit * d_states_stride_d
+    gates_offsets = last * (G * width) + _offsets(
+        gate, row, n, gate_unit, width, length * (G * width), D, 1
+    )
+    d_states_offsets = last * d_states_stride_t + _offsets(
+        state, row, n, state_unit,
+        tl.cast(d_states_stride_s, tl.int64) * D_STATES_ALIGN,
+        tl.cast(d_states_stride_b, tl.int64) * D_STATES_ALIGN,
+        tl.cast(d_states_stride_n, tl.int64) * D_STATES_ALIGN, d_states_stride_d
     )  # fmt: skip
 
     # Every step begins with the product that takes the gates' gradients of the step after it to
     # h, and the initial states' gradient ends with one; the last step has none after it.
-    operands = ()
-    for _ in tl.static_range(PARTS):
-        operands = operands + (tl.zeros([slots * DD, BB], OPERAND),)
+    operand = tl.zeros([GG * DD, BB], OPERAND)
     for i in tl.range(0, T, num_stages=STAGES):
-        before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
+        before_mask = tl.where(i + 1 < T, states_mask, False)
+        before = tl.load(states + states_offsets, mask=before_mask, other=0.0)
         preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
         d_given = tl.load(d_states + d_states_offsets, mask=states_mask, other=0.0)
         before = _in_product_layout(_unpack(before.to(tl.float32), SS, S), OPERAND, PRECISION)
@@ -415,49 +449,76 @@ def scan_backward(
 
         if not CUT:
             if RESIDENT:
-                d_h = _product(blocks, operands, PRECISION)
+                d_h = tl.dot(block, operand, input_precision=PRECISION)
             else:
                 tl.debug_barrier()
                 d_h = _streamed_product(
-                    d_gates + (row * T + last - i + 1) * (G * width) + n * D,
-                    (row < B) & (i > 0), R, n, unit, N, D, DD, FED_R, OPERAND, PRECISION
+                    d_gates + (row * length + last - i + 1) * (G * width) + n * D,
+                    tl.where(i > 0, row < B, False),
+                    R, n, unit, N, D, DD, FED_R, CLIP, OPERAND, PRECISION
                 )  # fmt: skip
             if CLIP:
-                d_h = tl.minimum(tl.maximum(d_h, -clipval), clipval)
-            d_carried = (d_carried[0] + d_h,) + d_carried[1:]
+                d_h = _clamped(d_h, clipval)
+            # Not zeros times R, which may be infinite.
+            d_h = tl.where(i > 0, d_carried[0] + d_h, d_carried[0])
+            d_carried = (d_h,) + d_carried[1:]
         values = ()
         gradients = ()
         for s in tl.static_range(S):
             values = values + (tl.where(i + 1 == T, initial[s], before[s]),)
             gradients = gradients + (d_carried[s] + d_given[s],)
-        d_inputs = derivative(values, preactivations, gradients)
+        d_inputs = derivative(values, preactivations, gradients, forward_clipval)
 
         d_carried = d_inputs[:S]
         d_preactivations = ()
+        fed_by_R = ()
         for k in tl.static_range(G):
-            d_preactivations = d_preactivations + (d_inputs[S + k].to(dtype),)
+            d_gate = _of_units(d_inputs[S + k], unit, D, DD).to(dtype)
+            d_preactivations = d_preactivations + (d_gate,)
+            fed_by_R = fed_by_R + ((d_gate if FED_R[k] >= 0 else tl.zeros([DD, BB], dtype)),)
         for _ in tl.static_range(GG - G):
             # Zeros, not whatever: these slots meet R's zeros in the product.
             d_preactivations = d_preactivations + (tl.zeros([DD, BB], dtype),)
-        operands = ()
-        for k in tl.static_range(PARTS):
-            part = d_preactivations[k * slots : (k + 1) * slots]
-            operands = operands + (_pack(part, slots).to(OPERAND),)
+            fed_by_R = fed_by_R + (tl.zeros([DD, BB], dtype),)
+        operand = _in_range(_pack(fed_by_R, GG), CLIP).to(OPERAND)
         tl.store(d_gates + gates_offsets, _pack(d_preactivations, GG), mask=gates_mask)
         states_offsets -= width
         gates_offsets -= G * width
-        d_states_offsets -= d_states_stride_t * D_STATES_ALIGN
+        d_states_offsets -= d_states_stride_t
     if not CUT:
         if RESIDENT:
-            d_h = _product(blocks, operands, PRECISION)
+            d_h = tl.dot(block, operand, input_precision=PRECISION)
         else:
             tl.debug_barrier()
             d_h = _streamed_product(
-                d_gates + row * T * (G * width) + n * D,
-                (row < B) & (T > 0), R, n, unit, N, D, DD, FED_R, OPERAND, PRECISION
+                d_gates + row * length * (G * width) + n * D,
+                tl.where(T > 0, row < B, False),
+                R, n, unit, N, D, DD, FED_R, CLIP, OPERAND, PRECISION
             )  # fmt: skip
         if CLIP:
-            d_h = tl.minimum(tl.maximum(d_h, -clipval), clipval)
-        d_carried = (d_carried[0] + d_h,) + d_carried[1:]
-    d_initial_offsets = (state * tl.cast(B, tl.int64) + row) * width + n * D + state_unit
+            d_h = _clamped(d_h, clipval)
+        d_carried = (d_carried[0] + tl.where(T > 0, d_h, 0.0),) + d_carried[1:]
+    d_initial_offsets = _offsets(
+        state, row, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1
+    )
     tl.store(d_states_initial + d_initial_offsets, _pack(d_carried, SS), mask=states_mask)
+
+
+# Numbers of which nothing is compiled in, so that one kernel serves all. What divides strides and
+# which is 1 comes with the tensors' layout.
+_ONLY_AT_RUN_TIME = [
+    *("clipval", "forward_clipval", "T", "B"),
+    *("wx_stride_b", "wx_stride_t", "wx_stride_g", "wx_stride_n"),
+    *("initial_stride_s", "initial_stride_b", "initial_stride_n"),
+    *("d_states_stride_s", "d_states_stride_b", "d_states_stride_t", "d_states_stride_n"),
+    *("d_last_stride_s", "d_last_stride_b", "d_last_stride_n"),
+]
+
+
+def new_kernels():
+    """``scan_forward`` and ``scan_backward`` as kernels of their own.
+
+    What they compile, they keep: it goes when they go.
+    """
+    forward = triton.jit(scan_forward, do_not_specialize=_ONLY_AT_RUN_TIME)
+    return forward, triton.jit(scan_backward, do_not_specialize=_ONLY_AT_RUN_TIME)

@@ -15,11 +15,12 @@
 // the given gradients and then waits until this one is complete: only then does it read d_gates.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_backward(const Call* __restrict__ call, int ahead, long long B, int N, int D) {
+step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
     start_dependent_launch();
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
     const Tile tile(N, D);
+    const long long B = call->B;
     const int n = tile.n, lane = threadIdx.x % 32;
     const long long T = call->T, t = T - 1 - (call->done + ahead);
     const long long width = static_cast<long long>(N) * D;
@@ -39,6 +40,8 @@ step_backward(const Call* __restrict__ call, int ahead, long long B, int N, int 
     product.columns.first = d_gates + (sequence * T + t + 1) * G * width + n * D;
     product.columns.apart = 8 * T * G * width;
     product.columns.count = recurrent ? blocks_within(sequence, B) : 0;
+    // A launch serves all batches up to a size.
+    if (tile.first_sequence >= B) return;
     if (!CUT) product.fetch_left();
 
     float gates[OWNED][G], before[OWNED][S], gradients[OWNED][S];

@@ -22,7 +22,6 @@ class ScanPlan:
         GG: the number of gates, padded.
         warps: warps of a program.
         stages: steps whose inputs are on their way at once.
-        parts: products into which backward splits its sum over the gates.
         resident: whether R stays in registers.
     """
 
@@ -32,7 +31,6 @@ class ScanPlan:
     GG: int
     warps: int
     stages: int
-    parts: int
     resident: bool
 
 
@@ -75,4 +73,4 @@ def _plan_scan(
             f"{G} gates of {D} units; a slice of their recurrent matrix takes {streamed_bytes} "
             f"bytes of shared memory, of which this GPU gives a program {shared_memory}"
         )
-    return ScanPlan(8, DD, SS, GG, warps, stages, parts=1, resident=resident)
+    return ScanPlan(8, DD, SS, GG, warps, stages, resident)
