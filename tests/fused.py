@@ -247,7 +247,10 @@ def expanded(inputs: Inputs) -> Inputs:
         return x.detach()[tuple(kept)].expand(x.shape).requires_grad_()
 
     return Inputs(
-        first(inputs.Wx, 0, 1, 3), first(inputs.R, 1), first(inputs.b, 1), first(inputs.states, 1, 3)
+        first(inputs.Wx, 0, 1, 3),
+        first(inputs.R, 1),
+        first(inputs.b, 1),
+        first(inputs.states, 1, 3),
     )
 
 

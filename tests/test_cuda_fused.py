@@ -11,14 +11,13 @@ import torch
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
-from flashrnn.jit import nvrtc
 from flashrnn.kernels import head, program
 from flashrnn.problem import Problem
 from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
 from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
-    OPTIONS,
     LAYOUTS,
+    OPTIONS,
     all_strided,
     at_odd_addresses,
     check_clipped,
@@ -29,7 +28,7 @@ from tests.fused import (  # noqa: F401
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop
-from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there, summing
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
 
@@ -297,8 +296,7 @@ def test_any_addresses_and_layouts(on_the_cpu, change, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("D", [16, 20])
 def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, D, dtype, clipval):
-    options = {} if clipval is None else {"gradient_recurrent_clipval": clipval}
-    follows_vanilla("cuda_fused", summing, 3, 3, 2, D, dtype=dtype, **options)
+    follows_vanilla("cuda_fused", 3, 3, 2, D, dtype=dtype, clipval=clipval)
 
 
 @needs_compiler
