@@ -182,7 +182,7 @@ def wrong_backend(monkeypatch):
             states = fault(problem, states)
         return states, last_states
 
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda, "run", run)
     return faults.append

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Triton reads it when it is imported, here and in the children.
         os.environ["TRITON_INTERPRET"] = "1"
     settings = Settings(
-        backends=tuple(options.backend or _available()),
+        backends=tuple(options.backend or _available(device)),
         device=device,
         seconds=options.seconds,
         seed=options.seed,
@@ -233,9 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _available() -> list[str]:
+def _available(device: str) -> list[str]:
     """Under Triton's interpreter that is one; the others' kernels need a GPU."""
-    return [name for name in FUSED if load(name).unavailable() is None]
+    return [name for name in FUSED if load(name).unavailable(torch.device(device)) is None]
 
 
 def _find(part: Part, name: str, settings: Settings) -> Check:
