@@ -22,6 +22,7 @@ from tests.fused import (  # noqa: F401
     continues_exactly,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
+    others_keep_their_bits,
     poisoned,
     same_without_gradients,
 )
@@ -315,6 +316,12 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
     assert keeps_a_nan_to_its_sequence_and_head(4, 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_others_keep_their_bits(on_the_cpu, dtype):
+    assert others_keep_their_bits("cuda_fused", 4, 16, dtype)
 
 
 # ---- what it says of itself

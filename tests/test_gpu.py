@@ -16,6 +16,7 @@ from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
     hold_to_vanilla,
+    others_keep_their_bits,
     poisoned,
 )
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse
@@ -135,6 +136,14 @@ def many_sequences_in_clusters(request, monkeypatch):
 @pytest.mark.parametrize("sizes", [(50, 40, 1, 768), (20, 9, 2, 520), (90, 9, 3, 136)], ids=str)
 def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [24, 128, 200, 768])
+def test_others_keep_their_bits(backend, D, dtype):
+    if LARGEST_HEAD.get(backend, D) < D:
+        pytest.skip("a head larger than this backend takes")
+    assert others_keep_their_bits(backend, 17, D, dtype, "cuda")
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 16), (3, 0, 2, 16)], ids=str)
