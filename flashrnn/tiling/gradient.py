@@ -28,8 +28,8 @@ class GradientPlan:
     shared_memory: int
 
 
-# Rows of a part: each product that the tensor core adds to a sum cuts up to a unit off the sum's last
-# place, which over millions of rows that add up shows in the first digits.
+# Rows of a part: each product that the tensor core adds to a sum cuts up to a unit off the sum's
+# last place, which over millions of rows that add up shows in the first digits.
 _MOST_ROWS = 2**14
 # Registers of a block's sums: 64 of each of 256 threads.
 _SUMS = 64 * 256
