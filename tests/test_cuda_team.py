@@ -24,6 +24,7 @@ from tests.fused import (  # noqa: F401
     gives_the_same_bits,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
+    others_keep_their_bits,
     poisoned,
     same_without_gradients,
 )
@@ -449,6 +450,12 @@ def test_finite_infinite_and_nan_where_vanilla_has_them(prefer, dtype, clipval):
 @pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
 def test_units_that_are_not_there_reach_no_sum(prefer, kind):
     ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 131, dtype=torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_others_keep_their_bits(on_the_cpu, dtype):
+    assert others_keep_their_bits("cuda_fused", 4, 131, dtype)
 
 
 # ---- what it says of itself
