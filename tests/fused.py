@@ -285,10 +285,10 @@ def expanded(inputs: Inputs) -> Inputs:
 LAYOUTS = [transposed, as_the_backward_reads_R, expanded]
 
 
-def check_clipped(backend: str, clipval: float) -> None:
+def check_clipped(backend: str, clipval: float, device: str = "cpu") -> None:
     """Hold a call whose h and gradient are clipped to a value to vanilla's."""
     options = {"forward_clipval": clipval, "gradient_recurrent_clipval": clipval}
-    inputs = random_inputs("elman", 3, 3, 1, 16, torch.float32)
+    inputs = random_inputs("elman", 3, 3, 1, 16, torch.float32, device)
     runs = []
     for name in (backend, "vanilla"):
         outputs = call("elman", inputs, backend=name, config=FlashRNNConfig(**options))
