@@ -9,9 +9,13 @@ __device__ inline Element element(const Element* R, int n, int N, int rank, int 
     const int gate = FORWARD ? row % PRODUCED : parcel % PARCELS / UNIT_PARCELS;
     const bool exists = parcel < TEAM * PARCELS && sent < UNITS && from < D &&
                         row < UNITS * PRODUCED && to < D;
-    if (!exists) return {};
-    const int d = FORWARD ? to : from, p = FORWARD ? from : to;
-    return R[((static_cast<long long>(gate) * N + n) * D + d) * D + p];
+    const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
+    Element found = {};
+    if (exists) {
+        const int d = FORWARD ? to : from, p = FORWARD ? from : to;
+        found = head[static_cast<long long>(d) * D + p];
+    }
+    return found;
 }
 
 // Of the warp's tile f % TILES, step f / TILES % PARCEL_WORDS, slice f / TILES / PARCEL_WORDS.

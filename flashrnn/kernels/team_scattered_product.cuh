@@ -6,9 +6,11 @@ __device__ inline Element element(const Element* R, int n, int N, int rank, cons
     const int summed = share * SHARE + k, from = summed / GR, gate = summed % GR;
     const int unit = 2 * pair.pair + to;
     const long long p = pair.rank * UNITS + unit, d = rank * UNITS + from;
-    const bool exists = pair.exists && unit < UNITS && p < D && from < UNITS && d < D;
-    if (!exists) return {};
-    return R[((static_cast<long long>(gate) * N + n) * D + d) * D + p];
+    Element found = {};
+    if (pair.exists && unit < UNITS && p < D && from < UNITS && d < D) {
+        found = R[((static_cast<long long>(gate) * N + n) * D + d) * D + p];
+    }
+    return found;
 }
 
 // Of the warp's tile f % TILES, step f / TILES % 2, slice f / TILES / 2.
