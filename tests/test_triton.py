@@ -268,9 +268,8 @@ class FirstProgram:
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_sizes_beyond_32_bits(interpreter, monkeypatch, tmp_path, dtype):
-    """The first of 2³⁰ / D heads: from one gate, sequence, step or state to the next is 2³⁰."""
-    B, T, D = 2, 2, 3
-    N = 2**30 // D
+    """The first of 2³⁰ heads: from one gate, sequence, step or state to the next is 2³⁰."""
+    B, T, N, D = 2, 2, 2**30, 1
     sparse, empty_like, new_empty = Sparse(tmp_path), torch.empty_like, torch.Tensor.new_empty
 
     def large(x, *size, **options):
