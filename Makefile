@@ -1,23 +1,31 @@
-# Every target makes .venv first, out of pyproject.toml and constraints.txt.
+# Every target makes its environment first: .venv out of pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PIP_INSTALL := -m pip install --disable-pip-version-check
+
+# What other versions of the dependencies may break: tracing, derivatives, every way of compiling.
+TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_graphs.py tests/test_import.py \
+  tests/test_info.py tests/test_jit.py tests/test_readme.py tests/test_vanilla.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test check gpu-test clean
+.PHONY: help demo bench test test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
 
 help:
-	@echo 'make demo      train a small network on the CPU or the GPU; ARGS="--task text" for another task'
-	@echo 'make bench     measure speed beside other RNNs; ARGS="head-dim --quick" for less than everything'
-	@echo 'make test      run the tests; those that need a GPU are skipped where there is none'
-	@echo 'make gpu-test  run the tests that need a GPU, and only those'
-	@echo 'make check     lint, format and types, all without changing a file'
-	@echo 'make clean     remove .venv and what building and testing left behind'
+	@echo 'make demo         train a small network on the CPU or the GPU; ARGS="--task text" for another task'
+	@echo 'make bench        measure speed beside other RNNs; ARGS="head-dim --quick" for less than everything'
+	@echo 'make test         run the tests; those that need a GPU are skipped where there is none'
+	@echo 'make gpu-test     run the tests that need a GPU, and only those'
+	@echo 'make gpu-stress   random calls, foreign kernels, full memory and more; ARGS="fuzz --seconds 600"'
+	@echo 'make test-newest  run the telling part of the tests with the newest version of every dependency'
+	@echo 'make test-oldest  the same with the oldest version that pyproject.toml allows (Python 3.10 to 3.12)'
+	@echo 'make check        lint, format and types, all without changing a file'
+	@echo 'make clean        remove the environments and what building and testing left behind'
 	@echo
-	@echo 'PYTHON=python3.12 names the Python that .venv is made with (3.10 to 3.13).'
+	@echo 'PYTHON=python3.12 names the Python that an environment is made with (3.10 to 3.13).'
 
 demo: $(INSTALLED)
 	$(BIN)/python -m flashrnn demo $(ARGS)
@@ -32,18 +40,30 @@ test: $(INSTALLED)
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
+test-newest: .venv-newest
+test-oldest: .venv-oldest/installed
+test-newest test-oldest: test-%:
+	.venv-$*/bin/python -m pip list --disable-pip-version-check
+	.venv-$*/bin/python -m pytest -n auto $(TELLING) $(ARGS)
+	.venv-$*/bin/python -m pytest -n auto -k 'compiles' tests/test_cuda*.py $(ARGS)
+	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto tests/test_triton.py tests/test_operators.py $(ARGS)
+
+gpu-stress: $(INSTALLED)
+	$(BIN)/python -m tests.stress $(ARGS)
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# setuptools comes first, and the package is built with it: pip's isolated build would fetch
-# one that constraints.txt does not pin.
-$(INSTALLED): pyproject.toml constraints.txt
+# $(call install,FOLDER,OPTIONS) makes an environment. setuptools comes first, and the package is built
+# with it: pip's isolated build would fetch one that no constraint pins.
+define install
 	@command -v '$(PYTHON)' >/dev/null || { \
 	  echo 'No $(PYTHON) found. Install Python 3.10 to 3.13, or name one: make PYTHON=/path/to/python3' >&2; \
 	  exit 1; }
@@ -51,8 +71,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "FlashRNN needs Python 3.10 to 3.13; $(PYTHON) is $$('$(PYTHON)' -V 2>&1)." >&2; \
 	  echo 'Name another: make PYTHON=python3.12' >&2; \
 	  exit 1; }
-	'$(PYTHON)' -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
-	  --no-build-isolation -e '.[dev]'
+	'$(PYTHON)' -m venv $(1)
+	$(1)/bin/python $(PIP_INSTALL) $(2) setuptools
+	$(1)/bin/python $(PIP_INSTALL) $(2) --no-build-isolation -e '.[dev]'
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,$(VENV),-c constraints.txt)
 	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(call install,.venv-oldest,-c constraints-oldest.txt)
+	@touch $@
+
+# Whenever it is asked for: what is newest changes.
+.venv-newest:
+	$(call install,.venv-newest,--upgrade --upgrade-strategy eager)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a command that cannot be carried out, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal or a file cannot show is no reason to lose what was computed.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = make_parser().parse_args(arguments)
     code: int = options.run(options)
     return code

@@ -29,10 +29,12 @@ def collect() -> dict[str, Any]:
     Returns:
         ``"versions"``: name to version, ``None`` for what is not installed; ``"cuda"``: the
         CUDA version that PyTorch was built for, or ``None``; ``"platform"``: the operating
-        system; ``"gpus"``: name, compute capability and memory in bytes of each;
-        ``"backends"``: in the order in which ``backend="auto"`` prefers them, ``None`` for one
-        that runs here, else why not; ``"functions"``: names of the cells.
+        system; ``"gpus"``: name, compute capability and memory in bytes of each, and its
+        ``"backends"``, ``None`` for one that runs there, else why not; ``"backends"``: in the
+        order in which ``backend="auto"`` prefers them, ``None`` for one that runs here, on some
+        GPU or on the CPU, else why not on the first GPU; ``"functions"``: names of the cells.
     """
+    gpus = [_gpu(k) for k in range(torch.cuda.device_count())]
     versions: dict[str, str | None] = {
         "flashrnn": flashrnn.__version__,
         "python": platform.python_version(),
@@ -41,8 +43,8 @@ def collect() -> dict[str, Any]:
         "versions": versions | {name: _version(*names) for name, names in PACKAGES.items()},
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
-        "gpus": [_gpu(k) for k in range(torch.cuda.device_count())],
-        "backends": {name: backends.load(name).unavailable() for name in backends.PREFERENCE},
+        "gpus": gpus,
+        "backends": _anywhere([gpu["backends"] for gpu in gpus]),
         "functions": list(flashrnn.available_functions()),
     }
 
@@ -62,6 +64,22 @@ def _gpu(index: int) -> dict[str, Any]:
         "name": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory": properties.total_memory,
+        "backends": _reasons(torch.device("cuda", index)),
+    }
+
+
+def _reasons(device: torch.device) -> dict[str, str | None]:
+    return {name: backends.load(name).unavailable(device) for name in backends.PREFERENCE}
+
+
+def _anywhere(of_gpus: list[dict[str, str | None]]) -> dict[str, str | None]:
+    """Backend to ``None`` if it runs on some device of this machine, else why not on a GPU."""
+    # Without a GPU a backend says of it that there is none.
+    of_gpus = of_gpus or [_reasons(torch.device("cuda"))]
+    somewhere = [_reasons(torch.device("cpu")), *of_gpus]
+    return {
+        name: None if any(found[name] is None for found in somewhere) else reason
+        for name, reason in of_gpus[0].items()
     }
 
 
@@ -79,12 +97,23 @@ def as_text(found: dict[str, Any]) -> str:
         for k, gpu in enumerate(found["gpus"])
     ] or [("GPUs", "none that PyTorch sees")]
     rows += [
-        (f"backend {name}", "runs here" if reason is None else f"not here: {reason}")
+        (f"backend {name}", _where(name, reason, found["gpus"]))
         for name, reason in found["backends"].items()
     ]
     rows.append(("functions", ", ".join(found["functions"])))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _where(name: str, reason: str | None, gpus: list[dict[str, Any]]) -> str:
+    if reason is not None:
+        return f"not here: {reason}"
+    refusals = [
+        f"not on GPU {k}: {gpu['backends'][name]}"
+        for k, gpu in enumerate(gpus)
+        if gpu["backends"][name] is not None
+    ]
+    return "; ".join(["runs here", *refusals])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

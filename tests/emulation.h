@@ -21,7 +21,7 @@
 #define __launch_bounds__(...)
 #define __restrict__
 
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
@@ -30,15 +30,36 @@ struct Index {
 };
 static Index threadIdx, blockIdx;
 
-// An argument of a launch, of whatever type the kernel declares.
+// An argument of a launch, of whatever type the kernel declares: it takes the first bytes, as many as it
+// has.
 struct Argument {
     long long value;
 
     template <typename T>
     operator T() const {
-        return (T)value;
+        T taken;
+        memcpy(&taken, &value, sizeof(T));
+        return taken;
     }
 };
+
+// ---- alignment
+
+// The compiler takes it that what it calls does not change this, unless it is volatile.
+static volatile bool misaligned;
+
+static void expect_multiple(unsigned long long address, unsigned bytes) {
+    if (address % bytes) misaligned = true;
+}
+
+static void expect_aligned(const void* address, unsigned bytes) {
+    expect_multiple(reinterpret_cast<unsigned long long>(address), bytes);
+}
+
+// Called (-fsanitize=alignment) where an address is no multiple of what its type asks for.
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(void*, void*) {
+    misaligned = true;
+}
 
 // ---- blocks
 
@@ -86,6 +107,8 @@ struct Block {
     int index = 0;
     // Threads that are not finished.
     int running = 0;
+    // What its threads say at a barrier.
+    bool any = false;
     std::vector<Coroutine> threads;
     std::vector<std::vector<std::vector<Copy>>> copy_groups;
     std::vector<unsigned> shared_words = std::vector<unsigned>(64 * 1024);
@@ -194,7 +217,10 @@ static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier,
     }
 }
 
-static void publish(Parcel* to, const Parcel& parcel) { send(to, parcel, nullptr, nullptr); }
+static void publish(Parcel* to, const Parcel& parcel) {
+    expect_aligned(to, 16);
+    send(to, parcel, nullptr, nullptr);
+}
 
 // What is due by a round arrives.
 static void deliver(long long round) {
@@ -325,7 +351,7 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
         }
     }
     pending.clear();
-    sent_too_late = false;
+    sent_too_late = misaligned = false;
     cluster = blocks.data();
     cluster_meeting = {};
     threads_of_cluster = at_once * threads;
@@ -343,10 +369,20 @@ static const char* run_kernel(int grid, int threads, const Kernel& kernel,
         return "a kernel stalled: its threads wait for what never comes";
     }
     if (sent_too_late) return "a kernel sent something to a block that has left";
+    if (misaligned) return "a kernel accessed an address that is no multiple of what it loads or stores";
     return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
 }
 
 static void __syncthreads() { current->meeting.wait_for(current->threads.size()); }
+
+static bool __syncthreads_or(bool mine) {
+    current->any |= mine;
+    __syncthreads();
+    const bool any = current->any;
+    __syncthreads();
+    current->any = false;
+    return any;
+}
 
 // ---- registers that a warp exchanges
 
@@ -394,6 +430,14 @@ template <typename T>
 static T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
     const unsigned lane = threadIdx.x % 32;
     return __shfl_sync(mask, value, lane + delta < 32 ? lane + delta : lane);
+}
+
+static bool __any_sync(unsigned, bool mine) {
+    bool any = false;
+    exchange({mine}, [&](unsigned(*lanes)[6]) {
+        for (int lane = 0; lane < 32; ++lane) any |= lanes[lane][0];
+    });
+    return any;
 }
 
 template <typename T>
@@ -452,7 +496,21 @@ static float divide_approximate(float x, float y) { return x / y; }
 static float tanh_approximate(float x) { return tanhf(x); }
 
 // To the nearest, ties away from zero.
-static float rounded_to_tf32(unsigned x) { return __uint_as_float((x + 0x1000) & ~0x1fffu); }
+static unsigned round_to_tf32(unsigned x) {
+    const unsigned magnitude = x & 0x7fffffffu;
+    return magnitude >= 0x7f800000u ? x : (x + 0x1000) & ~0x1fffu;
+}
+
+static unsigned clip_pair(unsigned pair, unsigned largest, float16) {
+    unsigned clipped = 0;
+    for (int i = 0; i < 32; i += 16) {
+        float16 element = {(unsigned short)(pair >> i)};
+        const float x = to_float(element), bound = to_float(float16{(unsigned short)(largest >> i)});
+        round_to(element, x > bound ? bound : x < -bound ? -bound : x);
+        clipped |= unsigned(element.bits) << i;
+    }
+    return clipped;
+}
 
 static float dot(unsigned a, unsigned b, float16) {
     return to_float(float16{(unsigned short)a}) * to_float(float16{(unsigned short)b}) +
@@ -464,7 +522,6 @@ static float dot(unsigned a, unsigned b, bfloat16) {
                to_float(bfloat16{(unsigned short)(b >> 16)});
 }
 static float dot(unsigned a, unsigned b, float) { return __uint_as_float(a) * __uint_as_float(b); }
-static float dot(unsigned a, unsigned b, tf32) { return rounded_to_tf32(a) * rounded_to_tf32(b); }
 
 template <typename Operand>
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
@@ -487,22 +544,11 @@ static void mma_half(float (&c)[4], unsigned a0, unsigned a1, unsigned b0, Opera
     mma(c, a0, a1, 0, 0, b0, 0, operand);
 }
 
-template <typename Operand>
-static unsigned prepare(unsigned word, Operand) {
-    return word;
-}
-static unsigned prepare(unsigned word, tf32) { return __float_as_uint(rounded_to_tf32(word)); }
-
-template <typename Operand>
-constexpr int PASSES = 1;
-template <>
-constexpr int PASSES<float> = 3;
-
-// All of a product in the last of its passes.
-template <typename Operand>
-static void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                     unsigned b0, unsigned b1, Operand operand) {
-    if (pass == PASSES<Operand> - 1) mma(c, a0, a1, a2, a3, b0, b1, operand);
+static void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                          unsigned b0, unsigned b1) {
+    unsigned words[6] = {a0, a1, a2, a3, b0, b1};
+    for (unsigned& word : words) word &= ~0x1fffu;
+    mma(c, words[0], words[1], words[2], words[3], words[4], words[5], float{});
 }
 
 static unsigned char* shared_memory() { return (unsigned char*)current->shared_words.data(); }
@@ -515,6 +561,7 @@ static unsigned shared_address(const void* generic) {
 static unsigned char* at(unsigned address) { return shared_memory() + (address & 0xffffff); }
 
 static void load_matrices(unsigned (&words)[4], unsigned row) {
+    expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
         for (int block = 0; block < 4; ++block) {
@@ -525,6 +572,7 @@ static void load_matrices(unsigned (&words)[4], unsigned row) {
 }
 
 static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
+    expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
         for (int block = 0; block < 4; ++block) {
@@ -601,7 +649,11 @@ static std::vector<Copy>& open_copy_group() {
     return groups.back();
 }
 
-static void copy_async(void* to, const void* from) { open_copy_group().push_back({to, from}); }
+static void copy_async(void* to, const void* from) {
+    expect_aligned(to, 16);
+    expect_aligned(from, 16);
+    open_copy_group().push_back({to, from});
+}
 
 static void close_copy_group() {
     open_copy_group();
@@ -637,7 +689,10 @@ static unsigned load_alone(const T* from) {
 
 static void prefetch(const void*) {}
 
-static void make_barrier(void* barrier) { *(Barrier*)barrier = {}; }
+static void make_barrier(void* barrier) {
+    expect_aligned(barrier, 8);
+    *(Barrier*)barrier = {};
+}
 
 static void expect_bytes(void* barrier, unsigned bytes) {
     ((Barrier*)barrier)->armed = 1;
@@ -653,6 +708,7 @@ static unsigned cluster_address(const void* here, int rank) {
 }
 
 static void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
+    expect_multiple(to, 16);
     Block& block = cluster[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
     send(there + (to & 0xffffff), {{words[0], words[1], words[2]}, words[3]}, &block,
@@ -665,6 +721,7 @@ static void send_async(const void* to, const unsigned (&words)[4], const void* b
 
 // Each 16 bytes of it at a time of their own.
 static void send_copy(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    for (unsigned multiple : {to, shared_address(from), bytes}) expect_multiple(multiple, 16);
     Block& block = cluster[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
     for (unsigned i = 0; i < bytes; i += 16) {

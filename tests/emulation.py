@@ -6,6 +6,7 @@ What is compiled is the very program that NVRTC gets, but for ptx.cuh.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -16,14 +17,19 @@ import pytest
 
 from flashrnn.backends import cuda, cuda_fused
 from flashrnn.jit import nvrtc, runs
+from flashrnn.problem import Problem
 from flashrnn.tiling import GPU
 
 HEADER = Path(__file__).with_name("emulation.h")
-COMMAND = (
-    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC"),
+COMPILE = (
+    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-c"),
     # What some compilers define by themselves forbids longjmp to another stack.
     "-U_FORTIFY_SOURCE",
+    # Every access asks whether its address is a multiple of what its type is aligned to.
+    "-fsanitize=alignment",
 )
+# Without the compiler's library for what such questions find: emulation.h has its own answer.
+LINK = ("g++", "-shared")
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="needs g++, to compile the kernels for the CPU"
@@ -34,12 +40,10 @@ class Library:
     """A program compiled by g++, removed with its folder."""
 
     def __init__(self, source: str, folder: Path) -> None:
-        text, library = folder / "program.cpp", folder / "program.so"
+        text, compiled, library = (folder / f"program.{end}" for end in ("cpp", "o", "so"))
         text.write_text(source, encoding="utf-8")
-        subprocess.run(
-            [*COMMAND, "-o", str(library), str(text)],
-            check=True,
-        )
+        subprocess.run([*COMPILE, "-o", compiled, text], check=True)
+        subprocess.run([*LINK, "-o", library, compiled], check=True)
         self.functions = ctypes.CDLL(str(library))
 
     def emulate(self, *arguments) -> None:
@@ -65,11 +69,11 @@ class EmulatedStepper:
         self.library, self.grid, self.threads, self.sizes = library, grid, threads, sizes
 
     def run(self, fields: tuple[int, ...], count: int) -> None:
-        done = 0
+        done, sizes = 0, [ctypes.c_int64(size) for size in self.sizes]
         for length in runs.lengths(count):
             self.block[:] = (*fields, done)
             for ahead in range(length):
-                self.library.emulate(self.block, ahead, *self.sizes, self.grid, self.threads)
+                self.library.emulate(self.block, ahead, *sizes, self.grid, self.threads)
             done += length
 
 
@@ -98,13 +102,29 @@ class EmulatedKernel:
         self.library.emulate(block, grid, self.threads, self.shared_memory, at_once)
 
 
+def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
+    """How many clusters of each size run at once, as a driver says it of an H200.
+
+    A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
+    """
+    groups = multiprocessors * 7 // 8 // 16
+    of_the_last = min(14, multiprocessors - 16 * groups)
+    sizes = range(2, largest + 1)
+    return (0, 0, *(groups * (16 // size) + of_the_last // size for size in sizes))
+
+
 H200 = GPU(
     multiprocessors=132,
     shared_memory=232448,
     shifts_registers=True,
     multiplies_by_groups=True,
-    largest_cluster=16,
+    clusters=clusters_of(132),
 )
+
+
+def plan_taken(problem: Problem, backward: bool) -> cuda_fused.Plan | str:
+    """What ``cuda_fused`` computes a problem by."""
+    return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 
 @pytest.fixture
@@ -134,9 +154,9 @@ def fused_emulation(
             getattr(cuda_fused, f"_{regime}_kernel").cache_clear()
 
     forget()
-    monkeypatch.setattr(cuda_fused, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: H200)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     monkeypatch.setattr(cuda_fused, "_kernel", kernel)
     yield
     forget()
@@ -149,22 +169,27 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     @cache
     def library(name: str, source: str) -> Library:
         entry = (
-            f'extern "C" const char* emulate(Call* call, int ahead, int B, int N, int D,\n'
+            f'extern "C" const char* emulate(Call* call, int ahead, int N, int D,\n'
             f"                               int grid, int threads) {{\n"
-            f"    return run_kernel(grid, threads, [=] {{ {name}(call, ahead, B, N, D); }});\n}}\n"
+            f"    return run_kernel(grid, threads, [=] {{ {name}(call, ahead, N, D); }});\n}}\n"
         )
         return Library(source + entry, tmp_path_factory.mktemp("emulation"))
 
-    def stepper(name, parts, fields, plan, sizes, device):
-        compiled = library(name, emulated(parts))
-        return EmulatedStepper(compiled, len(fields), plan.grid(*sizes), plan.threads, sizes)
+    def load(name, parts, device):
+        return library(name, emulated(parts))
 
-    cuda._forward_stepper.cache_clear()
-    cuda._backward_stepper.cache_clear()
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    def stepper(loaded, fields, plan, grid, *sizes):
+        return EmulatedStepper(loaded, fields, grid, plan.threads, sizes)
+
+    def forget() -> None:
+        for direction, kept in itertools.product(("forward", "backward"), ("stepper", "program")):
+            getattr(cuda, f"_{direction}_{kept}").cache_clear()
+
+    forget()
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
+    monkeypatch.setattr(cuda, "_load", load)
     monkeypatch.setattr(cuda, "_stepper", stepper)
     monkeypatch.setattr(runs, "run", lambda stepper, fields, count: stepper.run(fields, count))
     yield
-    cuda._forward_stepper.cache_clear()
-    cuda._backward_stepper.cache_clear()
+    forget()

@@ -114,17 +114,17 @@ def call(function: str | Cell, inputs: Inputs, **options: object) -> tuple[Tenso
 
 
 def gradients(outputs: tuple[Tensor, Tensor], inputs: Inputs, seed: int = 1) -> dict[str, Tensor]:
-    """Gradients of a random weighted sum of both outputs.
-
-    The weights depend on the shapes alone, so that two precisions get the same ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs
-    ]
+    """Gradients of a random weighted sum of both outputs."""
     leaves = list(inputs.tensors().values())
+    weights = random_weights(outputs, seed)
     found = torch.autograd.grad(outputs, leaves, weights, allow_unused=True, materialize_grads=True)
     return dict(zip(inputs.tensors(), found, strict=True))
+
+
+def random_weights(outputs: tuple[Tensor, Tensor], seed: int) -> list[Tensor]:
+    """Gradients of outputs; they depend on the shapes alone, so two precisions get the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
 
 
 def relative_error(given: Tensor, truth: Tensor) -> float:

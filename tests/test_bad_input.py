@@ -122,7 +122,7 @@ def test_named_backend_that_cannot_do_the_call_says_why(monkeypatch):
     monkeypatch.setattr(vanilla, "unsupported", lambda problem: f"D={problem.D} is too odd")
     with pytest.raises(ValueError, match=r"backend 'vanilla' cannot do this call: D=4 is too odd"):
         flashrnn(**arguments(), backend="vanilla")
-    monkeypatch.setattr(vanilla, "unavailable", lambda: "no CPU here")
+    monkeypatch.setattr(vanilla, "unavailable", lambda device: "no CPU here")
     with pytest.raises(ValueError, match=r"cannot do this call: no CPU here"):
         flashrnn(**arguments(), backend="vanilla")
 

@@ -211,14 +211,14 @@ def test_sixteen_bits_are_held_to_twice_vanilla():
 
 def test_the_backends_own_reasons_stand_in_the_rows(monkeypatch):
     module = backends.load("cuda")
-    monkeypatch.setattr(module, "unavailable", lambda: None)
+    monkeypatch.setattr(module, "unavailable", lambda device: None)
     monkeypatch.setattr(
         module, "unsupported", lambda problem: "no backward" if problem.needs_gradient else None
     )
     monkeypatch.setattr(module, "run", backends.load("vanilla").run)
     found = Ours("cuda").times(TINY, CPU, seconds=0.0)
     assert found[FORWARD].value > 0 and found[BOTH] == Found(reason="no backward")
-    monkeypatch.setattr(module, "unavailable", lambda: "no GPU")
+    monkeypatch.setattr(module, "unavailable", lambda device: "no GPU")
     assert Ours("cuda").times(TINY, CPU, 0.0) == dict.fromkeys(TIMES, Found(reason="no GPU"))
     assert Ours("cuda").memory(TINY, CPU) == dict.fromkeys(memory.MEASURES, Found(reason="no GPU"))
 
@@ -496,7 +496,9 @@ def test_cold_starts_have_reasons_too():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     found = cold_start.measure(Ours("cuda"), TINY, CPU, repetitions=1)
-    assert {measured.reason for measured in found.values()} == {backends.load("cuda").unavailable()}
+    assert {measured.reason for measured in found.values()} == {
+        backends.load("cuda").unavailable(CPU)
+    }
 
 
 def test_importing_the_package_loads_no_benchmark():

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from flashrnn.backends import cuda
+from flashrnn.backends import cuda, requirements
 from flashrnn.cells import resolve
 from flashrnn.jit import nvrtc
 from flashrnn.kernels import program as programs
@@ -44,7 +44,7 @@ def program(kind, B, N, D, precision, backward):
     kind = resolve(kind)
     plan = step.plan_step(kind, B, N, D, precision, backward)
     if backward:
-        return step.backward_source(kind, precision, plan, False, None)
+        return step.backward_source(kind, precision, plan, False, False)
     return step.forward_source(kind, precision, plan, True)
 
 
@@ -212,6 +212,8 @@ def test_equals_vanilla(on_the_cpu, kind, dtype):
         (70, 2, 1, 136),
         # More steps than the longest recording.
         (1, 130, 1, 8),
+        # Five tiles of sequences by the launch for six.
+        (33, 2, 2, 8),
     ],
     ids=str,
 )
@@ -262,19 +264,18 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 
 def test_says_why_it_cannot():
     if not torch.cuda.is_available():
-        assert "NVIDIA GPU" in cuda.unavailable()
+        assert "NVIDIA GPU" in cuda.unavailable(torch.device("cuda"))
+    assert "cpu" in cuda.unavailable(torch.device("cpu"))
     values = {"cell": resolve("lstm"), "B": 1, "T": 1, "N": 1, "D": 1, "dtype": torch.float32}
-    on_cpu = Problem(**values, device=torch.device("cpu"))
-    assert "cpu" in cuda.unsupported(on_cpu)
     double = Problem(**{**values, "dtype": torch.float64}, device=torch.device("cuda"))
     assert "float64" in cuda.unsupported(double)
     assert cuda.unsupported(Problem(**values, device=torch.device("cuda"))) is None
 
 
-def test_asked_for_by_name_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+def test_the_compiler_that_is_missing_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(requirements, "missing_gpu", lambda device: None)
+    compiler = requirements._unavailable_compiler.__wrapped__
+    monkeypatch.setattr(requirements, "_unavailable_compiler", compiler)
     monkeypatch.setattr(nvrtc, "_version", lambda: 1 / 0)
-    monkeypatch.setattr(cuda, "unavailable", cuda.unavailable.__wrapped__)
     with pytest.raises(ValueError, match=r'pip install "flashrnn\[cuda\]"'):
         call("lstm", random_inputs("lstm", 1, 1, 1, 1, torch.float32), backend="cuda")

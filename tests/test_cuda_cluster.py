@@ -5,7 +5,6 @@ up as chance has it, so a missing wait shows.
 """
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import cluster as kernel
 from flashrnn.tiling import GPU, ClusterPlan, plan_cluster
 from flashrnn.tiling import cluster as tiling
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
@@ -66,7 +65,9 @@ def test_only_where_it_is_possible():
 
 
 def test_no_larger_clusters_than_run():
-    few = GPU(7, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=8)
+    few = GPU(
+        7, 232448, shifts_registers=True, multiplies_by_groups=True, clusters=clusters_of(7, 8)
+    )
     assert plan_of("lstm", 16, 3, 256, few) is None or plan_of("lstm", 16, 3, 256, few).size < 8
     assert isinstance(plan_of("lstm", 16, 3, 136, few), ClusterPlan)
 
@@ -100,7 +101,7 @@ def test_traffic_threads_keep_their_addresses(kind, D):
 
 # ---- the kernel
 
-FEW = GPU(6, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=4)
+FEW = GPU(6, 232448, shifts_registers=True, multiplies_by_groups=True, clusters=clusters_of(6, 4))
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def on_the_cpu(fused_emulation, poisoned, monkeypatch):  # noqa: F811
 
     These plans before others, whatever they are reckoned to take.
     """
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: FEW)
     monkeypatch.setattr(tiling, "cycles", lambda *_: 0.0)
     tiling.best_plan.cache_clear()
     yield
@@ -129,7 +130,7 @@ def tiles(request, on_the_cpu, monkeypatch):
 
 def check(kind, *sizes, **options):
     B, _, N, D, dtype = sizes
-    assert isinstance(cuda_fused._plan(problem(kind, B, N, D, dtype), False), ClusterPlan)
+    assert isinstance(plan_taken(problem(kind, B, N, D, dtype), False), ClusterPlan)
     hold_to_vanilla("cuda_fused", kind, *sizes, **options)
 
 
@@ -161,10 +162,10 @@ def test_sizes(tiles, sizes):
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_sixteen_blocks(on_the_cpu, monkeypatch, kind):
     """Each lane that makes up a parcel sends it to two of them."""
-    many = replace(FEW, multiprocessors=20, largest_cluster=16)
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: many)
+    many = FEW._replace(multiprocessors=20, clusters=clusters_of(20))
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: many)
     monkeypatch.setattr(tiling, "cycles", lambda plan, *_: -plan.size - plan.blocks)
-    assert cuda_fused._plan(problem(kind, 9, 1, 248, torch.bfloat16), False).size == 16
+    assert plan_taken(problem(kind, 9, 1, 248, torch.bfloat16), False).size == 16
     check(kind, 9, 3, 1, 248, torch.bfloat16)
 
 

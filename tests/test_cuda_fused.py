@@ -15,7 +15,7 @@ from flashrnn.jit import nvrtc
 from flashrnn.kernels import head, program
 from flashrnn.problem import Problem
 from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
     OPTIONS,
     all_strided,
@@ -29,15 +29,15 @@ from tests.machine_code import spills_in_a_loop
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
 
-A100 = GPU(108, 166912, shifts_registers=False, multiplies_by_groups=False, largest_cluster=0)
-RTX_4090 = GPU(128, 101376, shifts_registers=False, multiplies_by_groups=False, largest_cluster=0)
+A100 = GPU(108, 166912, shifts_registers=False, multiplies_by_groups=False)
+RTX_4090 = GPU(128, 101376, shifts_registers=False, multiplies_by_groups=False)
 GPUS = {
     "sm_80": A100,
     "sm_86": RTX_4090,
     "sm_89": RTX_4090,
     "sm_90a": H200,
     "sm_100": GPU(
-        148, 232448, shifts_registers=False, multiplies_by_groups=False, largest_cluster=16
+        148, 232448, shifts_registers=False, multiplies_by_groups=False, clusters=clusters_of(148)
     ),
     "sm_120": RTX_4090,
 }
@@ -106,7 +106,7 @@ def programs(kind, B, N, D, precision, gpu):
     gradient = plan_gradient(len(kind.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
         head.forward_source(kind, precision, D, plans[0], True, True),
-        head.backward_source(kind, precision, D, plans[1], True, False, None),
+        head.backward_source(kind, precision, D, plans[1], True, False, False),
         head.gradient_source(kind, precision, D, gradient, True),
     ]
 
@@ -322,10 +322,9 @@ def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
 
 def test_says_why_it_cannot(monkeypatch):
     if not torch.cuda.is_available():
-        assert "NVIDIA GPU" in cuda_fused.unavailable()
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: RTX_4090)
-    on_cpu = Problem(resolve("lstm"), 1, 1, 1, 1, torch.float32, torch.device("cpu"))
-    assert "cpu" in cuda_fused.unsupported(on_cpu)
+        assert "NVIDIA GPU" in cuda_fused.unavailable(torch.device("cuda"))
+    assert "cpu" in cuda_fused.unavailable(torch.device("cpu"))
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: RTX_4090)
     assert "float64" in cuda_fused.unsupported(problem("lstm", 1, 1, 16, torch.float64))
     assert "2048 units" in cuda_fused.unsupported(problem("lstm", 1, 1, 2048, torch.float32))
     assert "shared memory" in cuda_fused.unsupported(problem("lstm", 1, 1, 128, torch.float32))

@@ -15,7 +15,7 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import program, team
 from flashrnn.tiling import GPU, TeamPlan, plan_team
 from flashrnn.tiling import team as tiling
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
@@ -78,7 +78,7 @@ def test_plans_fit_the_gpu_and_cover_the_problem(gpu, backward):
         teams = plan.teams(B, N, gpu)
         assert 1 <= teams <= plan.items(B, N), given
         if plan.cluster:
-            assert plan.size <= gpu.largest_cluster and plan.size in (2, 4, 8, 16), given
+            assert gpu.clusters[plan.size] and plan.size in (2, 4, 8, 16), given
             # Clusters wait for no other, so there is one for each item.
             assert teams == plan.items(B, N), given
         else:
@@ -116,7 +116,7 @@ def programs(kind, D, precision, gpu, N=1):
     assert all(isinstance(plan, TeamPlan) for plan in plans), plans
     return [
         team.forward_source(cell, precision, D, plans[0], True),
-        team.backward_source(cell, precision, D, plans[1], False, None),
+        team.backward_source(cell, precision, D, plans[1], False, False),
     ]
 
 
@@ -212,7 +212,7 @@ def test_a_spill_would_be_noticed(arch):
 
 # ---- the kernels
 
-FEW = GPU(6, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=4)
+FEW = GPU(6, 232448, shifts_registers=True, multiplies_by_groups=True, clusters=clusters_of(6, 4))
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def prefer(request, on_the_cpu, monkeypatch):
         tiling.best_plan.cache_clear()
         cuda_fused._best_plan.cache_clear()
 
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: FEW)
     monkeypatch.setattr(cuda_fused, "plan_cluster", lambda problem, gpu: None)
     prefer(lambda plan: 0)
     yield prefer
@@ -263,7 +263,7 @@ def check(*sizes, **options):
 
 def plans(*sizes):
     """Forward's and backward's."""
-    found = [cuda_fused._plan(problem(*sizes), backward) for backward in (False, True)]
+    found = [plan_taken(problem(*sizes), backward) for backward in (False, True)]
     assert all(isinstance(plan, TeamPlan) for plan in found), found
     return found
 
@@ -438,7 +438,7 @@ def test_a_nan_stays_in_its_sequence_and_head(prefer):
 
 
 def test_says_why_it_cannot(monkeypatch):
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: RTX_4090)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: RTX_4090)
     assert cuda_fused.unsupported(problem("lstm", 1, 1, 129, torch.bfloat16)) is None
     reason = cuda_fused.unsupported(problem("lstm", 1, 1, 4096, torch.bfloat16))
     assert reason.startswith("a head of 4096 units;")

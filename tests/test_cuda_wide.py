@@ -13,7 +13,7 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import wide as kernel
 from flashrnn.tiling import GPU, WidePlan, plan_wide
 from flashrnn.tiling import wide as tiling
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     hold_to_vanilla,
@@ -61,10 +61,10 @@ def test_only_where_it_is_possible_and_pays():
 
 def test_the_batch_does_not_decide_whether_there_is_a_plan(monkeypatch):
     """Where a batch that is small has none, one that is large has none either."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: H200)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     for D in (768, 1024, 3168, 4096):
         there = [
-            isinstance(cuda_fused._plan(problem("elman", B, 1, D, torch.bfloat16), False), str)
+            isinstance(plan_taken(problem("elman", B, 1, D, torch.bfloat16), False), str)
             for B in (1, 300)
         ]
         assert len(set(there)) == 1, D
@@ -86,7 +86,7 @@ def test_compiles_without_spills(kind, D):
 
 # ---- the kernel
 
-FEW = GPU(7, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=0)
+FEW = GPU(7, 232448, shifts_registers=True, multiplies_by_groups=True)
 
 
 @pytest.fixture
@@ -95,14 +95,12 @@ def on_the_cpu(fused_emulation, poisoned, monkeypatch):  # noqa: F811
 
     These plans before others, whatever they are reckoned to take.
     """
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: FEW)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: FEW)
     monkeypatch.setattr(tiling, "cycles", lambda *_: 0.0)
 
 
 def check(kind, *sizes, **options):
-    assert isinstance(
-        cuda_fused._plan(problem(kind, *(sizes[i] for i in (0, 2, 3, 4))), False), WidePlan
-    )
+    assert isinstance(plan_taken(problem(kind, *(sizes[i] for i in (0, 2, 3, 4))), False), WidePlan)
     hold_to_vanilla("cuda_fused", kind, *sizes, **options)
 
 

@@ -16,7 +16,7 @@ from flashrnn.kernels import wide_cluster as kernel
 from flashrnn.tiling import GPU, WideClusterPlan, plan_wide_cluster
 from flashrnn.tiling import wide_cluster as tiling
 from flashrnn.tiling.cluster import Rows
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler, plan_taken  # noqa: F401
 from tests.fused import (  # noqa: F401
     all_strided,
     at_odd_addresses,
@@ -68,7 +68,7 @@ def test_only_where_it_is_possible():
     assert plan_of("lstm", 256, 1, 772) is plan_of("lstm", 256, 1, 1024) is None
     assert plan_of(wide, 256, 3, 256) is None
     assert plan_of("lstm", 256, 3, 256, dtype=torch.float32) is None
-    for other in (A100, RTX_4090, GPUS["sm_100"], replace(H200, largest_cluster=4)):
+    for other in (A100, RTX_4090, GPUS["sm_100"], H200._replace(clusters=clusters_of(132, 4))):
         assert plan_of("lstm", 256, 1, 768, other) is None
 
 
@@ -84,8 +84,8 @@ def test_only_where_it_is_possible():
 )
 def test_chosen_where_it_is_fastest(monkeypatch, sizes, chosen):
     """As measured on an H200; at B = 72 and 136 others are reckoned to take half the rounds."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: H200)
-    plan = cuda_fused._plan(problem("lstm", *sizes, torch.bfloat16), False)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    plan = plan_taken(problem("lstm", *sizes, torch.bfloat16), False)
     assert isinstance(plan, WideClusterPlan) == chosen
 
 
@@ -107,7 +107,7 @@ def test_compiles_without_spills(kind, D):
 
 # ---- the kernel
 
-SOME = GPU(20, 232448, shifts_registers=True, multiplies_by_groups=True, largest_cluster=16)
+SOME = GPU(20, 232448, shifts_registers=True, multiplies_by_groups=True, clusters=clusters_of(20))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def on_the_cpu(fused_emulation, poisoned, monkeypatch):  # noqa: F811
 
     These plans before others, those with two groups of warps first.
     """
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda device: SOME)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: SOME)
     monkeypatch.setattr(tiling, "cycles", lambda plan, *_: abs(plan.groups - 2))
     tiling.best_plan.cache_clear()
     yield
@@ -149,7 +149,7 @@ def tiles(request, on_the_cpu, monkeypatch):
 
 def check(kind, *sizes, **options):
     B, _, N, D, dtype = sizes
-    plan = cuda_fused._plan(problem(kind, B, N, D, dtype), False)
+    plan = plan_taken(problem(kind, B, N, D, dtype), False)
     if not isinstance(plan, WideClusterPlan):
         assert not list(tiling.possible_plans(Rows.of(resolve(kind)), D, SOME))
         pytest.skip("one block would have all units")

@@ -1,12 +1,15 @@
 """The demo: its tasks are what they claim, it learns them, and it can be stopped and resumed."""
 
+import errno
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from itertools import accumulate, chain, pairwise, permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch.nn.functional import one_hot
 
 from flashrnn.__main__ import main
 from flashrnn.cells import resolve
-from flashrnn.demo import checkpoint, language, state_tracking
+from flashrnn.demo import checkpoint, figure, language, state_tracking
 from flashrnn.demo.automata import AUTOMATA, Automaton
 from flashrnn.demo.distributed import World, join
 from flashrnn.demo.errors import DemoError
@@ -276,6 +279,42 @@ def test_a_checkpoint_of_another_training_is_refused_with_what_differs(tmp_path)
         checkpoint.load(tmp_path / "b.pt", {})
 
 
+def refuse(monkeypatch, method, number, ending=".tmp"):
+    """Make a method of paths fail, of the files alone that are written to be renamed, or others."""
+    function = getattr(Path, method)
+
+    def refused(path, *given, **named):
+        if path.name.endswith(ending):
+            raise OSError(number, os.strerror(number))
+        return function(path, *given, **named)
+
+    monkeypatch.setattr(Path, method, refused)
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "replace"])
+def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, monkeypatch, method):
+    checkpoint.save(tmp_path / "a.pt", {"settings": {}, "step": 1})
+    figure.draw(tmp_path / "a.png", "", "", "", [figure.Line("h", [0], [0])])
+    before = (tmp_path / "a.png").read_bytes()
+    refuse(monkeypatch, method, errno.ENOSPC)
+    words = "could not be written: No space left on device; the one of before is as it was"
+    with pytest.raises(DemoError, match=rf"a\.pt {words}"):
+        checkpoint.save(tmp_path / "a.pt", {"settings": {}, "step": 2})
+    with pytest.raises(DemoError, match=rf"a\.png {words}"):
+        figure.draw(tmp_path / "a.png", "", "", "", [figure.Line("h", [0], [1])])
+    with pytest.raises(DemoError, match=r"b\.pt could not be written: No space left on device$"):
+        checkpoint.save(tmp_path / "b.pt", {"settings": {}, "step": 2})
+    assert checkpoint.load(tmp_path / "a.pt", {})["step"] == 1
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.pt", "a.png"}
+
+
+def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "a.pt").mkdir()
+    with pytest.raises(DemoError, match=r"a\.pt cannot be read: Is a directory.*--output"):
+        checkpoint.load(tmp_path / "a.pt", {})
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_noted_and_their_handlers_come_back(number):
     before = signal.getsignal(number)
@@ -352,25 +391,91 @@ def test_text_from_the_command_line_and_its_resumption(tmp_path, capsys, monkeyp
         (["--text=."], "--text .: Is a directory"),
         (["--text=latin.txt"], "not UTF-8 text (invalid continuation byte at byte 1)"),
         (["--text=short.txt"], "a text of 10 characters is too short to learn from: 650"),
+        (["--text=empty.txt"], "a text of 0 characters is too short to learn from: 650"),
+        (["--text=picture.png"], "not UTF-8 text (invalid start byte at byte 0)"),
+        (["--text=secret.txt"], "--text secret.txt: Permission denied"),
         (
             ["--text=short.txt", "--task=parity"],
             "--text goes with --task text, not with --task par",
         ),
         (["--device=tpu"], "--device tpu: this machine offers cpu and"),
         (["--device=cuda:99"], "--device cuda:99: this machine offers cpu and"),
+        (["--device=meta"], "--device meta: this machine offers cpu and"),
+        (["--device=hpu"], "--device hpu: this machine offers cpu and"),
+        (["--device=xla"], "--device xla: this machine offers cpu and"),
         (["--backend=vanila", "--device=cpu"], "unknown backend 'vanila'. Did you mean 'vanilla'?"),
         (["--backend=triton", "--device=cpu"], "backend 'triton' cannot do this call: "),
         (["--output=short.txt"], "--output short.txt: File exists"),
+        (["--output=short.txt/deeper"], "--output short.txt/deeper: Not a directory"),
+        (["--output=taken"], "taken/parity-slstm.png is to be a file, and is a folder"),
+        (["--output=taken", "--task=text"], "taken/text-slstm.pt is to be a file, and is a folder"),
+        ([f"--text={'long' * 60}.txt"], "--output flashrnn-demo: File name too long"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "secret.txt").write_text(TEXT)
+    refuse(monkeypatch, "read_text", errno.EACCES, "secret.txt")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (tmp_path / f"{'long' * 60}.txt").write_text(TEXT)
+    for name in ("parity-slstm.png", "text-slstm.pt"):
+        (tmp_path / "taken" / name).mkdir(parents=True)
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     (tmp_path / "short.txt").write_text("ten chars.")
     assert main(["demo", *arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("flashrnn demo: ") and printed.count("\n") == 1
     assert words in printed
+
+
+@pytest.mark.parametrize("task", ["parity", "text"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_takes_nothing_is_told_before_the_training(
+    number, task, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(RecurrentNetwork, "__init__", None)  # None may be made.
+    refuse(monkeypatch, "write_bytes", number)
+    assert main(["demo", "--device=cpu", f"--task={task}", f"--output={tmp_path}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed == f"flashrnn demo: --output {tmp_path}: {os.strerror(number)}\n"
+
+
+def test_a_disk_that_is_full_after_the_training_costs_the_figure_alone(
+    tmp_path, monkeypatch, capsys
+):
+    def full(*given, **named):
+        refuse(monkeypatch, "write_bytes", errno.ENOSPC)
+        return {40: 1.0, 256: 1.0}
+
+    monkeypatch.setattr(state_tracking, "test", full)
+    assert main(["demo", "--device=cpu", "--steps=1", f"--output={tmp_path}"]) == 2
+    printed, errors = capsys.readouterr()
+    assert rows_of(printed) == {40: 100, 256: 100}
+    assert errors.endswith("parity-slstm.png could not be written: No space left on device\n")
+
+
+def test_a_python_without_its_reference_asks_for_a_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert main(["demo", "--device=cpu", "--task=text", f"--output={tmp_path}"]) == 2
+    assert "came without its reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_cannot_show_the_text_gets_what_it_can(encoding, tmp_path):
+    (tmp_path / "grüße.txt").write_text("Ein Löffel ≤ zwei Löffel. " * 50, encoding="utf-8")
+    command = [sys.executable, "-m", "flashrnn", "demo", "--device=cpu", "--steps=1"]
+    command += ["--function=elman", "--text=grüße.txt", "--output=übung"]
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": encoding,
+        "PYTHONUTF8": "1",  # of file names
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    name = "grüße.txt".encode(encoding, "backslashreplace")
+    assert b"Text: " + name in done.stdout and b"A sample:" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from flashrnn.__main__ import main, make_parser
 
 def test_json_says_which_backends_run_and_why_the_others_do_not(monkeypatch, capsys):
     """The reason comes from the backend itself, and nothing else is printed."""
-    monkeypatch.setattr(backends.load("vanilla"), "unavailable", lambda: "it has a cold")
+    monkeypatch.setattr(backends.load("vanilla"), "unavailable", lambda device: "it has a cold")
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["backends"]) == list(backends.PREFERENCE)
@@ -31,7 +31,7 @@ def test_json_says_which_backends_run_and_why_the_others_do_not(monkeypatch, cap
 
 
 def test_text_names_backends_with_their_reasons(monkeypatch, capsys):
-    monkeypatch.setattr(backends.load("vanilla"), "unavailable", lambda: "it has a cold")
+    monkeypatch.setattr(backends.load("vanilla"), "unavailable", lambda device: "it has a cold")
     monkeypatch.setitem(info.PACKAGES, "triton", ("no-such-distribution",))
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
@@ -42,10 +42,33 @@ def test_text_names_backends_with_their_reasons(monkeypatch, capsys):
 
 def test_gpus_are_described():
     found = info.collect() | {
-        "gpus": [{"name": "GPU of the year", "compute_capability": "9.0", "memory": 80 << 30}],
+        "gpus": [gpu("GPU of the year", "9.0")],
     }
     row = next(row for row in info.as_text(found).splitlines() if row.startswith("GPU 0"))
     assert row.split(maxsplit=2)[2] == "GPU of the year, compute capability 9.0, 80 GiB"
+
+
+def gpu(name, capability, **refusals):
+    return {
+        "name": name,
+        "compute_capability": capability,
+        "memory": 80 << 30,
+        "backends": {backend: refusals.get(backend) for backend in backends.PREFERENCE},
+    }
+
+
+def test_each_gpu_says_which_backends_run_on_it(monkeypatch):
+    """One that runs on any of them runs here."""
+    gpus = [gpu("old", "7.5", cuda="it is old"), gpu("new", "9.0", triton="not today")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(info, "_gpu", gpus.__getitem__)
+    found = info.collect()
+    assert set(found["backends"].values()) == {None}
+    rows = info.as_text(found).splitlines()
+    said = {row.split()[1]: row.split(maxsplit=2)[2] for row in rows if row.startswith("backend")}
+    assert said["cuda_fused"] == "runs here"
+    assert said["cuda"] == "runs here; not on GPU 0: it is old"
+    assert said["triton"] == "runs here; not on GPU 1: not today"
 
 
 @pytest.mark.gpu

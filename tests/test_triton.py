@@ -25,6 +25,7 @@ from tests.fused import (  # noqa: F401
     hold_to_vanilla,
     poisoned,
     put,
+    round_as_a_gpu,
     same_pattern_as_vanilla,
     same_without_gradients,
     tf32,
@@ -41,10 +42,10 @@ from tests.problems import (
     wide,
 )
 
-# Triton's own library is interpreted or not as the variable says when it is first imported.
 # Triton's interpreter before 3.7, of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
 
+# Triton's own library is interpreted or not as the variable says when it is first imported.
 needs_triton = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
     reason="needs Triton and TRITON_INTERPRET=1, with which `make test` runs this file by itself",
@@ -53,18 +54,8 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """Triton's interpreter, which cuts digits off where a GPU rounds to bfloat16: mended."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-        return convert(data, source, target, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    """Triton's interpreter, mended."""
+    round_as_a_gpu(monkeypatch)
 
 
 @pytest.fixture

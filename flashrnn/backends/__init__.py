@@ -2,7 +2,7 @@
 
 A backend is a module of this package with one signature:
 
-    unavailable() -> str | None            why it does not run on this machine
+    unavailable(device) -> str | None      why it does not run on a device
     unsupported(problem) -> str | None     why it cannot do this problem
     run(problem, Wx, R, b, states) -> (states, last_states)
 
@@ -31,11 +31,15 @@ _ALIASES = {"triton_fused": "triton"}
 class Backend(Protocol):
     """What a backend's module offers."""
 
-    def unavailable(self) -> str | None:
-        """Why the backend does not run on this machine; ``None`` where it does."""
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the backend does not run on a device of this machine; ``None`` where it does.
+
+        Whether the device is one of its kind is asked first: of a machine whose tensors are on the
+        CPU, nothing of CUDA is.
+        """
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why the backend cannot do this problem; ``None`` where it can."""
+        """Why the backend cannot do this problem, on a device it runs on; ``None`` where it can."""
 
     def run(
         self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
@@ -145,7 +149,7 @@ def best(name: str, problem: Problem) -> str:
         return "vanilla"
     if name != "auto":
         backend = _loaded(name)
-        reason = backend.unavailable() or backend.unsupported(problem)
+        reason = backend.unavailable(problem.device) or backend.unsupported(problem)
         if reason:
             raise ValueError(
                 f"backend {name!r} cannot do this call: {reason}. "
@@ -154,6 +158,6 @@ def best(name: str, problem: Problem) -> str:
         return name
     for candidate in PREFERENCE:
         backend = _loaded(candidate)
-        if not (backend.unavailable() or backend.unsupported(problem)):
+        if not (backend.unavailable(problem.device) or backend.unsupported(problem)):
             return candidate
     raise AssertionError("vanilla supports every problem")

@@ -58,8 +58,7 @@ def run(
     backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
-    plain = is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)
-    if recorded() or not plain:
+    if recorded() or not (is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)):
         every_state, last_states, _ = scan(
             Wx,
             R,

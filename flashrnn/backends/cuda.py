@@ -6,24 +6,23 @@ recordings (:mod:`flashrnn.jit`).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
-from flashrnn.backends.requirements import missing_gpu, refusal
+from flashrnn.backends.requirements import refusal, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc, runs
 from flashrnn.kernels import program, step
 from flashrnn.problem import Problem
 
 
-@cache
-def unavailable() -> str | None:
-    """Why its kernels do not run here."""
-    return missing_gpu() or nvrtc.unavailable()
+def unavailable(device: torch.device) -> str | None:
+    """Why its kernels do not run on a device."""
+    return unavailable_cuda(device)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -46,13 +45,17 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0 or T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    R, b, h = _aligned(R), b.contiguous(), states[0].to(Wx.dtype).contiguous()
+    # Rows of what the step's product reads.
+    R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
+    b = b.contiguous()
     tensors = (Wx, R, b, states, h, every_state, gates, last_states)
     fields = (
         *(x.data_ptr() for x in tensors),
         *Wx.stride(),
         *autograd.state_strides(states),
+        B,
         T,
+        _clips(problem),
     )
     runs.run(_forward_stepper(*_key(problem), problem.needs_gradient), fields, T)
     return every_state, last_states, gates
@@ -75,26 +78,32 @@ def backward(
         return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # Rows of what the step's product sums over: [N, D summed over by the step, Gr, D].
-    transposed = R.permute(1, 3, 0, 2).contiguous()
+    transposed = _aligned(R.permute(1, 3, 0, 2))
     tensors = (transposed, states_initial, states, gates, d_states, d_last_states)
     fields = (
         *(x.data_ptr() for x in (*tensors, d_gates, d_initial)),
         *autograd.state_strides(states_initial),
         *d_states.stride(),
         *autograd.state_strides(d_last_states),
+        problem.B,
         T,
+        _clips(problem),
     )
     # The last launch adds what reaches the initial h through R.
     count = T if cut else T + 1
-    clipval = problem.gradient_recurrent_clipval
-    runs.run(_backward_stepper(*_key(problem), cut, clipval), fields, count)
+    clip = problem.gradient_recurrent_clipval is not None
+    runs.run(_backward_stepper(*_key(problem), cut, clip), fields, count)
     return complete(problem, d_gates, d_initial, states_initial, states)
 
 
-def _aligned(R: Tensor) -> Tensor:
+def _aligned(x: Tensor) -> Tensor:
     """Contiguous, and from a multiple of 16 bytes on."""
-    R = R.contiguous()
-    return R if R.data_ptr() % 16 == 0 else R.clone()
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _clips(problem: Problem) -> int:
+    return program.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
@@ -104,17 +113,16 @@ def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 
-# Never forgotten: a graph of the user's may hold its launches.
-@cache
+@lru_cache(maxsize=256)
 def _forward_stepper(
     cell: TracedCell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
 ) -> runs.Stepper:
     plan = step.plan_step(cell, B, N, D, precision, backward=False)
-    parts = step.forward_source(cell, precision, plan, save_gates)
-    return _stepper("step_forward", parts, step.FORWARD_CALL, plan, (B, N, D), device)
+    loaded = _forward_program(cell, precision, plan, save_gates, device)
+    return _stepper(loaded, len(step.FORWARD_CALL), plan, plan.grid(B, N, D), N, D)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _backward_stepper(
     cell: TracedCell,
     B: int,
@@ -123,31 +131,49 @@ def _backward_stepper(
     precision: str,
     device: torch.device,
     cut: bool,
-    clipval: float | None,
+    clip: bool,
 ) -> runs.Stepper:
     plan = step.plan_step(cell, B, N, D, precision, backward=True)
-    parts = step.backward_source(cell, precision, plan, cut, clipval)
-    return _stepper("step_backward", parts, step.BACKWARD_CALL, plan, (B, N, D), device)
+    loaded = _backward_program(cell, precision, plan, cut, clip, device)
+    return _stepper(loaded, len(step.BACKWARD_CALL), plan, plan.grid(B, N, D), N, D)
 
 
+@lru_cache(maxsize=256)
 def _stepper(
-    name: str,
-    parts: dict[str, str],
-    fields: tuple[str, ...],
-    plan: step.StepPlan,
-    sizes: tuple[int, int, int],
-    device: torch.device,
+    loaded: launch.Program, fields: int, plan: step.StepPlan, grid: int, N: int, D: int
 ) -> runs.Stepper:
+    """The same one for all batches that have its grid: recordings are a stepper's."""
+    return runs.Stepper(
+        program=loaded,
+        fields=fields,
+        grid=grid,
+        threads=plan.threads,
+        sizes=(N, D),
+        overlaps=torch.cuda.get_device_capability(loaded.device) >= (9, 0),
+    )
+
+
+@lru_cache(maxsize=256)
+def _forward_program(
+    cell: TracedCell, precision: str, plan: step.StepPlan, save_gates: bool, device: torch.device
+) -> launch.Program:
+    return _load("step_forward", step.forward_source(cell, precision, plan, save_gates), device)
+
+
+@lru_cache(maxsize=256)
+def _backward_program(
+    cell: TracedCell,
+    precision: str,
+    plan: step.StepPlan,
+    cut: bool,
+    clip: bool,
+    device: torch.device,
+) -> launch.Program:
+    parts = step.backward_source(cell, precision, plan, cut, clip)
+    return _load("step_backward", parts, device)
+
+
+def _load(name: str, parts: dict[str, str], device: torch.device) -> launch.Program:
     index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    set_call, kernel = launch.load_kernels(cubin, ("set_call", name), index)
-    return runs.Stepper(
-        device=index,
-        set_call=set_call,
-        step=kernel,
-        fields=len(fields),
-        grid=plan.grid(*sizes),
-        threads=plan.threads,
-        sizes=sizes,
-        overlaps=torch.cuda.get_device_capability(device) >= (9, 0),
-    )
+    return launch.Program(cubin, ("set_call", name), index)

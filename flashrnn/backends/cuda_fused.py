@@ -18,9 +18,9 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
-from flashrnn.backends.requirements import missing_gpu, refusal
+from flashrnn.backends.requirements import refusal, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
-from flashrnn.jit import launch, nvrtc
+from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import cluster, head, program, team, wide, wide_cluster
 from flashrnn.problem import Problem
 from flashrnn.tiling import (
@@ -43,19 +43,21 @@ from flashrnn.tiling import (
 Plan = HeadPlan | ClusterPlan | TeamPlan | WidePlan | WideClusterPlan
 
 
-@cache
-def unavailable() -> str | None:
-    """Why its kernels do not run here."""
-    return missing_gpu() or nvrtc.unavailable()
+def unavailable(device: torch.device) -> str | None:
+    """Why its kernels do not run on a device."""
+    return unavailable_cuda(device)
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    reason = refusal(problem)
-    if reason:
-        return reason
+    # Nor does the batch decide whether there is a plan.
+    return refusal(problem) or _without_plan(_planned(problem, B=1), _gpu(problem))
+
+
+@lru_cache(maxsize=1024)
+def _without_plan(problem: Problem, gpu: GPU) -> str | None:
     directions = (False, True) if problem.needs_gradient else (False,)
-    plans = [_plan(problem, backward) for backward in directions]
+    plans = [_best_plan(problem, gpu, backward) for backward in directions]
     return next((plan for plan in plans if isinstance(plan, str)), None)
 
 
@@ -73,7 +75,8 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    plan = _plan(problem, False)
+    gpu = _gpu(problem)
+    plan = _plan(problem, False, gpu)
     R = R.contiguous()
     if isinstance(plan, WidePlan):
         Wx, R = (x if _in_pairs(x) else _copy(x) for x in (Wx, R))
@@ -82,7 +85,7 @@ def forward(
     tensors = (Wx, R, b.contiguous(), states, every_state, last_states, gates)
     strides = (*Wx.stride(), *autograd.state_strides(states))
     aligned = _aligned(Wx, every_state, gates)
-    _scan(problem, plan, False, tensors, strides, aligned)
+    _scan(problem, gpu, plan, False, tensors, strides, aligned)
     return every_state, last_states, gates
 
 
@@ -111,10 +114,11 @@ def backward(
     )
     aligned = _aligned(states, gates, d_states, d_gates)
     tensors = (*given, d_gates, d_initial, d_bias)
-    _scan(problem, _plan(problem, True), True, tensors, strides, aligned)
+    gpu = _gpu(problem)
+    _scan(problem, gpu, _plan(problem, True, gpu), True, tensors, strides, aligned)
     h_initial, h = states_initial[0], states[0]
     if D <= LARGEST_HEAD_OF_A_BLOCK:
-        d_R = _recurrent_gradient(problem, d_gates, h_initial, h)
+        d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
     else:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
@@ -123,6 +127,7 @@ def backward(
 
 def _scan(
     problem: Problem,
+    gpu: GPU,
     plan: Plan | str,
     backward: bool,
     tensors: Sequence[Tensor],
@@ -133,7 +138,9 @@ def _scan(
 
     Args:
         problem: what is computed.
-        plan: its plan for this direction; a reason why there is none was refused before.
+        gpu: where.
+        plan: its plan for this direction; a reason why there is none was refused before, unless
+            the call was chosen for another context than it runs in.
         backward: which of the two.
         tensors: what all regimes' kernels take and write, in their arguments' order.
         strides: likewise.
@@ -142,42 +149,47 @@ def _scan(
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = _precision(problem)
+    clipval = problem.gradient_recurrent_clipval
     options = (
-        (problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval)
+        (problem.gradient_recurrent_cut, clipval is not None)
         if backward
         else (problem.needs_gradient,)
     )
+    numbers = (*strides, T, B, N, program.clips(clipval, problem.forward_clipval))
     if isinstance(plan, HeadPlan):
         kernel = _head_kernel(cell, precision, D, plan, aligned, problem.device, backward, *options)
-        kernel.launch(plan.grid(B, N), tensors, (*strides, T, B, N))
+        kernel.launch(plan.grid(B, N), tensors, numbers)
         return
-    assert not isinstance(plan, str), "flashrnn() asks unsupported() first"
+    if isinstance(plan, str):
+        raise RuntimeError(
+            f"backend 'cuda_fused' cannot do this call in the context that is current: {plan}"
+        )
     if isinstance(plan, ClusterPlan | WideClusterPlan):
         cluster_kernel = _cluster_kernel(cell, precision, D, plan, problem.device, *options)
         grid = plan.clusters(B, N) * plan.size
-        cluster_kernel.launch(grid, tensors, (*strides, T, B, N))
+        cluster_kernel.launch(grid, tensors, numbers)
         return
-    words = partial(torch.empty, dtype=torch.int32, device=problem.device)
-    teams = plan.teams(B, N, _gpu(problem.device))
+    words = partial(tensors[0].new_empty, dtype=torch.int32)
+    teams = plan.teams(B, N, gpu)
     # No exchange has the number 0.
     exchange = words(teams * plan.parcels, 4).zero_()
-    numbers = (*strides, T, B, N, teams)
     if isinstance(plan, WidePlan):
         wide_kernel = _wide_kernel(cell, precision, D, plan, problem.device, *options)
-        wide_kernel.launch(teams * plan.size, (*tensors, exchange), numbers)
+        wide_kernel.launch(teams * plan.size, (*tensors, exchange), (*numbers, teams))
         return
     team_kernel = _team_kernel(cell, precision, D, plan, problem.device, backward, *options)
     streamed = words(teams * plan.size * plan.warps() * plan.streamed, 128)
-    team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), numbers)
+    team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), (*numbers, teams))
 
 
-def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
+def _recurrent_gradient(
+    problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
+) -> Tensor:
     """See :func:`flashrnn.backends.gradients.recurrent_gradient`, of which this is a kernel."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     recurrent = len(cell.fed_by("R"))
     # What the product saw.
     h_initial = h_initial.to(h.dtype).contiguous()
-    gpu = _gpu(problem.device)
     plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(d_gates, h_initial, h)
     precision = _precision(problem)
@@ -192,10 +204,9 @@ def _recurrent_gradient(problem: Problem, d_gates: Tensor, h_initial: Tensor, h:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel on a device, and what its launches have in common."""
+    """A program's only kernel, and what its launches have in common."""
 
-    device: int
-    kernel: Any
+    program: launch.Program
     threads: int
     shared_memory: int
     together: bool
@@ -204,12 +215,15 @@ class _Kernel:
     def launch(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
         """Enqueue it on PyTorch's current stream of its device."""
         arguments = (*(x.data_ptr() for x in tensors), *numbers)
-        with launch.on_device(self.device):
+        device, (kernel,) = self.program.device, self.program.kernels
+        with context.on_device(device):
             config = launch.configure(
                 grid, self.threads, self.shared_memory, together=self.together, cluster=self.cluster
             )
-            stream = torch.cuda.current_stream().cuda_stream
-            launch.enqueue([launch.Launch(self.kernel, config, arguments)], stream)
+            if torch.cuda.is_current_stream_capturing():
+                self.program.keep_for_graphs()
+            stream = context.current_stream(device)
+            launch.enqueue([launch.Launch(kernel, config, arguments)], stream, device)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -238,9 +252,15 @@ def _in_pairs(x: Tensor) -> bool:
     )
 
 
-def _plan(problem: Problem, backward: bool) -> Plan | str:
-    # In a cache, T would only be in the way.
-    return _best_plan(problem._replace(T=1, step=None), _gpu(problem.device), backward)
+def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan | str:
+    return _best_plan(_planned(problem, problem.B), gpu, backward)
+
+
+def _planned(problem: Problem, B: int) -> Problem:
+    """A problem without what no plan depends on, which in a cache would only be in the way."""
+    return problem._replace(
+        B=B, T=1, gradient_recurrent_clipval=None, forward_clipval=None, step=None
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -260,27 +280,48 @@ def _precision(problem: Problem) -> str:
     return program.precision_of(problem.dtype)
 
 
+def _gpu(problem: Problem) -> GPU:
+    """What there is for a problem's plans."""
+    if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
+        return _whole_gpu(problem.device)
+    # Thread blocks that wait for each other must run at once, wherever the launch goes.
+    index = _index(problem.device)
+    with context.on_device(index):
+        stream = context.current_stream(index)
+        return _gpu_of_context(problem.device, context.number(stream))
+
+
 @cache
-def _gpu(device: torch.device) -> GPU:
+def _whole_gpu(device: torch.device) -> GPU:
     properties: Any = torch.cuda.get_device_properties(device)
-    multiprocessors = properties.multi_processor_count
-    # 8 is what every GPU with clusters takes; 16, one with so many multiprocessors together, as a
-    # part of a GPU may have nowhere.
-    largest_cluster = 16 if multiprocessors >= 128 else 8
     return GPU(
-        multiprocessors=multiprocessors,
+        multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
         shifts_registers=properties.major == 9,
         multiplies_by_groups=properties.major == 9,
-        largest_cluster=largest_cluster if properties.major in (9, 10) else 0,
     )
 
 
-# Kernels are never forgotten: forgotten ones would be unloaded, and a CUDA graph of the user's may
-# hold their launches.
+@lru_cache(maxsize=64)
+def _gpu_of_context(device: torch.device, _: int) -> GPU:
+    """What the context of the current stream has of a device; `_` is the context's number."""
+    index, gpu = _index(device), _whole_gpu(device)
+    stream = context.current_stream(index)
+    clusters: tuple[int, ...] = ()
+    if torch.cuda.get_device_capability(device)[0] in (9, 10):
+        clusters = launch.clusters_at_once(index, stream, gpu.shared_memory)
+    count = context.multiprocessors(stream, index)
+    return gpu._replace(multiprocessors=count, clusters=clusters)
 
 
-@cache
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+# A kernel that is forgotten is unloaded, unless a CUDA graph of the user's may hold its launches.
+
+
+@lru_cache(maxsize=256)
 def _head_kernel(
     cell: TracedCell,
     precision: str,
@@ -297,7 +338,7 @@ def _head_kernel(
     return _kernel(name, parts, device, plan.threads(D), plan.shared_memory)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _team_kernel(
     cell: TracedCell,
     precision: str,
@@ -316,7 +357,7 @@ def _team_kernel(
     return _kernel(name, parts, device, threads, plan.shared_memory, together, cluster)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _cluster_kernel(
     cell: TracedCell,
     precision: str,
@@ -334,7 +375,7 @@ def _cluster_kernel(
     return _kernel(name, parts, device, plan.threads(), plan.shared_memory, False, plan.size)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _wide_kernel(
     cell: TracedCell,
     precision: str,
@@ -347,7 +388,7 @@ def _wide_kernel(
     return _kernel("wide_forward", parts, device, plan.THREADS, plan.shared_memory, True)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _gradient_kernel(
     cell: TracedCell,
     precision: str,
@@ -370,7 +411,6 @@ def _kernel(
     together: bool = False,
     cluster: int = 0,
 ) -> _Kernel:
-    index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    (kernel,) = launch.load_kernels(cubin, (name,), index, shared_memory)
-    return _Kernel(index, kernel, threads, shared_memory, together, cluster)
+    loaded = launch.Program(cubin, (name,), _index(device), shared_memory)
+    return _Kernel(loaded, threads, shared_memory, together, cluster)

@@ -1,30 +1,62 @@
-"""What every backend whose kernels run on a GPU asks of the machine and of a problem."""
+"""What every backend whose kernels run on a GPU asks of the machine and of a problem.
+
+The tensors' device comes first: for tensors that are not on a GPU nothing of CUDA is asked, which
+would take a context on one, and fail in a process forked off another that has used CUDA.
+"""
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+
 import torch
 
+from flashrnn.jit import context, nvrtc
 from flashrnn.problem import Problem
 
 
-def missing_gpu() -> str | None:
-    """Why this machine's GPU will not do; ``None`` where it will."""
+@lru_cache(maxsize=64)
+def missing_gpu(device: torch.device) -> str | None:
+    """Why a device is no GPU that will do; ``None`` where it is one."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}, and its kernels run on a GPU"
     if not torch.cuda.is_available():
         return "it needs an NVIDIA GPU, and PyTorch sees none"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        return (
+            "it needs an NVIDIA GPU of compute capability 8.0 or later; "
+            f"{device}, {name}, has {major}.{minor}"
+        )
     return None
 
 
-def refusal(problem: Problem, device: str = "cuda") -> str | None:
-    """Why no such kernel computes a problem, whatever its sizes; ``None`` where one may.
+def unavailable_cuda(device: torch.device) -> str | None:
+    """Why kernels that NVRTC compiles do not run on a device; ``None`` where they do."""
+    return missing_gpu(device) or _unavailable_compiler()
 
-    Args:
-        problem: the problem.
-        device: the type of device that its tensors must be on.
-    """
-    if problem.device.type != device:
-        return f"the tensors are on {problem.device}, and its kernels run on a GPU"
+
+@cache
+def _unavailable_compiler() -> str | None:
+    return nvrtc.unavailable() or _old_driver()
+
+
+def _old_driver() -> str | None:
+    """Why the driver does not load what NVRTC compiles; ``None`` where it does."""
+    driver, compiler = context.driver_version() // 1000, nvrtc.version()
+    if driver >= compiler[0]:
+        return None
+    made = f"NVRTC {compiler[0]}.{compiler[1]} compiles for drivers of CUDA {compiler[0]}"
+    known = f"{driver}.{context.driver_version() % 1000 // 10}"
+    packages = f"'cuda-bindings=={driver}.*' nvidia-cuda-nvrtc-cu{driver}"
+    return (
+        f"{made} and later, and this machine's is of CUDA {known}: update the driver, or "
+        f"pip uninstall nvidia-cuda-nvrtc && pip install {packages}"
+    )
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why no such kernel computes a problem, whatever its sizes; ``None`` where one may."""
     if problem.dtype == torch.float64:
         return "dtype float64; it computes in float16, bfloat16 and float32"
     return None

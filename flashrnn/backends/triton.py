@@ -25,22 +25,30 @@ from flashrnn.tiling import ScanPlan, plan_scan
 OLDEST = (3, 5)
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why Triton does not run on a device."""
+    return _not_installed() or (_not_interpreted(device) if _interpreted() else missing_gpu(device))
+
+
+def _not_interpreted(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return None
+    return f"the tensors are on {device}, and Triton's interpreter (TRITON_INTERPRET=1) is not"
+
+
 @cache
-def unavailable() -> str | None:
-    """Why Triton does not run here."""
+def _not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if _version() < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return f"it needs Triton {oldest} or later: pip install 'triton>={oldest}'"
-    if _interpreted():
-        return None
-    return missing_gpu()
+    return None
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    reason = refusal(problem, "cpu" if _interpreted() else "cuda")
+    reason = refusal(problem)
     if reason:
         return reason
     plan = _plan(problem, tf32_allowed())

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashrnn.problem import Problem, as_dtype_has_it
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Nothing: it runs wherever PyTorch does."""
     return None
 

@@ -64,7 +64,8 @@ class Ours(Contender):
         if self.backend == "auto":
             return None
         backend = backends.load(self.backend)
-        return backend.unavailable() or backend.unsupported(_problem(case, device, backward))
+        problem = _problem(case, device, backward)
+        return backend.unavailable(device) or backend.unsupported(problem)
 
     def prepare(self, case: Case, device: torch.device) -> Work:
         """See :class:`Contender`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flashrnn.demo.errors import DemoError
+from flashrnn.demo.output import write
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -21,13 +22,14 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Args:
         path: where to.
         content: tensors, numbers, strings, and lists and dictionaries of them.
+
+    Raises:
+        DemoError: the disk takes no more, say.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # Of a disk that takes no more, Python's own files tell; PyTorch's tell of a failed assertion.
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    write(path, whole.getvalue())
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -38,7 +40,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         settings: what the checkpoint must have under ``"settings"`` for the training to go on.
 
     Raises:
-        DemoError: the file is no checkpoint, or one of a training with other settings.
+        DemoError: the file cannot be read, is no checkpoint, or one of a training with other
+            settings.
     """
     if not path.exists():
         return None
@@ -46,6 +49,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(content["settings"])
+    except OSError as error:
+        raise DemoError(f"{path} cannot be read: {error.strerror}. {way_out}") from error
     except Exception as error:
         # A file that is no checkpoint fails in as many ways as there are files.
         raise DemoError(f"{path} is not a checkpoint of this demo. {way_out}") from error

@@ -17,6 +17,7 @@ from flashrnn.demo.automata import AUTOMATA
 from flashrnn.demo.distributed import World, join
 from flashrnn.demo.errors import DemoError
 from flashrnn.demo.model import RecurrentNetwork
+from flashrnn.demo.output import check_writable
 
 TASKS = (*AUTOMATA, "text")
 INTERRUPTED = 130
@@ -103,8 +104,6 @@ def run(options: argparse.Namespace) -> int:
             raise DemoError(f"--text goes with --task text, not with --task {options.task}")
         figure.check()
         with join(options.device) as world:
-            if world.leads:
-                _make_folder(options.output)
             if options.text or options.task == "text":
                 return _language(options, world)
             return _state_tracking(options, world)
@@ -114,13 +113,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return INTERRUPTED
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--output {path}: {error.strerror}") from error
 
 
 def _network(
@@ -155,7 +147,9 @@ def _state_tracking(options: argparse.Namespace, world: World) -> int:
     schedule = state_tracking.SCHEDULES[automaton.name]
     schedule = replace(schedule, steps=options.steps or schedule.steps)
     states, tokens = automaton.table.shape
+    picture = options.output / f"{automaton.name}-{options.function}.png"
     if world.leads:
+        check_writable(picture)
         print(f"Task {automaton.name}: {automaton.title}")
     size = state_tracking.SIZES[automaton.name]
     network = _network(options, world, tokens, states, size)
@@ -165,10 +159,9 @@ def _state_tracking(options: argparse.Namespace, world: World) -> int:
     seconds = time.perf_counter() - begun
     accuracy = state_tracking.test(network, automaton, options.seed, world)
     if world.leads:
-        picture = options.output / f"{automaton.name}-{options.function}.png"
+        print(state_tracking.report(trained, seconds, accuracy))
         title = f"{automaton.title[0].upper()}{automaton.title[1:]}, {options.function}"
         state_tracking.plot(picture, title, accuracy, chance=1 / states)
-        print(state_tracking.report(trained, seconds, accuracy))
         print(f"Figure: {picture}")
     return 0
 
@@ -183,6 +176,7 @@ def _language(options: argparse.Namespace, world: World) -> int:
     kept = options.output / f"{name}-{options.function}.pt"
     count = len(corpus.characters)
     if world.leads:
+        check_writable(picture, kept)
         print(
             f"Text: {options.text or 'the reference that comes with Python'}, {len(text):,} "
             f"characters, {count} different ones; the last tenth is held out"
@@ -205,8 +199,8 @@ def _language(options: argparse.Namespace, world: World) -> int:
         )
         return INTERRUPTED
     title = f"Character language model, {options.function}"
-    language.plot(picture, title, trained.history)
     print(language.report(trained))
     print(f"\nA sample:\n\n{language.sample(network, corpus, options.seed, world.device)}\n")
+    language.plot(picture, title, trained.history)
     print(f"Figure: {picture}\nCheckpoint: {kept}")
     return 0

@@ -79,7 +79,7 @@ def join(device: str | None) -> Iterator[World]:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``None``: a GPU if there is one.
 
     Raises:
-        DemoError: a device that is not there.
+        DemoError: a device that is not there, or on which nothing can be trained.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     found = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -108,12 +108,16 @@ def _device(name: str | None, local_rank: int) -> torch.device:
         if device.type == "cuda" and device.index is None:
             # torchrun's processes on one machine take a GPU each.
             device = torch.device("cuda", local_rank)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # What training does: there are devices that allocate and never compute.
+        x = torch.ones(1, device=device, requires_grad=True)
+        torch.autograd.grad((2 * x).sum(), x)[0].item()
+    except Exception as error:
+        # Devices that are not there fail in as many ways as there are devices.
         count = torch.cuda.device_count()
+        reason = str(error).partition("\n")[0]
         raise DemoError(
             f"--device {name}: this machine offers cpu and {count} CUDA GPUs, and process "
-            f"{local_rank} found none for itself; use --device cpu"
+            f"{local_rank} found nothing to train on ({reason}); use --device cpu"
             + (f", or torchrun --nproc-per-node {count}" if local_rank and count else "")
         ) from error
     return device

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashrnn.demo.errors import optional
+from flashrnn.demo.output import write
 
 # Of Okabe and Ito's palette; line style and marker tell the lines apart as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -47,6 +49,9 @@ def draw(
         lines: at most three.
         y_limits: range of the y axis; ``None``: that of the lines.
         shaded: a range of x to shade, and what it means.
+
+    Raises:
+        DemoError: the file cannot be written.
     """
     # Not pyplot: that would look for a display.
     figure = optional("matplotlib.figure").Figure(figsize=(7, 4), dpi=150, layout="constrained")
@@ -65,4 +70,6 @@ def draw(
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write(path, picture.getvalue())

@@ -88,9 +88,17 @@ class Corpus:
 
 
 def python_reference() -> str:
-    """The reference text that comes with Python: what ``help("if")`` and the like show."""
-    from pydoc_data.topics import topics
+    """The reference text that comes with Python: what ``help("if")`` and the like show.
 
+    Raises:
+        DemoError: this Python came without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise DemoError(
+            f"this Python came without its reference ({error}): name a text, --text FILE"
+        ) from error
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
@@ -149,7 +157,7 @@ def train(
         settings: what makes this training another than the next; a checkpoint must agree.
 
     Raises:
-        DemoError: there is a checkpoint, but none of this training.
+        DemoError: there is a checkpoint, but none of this training; or it cannot be written.
     """
     tqdm = optional("tqdm").tqdm
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)

@@ -1,18 +1,28 @@
 """Kernels of a cubin, launched on a stream of PyTorch's, singly or as a recorded run.
 
-A stream is meant by its handle, ``torch.cuda.Stream.cuda_stream``.
+A stream is meant by its handle, ``torch.cuda.Stream.cuda_stream``; see :mod:`flashrnn.jit.context`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+
+from flashrnn.jit import nvrtc
+from flashrnn.jit.context import (
+    check,
+    current_stream,
+    driver,
+    on_device,
+    within,
+    within_primary,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class Launch:
     """One launch of a kernel.
 
     Attributes:
-        kernel: out of :func:`load_kernels`.
+        kernel: one of a :class:`Program`'s.
         config: out of :func:`configure`.
         arguments: integers, addresses among them.
     """
@@ -30,33 +40,81 @@ class Launch:
     arguments: tuple[int, ...]
 
 
-def load_kernels(
-    cubin: bytes, names: Sequence[str], device: int, shared_memory: int = 0
-) -> list[Any]:
-    """Kernels of a cubin, loaded onto a device.
+class Program:
+    """A cubin on a device: there for as long as somebody holds this object, or a graph may.
 
-    Args:
-        cubin: the machine code.
-        names: the kernels' names.
+    What nobody holds any more waits in a list until it is long enough to wait for the device, where
+    launches may be under way, and is unloaded then.
+
+    Attributes:
         device: the device's index.
-        shared_memory: bytes of dynamic shared memory that their launches may ask for.
+        kernels: in the order of their names; whoever launches one holds the program meanwhile.
     """
-    from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
 
-    attribute = driver.CUfunction_attribute
-    limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    large_clusters = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-    with on_device(device), _while_a_stream_may_be_captured():
-        code = ObjectCode.from_cubin(cubin)
-        kernels = [code.get_kernel(name) for name in names]
-        for kernel in kernels:
-            # Loading is lazy; the first launch might be in a capture, where nothing is loaded.
-            (function,) = _check(driver.cuKernelGetFunction(kernel.handle))
-            _check(driver.cuFuncSetAttribute(function, limit, shared_memory))
-            if Device(device).compute_capability >= (9, 0):
-                _check(driver.cuFuncSetAttribute(function, large_clusters, 1))
-    return kernels
+    def __init__(
+        self, cubin: bytes, names: Sequence[str], device: int, shared_memory: int = 0
+    ) -> None:
+        """Load.
+
+        Args:
+            cubin: the machine code.
+            names: the kernels' names.
+            device: the device's index.
+            shared_memory: bytes of dynamic shared memory that their launches may ask for.
+        """
+        from cuda.core import Kernel
+
+        self.device = device
+        attribute = driver().CUfunction_attribute
+        settings = {attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: shared_memory}
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            settings[attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
+        with on_device(device), _while_a_stream_may_be_captured():
+            _unload(device)
+            # By the driver itself: cuda.core does not unload what it loads.
+            (library,) = check(driver().cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
+            forgotten = _forgotten.setdefault(device, [])
+            weakref.finalize(self, forgotten.append, library).atexit = False
+            found = [check(driver().cuLibraryGetKernel(library, name.encode())) for name in names]
+            for (kernel,) in found:
+                # Of the kernel on this device: of a function, they would be one context's.
+                for name, value in settings.items():
+                    check(driver().cuKernelSetAttribute(name, value, kernel, device))
+        self.kernels = tuple(Kernel.from_handle(int(kernel)) for (kernel,) in found)
+        self._load()
+
+    def keep_for_graphs(self) -> None:
+        """Before a launch that a graph of the user's will hold, for who knows how long."""
+        _in_graphs.add(self)
+        self._load()
+
+    def _load(self) -> None:
+        """Loading is lazy, by contexts; in a capture nothing is loaded."""
+        with (
+            on_device(self.device),
+            within(current_stream(self.device)),
+            _while_a_stream_may_be_captured(),
+        ):
+            for kernel in self.kernels:
+                check(driver().cuKernelGetFunction(kernel.handle))
+
+
+_in_graphs: set[Program] = set()
+# By devices.
+_forgotten: dict[int, list[Any]] = {}
+_MOST_FORGOTTEN = 32
+
+
+def _unload(device: int) -> None:
+    """Unload what is forgotten, if it is enough to wait for the device."""
+    forgotten = _forgotten.get(device, [])
+    if len(forgotten) < _MOST_FORGOTTEN or torch.cuda.is_current_stream_capturing():
+        return
+    with within_primary(device):
+        # Refused while another thread captures.
+        (refused,) = driver().cuCtxSynchronize()
+    while forgotten and not refused:
+        check(driver().cuLibraryUnload(forgotten.pop()))
 
 
 @lru_cache(maxsize=1024)
@@ -94,87 +152,112 @@ def configure(
     )
 
 
-_thread = threading.local()
-
-
-@contextlib.contextmanager
-def on_device(device: int) -> Iterator[None]:
-    """Makes a device the current one of this thread, for PyTorch and for the driver.
-
-    The driver does not know it yet in a thread where PyTorch has only ever used its default, as
-    those of autograd. Once it does, it follows PyTorch.
-    """
-    from cuda.core import Device
-
-    if torch.cuda.current_device() == device and getattr(_thread, "known", None) == device:
-        yield
-        return
-    with torch.cuda.device(device):
-        Device(device).set_current()
-        _thread.known = device
-        yield
-
-
-def enqueue(launches: Iterable[Launch], stream: int) -> None:
-    """Launch on a stream of the current device, in turn."""
-    _enqueue(launches, _stream(stream))
+def enqueue(launches: Iterable[Launch], stream: int, device: int) -> None:
+    """Launch on a stream of a device, the current one, in turn."""
+    _enqueue(launches, _stream(stream, device))
 
 
 def _enqueue(launches: Iterable[Launch], stream: Any) -> None:
-    from cuda.core import launch
-
+    launch = _launch()
     for one in launches:
         launch(stream, one.config, one.kernel, *one.arguments)
 
 
+@cache
+def _launch() -> Any:
+    # An import statement for each launch would cost a good part of it.
+    from cuda.core import launch
+
+    return launch
+
+
 class Recording:
-    """A run of launches as a CUDA graph of the current device: replayed at the cost of one."""
+    """A run of launches as a CUDA graph: replayed at the cost of one."""
 
-    def __init__(self, launches: Iterable[Launch]) -> None:
-        from cuda.core import Device
+    def __init__(self, launches: Iterable[Launch], stream: int) -> None:
+        """Record.
 
-        builder = Device().create_graph_builder()
-        # Other threads may go on with whatever they do.
-        builder.begin_building("thread_local")
-        _enqueue(launches, builder)
-        builder.end_building()
-        self._graph = builder.complete()
-        builder.close()
+        Args:
+            launches: the run.
+            stream: one of the context that it is for; the run need not be replayed on it.
+        """
+        from cuda.core import Stream
 
-    def replay(self, stream: int) -> None:
-        """Enqueue the run on a stream."""
-        self._graph.launch(_stream(stream))
+        flags = driver().CUstream_flags.CU_STREAM_NON_BLOCKING
+        with within(stream):
+            (recorder,) = check(driver().cuStreamCreate(flags))
+            builder = Stream.from_handle(int(recorder)).create_graph_builder()
+            # Other threads may go on with whatever they do.
+            builder.begin_building("thread_local")
+            _enqueue(launches, builder)
+            builder.end_building()
+            self._graph = builder.complete()
+            builder.close()
+            check(driver().cuStreamDestroy(recorder))
+
+    def replay(self, stream: int, device: int) -> None:
+        """Enqueue the run on a stream of a device."""
+        self._graph.launch(_stream(stream, device))
 
 
+# By devices too: a stream of cuda.core's remembers its device, and all have the default stream.
 @lru_cache(maxsize=256)
-def _stream(handle: int) -> Any:
-    from cuda.core import LEGACY_DEFAULT_STREAM, Stream
+def _stream(handle: int, device: int) -> Any:
+    from cuda.core import Stream
 
-    return Stream.from_handle(handle) if handle else LEGACY_DEFAULT_STREAM
+    return Stream.from_handle(handle or _DEFAULT)
+
+
+# The driver's own handle of the default stream.
+_DEFAULT = 1
+
+
+_PROBE = 'extern "C" __global__ void probe() {}'
+_LARGEST_CLUSTER = 16
+
+
+def clusters_at_once(device: int, stream: int, shared_memory: int) -> tuple[int, ...]:
+    """What the driver says of clusters in a stream's context; see :class:`flashrnn.tiling.GPU`.
+
+    Args:
+        device: the device's index, of compute capability 9.0 or later.
+        stream: the stream.
+        shared_memory: all that a thread block may have, so that none shares a multiprocessor.
+    """
+    cubin = nvrtc.compile_program({"probe": _PROBE}, architecture(device))
+    program = Program(cubin, ["probe"], device, shared_memory)
+    function = driver().CUfunction(int(program.kernels[0].handle))
+    attribute = driver().CUlaunchAttribute()
+    attribute.id = driver().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    config = driver().CUlaunchConfig()
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX = 32
+    config.sharedMemBytes = shared_memory
+    config.hStream = stream
+    found = [0, 0]
+    for size in range(2, _LARGEST_CLUSTER + 1):
+        cluster = attribute.value.clusterDim
+        cluster.x, cluster.y, cluster.z = size, 1, 1
+        config.gridDimX = size
+        config.attrs, config.numAttrs = [attribute], 1
+        error, count = driver().cuOccupancyMaxActiveClusters(function, config)
+        # A size that the device does not know.
+        found.append(0 if error else count)
+    return tuple(found)
 
 
 @contextlib.contextmanager
 def _while_a_stream_may_be_captured() -> Iterator[None]:
     """Lets this thread load code although a capture, its own or another's, forbids it."""
-    from cuda.bindings import driver
-
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    (before,) = _check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    mode = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    (before,) = check(driver().cuThreadExchangeStreamCaptureMode(mode))
     try:
         yield
     finally:
-        _check(driver.cuThreadExchangeStreamCaptureMode(before))
+        check(driver().cuThreadExchangeStreamCaptureMode(before))
 
 
-def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the driver returned beside its error code."""
-    error, *values = result
-    if error:
-        raise RuntimeError(f"the CUDA driver failed: {error!r}")
-    return tuple(values)
-
-
-def architecture(device: torch.device) -> str:
+def architecture(device: torch.device | int) -> str:
     """What a device's kernels are compiled for: ``"sm_80"``, ``"sm_90a"``, ..."""
     major, minor = torch.cuda.get_device_capability(device)
     # Hopper's own instructions, which later GPUs have not all.

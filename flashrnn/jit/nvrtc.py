@@ -11,28 +11,31 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
+from weakref import WeakValueDictionary
 
-from flashrnn.jit.source import cache_folder
+from flashrnn.jit.folder import cache_folder, read_trusted
 
 INSTALL = 'pip install "flashrnn[cuda]"'
 
 _STANDARD = "c++17"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
-_cubins: dict[str, bytes] = {}
 _lock = threading.Lock()
+_compiling: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
 
-def _forget_lock() -> None:
-    # Another thread may have held it when this process was forked off.
+def _forget_locks() -> None:
+    # Another thread may have held them when this process was forked off.
     global _lock
     _lock = threading.Lock()
+    _compiling.clear()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_lock)
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 class CompileError(RuntimeError):
@@ -49,6 +52,11 @@ def unavailable() -> str | None:
     return None
 
 
+def version() -> tuple[int, int]:
+    """NVRTC's version, that of the CUDA it belongs to."""
+    return _version()
+
+
 def compile_program(parts: Mapping[str, str], arch: str) -> bytes:
     """The cubin of a program.
 
@@ -61,15 +69,25 @@ def compile_program(parts: Mapping[str, str], arch: str) -> bytes:
     """
     source = join(parts)
     key = _key(source, arch)
+    # Two threads compile two programs at once, but never the same one.
     with _lock:
-        if key not in _cubins:
-            path = cache_folder() / f"{key}.cubin"
-            cubin = _read(path, key)
-            if cubin is None:
-                cubin = _compile(source, arch, parts)
-                _write(path, key, cubin)
-            _cubins[key] = cubin
-        return _cubins[key]
+        lock = _compiling.setdefault(key, threading.Lock())
+    with lock:
+        return _cubin(key, source, arch, tuple(parts))
+
+
+# Whoever loads a cubin keeps the kernels. This is for a second device, or where no disk keeps it.
+@lru_cache(maxsize=64)
+def _cubin(key: str, source: str, arch: str, names: tuple[str, ...]) -> bytes:
+    folder = cache_folder()
+    if folder is None:
+        return _compile(source, arch, names)
+    path = folder / f"{key}.cubin"
+    cubin = _read(path, key)
+    if cubin is None:
+        cubin = _compile(source, arch, names)
+        _write(path, key, cubin)
+    return cubin
 
 
 def join(parts: Mapping[str, str]) -> str:
@@ -100,15 +118,17 @@ def _version() -> tuple[int, int]:
     return major, minor
 
 
-def _compile(source: str, arch: str, parts: Mapping[str, str]) -> bytes:
+def _compile(source: str, arch: str, names: Iterable[str]) -> bytes:
     from cuda.core import Program, ProgramOptions
 
     try:
         program = Program(source, "c++", ProgramOptions(arch=arch, std=_STANDARD))
         return bytes(program.compile("cubin").code)
     except Exception as error:
-        names = ", ".join(parts)
-        raise CompileError(f"NVRTC could not compile ({names}) for {arch}: {error}") from error
+        # Not always the version that pip names: the first that is found, as PyTorch's own.
+        nvrtc = "NVRTC {}.{}".format(*_version())
+        parts = ", ".join(names)
+        raise CompileError(f"{nvrtc} could not compile ({parts}) for {arch}: {error}") from error
 
 
 def _digest(key: str, cubin: bytes) -> bytes:
@@ -117,11 +137,8 @@ def _digest(key: str, cubin: bytes) -> bytes:
 
 
 def _read(path: Path, key: str) -> bytes | None:
-    """The cubin in a file; ``None`` where there is none, or where its content is another."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
+    """The cubin in a file; ``None`` where there is none, or none to be trusted."""
+    content = read_trusted(path) or b""
     digest, cubin = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
     return cubin if digest == _digest(key, cubin) else None
 
@@ -130,7 +147,7 @@ def _write(path: Path, key: str, cubin: bytes) -> None:
     """Keep a cubin, if the disk lets us; processes may race, each with a file of its own."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".cubin")
         with os.fdopen(descriptor, "wb") as file:
             file.write(_digest(key, cubin) + cubin)

@@ -1,57 +1,36 @@
-"""Generated Python source as a module, kept in the cache folder.
+"""Generated Python source as a module that exists in memory alone.
 
-Triton reads a function's text from its file, so the text needs one.
+No file is written, so none can be put in its place: what runs is compiled from the text itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
-import sys
-import tempfile
-from pathlib import Path
+import itertools
+import linecache
+import weakref
+from functools import lru_cache
 from types import ModuleType
 
-
-def cache_folder() -> Path:
-    """``$FLASHRNN_CACHE_DIR``, or ``flashrnn`` in the user's cache folder."""
-    given = os.environ.get("FLASHRNN_CACHE_DIR")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashrnn"
+_count = itertools.count()
 
 
+@lru_cache(maxsize=256)
 def load_source(text: str) -> ModuleType:
-    """The module with this text, the same one whenever the text is the same.
+    """The module with this text.
 
-    Processes may race for the file: each writes its own and renames it into place. Where the
-    cache folder cannot be written, a temporary file takes its place.
+    Texts that were asked for lately give the same module again. Triton reads a function's text
+    through :mod:`inspect`, which finds it for as long as the module is in use.
     """
+    # Triton tells functions apart by their module's name, on disk too.
     name = f"flashrnn_cell_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    if name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(name, _file(name, text))
-        assert specification is not None and specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]
-
-
-def _file(name: str, text: str) -> Path:
-    path = cache_folder() / f"{name}.py"
-    try:
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, text)
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="flashrnn-")) / f"{name}.py"
-        _write(path, text)
-    return path
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".py")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    # Two modules of one text, of which one is forgotten, share no lines.
+    filename = f"<{name} {next(_count)}>"
+    module = ModuleType(name)
+    module.__file__ = filename
+    exec_text = compile(text, filename, "exec", dont_inherit=True)
+    # Lines without a time of change are never looked for in a file.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    weakref.finalize(module, linecache.cache.pop, filename, None)
+    exec(exec_text, vars(module))
+    return module

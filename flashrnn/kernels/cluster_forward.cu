@@ -21,7 +21,8 @@ cluster_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 Element* __restrict__ states, float* __restrict__ last_states,
                 Element* __restrict__ gates, long long Wx_b, long long Wx_t, long long Wx_g,
                 long long Wx_n, long long Wx_d, long long initial_s, long long initial_b,
-                long long initial_n, long long initial_d, long long T, long long B, int N) {
+                long long initial_n, long long initial_d, long long T, long long B, int N,
+                Clips clips) {
     const int rank = blockIdx.x % TEAM, cluster = blockIdx.x / TEAM;
     Exchange exchange(shared_memory(), rank);
     Matrix matrix(shared_memory() + EXCHANGE_BYTES, nullptr);
@@ -105,7 +106,7 @@ cluster_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 }
             }
             float after[S];
-            step(carried[e], preactivations[e], after);
+            step(carried[e], preactivations[e], after, clips.forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) carried[e][s] = after[s];
         }

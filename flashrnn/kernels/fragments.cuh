@@ -9,39 +9,51 @@ constexpr int STEPS = DD * sizeof(Element) / 32;
 constexpr int FRAGMENTS = GR * STEPS;
 constexpr int SPARED = FRAGMENTS - HELD;
 
+// Fragment f belongs to recurrent gate f % GR and to the summed units of step f / GR. FORWARD: rows are
+// the units that R produces; else those that it reads, and what it produces is summed.
+template <bool FORWARD>
+__device__ inline Fragment fragment(int f, const Element* R, int n, int N, const Lane& lane) {
+    const Element* block = R + (static_cast<long long>(f % GR) * N + n) * D * D;
+    Fragment fragment;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        constexpr int A_WORD = 4 / sizeof(Element);
+        const int unit = lane.first_unit + 2 * lane.i + w % 2;
+        const int summed = f / GR * 2 * SHARE + w / 2 * SHARE + lane.j * A_WORD;
+        Element word[A_WORD] = {};
+#pragma unroll
+        for (int k = 0; k < A_WORD; ++k) {
+            if (unit < D && summed + k < D) {
+                word[k] = FORWARD ? block[unit * D + summed + k] : block[(summed + k) * D + unit];
+            }
+        }
+        memcpy(&fragment.words[w], word, 4);
+        fragment.words[w] = prepare(fragment.words[w], Operand{});
+        // Else all elements are loaded before the first two become one word.
+        settle(fragment.words[w]);
+    }
+    return fragment;
+}
+
 struct Matrix {
     Fragment held[HELD];
     const Fragment* spared;
+    // Whether products with the lane's part of R do.
+    bool needs_care = false;
 
-    // Fragment f belongs to recurrent gate f % GR and to the summed units of step f / GR. FORWARD:
-    // rows are the units that R produces; else those that it reads, and what it produces is summed.
     template <bool FORWARD>
     __device__ void load(const Element* R, int n, int N, const Lane& lane, Fragment* spare) {
         Fragment* mine = spare + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32;
         spared = mine;
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; ++f) {
-            const Element* block = R + (static_cast<long long>(f % GR) * N + n) * D * D;
-            Fragment fragment;
+            const Fragment made = fragment<FORWARD>(f, R, n, N, lane);
+            if (NEEDS_CARE<Operand>) {
 #pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                constexpr int A_WORD = 4 / sizeof(Element);
-                const int unit = lane.first_unit + 2 * lane.i + w % 2;
-                const int summed = f / GR * 2 * SHARE + w / 2 * SHARE + lane.j * A_WORD;
-                Element word[A_WORD] = {};
-#pragma unroll
-                for (int k = 0; k < A_WORD; ++k) {
-                    if (unit < D && summed + k < D) {
-                        word[k] = FORWARD ? block[unit * D + summed + k] : block[(summed + k) * D + unit];
-                    }
-                }
-                memcpy(&fragment.words[w], word, 4);
-                fragment.words[w] = prepare(fragment.words[w], Operand{});
-                // Else all elements are loaded before the first two become one word.
-                settle(fragment.words[w]);
+                for (int w = 0; w < 4; ++w) needs_care |= !is_finite(__uint_as_float(made.words[w]));
             }
-            if (f < HELD) held[f < HELD ? f : 0] = fragment;
-            else mine[(f - HELD) * 32] = fragment;
+            if (f < HELD) held[f < HELD ? f : 0] = made;
+            else mine[(f - HELD) * 32] = made;
         }
     }
 
@@ -56,12 +68,13 @@ __device__ inline unsigned matrix_line(const Element* lines, int pitch) {
     return shared_address(lines + lane % COLUMNS * pitch + lane / 8 * SHARE);
 }
 
+template <typename Number>
 __device__ inline void multiply(int pass, float (&sums)[BLOCKS][4], const Fragment& a,
-                                const unsigned (&right)[BLOCKS][4], int half) {
+                                const unsigned (&right)[BLOCKS][4], int half, Number) {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
         mma_pass(pass, sums[block], a.words[0], a.words[1], a.words[2], a.words[3],
-                 right[block][2 * half], right[block][2 * half + 1], Operand{});
+                 right[block][2 * half], right[block][2 * half + 1], Number{});
     }
 }
 
@@ -89,7 +102,7 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
 #pragma unroll
                 for (int s = 0; s < GR; ++s) {
                     const Fragment a = matrix[(step + half) * GR + s];
-                    multiply(pass, chains[half % CHAINS_FORWARD][s], a, right, half);
+                    multiply(pass, chains[half % CHAINS_FORWARD][s], a, right, half, Operand{});
                 }
             }
         }
@@ -107,6 +120,7 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
 }
 
 // The gradient of what R reads, from the lines' rows of gates.
+template <typename Number>
 __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix& matrix,
                                           unsigned line, int pitch) {
     float chains[CHAINS_BACKWARD][BLOCKS][4] = {};
@@ -119,6 +133,8 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
             for (int block = 0; block < BLOCKS; ++block) {
                 const int offset = 8 * block * pitch + RECURRENT[s] * DD;
                 load_matrices(right[block], line + offset * sizeof(Element) + step * 32);
+#pragma unroll
+                for (int w = 0; w < 4; ++w) right[block][w] = contained(right[block][w], Number{});
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -127,7 +143,7 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
 #pragma unroll
                 for (int pass = 0; pass < PASSES<Operand>; ++pass) {
                     const int chain = (2 * s + half) * PASSES<Operand> + pass;
-                    multiply(pass, chains[chain % CHAINS_BACKWARD], a, right, half);
+                    multiply(pass, chains[chain % CHAINS_BACKWARD], a, right, half, Number{});
                 }
             }
         }
@@ -138,4 +154,34 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
 #pragma unroll
         for (int c = 1; c < CHAINS_BACKWARD; ++c) sums[i / 4][i % 4] += chains[c][i / 4][i % 4];
     }
+}
+
+// Either of them, with care and out of R itself.
+template <bool FORWARD>
+__device__ inline void careful_product(float (&sums)[FORWARD ? GR : 1][BLOCKS][4], const Element* R,
+                                       int n, int N, const Lane& lane, const Element* lines,
+                                       int pitch) {
+#pragma unroll
+    for (int k = 0; k < (FORWARD ? GR : 1) * BLOCKS * 4; ++k) {
+        const int s = k / (4 * BLOCKS), block = k / 4 % BLOCKS, i = k % 4;
+        const int unit = lane.first_unit + 2 * lane.i + i / 2;
+        const Element* line = lines + (8 * block + lane.column(i % 2)) * pitch;
+        float sum = 0.0f;
+#pragma unroll
+        for (int gate = FORWARD ? s : 0; gate < (FORWARD ? s + 1 : GR); ++gate) {
+            const Element* of_gate = R + (static_cast<long long>(gate) * N + n) * D * D;
+            const Element* factors = line + (FORWARD ? 0 : RECURRENT[gate] * DD);
+#pragma unroll 1
+            for (int j = 0; j < D; ++j) {
+                const int at = FORWARD ? unit * D + j : j * D + unit;
+                if (unit < D) sum += to_float(of_gate[at]) * to_float(factors[j]);
+            }
+        }
+        sums[s][block][i] = sum;
+    }
+}
+
+// Which step's product needs care, as the lanes say that give its factors: in what the first line has left.
+__device__ inline int* step_with_care(Element* lines, int pitch) {
+    return reinterpret_cast<int*>(lines + pitch - SHARE);
 }

@@ -36,7 +36,7 @@ def backward_source(
     plan: HeadPlan,
     aligned: bool,
     cut: bool,
-    clipval: float | None,
+    clip: bool,
 ) -> dict[str, str]:
     """The parts of head_backward.cu's program; see :func:`forward_source`.
 
@@ -47,7 +47,7 @@ def backward_source(
         plan: ...
         aligned: ...
         cut: whether no gradient flows through R.
-        clipval: what that gradient is clipped to at each step, if to anything.
+        clip: whether that gradient is clipped at each step.
     """
     return _program(
         "head_backward.cu",
@@ -56,7 +56,7 @@ def backward_source(
         D,
         plan,
         aligned,
-        **program.gradient_options(cut, clipval),
+        **program.gradient_options(cut, clip),
     )
 
 
@@ -75,7 +75,7 @@ def _program(
     D: int,
     plan: HeadPlan,
     aligned: bool,
-    **options: bool | float,
+    **options: bool,
 ) -> dict[str, str]:
     constants = {
         "D": D,
@@ -86,6 +86,8 @@ def _program(
         "ALIGNED": aligned,
         **options,
     }
-    traffic = ["traffic.cuh", *(["traffic_forward.cuh"] if kernel == "head_forward.cu" else [])]
-    files = ["head.cuh", "fragments.cuh", *traffic, kernel]
+    if kernel == "head_forward.cu":
+        files = ["head.cuh", "fragments.cuh", "traffic.cuh", "traffic_forward.cuh", kernel]
+    else:
+        files = ["clipped.cuh", "head.cuh", "fragments.cuh", "traffic.cuh", kernel]
     return program.with_files(cell, precision, constants, files)

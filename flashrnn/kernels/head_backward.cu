@@ -26,8 +26,8 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               float* __restrict__ d_bias, long long initial_s, long long initial_b,
               long long initial_n, long long initial_d, long long d_states_s, long long d_states_b,
               long long d_states_t, long long d_states_n, long long d_states_d, long long d_last_s,
-              long long d_last_b, long long d_last_n, long long d_last_d, long long T, long long B,
-              int N) {
+              long long d_last_b, long long d_last_n, long long d_last_d, long long T, long long B, int N,
+              Clips clips) {
     Fragment* spare = reinterpret_cast<Fragment*>(shared_memory());
     Element* ring = reinterpret_cast<Element*>(spare + COMPUTING * SPARED * 32);
     Element* gradients = ring + STAGES * SEQUENCES * INPUTS;
@@ -44,6 +44,10 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         round_to(ring[i], 0.0f);
     }
     __syncthreads();
+    if (NEEDS_CARE<Operand>) {
+        if (threadIdx.x < 2) *step_with_care(gradients + threadIdx.x * SEQUENCES * GATES, GATES) = -1;
+        __syncthreads();
+    }
 
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) keep_registers<TRAFFIC_REGISTERS>();
@@ -110,14 +114,34 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     constexpr unsigned TURN = SEQUENCES * GATES * sizeof(Element);
     const auto add_recurrent_gradient = [&](int done) {
         if (CUT) return;
-        float sums[BLOCKS][4];
-        transposed_product(sums, matrix, line + (done + 1) % 2 * TURN, GATES);
+        const int turn = (done + 1) % 2;
+        Element* const read = gradients + turn * SEQUENCES * GATES;
+        const int with_care = *step_with_care(read, GATES);
+        float sums[1][BLOCKS][4];
+        transposed_product<Operand>(sums[0], matrix, line + turn * TURN, GATES);
+        if constexpr (NEEDS_CARE<Operand>) {
+            if (__any_sync(~0u, with_care == done)) {
+                careful_product<false>(sums, R, n, N, lane, read, GATES);
+            }
+        }
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
-            const float d_h = lane.owned(sums, e);
-            d_carried[0][e] +=
-                CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
+            const float d_h = clipped(lane.owned(sums[0], e), clips.gradient);
+            // Zeros times an infinite R are none.
+            if (done > 0) d_carried[0][e] += d_h;
         }
+    };
+    // Before the barrier that the next product waits for.
+    const auto say_whether_to_care = [&](const float (&d_gates)[G][OWNED], int done) {
+        if (!NEEDS_CARE<Operand>) return;
+        bool needs_care = matrix.needs_care;
+#pragma unroll
+        for (int i = 0; i < GR * OWNED; ++i) {
+            const float d_gate = d_gates[RECURRENT[i / OWNED]][i % OWNED];
+            needs_care |= lane.unit(i % OWNED) < D && !is_finite(d_gate);
+        }
+        Element* const read = gradients + (done + 1) % 2 * SEQUENCES * GATES;
+        if (needs_care) *step_with_care(read, GATES) = done;
     };
     float d_bias_sums[G][OWNED] = {};
     int slot = 0;
@@ -153,7 +177,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 old[s] = before[s][e];
                 d_after[s] = d_carried[s][e] + given[s][e];
             }
-            derivative(old, mine, d_after, d_before, d_mine);
+            derivative(old, mine, d_after, d_before, d_mine, clips.forward);
 #pragma unroll
             for (int k = 0; k < G; ++k) {
                 preactivations[k][e] = d_mine[k];
@@ -165,6 +189,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         Element* to = gradients + done % 2 * SEQUENCES * GATES;
 #pragma unroll
         for (int k = 0; k < G; ++k) store_owned(to + k * DD, GATES, preactivations[k], lane);
+        say_whether_to_care(preactivations, done + 1);
         meet<THREADS>();
     }
     add_recurrent_gradient(T);

@@ -19,7 +19,8 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              Element* __restrict__ states, float* __restrict__ last_states,
              Element* __restrict__ gates, long long Wx_b, long long Wx_t, long long Wx_g,
              long long Wx_n, long long Wx_d, long long initial_s, long long initial_b,
-             long long initial_n, long long initial_d, long long T, long long B, int N) {
+             long long initial_n, long long initial_d, long long T, long long B, int N,
+             Clips clips) {
     Fragment* spare = reinterpret_cast<Fragment*>(shared_memory());
     Element* ring = reinterpret_cast<Element*>(spare + COMPUTING * SPARED * 32);
     Element* new_states = ring + STAGES * SEQUENCES * INPUTS;
@@ -35,8 +36,11 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
         for (int i = threadIdx.x; i < STAGES * SEQUENCES * INPUTS; i += THREADS) {
             round_to(ring[i], 0.0f);
         }
-        __syncthreads();
     }
+    if (NEEDS_CARE<Operand> && threadIdx.x < 2) {
+        *step_with_care(new_states + threadIdx.x * SEQUENCES * STATES, STATES) = -1;
+    }
+    if (D != DD || NEEDS_CARE<Operand>) __syncthreads();
 
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) keep_registers<TRAFFIC_REGISTERS>();
@@ -75,6 +79,18 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     }
     // h before the first step lies where that before step 0 would.
     store_owned(new_states + SEQUENCES * STATES, STATES, carried[0], lane);
+    // Before the barrier that step t's product waits for.
+    const auto say_whether_to_care = [&](int t) {
+        if (!NEEDS_CARE<Operand>) return;
+        bool needs_care = matrix.needs_care;
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            needs_care |= lane.unit(e) < D && !is_finite(carried[0][e]);
+        }
+        Element* const read = new_states + (t + 1) % 2 * SEQUENCES * STATES;
+        if (needs_care) *step_with_care(read, STATES) = t;
+    };
+    say_whether_to_care(0);
     meet<THREADS>();
 
     const unsigned line = matrix_line(new_states, STATES);
@@ -82,7 +98,15 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     int slot = 0;
     for (int t = 0; t < T; ++t) {
         float sums[GR][BLOCKS][4], preactivations[G][OWNED];
-        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES);
+        const int turn = (t + 1) % 2;
+        Element* const read = new_states + turn * SEQUENCES * STATES;
+        const int with_care = *step_with_care(read, STATES);
+        recurrent_product(sums, matrix, line + turn * TURN, STATES);
+        if constexpr (NEEDS_CARE<Operand>) {
+            if (__any_sync(~0u, with_care == t)) {
+                careful_product<true>(sums, R, n, N, lane, read, STATES);
+            }
+        }
         // Nothing here depends on the product, and all of it hides behind it.
         const Element* inputs = ring + slot * SEQUENCES * INPUTS;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -107,7 +131,7 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
             for (int k = 0; k < G; ++k) mine[k] = preactivations[k][e];
 #pragma unroll
             for (int s = 0; s < S; ++s) old[s] = carried[s][e];
-            step(old, mine, after);
+            step(old, mine, after, clips.forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) carried[s][e] = after[s];
         }
@@ -119,6 +143,7 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
             for (int k = 0; k < G; ++k) store_owned(gates_to + k * DD, GATES, preactivations[k], lane);
         }
+        say_whether_to_care(t + 1);
         meet<THREADS>();
     }
 #pragma unroll

@@ -57,14 +57,17 @@ struct Sums {
     float values[TILES][4] = {};
 
     __device__ void add(const Piece (&left)[TILES][2], const Piece& right) {
+        unsigned words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) words[w] = contained(right.words[w], Operand{});
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             const unsigned(&top)[4] = left[tile][0].words;
             const unsigned(&bottom)[4] = left[tile][1].words;
 #pragma unroll
             for (int w = 0; w < 4; w += 2) {
-                mma(values[tile], top[w], bottom[w], top[w + 1], bottom[w + 1], right.words[w],
-                    right.words[w + 1], Operand{});
+                mma(values[tile], top[w], bottom[w], top[w + 1], bottom[w + 1], words[w], words[w + 1],
+                    Operand{});
             }
         }
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def itemsize_of(precision: str) -> int:
 
 
 def prelude(
-    cell: TracedCell, precision: str, constants: Mapping[str, bool | int | float]
+    cell: TracedCell, precision: str, constants: Mapping[str, bool | int]
 ) -> dict[str, str]:
     """The first parts of a program, each under the name that an error gives it.
 
@@ -46,6 +47,7 @@ def prelude(
         "plan": "\n".join(map(_constant, constants, constants.values())),
         "ptx.cuh": read("ptx.cuh"),
         "operands.cuh": read("operands.cuh"),
+        "clips.cuh": read("clips.cuh"),
         "types": f"using Element = {element};\nusing Bits = {bits};\n"
         f"using Operand = {PRECISIONS[precision]};",
         "pointwise.cuh": read("pointwise.cuh"),
@@ -56,28 +58,39 @@ def prelude(
 def with_files(
     cell: TracedCell,
     precision: str,
-    constants: Mapping[str, bool | int | float],
+    constants: Mapping[str, bool | int],
     files: Sequence[str],
 ) -> dict[str, str]:
     """A whole program: :func:`prelude`, and files beside this one after it, in their order."""
     return {**prelude(cell, precision, constants), **{name: read(name) for name in files}}
 
 
-def gradient_options(cut: bool, clipval: float | None) -> dict[str, bool | float]:
+def gradient_options(cut: bool, clip: bool) -> dict[str, bool]:
     """The constants of every backward scan.
 
     Args:
         cut: whether no gradient flows through R.
-        clipval: what that gradient is clipped to at each step, if to anything.
+        clip: whether that gradient is clipped at each step.
     """
-    return {"CUT": cut, "CLIP": clipval is not None, "CLIPVAL": float(clipval or 0)}
+    return {"CUT": cut, "CLIP": clip}
 
 
-def _constant(name: str, value: bool | int | float) -> str:
-    if isinstance(value, float):
-        # C++ takes no constant that its type does not hold.
-        largest = torch.finfo(torch.float32).max
-        value = ctypes.c_float(max(-largest, min(value, largest))).value
+@lru_cache(maxsize=1024)
+def clips(gradient: float | None, forward: float | None) -> int:
+    """The argument ``Clips`` of a kernel, two float32 numbers.
+
+    What float32 does not hold is infinity there, which clips nothing. What is ``None`` no kernel
+    reads.
+
+    Args:
+        gradient: what the gradient that reaches h through R is clipped to.
+        forward: what h is clipped to.
+    """
+    values = (ctypes.c_float * 2)(gradient or 0.0, forward or 0.0)
+    return int.from_bytes(bytes(values), sys.byteorder)
+
+
+def _constant(name: str, value: bool | int) -> str:
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return f"constexpr {type(value).__name__} {name} = {text};"
 

@@ -34,6 +34,7 @@ __device__ inline void round_to(bfloat16& y, float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
 }
 
+// What is near enough to the largest number becomes infinity.
 __device__ inline unsigned round_to_tf32(unsigned bits) {
     unsigned y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(bits)));
@@ -57,6 +58,16 @@ __device__ inline unsigned round_pair(float first, float second, bfloat16) {
 template <typename Half>
 __device__ inline float element_of_pair(unsigned pair, int second, Half) {
     return to_float(Half{static_cast<unsigned short>(second ? pair >> 16 : pair)});
+}
+
+// Both elements clipped to [-largest, largest], which has two of them in a word; NaN stays NaN.
+__device__ inline unsigned clip_pair(unsigned pair, unsigned largest, float16) {
+    unsigned clipped;
+    asm("{ .reg .b32 least, low; neg.f16x2 least, %2; max.NaN.f16x2 low, %1, least;"
+        " min.NaN.f16x2 %0, low, %2; }"
+        : "=r"(clipped)
+        : "r"(pair), "r"(largest));
+    return clipped;
 }
 
 // The hardware's approximations, right to about two units in the last place of float32 but for
@@ -129,6 +140,7 @@ __device__ inline void mma_half(float (&c)[4], unsigned a0, unsigned a1, unsigne
         : "r"(a0), "r"(a1), "r"(b0));
 }
 
+// Of 4-byte elements, of which it sees the upper 19 bits.
 __device__ inline void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
                                      unsigned a3, unsigned b0, unsigned b1) {
     asm volatile(
@@ -136,58 +148,6 @@ __device__ inline void mma_truncated(float (&c)[4], unsigned a0, unsigned a1, un
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                           unsigned b0, unsigned b1, tf32) {
-    mma_truncated(c, round_to_tf32(a0), round_to_tf32(a1), round_to_tf32(a2), round_to_tf32(a3),
-                  round_to_tf32(b0), round_to_tf32(b1));
-}
-
-__device__ inline unsigned high_bits(unsigned x) { return x & 0xffffe000u; }
-
-__device__ inline unsigned low_bits(unsigned x) {
-    return __float_as_uint(__uint_as_float(x) - __uint_as_float(high_bits(x)));
-}
-
-// What a left operand's word becomes, once, before it is multiplied by mma_pass.
-template <typename Operand>
-__device__ inline unsigned prepare(unsigned word, Operand) {
-    return word;
-}
-
-__device__ inline unsigned prepare(unsigned word, tf32) { return round_to_tf32(word); }
-
-// How many instructions a product of operands takes; each adds to c. `pass` is a constant once the
-// loop over it is unrolled.
-template <typename Operand>
-constexpr int PASSES = 1;
-template <>
-constexpr int PASSES<float> = 3;
-
-template <typename Operand>
-__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                unsigned a3, unsigned b0, unsigned b1, Operand operand) {
-    mma(c, a0, a1, a2, a3, b0, b1, operand);
-}
-
-__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                unsigned a3, unsigned b0, unsigned b1, tf32) {
-    mma_truncated(c, a0, a1, a2, a3, round_to_tf32(b0), round_to_tf32(b1));
-}
-
-// float32 in full: every factor is the sum of two that have 11 bits of mantissa or so; of their
-// four products the smallest does not matter.
-__device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                unsigned a3, unsigned b0, unsigned b1, float) {
-    if (pass == 0) {
-        mma_truncated(c, low_bits(a0), low_bits(a1), low_bits(a2), low_bits(a3), high_bits(b0),
-                      high_bits(b1));
-    } else {
-        mma_truncated(c, high_bits(a0), high_bits(a1), high_bits(a2), high_bits(a3),
-                      pass == 1 ? low_bits(b0) : high_bits(b0),
-                      pass == 1 ? low_bits(b1) : high_bits(b1));
-    }
 }
 
 // Products that a group of four warps issues together (kernels/group.py has the instruction) run on

@@ -2,7 +2,8 @@
 //
 // A thread block computes, of one head, the GATES gates from group * GATES on, as sums over the rows
 // (b, t) from part * rows_a_part on; the parts are added afterwards, in a fixed order. Its tile has
-// GATES * DD lines of d_gates' units and DD columns of h's.
+// GATES * DD lines of d_gates' units and DD columns of h's. There may be more rows than 32 bits count;
+// of a part there are not.
 //
 // What lives where: the sums in registers, a warp's being 16 lines of every 16 * WARPS and all
 // columns; in shared memory a ring of STAGES chunks of CHUNK rows, which all threads fill, as they lie
@@ -73,20 +74,22 @@ __device__ inline void load_right(unsigned (&words)[4], const Element* corner, i
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restrict__ h_initial,
-                   const Element* __restrict__ h, float* __restrict__ parts, unsigned rows_a_part,
-                   unsigned T, unsigned B, int N) {
+                   const Element* __restrict__ h, float* __restrict__ parts, int rows_a_part,
+                   unsigned T, long long B, int N) {
     Element* ring = reinterpret_cast<Element*>(shared_memory());
     constexpr int GROUPS = (GR + GATES - 1) / GATES;
     const int n = blockIdx.x % N, group = blockIdx.x / N % GROUPS, part = blockIdx.x / N / GROUPS;
     const long long width = static_cast<long long>(N) * D;
-    const unsigned begin = part * rows_a_part;
-    const unsigned end = begin + rows_a_part < B * T ? begin + rows_a_part : B * T;
-    const int chunks = end <= begin ? 0 : (end - begin + CHUNK - 1) / CHUNK;
+    // The part's first row, of its sequence and of all; from here on rows are counted in the part.
+    const long long begin = static_cast<long long>(part) * rows_a_part, left = B * T - begin;
+    const int rows = left < rows_a_part ? left : rows_a_part, chunks = (rows + CHUNK - 1) / CHUNK;
+    const long long first_sequence = begin / T;
+    const unsigned first_step = begin % T;
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
         Element* columns = lines + CHUNK * LINES_PITCH;
-        const unsigned first = begin + chunk * CHUNK;
+        const int first = chunk * CHUNK;
         // Trips are counted without the thread, so that loops can be unrolled; by more than two, and
         // registers spill.
         constexpr int ALL = CHUNK * GATES * PIECES;
@@ -100,19 +103,20 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
             for (int k = 0; k < GR; ++k) {
                 if (k == group * GATES + s) gate = RECURRENT[k];
             }
-            const long long line = static_cast<long long>(first + row) * G + gate;
+            const long long line = (begin + first + row) * G + gate;
             const Element* from = d_gates + line * width + n * D;
-            fetch_pieces(lines + row * LINES_PITCH + s * DD, from, first + row < end, piece);
+            fetch_pieces(lines + row * LINES_PITCH + s * DD, from, first + row < rows, piece);
         }
 #pragma unroll 2
         for (int trip = 0; trip < (CHUNK * PIECES + THREADS - 1) / THREADS; ++trip) {
             const int i = threadIdx.x + trip * THREADS;
             if (CHUNK * PIECES % THREADS && i >= CHUNK * PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
-            const unsigned r = first + row;
+            const unsigned r = first_step + first + row;
             // h one step earlier.
-            const Element* from = (r % T ? h + (r - 1LL) * width : h_initial + r / T * width) + n * D;
-            fetch_pieces(columns + row * COLUMNS_PITCH, from, r < end, piece);
+            const Element* from = r % T ? h + (begin + first + row - 1) * width
+                                        : h_initial + (first_sequence + r / T) * width;
+            fetch_pieces(columns + row * COLUMNS_PITCH, from + n * D, first + row < rows, piece);
         }
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
@@ -160,6 +164,7 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
         }
     }
 
+    bool needs_care = false;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -171,9 +176,30 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
                 const int p = 8 * block + 2 * (lane % 4) + v % 2;
                 if (line < LINES && s < GR && d < D && p < D) {
                     const long long block_of = (static_cast<long long>(part) * GR + s) * N + n;
-                    parts[(block_of * D + d) * D + p] = sums[tile][block][v];
+                    const float sum = sums[tile][block][v];
+                    parts[(block_of * D + d) * D + p] = sum;
+                    needs_care |= sum != sum;
                 }
             }
         }
+    }
+    if (!NEEDS_CARE<Operand> || !__syncthreads_or(needs_care)) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < GATES * D * D; i += THREADS) {
+        const int s = group * GATES + i / (D * D), d = i / D % D, p = i % D;
+        if (s >= GR) break;
+        int gate = 0;
+#pragma unroll
+        for (int k = 0; k < GR; ++k) {
+            if (k == s) gate = RECURRENT[k];
+        }
+        float sum = 0.0f;
+#pragma unroll 1
+        for (long long row = begin; row < begin + rows; ++row) {
+            const Element* before = row % T ? h + (row - 1) * width : h_initial + row / T * width;
+            sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) *
+                   to_float(before[n * D + p]);
+        }
+        parts[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p] = sum;
     }
 }

@@ -2,9 +2,9 @@
 
 Both are one step of the recurrence, product and cell in one launch. What sizes their registers
 and shared memory is compiled in, and follows from a :class:`StepPlan`; B, T, N, D and all
-addresses are run-time arguments. The addresses do not come as arguments of each launch but in a
-block of device memory, the call, so that a recorded run of launches serves every call: ``set_call``
-writes it.
+addresses are run-time arguments. Of them only N and D are arguments of each launch. The others come
+in a block of device memory, the call, so that a recorded run of launches serves every call, of many
+sizes of a batch: ``set_call`` writes it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from dataclasses import dataclass
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import program
-from flashrnn.tiling.sizes import tiles_of
+from flashrnn.tiling.sizes import one_of_few, tiles_of
 
 FORWARD_CALL = (
     *("Wx", "R", "b", "initial", "h_initial", "states", "gates", "carried"),
     *("Wx_b", "Wx_t", "Wx_g", "Wx_n", "Wx_d"),
     *("initial_s", "initial_b", "initial_n", "initial_d"),
-    *("T", "done"),
+    *("B", "T", "clips", "done"),
 )
-"""The fields of step_forward.cu's call: addresses, strides in elements, T, and how many steps are
-done before the run's first launch."""
+"""The fields of step_forward.cu's call: addresses, strides in elements, sizes, what
+:func:`program.clips` gives, and how many steps are done before the run's first launch."""
 
 BACKWARD_CALL = (
     *("R", "initial", "states", "gates", "d_states", "d_last", "d_gates", "d_carried"),
     *("initial_s", "initial_b", "initial_n", "initial_d"),
     *("d_states_s", "d_states_b", "d_states_t", "d_states_n", "d_states_d"),
     *("d_last_s", "d_last_b", "d_last_n", "d_last_d"),
-    *("T", "done"),
+    *("B", "T", "clips", "done"),
 )
 """The fields of step_backward.cu's call."""
 
@@ -68,8 +68,8 @@ class StepPlan:
     aligned: bool
 
     def grid(self, B: int, N: int, D: int) -> int:
-        """Thread blocks of a launch."""
-        return tiles_of(D, self.units) * N * tiles_of(B, 8 * self.blocks)
+        """Thread blocks of a launch, of which those beyond the batch do nothing."""
+        return tiles_of(D, self.units) * N * one_of_few(tiles_of(B, 8 * self.blocks))
 
 
 def plan_step(cell: TracedCell, B: int, N: int, D: int, precision: str, backward: bool) -> StepPlan:
@@ -122,15 +122,15 @@ def forward_source(
     cell: TracedCell, precision: str, plan: StepPlan, save_gates: bool
 ) -> dict[str, str]:
     """The parts of step_forward.cu's program, each under the name that an error gives it."""
-    options = {"SAVE_GATES": save_gates}
+    options = {"SAVE_GATES": save_gates, "CLIP": False}
     return _program("step_forward.cu", FORWARD_CALL, cell, precision, plan, options)
 
 
 def backward_source(
-    cell: TracedCell, precision: str, plan: StepPlan, cut: bool, clipval: float | None
+    cell: TracedCell, precision: str, plan: StepPlan, cut: bool, clip: bool
 ) -> dict[str, str]:
     """The parts of step_backward.cu's program, each under the name that an error gives it."""
-    options = program.gradient_options(cut, clipval)
+    options = program.gradient_options(cut, clip)
     return _program("step_backward.cu", BACKWARD_CALL, cell, precision, plan, options)
 
 
@@ -140,7 +140,7 @@ def _program(
     cell: TracedCell,
     precision: str,
     plan: StepPlan,
-    options: Mapping[str, bool | float],
+    options: Mapping[str, bool],
 ) -> dict[str, str]:
     constants = {
         "UNITS": plan.units,
@@ -152,12 +152,11 @@ def _program(
         "ALIGNED": plan.aligned,
         **options,
     }
+    files = ("tile.cuh", "clipped.cuh", "product.cuh", kernel)
     return {
         **program.prelude(cell, precision, constants),
         "call": _render_call(call),
-        "tile.cuh": program.read("tile.cuh"),
-        "product.cuh": program.read("product.cuh"),
-        kernel: program.read(kernel),
+        **{name: program.read(name) for name in files},
     }
 
 

@@ -15,16 +15,18 @@
 // the given gradients and then waits until this one is complete: only then does it read d_gates.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_backward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
+step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
     start_dependent_launch();
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
     const Tile tile(N, D);
+    const long long B = call->B;
     const int n = tile.n, lane = threadIdx.x % 32;
     const long long T = call->T, t = T - 1 - (call->done + ahead);
     const long long width = static_cast<long long>(N) * D;
     Element* d_gates = pointer<Element>(call->d_gates);
     float* d_carried = pointer<float>(call->d_carried);
+    const Clips clips = clips_of(call->clips);
     // The last step has none after it, and with CUT none is heard of.
     const bool recurrent = !CUT && t + 1 < T;
 
@@ -38,6 +40,8 @@ step_backward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
     product.columns.first = d_gates + (sequence * T + t + 1) * G * width + n * D;
     product.columns.apart = 8 * T * G * width;
     product.columns.count = recurrent ? blocks_within(sequence, B) : 0;
+    // A launch serves all batches up to a size.
+    if (tile.first_sequence >= B) return;
     if (!CUT) product.fetch_left();
 
     float gates[OWNED][G], before[OWNED][S], gradients[OWNED][S];
@@ -103,13 +107,11 @@ step_backward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
         const Unit unit(tile, e, B, D);
         if (unit.exists) {
             if (recurrent) {
-                const float d_h = total(partial, unit.column, unit.row);
-                gradients[e][0] +=
-                    CLIP ? pointwise::maximum(pointwise::minimum(d_h, CLIPVAL), -CLIPVAL) : d_h;
+                gradients[e][0] += clipped(total(partial, unit.column, unit.row), clips.gradient);
             }
             float d_before[S], d_preactivations[G];
             if (t >= 0) {
-                derivative(before[e], gates[e], gradients[e], d_before, d_preactivations);
+                derivative(before[e], gates[e], gradients[e], d_before, d_preactivations, clips.forward);
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
                     round_to(d_gates[((unit.b * T + t) * G + k) * width + unit.place],

@@ -13,11 +13,12 @@
 // b and then waits until this one is complete: only then does it read states.
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_forward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
+step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
     start_dependent_launch();
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
     const Tile tile(N, D);
+    const long long B = call->B;
     const int n = tile.n, lane = threadIdx.x % 32;
     const long long T = call->T, t = call->done + ahead;
     const long long width = static_cast<long long>(N) * D;
@@ -36,6 +37,8 @@ step_forward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
     product.columns.first = h + sequence * h_apart + n * D;
     product.columns.apart = 8 * h_apart;
     product.columns.count = blocks_within(sequence, B);
+    // A launch serves all batches up to a size.
+    if (tile.first_sequence >= B) return;
     product.fetch_left();
 
     float gates[OWNED][G], before[OWNED][S];
@@ -87,7 +90,7 @@ step_forward(const Call* __restrict__ call, int ahead, int B, int N, int D) {
                 }
             }
             float after[S];
-            step(before[e], gates[e], after);
+            step(before[e], gates[e], after, clips_of(call->clips).forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 carried[(s * B + unit.b) * width + unit.place] = after[s];

@@ -28,7 +28,7 @@ def forward_source(
 
 
 def backward_source(
-    cell: TracedCell, precision: str, D: int, plan: TeamPlan, cut: bool, clipval: float | None
+    cell: TracedCell, precision: str, D: int, plan: TeamPlan, cut: bool, clip: bool
 ) -> dict[str, str]:
     """The parts of the program of :func:`backward_name`'s kernel; see :func:`forward_source`.
 
@@ -38,9 +38,9 @@ def backward_source(
         D: ...
         plan: ...
         cut: whether no gradient flows through R.
-        clipval: what that gradient is clipped to at each step, if to anything.
+        clip: whether that gradient is clipped at each step.
     """
-    options = {"FORWARD": False, **program.gradient_options(cut, clipval)}
+    options = {"FORWARD": False, **program.gradient_options(cut, clip)}
     return _program(f"{backward_name(plan)}.cu", cell, precision, D, plan, options)
 
 
@@ -55,7 +55,7 @@ def _program(
     precision: str,
     D: int,
     plan: TeamPlan,
-    options: dict[str, bool | float],
+    options: dict[str, bool],
 ) -> dict[str, str]:
     constants = {
         "D": D,

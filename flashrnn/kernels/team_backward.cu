@@ -24,7 +24,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               long long initial_b, long long initial_n, long long initial_d, long long d_states_s,
               long long d_states_b, long long d_states_t, long long d_states_n, long long d_states_d,
               long long d_last_s, long long d_last_b, long long d_last_n, long long d_last_d,
-              long long T, long long B, int N, int teams) {
+              long long T, long long B, int N, Clips clips, int teams) {
     const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const Exchange exchange(shared_memory(), parcels, team);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory() + EXCHANGE_BYTES);
@@ -89,7 +89,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 const int next = last ? 0 : turn + 1;
                 if (!CUT && t + 1 < T) {
                     if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
-                    multiply<Operand>(partial[++products % 2], matrix, arrivals);
+                    multiply<Operand>(partial[++products % 2], matrix, arrivals, R, item.n, N, rank);
                 }
                 // Sent before other tiles had their turns, it comes while the warp computes its units.
                 if (!CUT && TURNS > 1) arrivals.look_for(exchange, next, tag + last);
@@ -106,7 +106,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                         const Owned owned(e, rank, item, turn, B);
                         if (!owned.exists) continue;
                         const float d_h = total(partial[products % 2], owned).values[0];
-                        d_carried.now[e][0] += clipped(d_h);
+                        d_carried.now[e][0] += clipped(d_h, clips.gradient);
                     }
                 }
                 if (t < 0) {
@@ -129,7 +129,8 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                         }
                         d_after[s] = d_carried.now[e][s] + given[e][s].value();
                     }
-                    derivative(before, preactivations, d_after, d_before, d_preactivations[e]);
+                    derivative(before, preactivations, d_after, d_before, d_preactivations[e],
+                               clips.forward);
 #pragma unroll
                     for (int k = 0; k < G; ++k) {
                         if (owned.exists) d_bias_sums[e][k] += d_preactivations[e][k];
@@ -145,7 +146,7 @@ team_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                         for (int s = 0; s < SENT; ++s) {
                             const float d_gate = d_preactivations[e][RECURRENT[s]];
                             unsigned words[PARCEL_WORDS];
-                            make_parcel(words, owned.exists ? d_gate : 0.0f);
+                            make_parcel(words, owned.exists ? contained(d_gate, Element{}) : 0.0f);
                             const int parcel = rank * PARCELS + s * UNIT_PARCELS + owned.parcel;
                             exchange.send(words, parcel, owned, turn, tag + 1);
                         }

@@ -28,7 +28,7 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                       long long initial_d, long long d_states_s, long long d_states_b,
                       long long d_states_t, long long d_states_n, long long d_states_d,
                       long long d_last_s, long long d_last_b, long long d_last_n,
-                      long long d_last_d, long long T, long long B, int N, int) {
+                      long long d_last_d, long long T, long long B, int N, Clips clips, int) {
     const int rank = blockIdx.x % TEAM;
     const Item item(blockIdx.x / TEAM, B);
     Exchange exchange(shared_memory(), rank);
@@ -104,9 +104,10 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                     }
                     d_after[s] = d_carried[e][s] + given[e][s].value();
                 }
-                derivative(before, preactivations, d_after, d_carried[e], d_preactivations[e]);
+                derivative(before, preactivations, d_after, d_carried[e], d_preactivations[e],
+                           clips.forward);
                 if (CUT) continue;
-                derivative(before, preactivations, d_h, state_slopes[e], gate_slopes[e]);
+                derivative(before, preactivations, d_h, state_slopes[e], gate_slopes[e], clips.forward);
                 // Here, not where they are used.
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
@@ -125,7 +126,7 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                 exchange.wait();
 #pragma unroll
                 for (int e = 0; e < OWNED; ++e) {
-                    const float d_h = clipped(exchange.total(Owned(e, rank, item, B)));
+                    const float d_h = clipped(exchange.total(Owned(e, rank, item, B)), clips.gradient);
 #pragma unroll
                     for (int k = 0; k < G; ++k) d_preactivations[e][k] += gate_slopes[e][k] * d_h;
 #pragma unroll
@@ -137,7 +138,9 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                 for (int e = 0; e < OWNED; ++e) {
                     float recurrent[GR];
 #pragma unroll
-                    for (int k = 0; k < GR; ++k) recurrent[k] = d_preactivations[e][RECURRENT[k]];
+                    for (int k = 0; k < GR; ++k) {
+                        recurrent[k] = contained(d_preactivations[e][RECURRENT[k]], Element{});
+                    }
                     exchange.put(recurrent, Owned(e, rank, item, B));
                 }
             }
@@ -145,7 +148,7 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
         if (!CUT) {
             meet<THREADS>();
             float sums[TILES][BLOCKS][4];
-            multiply<Operand>(sums, matrix, exchange);
+            multiply<Operand>(sums, matrix, exchange, R, item.n, N, rank);
             exchange.send(sums, rank);
             exchange.advance();
         }
@@ -168,7 +171,7 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {
         const Owned owned(e, rank, item, B);
-        if (!CUT) d_carried[e][0] += clipped(exchange.total(owned));
+        if (!CUT) d_carried[e][0] += clipped(exchange.total(owned), clips.gradient);
         if (!owned.exists) continue;
         const long long place = item.n * D + owned.d;
         float* to = d_initial + owned.sequence * width + place;

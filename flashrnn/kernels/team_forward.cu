@@ -23,7 +23,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              Element* __restrict__ gates, Parcel* parcels, Fragment* streamed, long long Wx_b,
              long long Wx_t, long long Wx_g, long long Wx_n, long long Wx_d, long long initial_s,
              long long initial_b, long long initial_n, long long initial_d, long long T, long long B,
-             int N, int teams) {
+             int N, Clips clips, int teams) {
     const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const Exchange exchange(shared_memory(), parcels, team);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory() + EXCHANGE_BYTES);
@@ -96,7 +96,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                 const bool last = turn + 1 == item.turns;
                 const int next = last ? 0 : turn + 1;
                 if (TURNS == 1) arrivals.look_for(exchange, turn, tag);
-                multiply<Operand>(partial[products % 2], matrix, arrivals);
+                multiply<Operand>(partial[products % 2], matrix, arrivals, R, item.n, N, rank);
                 // Sent before other tiles had their turns, it comes while the warp computes its units.
                 if (TURNS > 1) arrivals.look_for(exchange, next, tag + last);
                 meet<THREADS>();
@@ -120,7 +120,7 @@ team_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                         preactivations[e][k] = sum;
                     }
                     float after[S];
-                    step(carried.now[e], preactivations[e], after);
+                    step(carried.now[e], preactivations[e], after, clips.forward);
 #pragma unroll
                     for (int s = 0; s < S; ++s) carried.now[e][s] = after[s];
                 }

@@ -90,4 +90,10 @@ struct Arrivals {
             words[block][2 * step + half] = parcel.words[word_of(step, half)];
         }
     }
+
+    // A parcel that has come, and lies there until the block sends what its next step gives.
+    __device__ Words again(int parcel, int column) const {
+        const int first = sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
+        return mine[parcel_place(parcel, column) - first];
+    }
 };

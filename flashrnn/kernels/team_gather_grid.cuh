@@ -112,4 +112,10 @@ struct Arrivals {
     __device__ const Parcel* place(int i, int k) const {
         return mine + (i * SUM_PARTS * 2 * BLOCKS + k) * 32;
     }
+
+    // A parcel that has come, and lies there until the block sends what its next step gives.
+    __device__ Parcel again(int parcel, int column) const {
+        const int first = sum_part() * 2 * BLOCKS * 32 + threadIdx.x % 32;
+        return look_up(mine + (parcel_place(parcel, column) - first));
+    }
 };

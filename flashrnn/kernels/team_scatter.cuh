@@ -168,9 +168,9 @@ struct Exchange {
         }
     }
 
-    // A slice of them, for the tensor core.
-    __device__ Words operand(int slice, int block) const {
-        const unsigned place = gradients + threadIdx.x % 32 * 16;
+    // A slice of them, as the tensor core has it of a lane.
+    __device__ Words operand(int slice, int block, int lane) const {
+        const unsigned place = gradients + lane * 16;
         return reinterpret_cast<const Words*>(shared + place)[(slice * BLOCKS + block) * 32];
     }
 

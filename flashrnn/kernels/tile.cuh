@@ -10,14 +10,15 @@ __device__ inline T* pointer(long long address) {
 
 // One head's UNITS units for COLUMNS sequences.
 struct Tile {
-    int n, first_unit, first_sequence;
+    int n, first_unit;
+    long long first_sequence;
 
     __device__ Tile(int N, int D) {
         const int unit_tiles = (D + UNITS - 1) / UNITS;
         const int others = blockIdx.x / unit_tiles;
         first_unit = blockIdx.x % unit_tiles * UNITS;
         n = others % N;
-        first_sequence = others / N * COLUMNS;
+        first_sequence = static_cast<long long>(others / N) * COLUMNS;
     }
 };
 
@@ -31,7 +32,7 @@ struct Unit {
     long long b, d, place;
     bool exists;
 
-    __device__ Unit(const Tile& tile, int owned, int B, int D) {
+    __device__ Unit(const Tile& tile, int owned, long long B, int D) {
         const int index = threadIdx.x + owned * THREADS;
         row = index % UNITS;
         column = index / UNITS;
@@ -43,7 +44,7 @@ struct Unit {
 };
 
 // How many of sequence, sequence + 8, ... the tile has within the problem.
-__device__ inline int blocks_within(long long sequence, int B) {
+__device__ inline int blocks_within(long long sequence, long long B) {
     const long long rest = B - sequence;
     return rest <= 0 ? 0 : rest > 8 * (BLOCKS - 1) ? BLOCKS : int((rest + 7) / 8);
 }

@@ -21,7 +21,8 @@ wide_cluster_forward(const Element* __restrict__ Wx, const Element* __restrict__
                      Element* __restrict__ states, float* __restrict__ last_states,
                      Element* __restrict__ gates, long long Wx_b, long long Wx_t, long long Wx_g,
                      long long Wx_n, long long Wx_d, long long initial_s, long long initial_b,
-                     long long initial_n, long long initial_d, long long T, long long B, int N) {
+                     long long initial_n, long long initial_d, long long T, long long B, int N,
+                     Clips clips) {
     const int rank = blockIdx.x % TEAM, cluster = blockIdx.x / TEAM;
     // The cluster's head and first sequence, and the block's first unit.
     const int n = cluster % N;
@@ -143,7 +144,7 @@ wide_cluster_forward(const Element* __restrict__ Wx, const Element* __restrict__
                 }
                 if (SAVE_GATES) round_to(mine[k * LINE], preactivations[k]);
             }
-            step(carried[e], preactivations, after);
+            step(carried[e], preactivations, after, clips.forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 carried[e][s] = after[s];

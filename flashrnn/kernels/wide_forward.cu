@@ -21,7 +21,7 @@ wide_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              Element* __restrict__ gates, Parcel* parcels, long long Wx_b, long long Wx_t,
              long long Wx_g, long long Wx_n, long long Wx_d, long long initial_s,
              long long initial_b, long long initial_n, long long initial_d, long long T, long long B,
-             int N, int teams) {
+             int N, Clips clips, int teams) {
     const int rank = blockIdx.x % TEAM, team = blockIdx.x / TEAM;
     const Exchange exchange(parcels, team);
     unsigned* matrix = reinterpret_cast<unsigned*>(shared_memory());
@@ -117,7 +117,7 @@ wide_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
                     preactivations[u][k] = sum;
                 }
                 float after[S];
-                step(carried[u], preactivations[u], after);
+                step(carried[u], preactivations[u], after, clips.forward);
 #pragma unroll
                 for (int s = 0; s < S; ++s) carried[u][s] = after[s];
             }

@@ -109,8 +109,7 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[ClusterPlan]:
         units = tiles_of(D, size * granule) * granule
         warps = units // warp_units
         threads = 32 * warps + ClusterPlan.TRAFFIC
-        there = size <= gpu.largest_cluster and clusters_at_once(size, gpu)
-        if not there or tiles_of(D, units) != size or threads > 1024:
+        if not clusters_at_once(size, gpu) or tiles_of(D, units) != size or threads > 1024:
             continue
         steps = tiles_of(size * units, 16)
         for blocks in (1, 2):

@@ -265,8 +265,7 @@ def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choic
         least = {max(_FEWEST_UNITS, tiles_of(D, size)) for size in sizes}
         # Whole tiles or parcels of them, or neither.
         some = {tiles_of(few, whole) * whole for few in least for whole in (4, 8, 12, 16)}
-        clusters = [size for size in _CLUSTERS if size <= gpu.largest_cluster]
-        clusters = [size for size in clusters if clusters_at_once(size, gpu)]
+        clusters = [size for size in _CLUSTERS if clusters_at_once(size, gpu)]
         of_clusters = {
             tiles_of(D, size) for size in clusters if tiles_of(D, tiles_of(D, size)) == size
         }

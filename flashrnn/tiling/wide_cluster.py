@@ -10,7 +10,7 @@ from typing import ClassVar
 from flashrnn.problem import Problem
 from flashrnn.tiling.cluster import Rows
 from flashrnn.tiling.gpu import GPU, clusters_at_once
-from flashrnn.tiling.sizes import power_of_two, tiles_of
+from flashrnn.tiling.sizes import one_of_few, tiles_of
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ def plan_wide_cluster(problem: Problem, gpu: GPU) -> WideClusterPlan | None:
         return None
     B, N, rows = max(1, problem.B), problem.N, Rows.of(problem.cell)
     # Few kernels for all sizes of a batch.
-    tiles, power = tiles_of(B, 8), power_of_two(tiles_of(B, 8))
-    rounded = 8 * (3 * power // 4 if tiles <= 3 * power // 4 else power)
-    plan = best_plan(rows, rounded, N, problem.D, gpu)
+    plan = best_plan(rows, 8 * one_of_few(tiles_of(B, 8)), N, problem.D, gpu)
     return plan and replace(plan, cycles=cycles(plan, rows, B, N, gpu))
 
 
@@ -85,7 +83,7 @@ def possible_plans(rows: Rows, D: int, gpu: GPU) -> Iterator[WideClusterPlan]:
     for groups in (1, 2, 3):
         units = 64 // rows.padded * groups
         size = tiles_of(D, units)
-        if not 2 <= size <= gpu.largest_cluster or not clusters_at_once(size, gpu):
+        if size < 2 or not clusters_at_once(size, gpu):
             continue
         steps = size * units // 16
         # With one block it has never been the best way.

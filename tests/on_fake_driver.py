@@ -1,0 +1,299 @@
+"""What runs on a driver without a GPU, in a process of its own, which test_devices.py starts.
+
+Each function is a test; their results are printed as JSON, ``null`` or a traceback.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import sys
+import threading
+import time
+import traceback
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashrnn.backends import cuda, cuda_fused
+from flashrnn.cells import elman, lstm
+from flashrnn.cells.traced import TracedCell
+from flashrnn.jit import launch, nvrtc, runs
+from flashrnn.problem import Problem
+from tests import fake_driver
+
+
+def call(
+    backend,
+    B=4,
+    T=2,
+    N=1,
+    D=64,
+    cell: TracedCell = lstm.traced,
+    device=0,
+    needs_gradient=False,
+    **options,
+):
+    """A call of a backend, as ``flashrnn()`` makes it; nothing is computed."""
+    on = torch.device("cuda", device)
+    problem = Problem(cell, B, T, N, D, torch.bfloat16, on, needs_gradient, **options)
+    assert backend.unavailable(on) is None
+    reason = backend.unsupported(problem)
+    if reason:
+        raise ValueError(reason)
+    S, (Gw, Gr, Gb) = len(cell.states), (len(cell.fed_by(source)) for source in ("Wx", "R", "b"))
+    Wx = torch.zeros(B, T, Gw, N, D, dtype=torch.bfloat16)
+    R = torch.zeros(Gr, N, D, D, dtype=torch.bfloat16)
+    b = torch.zeros(Gb, N, D, dtype=torch.bfloat16)
+    return backend.forward(problem, Wx, R, b, torch.zeros(S, B, 1, N, D))
+
+
+def some_cells(count, cell=elman.traced):
+    """Cells that are not equal."""
+    fresh = itertools.count(time.monotonic_ns())
+    return [replace(cell, name=f"cell_{next(fresh)}") for _ in range(count)]
+
+
+def in_a_thread(work):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    assert found
+    return found[0]
+
+
+def loaded(driver):
+    return driver.count("loads") - driver.count("unloads")
+
+
+def a_callers_context_stays_current(driver):
+    for device, current in [
+        (0, driver.green_context(16)),
+        (0, driver.primary(0)),
+        (1, driver.green_context(16)),
+    ]:
+
+        def work(device=device, current=current):
+            driver.current = current
+            for backend, D in itertools.product((cuda, cuda_fused), (64, 256)):
+                call(backend, D=D, device=device)
+                assert driver.current == current
+            return True
+
+        assert in_a_thread(work)
+    assert driver.device == 0
+
+
+def a_thread_without_a_context_gets_the_primary_one(driver):
+    def work():
+        driver.current = None
+        call(cuda_fused)
+        return driver.current
+
+    assert in_a_thread(work) == driver.primary(0)
+
+
+def attributes_hold_in_every_context(driver):
+    """They are the kernel's, and a launch in a context that has not seen it yet is a good one."""
+    kernel = launch.Program(b"", ["k"], 0, shared_memory=200_000).kernels[0]
+    settings = driver.settings(int(kernel.handle))
+    assert settings[8] == 200_000 and settings[14] == 1
+
+
+def a_part_of_a_gpu_has_plans_that_fit_it(driver):
+    """By the context that is current, and by a stream's own."""
+    before = driver.count("bad_launches")
+    wide = {"N": 1, "D": 768, "B": 64}
+    with driver.within(driver.green_context(16)):
+        call(cuda_fused, **wide)
+        call(cuda_fused, D=256, B=200)
+    with driver.on_stream(driver.stream_of(driver.green_context(24))):
+        call(cuda_fused, **wide)
+    call(cuda_fused, **wide)
+    assert driver.count("bad_launches") == before
+
+
+def a_head_that_a_part_has_no_room_for_is_refused(driver):
+    call(cuda_fused, D=2048)
+    with driver.within(driver.green_context(8)), pytest.raises(ValueError, match="2048 units"):
+        call(cuda_fused, D=2048)
+    call(cuda_fused, D=2048)
+
+
+def no_clusters_where_none_fit(driver):
+    sizes = [(16, 3, 256), (64, 3, 256), (256, 1, 768), (16, 1, 512)]
+
+    def clusters():
+        problems = (
+            Problem(lstm.traced, B, 1, N, D, torch.bfloat16, torch.device("cuda", 0), True)
+            for B, N, D in sizes
+        )
+        plans = [
+            cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
+            for problem in problems
+            for backward in (False, True)
+        ]
+        return sum(
+            getattr(plan, "cluster", isinstance(plan, cuda_fused.ClusterPlan)) for plan in plans
+        )
+
+    assert clusters()
+    driver.set("replies_of_clusters", 0)
+    with driver.within(driver.green_context(100)):
+        assert not clusters()
+        for B, N, D in sizes:
+            call(cuda_fused, B=B, N=N, D=D)
+    driver.set("replies_of_clusters", 1)
+
+
+def recordings_belong_to_a_context(driver):
+    made = driver.count("recordings")
+    for _ in range(3):
+        call(cuda, T=4, D=40)
+    assert driver.count("recordings") == made + 1
+    with driver.within(driver.green_context(16)):
+        for _ in range(3):
+            call(cuda, T=4, D=40)
+    assert driver.count("recordings") == made + 2
+
+
+def batches_share_recordings_and_code(driver):
+    for B in (*range(1, 33), 48, 64):
+        for _ in range(2):
+            call(cuda, B=B, T=8, D=1024)
+    recordings, loads = driver.count("recordings"), driver.count("loads")
+    for B in range(33, 65):
+        for _ in range(2):
+            call(cuda, B=B, T=8, D=1024)
+    assert (driver.count("recordings"), driver.count("loads")) == (recordings, loads)
+
+
+def what_is_forgotten_is_unloaded_after_the_device_is_waited_for(driver):
+    waited = driver.count("synchronizations")
+    before = loaded(driver)
+    for _ in range(4 * launch._MOST_FORGOTTEN):
+        launch.Program(b"", ["k"], 0)
+    assert loaded(driver) - before <= launch._MOST_FORGOTTEN + 1
+    assert 1 <= driver.count("synchronizations") - waited <= 4
+    held = launch.Program(b"", ["k"], 0)
+    for _ in range(4 * launch._MOST_FORGOTTEN):
+        launch.Program(b"", ["k"], 0)
+    launch.enqueue([launch.Launch(held.kernels[0], launch.configure(1, 1), ())], 0, 0)
+
+
+def nothing_is_unloaded_while_a_stream_is_captured(driver):
+    for own in (True, False):
+        driver.capturing = own
+        driver.set("fake_capturing", 1)
+        before, waited = driver.count("unloads"), driver.count("synchronizations")
+        for _ in range(2 * launch._MOST_FORGOTTEN):
+            launch.Program(b"", ["k"], 0)
+        assert (driver.count("unloads"), driver.count("synchronizations")) == (before, waited)
+        driver.capturing = False
+        driver.set("fake_capturing", 0)
+    launch.Program(b"", ["k"], 0)
+    assert driver.count("unloads") > before
+
+
+def what_a_graph_may_hold_stays(driver):
+    """Its kernels are loaded in the capture's context, and are there whatever comes after."""
+    for backend in (cuda, cuda_fused):
+        (cell,) = some_cells(1)
+        call(backend, cell=cell)
+        driver.capturing, functions = True, driver.count("loads_of_functions")
+        call(backend, cell=cell)
+        driver.capturing = False
+        assert driver.count("loads_of_functions") > functions
+    captured = [program.kernels[0] for program in launch._in_graphs]
+    assert len(captured) >= 2
+    for cell in some_cells(600):
+        call(cuda_fused, cell=cell)
+        call(cuda, cell=cell)
+    gc.collect()
+    launches = [launch.Launch(kernel, launch.configure(1, 1), ()) for kernel in captured]
+    launch.enqueue(launches, 0, 0)
+    assert driver.count("unloads")
+
+
+def three_thousand_calls_level_off(driver):
+    """New sizes, clip values and cells, cells that are rebuilt, all through both backends."""
+    numbers = torch.Generator().manual_seed(0)
+
+    def draw(most):
+        return int(torch.randint(1, most, (), generator=numbers))
+
+    new = some_cells(600)
+    seconds, code, caches = [], [], []
+    start = time.thread_time()
+    for k in range(3000):
+        backend = (cuda, cuda_fused)[k % 2]
+        options = {"forward_clipval": 1 + k / 7} if k % 5 == 0 else {}
+        cell = new[k // 5] if k % 5 == 1 else replace(elman.traced)
+        D = (16, 64, 200, 8 * draw(30))[k % 4]
+        call(backend, B=draw(512), T=draw(8), D=D, cell=cell, **options)
+        if k % 1000 == 999:
+            seconds.append(time.thread_time() - start)
+            code.append(loaded(driver))
+            caches.append(len(runs._steppers))
+            start = time.thread_time()
+    # Of 3,000 calls' kernels a few hundred.
+    assert code[2] <= 1200 and code[2] - code[1] <= 0.2 * code[1], code
+    assert caches[2] <= runs._MOST_STEPPERS
+    assert seconds[2] <= 1.5 * seconds[0], seconds
+
+
+def new_sizes_load_nothing(driver):
+    """A batch's size is no part of the code, but for a few tilings."""
+    for B in range(1, 513):
+        call(cuda, B=B, T=1, D=72)
+        call(cuda_fused, B=B, T=1, D=72)
+    before = driver.count("loads")
+    for B in range(1, 513):
+        call(cuda, B=B, T=2, D=72)
+        call(cuda_fused, B=B, T=2, D=72)
+    assert driver.count("loads") == before
+    for N in range(1, 20):
+        call(cuda, N=N, B=3, T=1, D=72)
+    assert driver.count("loads") == before
+
+
+TESTS = [
+    a_callers_context_stays_current,
+    a_thread_without_a_context_gets_the_primary_one,
+    attributes_hold_in_every_context,
+    a_part_of_a_gpu_has_plans_that_fit_it,
+    a_head_that_a_part_has_no_room_for_is_refused,
+    no_clusters_where_none_fit,
+    recordings_belong_to_a_context,
+    batches_share_recordings_and_code,
+    what_is_forgotten_is_unloaded_after_the_device_is_waited_for,
+    nothing_is_unloaded_while_a_stream_is_captured,
+    what_a_graph_may_hold_stays,
+    three_thousand_calls_level_off,
+    new_sizes_load_nothing,
+]
+
+
+def main(path):
+    driver = fake_driver.install(path)
+    nvrtc.compile_program = lambda parts, arch: b"code"
+    nvrtc.unavailable = lambda: None
+    nvrtc.version = lambda: (13, 0)
+    runs._new_block = lambda stepper: torch.empty(stepper.fields, dtype=torch.int64)
+    results = {}
+    for test in TESTS:
+        try:
+            bad = driver.count("bad_launches")
+            test(driver)
+            assert driver.count("bad_launches") == bad, "a launch that a driver refuses"
+            results[test.__name__] = None
+        except Exception:
+            results[test.__name__] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""What use in earnest does to the backends, part by part: ``python -m tests.stress --list``."""

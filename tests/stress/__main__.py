@@ -1,0 +1,324 @@
+"""The command line: ``python -m tests.stress [PART ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from flashrnn.backends import PREFERENCE, load
+from tests.stress import fuzz, limits, machine
+from tests.stress.running import Check, Result, run_in_a_child
+
+FUSED = tuple(name for name in PREFERENCE if name != "vanilla")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for, and what the machine is."""
+
+    backends: tuple[str, ...]
+    device: str
+    seconds: float
+    seed: int
+    workers: int
+
+
+Queue = Iterable[Check]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the program.
+
+    Attributes:
+        description: one line.
+        queues: its checks; a process for each queue, all at once.
+        alone: whether nothing else may run meanwhile.
+        needs_gpu: whether it is left out where there is none.
+    """
+
+    description: str
+    queues: Callable[[Settings], list[Queue]]
+    alone: bool = False
+    needs_gpu: bool = True
+
+
+def each(
+    settings: Settings, *functions: Callable[[str], None], seconds: float = 240
+) -> list[Check]:
+    """Checks of every backend, in turn."""
+    return [
+        Check(f"{function.__name__} {backend}", partial(function, backend), seconds)
+        for function in functions
+        for backend in settings.backends
+    ]
+
+
+def _fuzz(settings: Settings) -> list[Queue]:
+    return [
+        fuzz.cases(
+            settings.backends, settings.device, settings.seed, settings.seconds, k, settings.workers
+        )
+        for k in range(settings.workers)
+    ]
+
+
+def _graphs(settings: Settings) -> list[Queue]:
+    checks = each(settings, machine.replayed, machine.captured_at_the_first_call)
+    return [[x for x in checks if x.name != "captured_at_the_first_call triton"]]
+
+
+def _processes(settings: Settings) -> list[Queue]:
+    return [each(settings, machine.for_some_seconds)] * 2
+
+
+def _threads(settings: Settings) -> list[Queue]:
+    first = (machine.first_calls_at_once, machine.first_calls_of_one_cell_at_once)
+    return [each(_of(settings, backend), *first) for backend in settings.backends]
+
+
+def _of(settings: Settings, backend: str) -> Settings:
+    return Settings((backend,), settings.device, settings.seconds, settings.seed, settings.workers)
+
+
+def _contexts(settings: Settings) -> list[Queue]:
+    alone = (machine.on_the_cpu_without_cuda, machine.in_a_forked_child)
+    return [
+        [Check(function.__name__, function) for function in alone],
+        each(settings, machine.in_a_thread_with_no_context, machine.in_a_green_context),
+        each(settings, machine.in_a_thread_with_another_context),
+    ]
+
+
+LARGE: dict[str, list[tuple[str, tuple[int, int, int, int]]]] = {
+    # Many sequences; few heads of long sequences; many heads; states that are more than gates.
+    "cuda_fused": [
+        ("lstm", (180_000, 4, 12, 64)),
+        ("lstm", (1, 16_500, 512, 64)),
+        ("lstm", (1, 700_000, 1, 768)),
+        ("lstm", (1, 700_000, 3, 256)),
+        ("lstm", (260, 2_100, 1, 1000)),
+        ("lstm", (250, 4_300, 1, 512)),
+        ("cascade", (180_000, 3, 12, 64)),
+    ],
+    "triton": [
+        ("lstm", (180_000, 4, 12, 64)),
+        ("lstm", (1, 16_500, 512, 64)),
+        ("cascade", (180_000, 3, 12, 64)),
+    ],
+    "cuda": [
+        ("lstm", (180_000, 4, 12, 64)),
+        ("lstm", (1, 16_500, 512, 64)),
+        ("cascade", (180_000, 3, 12, 64)),
+    ],
+}
+FAR_APART = {
+    "cuda_fused": [(3, 4, 3, 64), (16, 5, 2, 256), (16, 5, 1, 768)],
+    "triton": [(3, 4, 3, 64)],
+    "cuda": [(3, 4, 3, 64)],
+}
+
+
+def _indices(settings: Settings) -> list[Queue]:
+    checks = []
+    for backend in settings.backends:
+        for name, sizes in LARGE[backend]:
+            run = partial(limits.large_problem, name, *sizes, backend)
+            checks.append(Check(f"{backend} {name} {sizes}".replace(" ", "_"), run))
+        for sizes in FAR_APART[backend]:
+            run = partial(limits.far_apart, "lstm", *sizes, backend)
+            checks.append(Check(f"{backend} far apart {sizes}".replace(" ", "_"), run))
+    return [checks + each(settings, limits.more_rows_than_32_bits_count)]
+
+
+def _with_device(function: Callable[[str, str], None]) -> Callable[[Settings], list[Queue]]:
+    def queues(settings: Settings) -> list[Queue]:
+        return [
+            [
+                Check(f"{function.__name__} {name}", partial(function, name, settings.device), 240)
+                for name in settings.backends
+            ]
+        ]
+
+    return queues
+
+
+PARTS = {
+    "fuzz": Part("random calls of hostile cells, held to vanilla", _fuzz, needs_gpu=False),
+    "foreign": Part(
+        "long products and spinning kernels on other streams beside kernels that wait for others",
+        lambda s: [
+            each(s, machine.beside_products, machine.beside_spinning_kernels, machine.beside_itself)
+        ],
+    ),
+    "priorities": Part(
+        "streams of high and of low priority at once",
+        lambda s: [each(s, machine.at_two_priorities)],
+    ),
+    "graphs": Part("CUDA graphs, replayed in turn with other inputs", _graphs),
+    "processes": Part("two processes at once on one GPU", _processes),
+    "threads": Part("threads with streams of their own, first calls at once", _threads),
+    "contexts": Part("other contexts, green ones, CPU tensors in a forked child", _contexts),
+    "nan": Part(
+        "NaN and inf stay in their sequence, head and unit",
+        _with_device(limits.isolated),
+        needs_gpu=False,
+    ),
+    "indices": Part("tensors and strides past 2³¹ elements", _indices, alone=True),
+    "memory": Part(
+        "calls that do not fit, kernels loaded when memory is full",
+        lambda s: [each(s, limits.calls_that_do_not_fit, limits.first_calls_when_memory_is_full)],
+        alone=True,
+    ),
+    "growth": Part(
+        f"{limits.CALLS} calls of new sizes, clip values and cells: memory and time level off",
+        _with_device(limits.many_calls),
+        alone=True,
+        needs_gpu=False,
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; accepted are {', '.join(PARTS)}")
+    if options.case and len(options.parts) != 1:
+        parser.error("--case needs the one PART that it belongs to")
+    if options.list:
+        for name, part in PARTS.items():
+            print(f"{name:12}{part.description}")
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        # Triton reads it when it is imported, here and in the children.
+        os.environ["TRITON_INTERPRET"] = "1"
+    settings = Settings(
+        backends=tuple(options.backend or _available(device)),
+        device=device,
+        seconds=options.seconds,
+        seed=options.seed,
+        workers=max(1, min(8, 3 * (os.cpu_count() or 1) // 8)),
+    )
+    chosen = {name: PARTS[name] for name in options.parts or PARTS}
+    if options.case:
+        ((name, part),) = chosen.items()
+        return _run_here(_find(part, options.case, settings))
+    return _run(chosen, settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
+    parser.add_argument("--list", action="store_true", help="say what parts there are")
+    parser.add_argument("--seconds", type=float, default=60, help="for how long to fuzz (60)")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other cases")
+    parser.add_argument(
+        "--backend", action="append", choices=FUSED, help="default: all that run here"
+    )
+    parser.add_argument("--case", help="run one check of one PART, in this process")
+    return parser
+
+
+def _available(device: str) -> list[str]:
+    """Under Triton's interpreter that is one; the others' kernels need a GPU."""
+    return [name for name in FUSED if load(name).unavailable(torch.device(device)) is None]
+
+
+def _find(part: Part, name: str, settings: Settings) -> Check:
+    if name.startswith("seed:"):
+        return fuzz.case_check(int(name.removeprefix("seed:")), settings.backends, settings.device)
+    checks = [check for queue in part.queues(settings) for check in queue]
+    found = [check for check in checks if check.name == name]
+    if not found:
+        known = "\n  ".join(check.name for check in checks)
+        raise SystemExit(f"no check {name!r}; there are\n  {known}")
+    return found[0]
+
+
+def _run_here(check: Check) -> int:
+    try:
+        returned = check.run()
+    except AssertionError as error:
+        print(f"FAILED {check.name}: {error}")
+        return 1
+    print(f"{check.name} is right" + (f": {returned}" if returned else ""))
+    return 0
+
+
+def _run(chosen: dict[str, Part], settings: Settings) -> int:
+    results: dict[str, list[Result]] = {name: [] for name in chosen}
+    skipped = [name for name, part in chosen.items() if part.needs_gpu and settings.device == "cpu"]
+
+    def report(result: Result) -> None:
+        results[result.part].append(result)
+        if result.failure is not None:
+            print(_failure(result), flush=True)
+
+    def run_at_once(names: Iterable[str]) -> None:
+        threads = [
+            threading.Thread(target=run_in_a_child, args=(name, queue, report), daemon=True)
+            for name in names
+            for queue in chosen[name].queues(settings)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    start = time.monotonic()
+    running = [name for name in chosen if name not in skipped]
+    run_at_once(name for name in running if not chosen[name].alone)
+    for name in running:
+        if chosen[name].alone:
+            run_at_once([name])
+    return _summary(results, skipped, time.monotonic() - start)
+
+
+def _failure(result: Result) -> str:
+    """What went wrong, and the line that shows it again."""
+    again = f"python -m tests.stress {result.part} --case '{result.check.name}'"
+    return f"FAILED {result.part}: {result.failure}\n  again: {again}"
+
+
+def _summary(results: dict[str, list[Result]], skipped: list[str], seconds: float) -> int:
+    print(f"\n{'part':12}{'checks':>8}{'seconds':>9}{'failures':>10}")
+    for name, found in results.items():
+        if name in skipped:
+            print(f"{name:12}{'needs a GPU':>27}")
+            continue
+        failures = sum(result.failure is not None for result in found)
+        print(f"{name:12}{len(found):8}{sum(x.seconds for x in found):9.0f}{failures:10}")
+    counts = _counts(x.returned for found in results.values() for x in found)
+    for kind, counter in counts.items():
+        print(f"{kind}: " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
+    failures = [x for found in results.values() for x in found if x.failure is not None]
+    print(f"{len(failures)} failures in {seconds:.0f} s")
+    for result in failures[:20]:
+        print(_failure(result).splitlines()[-1].strip())
+    return 1 if failures else 0
+
+
+def _counts(returned: Iterable[Any]) -> dict[str, Counter[str]]:
+    counts: dict[str, Counter[str]] = {}
+    for kinds in returned:
+        for kind, names in (kinds or {}).items():
+            counts.setdefault(kind, Counter()).update(names)
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
