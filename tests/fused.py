@@ -228,6 +228,34 @@ def pattern(x: Tensor) -> Tensor:
     return x.isnan() * 2 + x.isposinf() * 1 - x.isneginf() * 1
 
 
+def others_keep_their_bits(
+    backend: str, B: int, D: int, dtype: torch.dtype, device: str = "cpu"
+) -> bool:
+    """Whether NaN and inf in one sequence and head leave the bits of all others as they are."""
+    inputs = random_inputs("slstm", B, 4, 2, D, dtype, device)
+
+    def results() -> list[Tensor]:
+        outputs = call("slstm", inputs, backend=backend)
+        found = gradients(outputs, inputs)
+        per_sequence = [*outputs, found["states"]]
+        return [*per_sequence, found["Wx"].transpose(1, 2).unsqueeze(0)]
+
+    expected = results()
+    for value in (torch.nan, torch.inf):
+        planted = inputs.Wx.detach().clone()
+        planted[1, 1, 0, 0, 3] = value
+        inputs = Inputs(**inputs.tensors() | {"Wx": planted.requires_grad_()})
+        for given, right in zip(results(), expected, strict=True):
+            # [·, B, ·, N, D], but for the gates' dimension, which is the third there.
+            given, right = (
+                x.flatten(2, -3).movedim(-2, 2).detach().clone() for x in (given, right)
+            )
+            given[:, 1, 0], right[:, 1, 0] = 0, 0
+            if not torch.equal(given, right):
+                return False
+    return True
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values, neither contiguous nor aligned, as a leaf of its own."""
     *sizes, last = x.shape

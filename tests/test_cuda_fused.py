@@ -22,6 +22,7 @@ from tests.fused import (  # noqa: F401
     continues_exactly,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
+    others_keep_their_bits,
     poisoned,
     same_without_gradients,
 )
@@ -85,13 +86,14 @@ def test_a_plan_says_why_there_is_none():
 @pytest.mark.parametrize("gpu", [RTX_4090, H200], ids=["RTX 4090", "H200"])
 @pytest.mark.parametrize("D", [1, 24, 64, 100, 128])
 def test_gradient_plans_fit_the_gpu_and_cover_every_row_once(gpu, D):
-    rows_and_heads = itertools.product((1, 31, 1000, 260_000), (1, 12))
+    rows_and_heads = itertools.product((1, 31, 1000, 260_000, 10**10), (1, 12))
     for (rows, N), recurrent in itertools.product(rows_and_heads, (1, 3, 4, 7, 16, 70)):
         for itemsize in (2, 4):
             plan = plan_gradient(recurrent, rows, N, D, itemsize, gpu)
             assert isinstance(plan, GradientPlan)
             assert plan.gates * plan.groups >= recurrent
             assert (plan.parts - 1) * plan.rows < rows <= plan.parts * plan.rows
+            assert plan.rows <= 2**14
             assert plan.shared_memory <= gpu.shared_memory
 
 
@@ -315,6 +317,12 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
     assert keeps_a_nan_to_its_sequence_and_head(4, 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_others_keep_their_bits(on_the_cpu, dtype):
+    assert others_keep_their_bits("cuda_fused", 4, 16, dtype)
 
 
 # ---- what it says of itself

@@ -24,6 +24,7 @@ from tests.fused import (  # noqa: F401
     gives_the_same_bits,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
+    others_keep_their_bits,
     poisoned,
     same_without_gradients,
 )
@@ -432,6 +433,12 @@ def test_same_bits_in_whatever_order_things_arrive(prefer):
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(prefer):
     assert keeps_a_nan_to_its_sequence_and_head(4, 131)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_others_keep_their_bits(on_the_cpu, dtype):
+    assert others_keep_their_bits("cuda_fused", 4, 131, dtype)
 
 
 # ---- what it says of itself

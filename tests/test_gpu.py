@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from flashrnn import flashrnn
 from flashrnn.backends import cuda_fused
 from flashrnn.tiling import wide_cluster
 from tests.fused import (  # noqa: F401
@@ -19,6 +20,7 @@ from tests.fused import (  # noqa: F401
     at_odd_addresses,
     contains_what_is_beyond_float16,
     hold_to_vanilla,
+    others_keep_their_bits,
     poisoned,
     put,
     same_pattern_as_vanilla,
@@ -152,6 +154,27 @@ def many_sequences_in_clusters(request, monkeypatch):
 @pytest.mark.parametrize("sizes", [(50, 40, 1, 768), (20, 9, 2, 520), (90, 9, 3, 136)], ids=str)
 def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [24, 128, 200, 768])
+def test_others_keep_their_bits(backend, D, dtype):
+    if LARGEST_HEAD.get(backend, D) < D:
+        pytest.skip("a head larger than this backend takes")
+    assert others_keep_their_bits(backend, 17, D, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_of_R_sums_millions_of_rows(dtype):
+    """Of one sign, so that what each addition cuts off adds up."""
+    T, D = 2**20, 16
+    Wx = torch.rand(1, T, 1, 1, D, device="cuda", dtype=dtype).requires_grad_()
+    R = torch.full((1, 1, D, D), 0.01, device="cuda", dtype=dtype).requires_grad_()
+    b = torch.zeros(1, 1, D, device="cuda", dtype=dtype)
+    states, _ = flashrnn(Wx, R, b, function="elman", backend="cuda_fused")
+    d_Wx, d_R = torch.autograd.grad(states.sum(), (Wx, R))
+    rows, before = d_Wx[0, 1:, 0, 0].double(), states[0, 0, :-1, 0].detach().double()
+    assert relative_error(d_R[0, 0], rows.T @ before) < (2**-8 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 16), (3, 0, 2, 16)], ids=str)

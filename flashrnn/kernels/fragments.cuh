@@ -156,7 +156,8 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
     }
 }
 
-// Either of them, with care and out of R itself.
+// What is not finite in either of them, with care and out of R itself. What is finite keeps its bits, so
+// that no sequence's depend on another's.
 template <bool FORWARD>
 __device__ inline void careful_product(float (&sums)[FORWARD ? GR : 1][BLOCKS][4], const Element* R,
                                        int n, int N, const Lane& lane, const Element* lines,
@@ -177,7 +178,7 @@ __device__ inline void careful_product(float (&sums)[FORWARD ? GR : 1][BLOCKS][4
                 if (unit < D) sum += to_float(of_gate[at]) * to_float(factors[j]);
             }
         }
-        sums[s][block][i] = sum;
+        if (!is_finite(sums[s][block][i])) sums[s][block][i] = sum;
     }
 }
 
