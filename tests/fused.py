@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import Cell, FlashRNNConfig
-from tests.problems import Inputs, call, gradients, random_inputs, relative_error
+from tests.problems import Inputs, call, gradients, random_inputs, relative_error, steep
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 OPTIONS = [
@@ -19,6 +19,9 @@ OPTIONS = [
     {"gradient_recurrent_clipval": 0.05},
     {"forward_clipval": 0.3},
 ]
+# Every dtype and how its products round: in float32 exactly, or with TF32.
+PRODUCTS = [(torch.bfloat16, False), (torch.float16, False)]
+PRODUCTS += [(torch.float32, False), (torch.float32, True)]
 # Half a unit in the last place.
 _HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
 # Elements of h below which a gradient's error is as much chance as arithmetic.
@@ -193,6 +196,33 @@ def same_pattern_as_vanilla(
             )
 
 
+def contains_what_is_beyond_float16(backend: str, D: int, device: str = "cpu") -> None:
+    """Hold a clip of the recurrent gradient to vanilla where a gate's gradient passes 65504."""
+    inputs = random_inputs(steep, 2, 3, 1, D, torch.float16, device)
+    with torch.no_grad():
+        for x in inputs.tensors().values():
+            x.zero_()
+        inputs.R.fill_(0.25)
+        # Zero times inf would be NaN.
+        inputs.R[..., 0] = 0
+    runs = []
+    for name in (backend, "vanilla"):
+        config = FlashRNNConfig(gradient_recurrent_clipval=0.5)
+        _, last_states = call(steep, inputs, backend=name, config=config)
+        slopes = torch.full_like(last_states, 100.0)
+        runs.append(torch.autograd.grad(last_states, [inputs.Wx, inputs.states], slopes))
+    (d_Wx, d_states), expected = runs
+    assert torch.equal(pattern(d_Wx), pattern(expected[0]))
+    assert d_Wx[:, 2, 0].isposinf().all() and d_Wx[:, :2].isfinite().all()
+    assert torch.equal(d_states, expected[1]) and (d_states[..., 1:] == 0.5).all()
+
+
+def put(inputs: Inputs, name: str, value: float, *at: int) -> None:
+    """Change one element of what the name says."""
+    with torch.no_grad():
+        getattr(inputs, name)[at] = value
+
+
 def pattern(x: Tensor) -> Tensor:
     """0 where finite, ±1 where ±inf, 2 where NaN."""
     return x.isnan() * 2 + x.isposinf() * 1 - x.isneginf() * 1
@@ -295,6 +325,14 @@ def check_clipped(backend: str, clipval: float, device: str = "cpu") -> None:
         runs.append([*outputs, *gradients(outputs, inputs).values()])
     for given, expected in zip(*runs, strict=True):
         torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What PyTorch is told about products of float32: the parameter."""
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture
