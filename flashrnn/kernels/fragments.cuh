@@ -38,8 +38,6 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N, const
 struct Matrix {
     Fragment held[HELD];
     const Fragment* spared;
-    // Whether products with the lane's part of R do.
-    bool needs_care = false;
 
     template <bool FORWARD>
     __device__ void load(const Element* R, int n, int N, const Lane& lane, Fragment* spare) {
@@ -48,10 +46,6 @@ struct Matrix {
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; ++f) {
             const Fragment made = fragment<FORWARD>(f, R, n, N, lane);
-            if (NEEDS_CARE<Operand>) {
-#pragma unroll
-                for (int w = 0; w < 4; ++w) needs_care |= !is_finite(__uint_as_float(made.words[w]));
-            }
             if (f < HELD) held[f < HELD ? f : 0] = made;
             else mine[(f - HELD) * 32] = made;
         }
@@ -158,33 +152,21 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
     }
 }
 
-// What is not finite in either of them, with care and out of R itself. What is finite keeps its bits, so
-// that no sequence's depend on another's.
+// One number of either of them, with care and out of R itself: what R produces of its gate s at a unit, or
+// the gradient of what it reads there. `line` is the sequence's row.
 template <bool FORWARD>
-__device__ inline void careful_product(float (&sums)[FORWARD ? GR : 1][BLOCKS][4], const Element* R,
-                                       int n, int N, const Lane& lane, const Element* lines,
-                                       int pitch) {
+__device__ inline float careful_product(const Element* R, int n, int N, int s, int unit,
+                                        const Element* line) {
+    float sum = 0.0f;
+    if (unit >= D) return sum;
 #pragma unroll
-    for (int k = 0; k < (FORWARD ? GR : 1) * BLOCKS * 4; ++k) {
-        const int s = k / (4 * BLOCKS), block = k / 4 % BLOCKS, i = k % 4;
-        const int unit = lane.first_unit + 2 * lane.i + i / 2;
-        const Element* line = lines + (8 * block + lane.column(i % 2)) * pitch;
-        float sum = 0.0f;
-#pragma unroll
-        for (int gate = FORWARD ? s : 0; gate < (FORWARD ? s + 1 : GR); ++gate) {
-            const Element* of_gate = R + (static_cast<long long>(gate) * N + n) * D * D;
-            const Element* factors = line + (FORWARD ? 0 : RECURRENT[gate] * DD);
+    for (int gate = FORWARD ? s : 0; gate < (FORWARD ? s + 1 : GR); ++gate) {
+        const Element* of_gate = R + (static_cast<long long>(gate) * N + n) * D * D;
+        const Element* factors = line + (FORWARD ? 0 : RECURRENT[gate] * DD);
 #pragma unroll 1
-            for (int j = 0; j < D; ++j) {
-                const int at = FORWARD ? unit * D + j : j * D + unit;
-                if (unit < D) sum += to_float(of_gate[at]) * to_float(factors[j]);
-            }
+        for (int j = 0; j < D; ++j) {
+            sum += to_float(of_gate[FORWARD ? unit * D + j : j * D + unit]) * to_float(factors[j]);
         }
-        if (!is_finite(sums[s][block][i])) sums[s][block][i] = sum;
     }
-}
-
-// Which step's product needs care, as the lanes say that give its factors: in what the first line has left.
-__device__ inline int* step_with_care(Element* lines, int pitch) {
-    return reinterpret_cast<int*>(lines + pitch - SHARE);
+    return sum;
 }

@@ -44,9 +44,12 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         round_to(ring[i], 0.0f);
     }
     __syncthreads();
-    constexpr bool SAYS_WHETHER_TO_CARE = NEEDS_CARE<Operand> || CONTAINS<Operand>;
-    if (SAYS_WHETHER_TO_CARE) {
-        if (threadIdx.x < 2) *step_with_care(gradients + threadIdx.x * SEQUENCES * GATES, GATES) = -1;
+    // Which step's gradients were infinite before they were rounded: in what the first line has left.
+    const auto step_with_infinity = [](Element* lines) {
+        return reinterpret_cast<int*>(lines + GATES - SHARE);
+    };
+    if (CONTAINS<Operand>) {
+        if (threadIdx.x < 2) *step_with_infinity(gradients + threadIdx.x * SEQUENCES * GATES) = -1;
         __syncthreads();
     }
 
@@ -117,34 +120,33 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         if (CUT) return;
         const int turn = (done + 1) % 2;
         Element* const read = gradients + turn * SEQUENCES * GATES;
-        const int with_care = *step_with_care(read, GATES);
-        float sums[1][BLOCKS][4];
+        float sums[BLOCKS][4];
         // What was infinite before it was rounded, no clip is to contain.
-        const bool contain = CONTAINS<Operand> && with_care != done;
-        transposed_product<Operand>(sums[0], matrix, line + turn * TURN, GATES, contain);
-        if constexpr (NEEDS_CARE<Operand>) {
-            if (__any_sync(~0u, with_care == done)) {
-                careful_product<false>(sums, R, n, N, lane, read, GATES);
-            }
-        }
+        const bool contain = CONTAINS<Operand> && *step_with_infinity(read) != done;
+        transposed_product<Operand>(sums, matrix, line + turn * TURN, GATES, contain);
 #pragma unroll
         for (int e = 0; e < OWNED; ++e) {
-            const float d_h = clipped(lane.owned(sums[0], e), clips.gradient);
+            float d_h = lane.owned(sums, e);
+            if (NEEDS_CARE<Operand> && d_h != d_h) {
+                const Element* line = read + lane.sequence(e) * GATES;
+                d_h = careful_product<false>(R, n, N, 0, lane.unit(e), line);
+            }
+            d_h = clipped(d_h, clips.gradient);
             // Zeros times an infinite R are none.
             if (done > 0) d_carried[0][e] += d_h;
         }
     };
     // Before the barrier that the next product waits for.
-    const auto say_whether_to_care = [&](const float (&d_gates)[G][OWNED], int done) {
-        if (!SAYS_WHETHER_TO_CARE) return;
-        bool needs_care = matrix.needs_care;
+    const auto tell_of_infinity = [&](const float (&d_gates)[G][OWNED], int done) {
+        if (!CONTAINS<Operand>) return;
+        bool infinite = false;
 #pragma unroll
         for (int i = 0; i < GR * OWNED; ++i) {
             const float d_gate = d_gates[RECURRENT[i / OWNED]][i % OWNED];
-            needs_care |= lane.unit(i % OWNED) < D && !is_finite(d_gate);
+            infinite |= lane.unit(i % OWNED) < D && !is_finite(d_gate);
         }
         Element* const read = gradients + (done + 1) % 2 * SEQUENCES * GATES;
-        if (needs_care) *step_with_care(read, GATES) = done;
+        if (infinite) *step_with_infinity(read) = done;
     };
     float d_bias_sums[G][OWNED] = {};
     int slot = 0;
@@ -192,7 +194,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         Element* to = gradients + done % 2 * SEQUENCES * GATES;
 #pragma unroll
         for (int k = 0; k < G; ++k) store_owned(to + k * DD, GATES, preactivations[k], lane);
-        say_whether_to_care(preactivations, done + 1);
+        tell_of_infinity(preactivations, done + 1);
         meet<THREADS>();
     }
     add_recurrent_gradient(T);

@@ -36,11 +36,8 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
         for (int i = threadIdx.x; i < STAGES * SEQUENCES * INPUTS; i += THREADS) {
             round_to(ring[i], 0.0f);
         }
+        __syncthreads();
     }
-    if (NEEDS_CARE<Operand> && threadIdx.x < 2) {
-        *step_with_care(new_states + threadIdx.x * SEQUENCES * STATES, STATES) = -1;
-    }
-    if (D != DD || NEEDS_CARE<Operand>) __syncthreads();
 
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) keep_registers<TRAFFIC_REGISTERS>();
@@ -79,34 +76,26 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     }
     // h before the first step lies where that before step 0 would.
     store_owned(new_states + SEQUENCES * STATES, STATES, carried[0], lane);
-    // Before the barrier that step t's product waits for.
-    const auto say_whether_to_care = [&](int t) {
-        if (!NEEDS_CARE<Operand>) return;
-        bool needs_care = matrix.needs_care;
-#pragma unroll
-        for (int e = 0; e < OWNED; ++e) {
-            needs_care |= lane.unit(e) < D && !is_finite(carried[0][e]);
-        }
-        Element* const read = new_states + (t + 1) % 2 * SEQUENCES * STATES;
-        if (needs_care) *step_with_care(read, STATES) = t;
-    };
-    say_whether_to_care(0);
     meet<THREADS>();
 
+    // The pre-activations of number e, of which the product has made NaN.
+    const auto multiply_with_care = [&](float (&mine)[G], int e, const Element* inputs,
+                                        const Element* read) {
+        const int unit = lane.unit(e), sequence = lane.sequence(e);
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+            const int k = RECURRENT[s];
+            const Element* input = inputs + sequence * INPUTS + FED_WX[k] * DD + unit;
+            mine[k] = (FED_WX[k] >= 0 ? to_float(*input) : 0.0f) + bias[k][e] +
+                      careful_product<true>(R, n, N, s, unit, read + sequence * STATES);
+        }
+    };
     const unsigned line = matrix_line(new_states, STATES);
     constexpr unsigned TURN = SEQUENCES * STATES * sizeof(Element);
     int slot = 0;
     for (int t = 0; t < T; ++t) {
         float sums[GR][BLOCKS][4], preactivations[G][OWNED];
-        const int turn = (t + 1) % 2;
-        Element* const read = new_states + turn * SEQUENCES * STATES;
-        const int with_care = *step_with_care(read, STATES);
-        recurrent_product(sums, matrix, line + turn * TURN, STATES);
-        if constexpr (NEEDS_CARE<Operand>) {
-            if (__any_sync(~0u, with_care == t)) {
-                careful_product<true>(sums, R, n, N, lane, read, STATES);
-            }
-        }
+        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES);
         // Nothing here depends on the product, and all of it hides behind it.
         const Element* inputs = ring + slot * SEQUENCES * INPUTS;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -132,6 +121,19 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
             for (int s = 0; s < S; ++s) old[s] = carried[s][e];
             step(old, mine, after, clips.forward);
+            if constexpr (NEEDS_CARE<Operand>) {
+                // Is any of them NaN? Asked beside the step, which hardly ever is taken again.
+                float all = 0.0f;
+#pragma unroll
+                for (int s = 0; s < GR; ++s) all += mine[RECURRENT[s]];
+                if (all != all) {
+                    const Element* read = new_states + (t + 1) % 2 * SEQUENCES * STATES;
+                    multiply_with_care(mine, e, inputs, read);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) preactivations[k][e] = mine[k];
+                    step(old, mine, after, clips.forward);
+                }
+            }
 #pragma unroll
             for (int s = 0; s < S; ++s) carried[s][e] = after[s];
         }
@@ -143,7 +145,6 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
 #pragma unroll
             for (int k = 0; k < G; ++k) store_owned(gates_to + k * DD, GATES, preactivations[k], lane);
         }
-        say_whether_to_care(t + 1);
         meet<THREADS>();
     }
 #pragma unroll

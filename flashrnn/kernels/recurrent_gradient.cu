@@ -85,6 +85,9 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
     const int rows = left < rows_a_part ? left : rows_a_part, chunks = (rows + CHUNK - 1) / CHUNK;
     const long long first_sequence = begin / T;
     const unsigned first_step = begin % T;
+    const Element* gates_of_part = d_gates + begin * G * width + n * D;
+    // One step earlier.
+    const Element* h_of_part = h + (begin - 1) * width + n * D;
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
@@ -103,8 +106,8 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
             for (int k = 0; k < GR; ++k) {
                 if (k == group * GATES + s) gate = RECURRENT[k];
             }
-            const long long line = (begin + first + row) * G + gate;
-            const Element* from = d_gates + line * width + n * D;
+            const int line = (first + row) * G + gate;
+            const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
             fetch_pieces(lines + row * LINES_PITCH + s * DD, from, first + row < rows, piece);
         }
 #pragma unroll 2
@@ -113,10 +116,9 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
             if (CHUNK * PIECES % THREADS && i >= CHUNK * PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
             const unsigned r = first_step + first + row;
-            // h one step earlier.
-            const Element* from = r % T ? h + (begin + first + row - 1) * width
-                                        : h_initial + (first_sequence + r / T) * width;
-            fetch_pieces(columns + row * COLUMNS_PITCH, from + n * D, first + row < rows, piece);
+            const Element* from = r % T ? h_of_part + static_cast<long long>(first + row) * (N * D)
+                                        : h_initial + (first_sequence + r / T) * width + n * D;
+            fetch_pieces(columns + row * COLUMNS_PITCH, from, first + row < rows, piece);
         }
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {

@@ -40,9 +40,9 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
     product.columns.first = d_gates + (sequence * T + t + 1) * G * width + n * D;
     product.columns.apart = 8 * T * G * width;
     product.columns.count = recurrent ? blocks_within(sequence, B) : 0;
-    // A launch serves all batches up to a size.
-    if (tile.first_sequence >= B) return;
     if (!CUT) product.fetch_left();
+    // A launch serves all batches up to a size. Asked when R is on its way, and not before.
+    if (tile.first_sequence >= B) return;
 
     float gates[OWNED][G], before[OWNED][S], gradients[OWNED][S];
 #pragma unroll

@@ -37,9 +37,9 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
     product.columns.first = h + sequence * h_apart + n * D;
     product.columns.apart = 8 * h_apart;
     product.columns.count = blocks_within(sequence, B);
-    // A launch serves all batches up to a size.
-    if (tile.first_sequence >= B) return;
     product.fetch_left();
+    // A launch serves all batches up to a size. Asked when R is on its way, and not before.
+    if (tile.first_sequence >= B) return;
 
     float gates[OWNED][G], before[OWNED][S];
 #pragma unroll
