@@ -404,6 +404,10 @@ def _other_kinds(case: Case, draw: Draw, given: Results) -> dict[str, str]:
             largest = torch.finfo(x.dtype).max
             chance = (truth.abs() > 0.98 * largest) & (truth.abs() < 1.02 * largest)
             differs = (pattern(x) != pattern(plain)) & ~chance
+            if name.startswith("d_") and differs.any():
+                # NaN · 0 is 0 to a clip or a clamp, of whose sides a rounded pre-activation is on
+                # another; and to vanilla's graph, where nothing that was asked for depends on it.
+                differs &= pattern(x) != pattern(draw.kept[name])
             if differs.any():
                 where = tuple(differs.nonzero()[0].tolist())
                 wrong[name] = (
