@@ -137,6 +137,10 @@ static int active_clusters(int* out, Library* kernel, const Config* config) {
 }
 static int begin_capture(void* stream, int mode) { ++recordings; return OK; }
 static int end_capture(void* stream, void** graph) { if (graph) *graph = malloc(1); return OK; }
+static int is_capturing(void* stream, int* status) {
+    *status = fake_capturing;
+    return OK;
+}
 static int capture_info(void* stream, int* status, u64* id, void** graph) {
     if (status) *status = 1;
     if (graph) *graph = malloc(1);
@@ -153,6 +157,7 @@ static const struct { const char* name; void* function; } known[] = {
     {"cuCtxGetDevice", context_device}, {"cuCtxGetId", context_id},
     {"cuCtxGetDevResource", context_resource}, {"cuStreamGetCtx", stream_context},
     {"cuStreamCreate", stream_create}, {"cuStreamDestroy", stream_destroy},
+    {"cuStreamIsCapturing", is_capturing}, {"cuStreamSynchronize", synchronize},
     {"cuCtxSynchronize", synchronize}, {"cuThreadExchangeStreamCaptureMode", exchange_mode},
     {"cuLibraryLoadData", load}, {"cuLibraryUnload", unload}, {"cuLibraryGetKernel", get_kernel},
     {"cuKernelGetLibrary", kernel_library}, {"cuKernelGetFunction", kernel_function},

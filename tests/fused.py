@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import Cell, FlashRNNConfig
-from tests.problems import Inputs, call, gradients, random_inputs, relative_error
+from tests.problems import Inputs, call, gradients, random_inputs, relative_error, steep
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 OPTIONS = [
@@ -19,6 +19,9 @@ OPTIONS = [
     {"gradient_recurrent_clipval": 0.05},
     {"forward_clipval": 0.3},
 ]
+# Every dtype and how its products round: in float32 exactly, or with TF32.
+PRODUCTS = [(torch.bfloat16, False), (torch.float16, False)]
+PRODUCTS += [(torch.float32, False), (torch.float32, True)]
 # Half a unit in the last place.
 _HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
 # Elements of h below which a gradient's error is as much chance as arithmetic.
@@ -193,9 +196,64 @@ def same_pattern_as_vanilla(
             )
 
 
+def contains_what_is_beyond_float16(backend: str, D: int, device: str = "cpu") -> None:
+    """Hold a clip of the recurrent gradient to vanilla where a gate's gradient passes 65504."""
+    inputs = random_inputs(steep, 2, 3, 1, D, torch.float16, device)
+    with torch.no_grad():
+        for x in inputs.tensors().values():
+            x.zero_()
+        inputs.R.fill_(0.25)
+        # Zero times inf would be NaN.
+        inputs.R[..., 0] = 0
+    runs = []
+    for name in (backend, "vanilla"):
+        config = FlashRNNConfig(gradient_recurrent_clipval=0.5)
+        _, last_states = call(steep, inputs, backend=name, config=config)
+        slopes = torch.full_like(last_states, 100.0)
+        runs.append(torch.autograd.grad(last_states, [inputs.Wx, inputs.states], slopes))
+    (d_Wx, d_states), expected = runs
+    assert torch.equal(pattern(d_Wx), pattern(expected[0]))
+    assert d_Wx[:, 2, 0].isposinf().all() and d_Wx[:, :2].isfinite().all()
+    assert torch.equal(d_states, expected[1]) and (d_states[..., 1:] == 0.5).all()
+
+
+def put(inputs: Inputs, name: str, value: float, *at: int) -> None:
+    """Change one element of what the name says."""
+    with torch.no_grad():
+        getattr(inputs, name)[at] = value
+
+
 def pattern(x: Tensor) -> Tensor:
     """0 where finite, ±1 where ±inf, 2 where NaN."""
     return x.isnan() * 2 + x.isposinf() * 1 - x.isneginf() * 1
+
+
+def others_keep_their_bits(
+    backend: str, B: int, D: int, dtype: torch.dtype, device: str = "cpu"
+) -> bool:
+    """Whether NaN and inf in one sequence and head leave the bits of all others as they are."""
+    inputs = random_inputs("slstm", B, 4, 2, D, dtype, device)
+
+    def results() -> list[Tensor]:
+        outputs = call("slstm", inputs, backend=backend)
+        found = gradients(outputs, inputs)
+        per_sequence = [*outputs, found["states"]]
+        return [*per_sequence, found["Wx"].transpose(1, 2).unsqueeze(0)]
+
+    expected = results()
+    for value in (torch.nan, torch.inf):
+        planted = inputs.Wx.detach().clone()
+        planted[1, 1, 0, 0, 3] = value
+        inputs = Inputs(**inputs.tensors() | {"Wx": planted.requires_grad_()})
+        for given, right in zip(results(), expected, strict=True):
+            # [·, B, ·, N, D], but for the gates' dimension, which is the third there.
+            given, right = (
+                x.flatten(2, -3).movedim(-2, 2).detach().clone() for x in (given, right)
+            )
+            given[:, 1, 0], right[:, 1, 0] = 0, 0
+            if not torch.equal(given, right):
+                return False
+    return True
 
 
 def strided(x: Tensor) -> Tensor:
@@ -220,6 +278,61 @@ def at_odd_address(x: Tensor) -> Tensor:
     """See :func:`at_odd_addresses`."""
     x = x.detach()
     return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x).requires_grad_()
+
+
+def transposed(inputs: Inputs) -> Inputs:
+    """Every dimension's neighbours lie far apart, but those of the first."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        order = tuple(reversed(range(x.ndim)))
+        return x.detach().permute(order).contiguous().permute(order).requires_grad_()
+
+    return Inputs(**{name: laid_out(x) for name, x in inputs.tensors().items()})
+
+
+def as_the_backward_reads_R(inputs: Inputs) -> Inputs:
+    """R lies as a kernel would lay it out for itself, from an odd address on."""
+    R = inputs.R.detach().permute(1, 3, 0, 2)
+    room = R.new_empty(R.numel() + 1)[1:].view(R.shape).copy_(R)
+    return Inputs(inputs.Wx, room.permute(2, 0, 3, 1).requires_grad_(), inputs.b, inputs.states)
+
+
+def expanded(inputs: Inputs) -> Inputs:
+    """All sequences, steps and heads are one and the same memory."""
+
+    def first(x: Tensor, *dimensions: int) -> Tensor:
+        kept = [slice(0, 1) if i in dimensions else slice(None) for i in range(x.ndim)]
+        return x.detach()[tuple(kept)].expand(x.shape).requires_grad_()
+
+    return Inputs(
+        first(inputs.Wx, 0, 1, 3),
+        first(inputs.R, 1),
+        first(inputs.b, 1),
+        first(inputs.states, 1, 3),
+    )
+
+
+LAYOUTS = [transposed, as_the_backward_reads_R, expanded]
+
+
+def check_clipped(backend: str, clipval: float) -> None:
+    """Hold a call whose h and gradient are clipped to a value to vanilla's."""
+    options = {"forward_clipval": clipval, "gradient_recurrent_clipval": clipval}
+    inputs = random_inputs("elman", 3, 3, 1, 16, torch.float32)
+    runs = []
+    for name in (backend, "vanilla"):
+        outputs = call("elman", inputs, backend=name, config=FlashRNNConfig(**options))
+        runs.append([*outputs, *gradients(outputs, inputs).values()])
+    for given, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What PyTorch is told about products of float32: the parameter."""
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture

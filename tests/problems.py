@@ -49,6 +49,12 @@ def undefined(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Te
     return h, c, torch.tanh(n) / r
 
 
+@cell(states=("h",), gates=[f"g{k}" for k in range(5)])
+def steep(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Its first gate's gradient is 5000 times that of h."""
+    return (torch.tanh(5000 * gates[0]) + sum(gates[1:]),)
+
+
 @dataclass
 class Inputs:
     """The arguments of a call, leaves that require gradients."""

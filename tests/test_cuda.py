@@ -10,13 +10,14 @@ import math
 import pytest
 import torch
 
-from flashrnn.backends import cuda, requirements
+from flashrnn.backends import cuda, cuda_fused, requirements
 from flashrnn.cells import resolve
 from flashrnn.jit import nvrtc
 from flashrnn.kernels import program as programs
 from flashrnn.kernels import step
 from flashrnn.problem import Problem
 from tests.emulation import (  # noqa: F401
+    H200,
     Library,
     emulated,
     emulation,
@@ -24,14 +25,18 @@ from tests.emulation import (  # noqa: F401
 )
 from tests.fused import (  # noqa: F401
     DTYPES,
+    LAYOUTS,
     OPTIONS,
     all_strided,
+    at_odd_addresses,
+    check_clipped,
     continues_exactly,
     hold_to_vanilla,
     poisoned,
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
 from tests.test_graphs import everything
 from tests.test_jit import needs_nvrtc
@@ -250,6 +255,38 @@ def test_any_strides(on_the_cpu):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [at_odd_addresses, *LAYOUTS])
+def test_any_addresses_and_layouts(on_the_cpu, change, dtype):
+    check("lstm", 3, 4, 2, 24, dtype, change=change)
+
+
+@needs_compiler
+@pytest.mark.parametrize("clipval", [None, 1.0], ids="clipped to {}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, dtype, clipval):
+    # Of a stored float16 nothing tells whether it was infinite before it was rounded, and a clip
+    # contains it.
+    infinite = ("inf", "-inf") if dtype == torch.float16 and clipval else ()
+    follows_vanilla("cuda", 3, 3, 2, 20, dtype=dtype, but=infinite, clipval=clipval)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
+    ignores_what_is_not_there("cuda", kind, 3, 3, 2, 20, dtype=torch.float32)
+    ignores_what_is_not_there("cuda", kind, 3, 3, 2, 19, dtype=torch.bfloat16)
+
+
+@needs_compiler
+def test_a_schedule_of_clips_compiles_once(on_the_cpu):
+    programs = cuda._forward_program, cuda._backward_program
+    for clipval in (0.1, 0.2, 1e39, 1e-50):
+        check_clipped("cuda", clipval)
+    assert [kept.cache_info().currsize for kept in programs] == [1, 1]
+
+
+@needs_compiler
 def test_no_gradient_asked_for(on_the_cpu):
     assert same_without_gradients("cuda")
 
@@ -279,3 +316,26 @@ def test_the_compiler_that_is_missing_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr(nvrtc, "_version", lambda: 1 / 0)
     with pytest.raises(ValueError, match=r'pip install "flashrnn\[cuda\]"'):
         call("lstm", random_inputs("lstm", 1, 1, 1, 1, torch.float32), backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda_fused"])
+def test_sizes_beyond_what_kernels_count_to_are_refused(name, monkeypatch):
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    backend = {"cuda": cuda, "cuda_fused": cuda_fused}[name]
+    device = torch.device("cuda")
+
+    def reason(B, T, N, D, needs_gradient=False):
+        cell = resolve("elman").traced
+        return backend.unsupported(
+            Problem(cell, B, T, N, D, torch.bfloat16, device, needs_gradient)
+        )
+
+    assert "B is 2147483648" in reason(2**31, 1, 1, 1)
+    assert "T is 2147483648" in reason(1, 2**31, 1, 1)
+    assert "N · D is 2147483648" in reason(1, 1, 2**30, 2)
+    assert "thread blocks" in reason(2**20, 1, 2**16, 16)
+    assert reason(2**31 - 1, 3, 1, 1) is None
+    assert reason(64, 2**31 - 1, 1, 1) is None
+    # Whose R's gradient has more rows than 32 bits count.
+    rows = reason(2**16, 2**16, 1, 1, needs_gradient=True)
+    assert rows is None if name == "cuda_fused" else "B · T is 4294967296" in rows

@@ -27,6 +27,7 @@ from tests.fused import (  # noqa: F401
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop, spills_in_the_loop_of_products
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, sparse, wide
 from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
 from tests.test_jit import needs_nvrtc
@@ -203,3 +204,15 @@ def test_a_nan_stays_in_its_sequence_and_head(tiles):
 @needs_compiler
 def test_at_odd_addresses(on_the_cpu):
     check("gru", 3, 4, 2, 136, torch.float16, change=at_odd_addresses)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, dtype):
+    follows_vanilla("cuda_fused", 3, 3, 2, 136, dtype=dtype, clipval=1.0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
+    ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 136, dtype=torch.bfloat16)

@@ -11,21 +11,25 @@ import torch
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
-from flashrnn.jit import nvrtc
 from flashrnn.kernels import head, program
 from flashrnn.problem import Problem
 from flashrnn.tiling import GPU, GradientPlan, HeadPlan, plan_gradient, plan_head
 from tests.emulation import H200, clusters_of, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (  # noqa: F401
+    LAYOUTS,
     OPTIONS,
     all_strided,
+    at_odd_addresses,
+    check_clipped,
     continues_exactly,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
+    others_keep_their_bits,
     poisoned,
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
 
@@ -85,13 +89,14 @@ def test_a_plan_says_why_there_is_none():
 @pytest.mark.parametrize("gpu", [RTX_4090, H200], ids=["RTX 4090", "H200"])
 @pytest.mark.parametrize("D", [1, 24, 64, 100, 128])
 def test_gradient_plans_fit_the_gpu_and_cover_every_row_once(gpu, D):
-    rows_and_heads = itertools.product((1, 31, 1000, 260_000), (1, 12))
+    rows_and_heads = itertools.product((1, 31, 1000, 260_000, 10**10), (1, 12))
     for (rows, N), recurrent in itertools.product(rows_and_heads, (1, 3, 4, 7, 16, 70)):
         for itemsize in (2, 4):
             plan = plan_gradient(recurrent, rows, N, D, itemsize, gpu)
             assert isinstance(plan, GradientPlan)
             assert plan.gates * plan.groups >= recurrent
             assert (plan.parts - 1) * plan.rows < rows <= plan.parts * plan.rows
+            assert plan.rows <= 2**14
             assert plan.shared_memory <= gpu.shared_memory
 
 
@@ -156,15 +161,6 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x, int n) 
 @pytest.mark.parametrize("arch", GPUS)
 def test_a_spill_would_be_noticed(arch):
     assert spills_in_a_loop({"spilling": SPILLING}, arch)
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("clipval", [1e39, 1e-50])
-def test_a_clip_value_need_not_fit_float32(clipval):
-    plan = plan_head(problem("elman", 1, 1, 16, torch.bfloat16), H200, True)
-    cell = resolve("elman")
-    parts = head.backward_source(cell, "bfloat16", 16, plan, True, False, clipval)
-    assert nvrtc.compile_program(parts, "sm_80")
 
 
 # ---- around the kernels
@@ -291,6 +287,36 @@ def test_any_strides(on_the_cpu):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [at_odd_addresses, *LAYOUTS])
+def test_any_addresses_and_layouts(on_the_cpu, change, dtype):
+    check("lstm", 3, 4, 2, 24, dtype, change=change)
+
+
+@needs_compiler
+@pytest.mark.parametrize("clipval", [None, 1.0], ids="clipped to {}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [16, 20])
+def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, D, dtype, clipval):
+    follows_vanilla("cuda_fused", 3, 3, 2, D, dtype=dtype, clipval=clipval)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
+    ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 20, dtype=torch.float32)
+    ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 24, dtype=torch.bfloat16)
+
+
+@needs_compiler
+def test_a_schedule_of_clips_compiles_once(on_the_cpu):
+    for clipval in (0.1, 0.2, 1e39, 1e-50):
+        check_clipped("cuda_fused", clipval)
+    assert cuda_fused._head_kernel.cache_info().currsize == 2
+    assert cuda_fused._best_plan.cache_info().currsize == 2
+
+
+@needs_compiler
 def test_a_gradient_of_the_last_states_alone(on_the_cpu):
     inputs = random_inputs("lstm", 3, 4, 2, 24, torch.float32)
     weights = [torch.randn(2, 3, 1, 2, 24, generator=torch.Generator().manual_seed(0))]
@@ -315,6 +341,12 @@ def test_continues_a_sequence_exactly(on_the_cpu):
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
     assert keeps_a_nan_to_its_sequence_and_head(4, 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_others_keep_their_bits(on_the_cpu, dtype):
+    assert others_keep_their_bits("cuda_fused", 4, 16, dtype)
 
 
 # ---- what it says of itself

@@ -24,10 +24,12 @@ from tests.fused import (  # noqa: F401
     gives_the_same_bits,
     hold_to_vanilla,
     keeps_a_nan_to_its_sequence_and_head,
+    others_keep_their_bits,
     poisoned,
     same_without_gradients,
 )
 from tests.machine_code import instructions, spills_in_the_loop_of_products
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
 from tests.test_jit import needs_nvrtc
@@ -432,6 +434,28 @@ def test_same_bits_in_whatever_order_things_arrive(prefer):
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(prefer):
     assert keeps_a_nan_to_its_sequence_and_head(4, 131)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "clipval"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, 1.0)],
+    ids=str,
+)
+def test_finite_infinite_and_nan_where_vanilla_has_them(prefer, dtype, clipval):
+    follows_vanilla("cuda_fused", 3, 3, 2, 131, dtype=dtype, clipval=clipval)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(prefer, kind):
+    ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 131, dtype=torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_others_keep_their_bits(on_the_cpu, dtype):
+    assert others_keep_their_bits("cuda_fused", 4, 131, dtype)
 
 
 # ---- what it says of itself

@@ -21,6 +21,7 @@ from tests.fused import (  # noqa: F401
     poisoned,
 )
 from tests.machine_code import instructions, spills_in_the_loop_of_products
+from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, call, random_inputs, sparse, wide
 from tests.test_cuda_fused import A100, GPUS, RTX_4090, problem
 from tests.test_jit import needs_nvrtc
@@ -150,3 +151,15 @@ def test_no_gradient_asked_for_and_same_bits(on_the_cpu):
 @needs_compiler
 def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
     assert keeps_a_nan_to_its_sequence_and_head(33, 130)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, dtype):
+    follows_vanilla("cuda_fused", 33, 3, 1, 130, dtype=dtype, clipval=1.0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
+def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
+    ignores_what_is_not_there("cuda_fused", kind, 33, 3, 1, 130, dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 """The fused backends on a GPU, at real sizes."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,17 +9,35 @@ import threading
 import pytest
 import torch
 
+from flashrnn import flashrnn
 from flashrnn.backends import cuda_fused
 from flashrnn.tiling import wide_cluster
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
+    PRODUCTS,
     all_strided,
     at_odd_addresses,
+    contains_what_is_beyond_float16,
     hold_to_vanilla,
+    others_keep_their_bits,
     poisoned,
+    put,
+    same_pattern_as_vanilla,
+    tf32,
 )
-from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse
+from tests.problems import (
+    BUILT_IN,
+    Inputs,
+    call,
+    gradients,
+    random_inputs,
+    relative_error,
+    root,
+    sparse,
+    undefined,
+    wide,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -137,6 +156,27 @@ def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [24, 128, 200, 768])
+def test_others_keep_their_bits(backend, D, dtype):
+    if LARGEST_HEAD.get(backend, D) < D:
+        pytest.skip("a head larger than this backend takes")
+    assert others_keep_their_bits(backend, 17, D, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_of_R_sums_millions_of_rows(dtype):
+    """Of one sign, so that what each addition cuts off adds up."""
+    T, D = 2**20, 16
+    Wx = torch.rand(1, T, 1, 1, D, device="cuda", dtype=dtype).requires_grad_()
+    R = torch.full((1, 1, D, D), 0.01, device="cuda", dtype=dtype).requires_grad_()
+    b = torch.zeros(1, 1, D, device="cuda", dtype=dtype)
+    states, _ = flashrnn(Wx, R, b, function="elman", backend="cuda_fused")
+    d_Wx, d_R = torch.autograd.grad(states.sum(), (Wx, R))
+    rows, before = d_Wx[0, 1:, 0, 0].double(), states[0, 0, :-1, 0].detach().double()
+    assert relative_error(d_R[0, 0], rows.T @ before) < (2**-8 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 16), (3, 0, 2, 16)], ids=str)
 def test_empty(backend, sizes):
     hold_to_vanilla(backend, "lstm", *sizes, torch.bfloat16, "cuda")
@@ -170,6 +210,96 @@ def test_tf32(backend, monkeypatch):
     given, mine = run(backend, "lstm", inputs)
     assert 1e-6 < relative_error(given[0], truth[0]) < 1e-3
     assert all(relative_error(mine[name], right[name]) < 2e-3 for name in right)
+
+
+# What is not finite, and what does not exist, in Triton's products.
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
+@pytest.mark.parametrize("kind", [root, undefined, wide], ids=str)
+@pytest.mark.parametrize("D", [1, 12, 17, 40, 96, 100])
+def test_padding_reaches_no_sum_of_triton(kind, dtype, tf32, D):  # noqa: F811
+    same_pattern_as_vanilla("triton", kind, random_inputs(kind, 9, 3, 2, D, dtype, "cuda"))
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
+@pytest.mark.parametrize("kind", ["elman", "gru", sparse, wide], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("states", (0, 1, 0, 0, 3)), ("R", (0, 0, 2, 5)), ("Wx", (1, 1, -1, 0, 4))],
+)
+def test_what_is_not_finite_spreads_in_triton_as_in_vanilla(kind, dtype, tf32, value, name, at):  # noqa: F811
+    for D in (12, 64, 96):
+        inputs = random_inputs(kind, 2, 3, 1, D, dtype, "cuda")
+        put(inputs, name, value, *at)
+        same_pattern_as_vanilla("triton", kind, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+def test_clips_of_triton_keep_nan(dtype, options):
+    inputs = random_inputs("lstm", 2, 4, 2, 12, dtype, "cuda")
+    asked = tuple(torch.ones_like(x) for x in call("lstm", inputs, backend="vanilla"))
+    asked[1][0, 1, 0, 0, 3] = torch.nan
+    same_pattern_as_vanilla("triton", "lstm", inputs, asked, **options)
+    put(inputs, "Wx", torch.nan, 0, 2, 0, 1, 5)
+    same_pattern_as_vanilla("triton", "lstm", inputs, **options)
+
+
+@pytest.mark.parametrize("D", [12, 64, 65, 128])
+def test_a_clip_of_triton_contains_what_is_beyond_float16(D):
+    contains_what_is_beyond_float16("triton", D, "cuda")
+
+
+# T·G·N·D or S·B·T·N·D passes 2³¹; the second takes some 45 GB.
+@pytest.mark.parametrize("sizes", [(1, 2049, 4096, 64), (8, 1025, 2048, 64)], ids=str)
+def test_sizes_of_triton_beyond_32_bits(sizes):
+    """The last head, alone and as one of many: the same bits."""
+    B, T, N, D = sizes
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GB of free memory on the GPU")
+    alone = random_inputs("lstm", B, T, 1, D, torch.bfloat16, "cuda")
+    runs = []
+    for heads in (1, N):
+        leaves = {}
+        for name, x in alone.tensors().items():
+            dim = 1 if name == "R" else -2
+            size = list(x.shape)
+            size[dim] = heads
+            leaves[name] = torch.zeros(size, dtype=x.dtype, device="cuda")
+            leaves[name].narrow(dim, heads - 1, 1).copy_(x.detach())
+            leaves[name].requires_grad_()
+        outputs = call("lstm", Inputs(**leaves), backend="triton")
+        asked = [outputs[0][..., -1:, :], outputs[1][..., -1:, :]]
+        slopes = [torch.cos(x.detach()) for x in asked]
+        found = torch.autograd.grad(asked, list(leaves.values()), slopes)
+        dims = [-2, 1, -2, -2]
+        found = [x.narrow(d, heads - 1, 1).clone() for d, x in zip(dims, found, strict=True)]
+        runs.append([x.detach().clone() for x in asked] + found)
+        del outputs, asked, leaves
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def test_a_graph_outlives_what_triton_keeps():
+    """A graph launches kernels that belong to a bounded cache."""
+    from flashrnn.backends import triton
+
+    inputs = random_inputs("gru", 3, 9, 2, 56, torch.bfloat16, "cuda")
+
+    def step():
+        states, _ = call("gru", inputs, backend="triton")
+        return states, *torch.autograd.grad(states, inputs.Wx, states.detach())
+
+    expected = [x.detach().clone() for x in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    triton._fixed_for.cache_clear()
+    gc.collect()
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """Backend ``triton`` without a GPU: its kernels run by Triton's interpreter."""
 
+import gc
 import importlib.util
 import os
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flashrnn import FlashRNNConfig, cell, flashrnn, functional
+from flashrnn import cell, flashrnn, functional
 from flashrnn.backends import autograd, triton
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
@@ -16,14 +18,17 @@ from flashrnn.tiling import ScanPlan, plan_scan
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
+    PRODUCTS,
     all_strided,
+    contains_what_is_beyond_float16,
     continues_exactly,
     hold_to_vanilla,
-    pattern,
     poisoned,
+    put,
     round_as_a_gpu,
     same_pattern_as_vanilla,
     same_without_gradients,
+    tf32,
 )
 from tests.problems import (
     BUILT_IN,
@@ -106,16 +111,6 @@ def test_extremes_give_no_nan(on_the_cpu, kind):
 
 # NumPy's, of what is not finite, which here is meant.
 unbounded = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-# In float32 R is read again at every step, but with TF32 it stays in registers as in 16 bits.
-PRODUCTS = [(torch.bfloat16, False), (torch.float16, False)]
-PRODUCTS += [(torch.float32, False), (torch.float32, True)]
-
-
-@pytest.fixture
-def tf32(request):
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @needs_triton
@@ -123,7 +118,7 @@ def tf32(request):
 @pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
 @pytest.mark.parametrize("kind", [root, undefined], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (9, 3, 1, 12)], ids=str)
-def test_padding_reaches_no_sum(on_the_cpu, kind, dtype, tf32, sizes):
+def test_padding_reaches_no_sum(on_the_cpu, kind, dtype, tf32, sizes):  # noqa: F811
     inputs = random_inputs(kind, *sizes, dtype)
     outputs = call(kind, inputs, backend="vanilla")
     assert all(x.isfinite().all() for x in (*outputs, *gradients(outputs, inputs).values()))
@@ -148,11 +143,6 @@ def test_padding_reaches_no_sum_where_16_bits_are_read_again(on_the_cpu):
     same_pattern_as_vanilla("triton", wide, inputs)
 
 
-def _set(inputs, name, value, *at):
-    with torch.no_grad():
-        getattr(inputs, name)[at] = value
-
-
 @needs_triton
 @unbounded
 @pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
@@ -163,9 +153,17 @@ def _set(inputs, name, value, *at):
     ("name", "at"),
     [("states", (0, 1, 0, 0, 3)), ("R", (0, 0, 2, 5)), ("Wx", (1, 1, -1, 0, 4))],
 )
-def test_what_is_not_finite_spreads_as_in_vanilla(on_the_cpu, kind, dtype, tf32, value, name, at):
+def test_what_is_not_finite_spreads_as_in_vanilla(
+    on_the_cpu,
+    kind,
+    dtype,
+    tf32,  # noqa: F811
+    value,
+    name,
+    at,
+):
     inputs = random_inputs(kind, 2, 3, 1, 12, dtype)
-    _set(inputs, name, value, *at)
+    put(inputs, name, value, *at)
     same_pattern_as_vanilla("triton", kind, inputs)
 
 
@@ -174,7 +172,7 @@ def test_what_is_not_finite_spreads_as_in_vanilla(on_the_cpu, kind, dtype, tf32,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinite_matrix_and_no_steps(on_the_cpu, dtype):
     inputs = random_inputs("lstm", 2, 0, 1, 8, dtype)
-    _set(inputs, "R", torch.inf, 0, 0, 2, 5)
+    put(inputs, "R", torch.inf, 0, 0, 2, 5)
     same_pattern_as_vanilla("triton", "lstm", inputs)
 
 
@@ -187,36 +185,15 @@ def test_clips_keep_nan(on_the_cpu, dtype, options):
     asked = tuple(torch.ones_like(x) for x in call("lstm", inputs, backend="vanilla"))
     asked[1][0, 1, 0, 0, 3] = torch.nan
     same_pattern_as_vanilla("triton", "lstm", inputs, asked, **options)
-    _set(inputs, "Wx", torch.nan, 0, 2, 0, 1, 5)
+    put(inputs, "Wx", torch.nan, 0, 2, 0, 1, 5)
     same_pattern_as_vanilla("triton", "lstm", inputs, **options)
-
-
-@cell(states=("h",), gates=[f"g{k}" for k in range(5)])
-def steep(states, gates):
-    """Gradients of gates pass float16's range where h's do not."""
-    return (torch.tanh(5000 * gates[0]) + sum(gates[1:]),)
 
 
 @needs_triton
 @unbounded
 @pytest.mark.parametrize("D", [12, 65], ids=["R in registers", "R read again"])
-def test_a_clip_contains_gradients_beyond_float16(on_the_cpu, D):
-    inputs = random_inputs(steep, 2, 3, 1, D, torch.float16)
-    with torch.no_grad():
-        for x in inputs.tensors().values():
-            x.zero_()
-        inputs.R.fill_(0.25)
-    runs = []
-    for backend in ("triton", "vanilla"):
-        config = FlashRNNConfig(gradient_recurrent_clipval=0.5)
-        _, last_states = call(steep, inputs, backend=backend, config=config)
-        slopes = torch.full_like(last_states, 100.0)
-        runs.append(torch.autograd.grad(last_states, [inputs.Wx, inputs.states], slopes))
-    for given, expected in zip(*runs, strict=True):
-        assert torch.equal(pattern(given), pattern(expected))
-    d_Wx, d_states = runs[0]
-    assert d_Wx[:, 2, 0].isposinf().all() and d_Wx[:, :2].isfinite().all()
-    assert (d_states == 0.5).all()
+def test_a_clip_contains_what_is_beyond_float16(on_the_cpu, D):
+    contains_what_is_beyond_float16("triton", D)
 
 
 # Addresses
@@ -244,20 +221,24 @@ class Sparse:
     def contiguous(self, size, dtype):
         return self.strided(size, torch.empty(size, device="meta").stride(), dtype)
 
-    def far(self, x):
-        """The values of x, all neighbours at least 2³¹ elements apart."""
-        stride = [2**31 + 64 * 8**k for k in range(x.ndim)]
+    def far(self, x, distance):
+        """The values of x, all neighbours at least the distance apart."""
+        stride = [distance + 64 * 8**k for k in range(x.ndim)]
         return self.strided(x.shape, stride, x.dtype).copy_(x.detach())
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_strides_beyond_32_bits(interpreter, tmp_path, dtype):
+@pytest.mark.parametrize(
+    # A stride of 32 bits, whose multiples have more; and one that has more itself.
+    ("dtype", "distance"),
+    [(torch.bfloat16, 2**31), (torch.float32, 2**30)],
+)
+def test_strides_beyond_32_bits(interpreter, tmp_path, dtype, distance):
     inputs = random_inputs("lstm", 2, 3, 2, 3, dtype)
-    sparse = Sparse(tmp_path)
-    far = {name: sparse.far(x).requires_grad_() for name, x in inputs.tensors().items()}
+    far = partial(Sparse(tmp_path).far, distance=distance)
+    moved = Inputs(**{name: far(x).requires_grad_() for name, x in inputs.tensors().items()})
     runs = []
-    for leaves, place in ((inputs, torch.Tensor.clone), (Inputs(**far), sparse.far)):
+    for leaves, place in ((inputs, torch.Tensor.clone), (moved, far)):
         outputs = call("lstm", leaves, backend="triton")
         slopes = [place(torch.cos(x.detach())) for x in outputs]
         found = torch.autograd.grad(outputs, list(leaves.tensors().values()), slopes)
@@ -278,9 +259,8 @@ class FirstProgram:
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_sizes_beyond_32_bits(interpreter, monkeypatch, tmp_path, dtype):
-    """The first of 2³⁰ / D heads: from one gate, sequence, step or state to the next is 2³⁰."""
-    B, T, D = 2, 2, 3
-    N = 2**30 // D
+    """The first of 2³⁰ heads: from one gate, sequence, step or state to the next is 2³⁰."""
+    B, T, N, D = 2, 2, 2**30, 1
     sparse, empty_like, new_empty = Sparse(tmp_path), torch.empty_like, torch.Tensor.new_empty
 
     def large(x, *size, **options):
@@ -440,11 +420,37 @@ def test_gradient_of_a_gradient_is_refused(interpreter):
         torch.autograd.grad(d_Wx.sum(), inputs.R)
 
 
+def test_kernels_go_with_what_they_were_made_for():
+    """Those of a cell are kept by a bounded cache alone."""
+    pytest.importorskip("triton")
+    assert triton._fixed_for.cache_info().maxsize is not None
+    gru, lstm = (
+        problem(kind, 24, torch.bfloat16)._replace(device=torch.device("cpu"))
+        for kind in ("gru", "lstm")
+    )
+    kept = weakref.ref(triton._fixed(gru).forward)
+    assert triton._fixed(gru).forward is kept()
+    # Some Tritons remember the last kernel of a name themselves.
+    triton._fixed(lstm)
+    triton._fixed_for.cache_clear()
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+def test_a_clip_value_is_not_compiled_in(options):
+    pytest.importorskip("triton")
+    (name,) = options
+    lstm = problem("lstm", 24, torch.bfloat16)._replace(device=torch.device("cpu"))
+    given = [triton._fixed(lstm._replace(**{name: value})) for value in (0.1, 0.2)]
+    assert given[0] is given[1]
+
+
 # Plans
 
 
 def problem(kind, D, dtype):
-    return Problem(resolve(kind), 16, 8, 2, D, dtype, torch.device("cuda"))
+    return Problem(resolve(kind).traced, 16, 8, 2, D, dtype, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 163 * 1024, 227 * 1024])

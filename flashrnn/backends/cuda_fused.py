@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
-from flashrnn.backends.requirements import refusal, unavailable_cuda
+from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import cluster, head, program, team, wide, wide_cluster
@@ -51,7 +51,11 @@ def unavailable(device: torch.device) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
     # Nor does the batch decide whether there is a plan.
-    return refusal(problem) or _without_plan(_planned(problem, B=1), _gpu(problem))
+    return (
+        refusal(problem)
+        or too_large(problem)
+        or _without_plan(_planned(problem, B=1), _gpu(problem))
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -12,6 +12,7 @@ import torch
 
 from flashrnn.jit import context, nvrtc
 from flashrnn.problem import Problem
+from flashrnn.tiling.sizes import tiles_of
 
 
 @lru_cache(maxsize=64)
@@ -59,4 +60,21 @@ def refusal(problem: Problem) -> str | None:
     """Why no such kernel computes a problem, whatever its sizes; ``None`` where one may."""
     if problem.dtype == torch.float64:
         return "dtype float64; it computes in float16, bfloat16 and float32"
+    return None
+
+
+_LARGEST = 2**31 - 1
+
+
+def too_large(problem: Problem) -> str | None:
+    """Why a problem's sizes are more than CUDA kernels count to; ``None`` where they are not."""
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    if B * T * N * D <= _LARGEST:
+        return None
+    for name, size in (("B", B), ("T", T), ("N · D", N * D)):
+        if size > _LARGEST:
+            return f"{name} is {size}; its kernels count to 2³¹ − 1 = {_LARGEST}"
+    # Half as many as there may be: launches may be rounded up.
+    if 2 * N * tiles_of(D, 8) * tiles_of(B, 8) > _LARGEST:
+        return f"B = {B}, N = {N} and D = {D} are more than the thread blocks of a launch compute"
     return None

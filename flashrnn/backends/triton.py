@@ -70,10 +70,10 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0:
         return every_state, last_states, gates
-    fixed = _fixed(problem)
-    plan = fixed.plan
     alignment, wx_strides = _aligned(Wx)
     with _current(problem.device):
+        fixed = _fixed(problem)
+        plan = fixed.plan
         fixed.forward[(N * -(-B // plan.BB),)](
             Wx,
             R.contiguous(),
@@ -122,11 +122,11 @@ def backward(
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     if B == 0:
         return complete(problem, d_gates, d_initial, states_initial, states)
-    fixed = _fixed(problem)
-    plan = fixed.plan
     clipval = problem.gradient_recurrent_clipval
     alignment, d_states_strides = _aligned(d_states)
     with _current(problem.device):
+        fixed = _fixed(problem)
+        plan = fixed.plan
         fixed.backward[(N * -(-B // plan.BB),)](
             R.contiguous(),
             states_initial,
@@ -200,8 +200,12 @@ class _Fixed(NamedTuple):
     functions: ModuleType
 
 
+# What CUDA graphs launch: a graph does not keep a kernel, and Triton unloads one that nobody keeps.
+_recorded: dict[int, _Fixed] = {}
+
+
 def _fixed(problem: Problem) -> _Fixed:
-    return _fixed_for(
+    fixed = _fixed_for(
         problem.cell,
         problem.N,
         problem.D,
@@ -210,6 +214,9 @@ def _fixed(problem: Problem) -> _Fixed:
         problem.forward_clipval is not None,
         problem.dtype == torch.float32 and tf32_allowed(),
     )
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _recorded[id(fixed)] = fixed
+    return fixed
 
 
 # Each has kernels of its own: with the least used entry go those that were compiled for it.

@@ -43,7 +43,7 @@ class Launch:
 class Program:
     """A cubin on a device: there for as long as somebody holds this object, or a graph may.
 
-    What nobody holds any more waits in a list until it is long enough to wait for the device, where
+    What nobody holds any more waits in a list until it is long enough to wait for the streams where
     launches may be under way, and is unloaded then.
 
     Attributes:
@@ -100,21 +100,38 @@ class Program:
 
 
 _in_graphs: set[Program] = set()
-# By devices.
+# By devices, and so are the streams that there were launches on.
 _forgotten: dict[int, list[Any]] = {}
+_streams: dict[int, set[int]] = {}
 _MOST_FORGOTTEN = 32
 
 
 def _unload(device: int) -> None:
-    """Unload what is forgotten, if it is enough to wait for the device."""
+    """Unload what is forgotten, if it is enough to wait for the streams of all launches.
+
+    Not for the device: that would spoil what another thread captures.
+    """
     forgotten = _forgotten.get(device, [])
     if len(forgotten) < _MOST_FORGOTTEN or torch.cuda.is_current_stream_capturing():
         return
     with within_primary(device):
-        # Refused while another thread captures.
-        (refused,) = driver().cuCtxSynchronize()
-    while forgotten and not refused:
-        check(driver().cuLibraryUnload(forgotten.pop()))
+        if all(map(_wait_for, tuple(_streams.get(device, ())))):
+            while forgotten:
+                check(driver().cuLibraryUnload(forgotten.pop()))
+
+
+def _wait_for(stream: int) -> bool:
+    """Wait for a stream's launches, unless it is being captured."""
+    code = driver().CUresult
+    error, status = driver().cuStreamIsCapturing(stream)
+    if error == code.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+        return False  # The default stream, while one is captured that waits for it.
+    if error:
+        return True  # A stream that is no more.
+    if status != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+        return False
+    (error,) = driver().cuStreamSynchronize(stream)
+    return not error
 
 
 @lru_cache(maxsize=1024)
@@ -205,6 +222,7 @@ class Recording:
 def _stream(handle: int, device: int) -> Any:
     from cuda.core import Stream
 
+    _streams.setdefault(device, set()).add(handle or _DEFAULT)
     return Stream.from_handle(handle or _DEFAULT)
 
 

@@ -23,13 +23,15 @@ INSTALL = 'pip install "flashrnn[cuda]"'
 _STANDARD = "c++17"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
+_importing = threading.RLock()
 _lock = threading.Lock()
 _compiling: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
 
 def _forget_locks() -> None:
     # Another thread may have held them when this process was forked off.
-    global _lock
+    global _importing, _lock
+    _importing = threading.RLock()
     _lock = threading.Lock()
     _compiling.clear()
 
@@ -107,8 +109,10 @@ def _key(source: str, arch: str) -> str:
 
 def _version() -> tuple[int, int]:
     """NVRTC's version; an error where there is no NVRTC or no cuda.core to call it with."""
-    import cuda.core
-    from cuda.bindings import nvrtc
+    # Two threads that import them at once find one another's halves.
+    with _importing:
+        import cuda.core
+        from cuda.bindings import nvrtc
 
     if not hasattr(cuda.core, "launch"):
         raise ImportError(f"cuda.core {cuda.core.__version__} is too old")

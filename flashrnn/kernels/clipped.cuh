@@ -5,29 +5,27 @@ __device__ inline float clipped(float d_h, float clipval) {
     return CLIP ? pointwise::maximum(pointwise::minimum(d_h, clipval), -clipval) : d_h;
 }
 
-// The gates' gradients that it is made of, where it is clipped: what has become infinite by rounding to
-// float16 is its largest number to the product, so that the clip can contain it.
+// The gates' gradients that it is made of, where it is clipped: what becomes infinite by rounding to
+// float16 is its largest number to the product, so that the clip contains it.
 
-constexpr unsigned LARGEST_PAIR = 0x7bff7bff;
-constexpr float LARGEST_FLOAT16 = 65504.0f;
+template <typename Number>
+constexpr bool CONTAINS = false;
+template <>
+constexpr bool CONTAINS<float16> = CLIP;
 
-// Of a word as it is stored, where nothing tells what has become infinite from what was before.
+// Of one that is not yet rounded.
+template <typename Number>
+__device__ inline float contained(float d_gate, Number) {
+    const bool becomes_infinite = fabsf(d_gate) > 65504.0f && is_finite(d_gate);
+    return CONTAINS<Number> && becomes_infinite ? copysignf(65504.0f, d_gate) : d_gate;
+}
+
+// Of a word of two that are: no word tells what has become infinite from what was before.
 template <typename Number>
 __device__ inline unsigned contained(unsigned word, Number) {
     return word;
 }
 
 __device__ inline unsigned contained(unsigned word, float16) {
-    return CLIP ? clip_pair(word, LARGEST_PAIR, float16{}) : word;
-}
-
-// Of one that is not yet rounded.
-template <typename Number>
-__device__ inline float contained(float d_gate, Number) {
-    return d_gate;
-}
-
-__device__ inline float contained(float d_gate, float16) {
-    const bool rounds_to_infinity = fabsf(d_gate) > LARGEST_FLOAT16 && fabsf(d_gate) < INFINITE;
-    return CLIP && rounds_to_infinity ? copysignf(LARGEST_FLOAT16, d_gate) : d_gate;
+    return CLIP ? clip_pair(word, 0x7bff7bffu, float16{}) : word;
 }

@@ -119,10 +119,10 @@ __device__ inline void recurrent_product(float (&sums)[GR][BLOCKS][4], const Mat
     }
 }
 
-// The gradient of what R reads, from the lines' rows of gates.
+// The gradient of what R reads, from the lines' rows of gates, which it may have to contain.
 template <typename Number>
 __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix& matrix,
-                                          unsigned line, int pitch) {
+                                          unsigned line, int pitch, bool contain) {
     float chains[CHAINS_BACKWARD][BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
@@ -134,7 +134,9 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
                 const int offset = 8 * block * pitch + RECURRENT[s] * DD;
                 load_matrices(right[block], line + offset * sizeof(Element) + step * 32);
 #pragma unroll
-                for (int w = 0; w < 4; ++w) right[block][w] = contained(right[block][w], Number{});
+                for (int w = 0; w < 4; ++w) {
+                    if (contain) right[block][w] = contained(right[block][w], Number{});
+                }
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -156,7 +158,8 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
     }
 }
 
-// Either of them, with care and out of R itself.
+// What is not finite in either of them, with care and out of R itself. What is finite keeps its bits, so
+// that no sequence's depend on another's.
 template <bool FORWARD>
 __device__ inline void careful_product(float (&sums)[FORWARD ? GR : 1][BLOCKS][4], const Element* R,
                                        int n, int N, const Lane& lane, const Element* lines,
@@ -177,7 +180,7 @@ __device__ inline void careful_product(float (&sums)[FORWARD ? GR : 1][BLOCKS][4
                 if (unit < D) sum += to_float(of_gate[at]) * to_float(factors[j]);
             }
         }
-        sums[s][block][i] = sum;
+        if (!is_finite(sums[s][block][i])) sums[s][block][i] = sum;
     }
 }
 

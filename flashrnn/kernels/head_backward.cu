@@ -44,7 +44,8 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         round_to(ring[i], 0.0f);
     }
     __syncthreads();
-    if (NEEDS_CARE<Operand>) {
+    constexpr bool SAYS_WHETHER_TO_CARE = NEEDS_CARE<Operand> || CONTAINS<Operand>;
+    if (SAYS_WHETHER_TO_CARE) {
         if (threadIdx.x < 2) *step_with_care(gradients + threadIdx.x * SEQUENCES * GATES, GATES) = -1;
         __syncthreads();
     }
@@ -118,7 +119,9 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         Element* const read = gradients + turn * SEQUENCES * GATES;
         const int with_care = *step_with_care(read, GATES);
         float sums[1][BLOCKS][4];
-        transposed_product<Operand>(sums[0], matrix, line + turn * TURN, GATES);
+        // What was infinite before it was rounded, no clip is to contain.
+        const bool contain = CONTAINS<Operand> && with_care != done;
+        transposed_product<Operand>(sums[0], matrix, line + turn * TURN, GATES, contain);
         if constexpr (NEEDS_CARE<Operand>) {
             if (__any_sync(~0u, with_care == done)) {
                 careful_product<false>(sums, R, n, N, lane, read, GATES);
@@ -133,7 +136,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     };
     // Before the barrier that the next product waits for.
     const auto say_whether_to_care = [&](const float (&d_gates)[G][OWNED], int done) {
-        if (!NEEDS_CARE<Operand>) return;
+        if (!SAYS_WHETHER_TO_CARE) return;
         bool needs_care = matrix.needs_care;
 #pragma unroll
         for (int i = 0; i < GR * OWNED; ++i) {

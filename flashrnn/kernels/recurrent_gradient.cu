@@ -188,6 +188,8 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
     for (int i = threadIdx.x; i < GATES * D * D; i += THREADS) {
         const int s = group * GATES + i / (D * D), d = i / D % D, p = i % D;
         if (s >= GR) break;
+        float& fast = parts[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p];
+        if (is_finite(fast)) continue;
         int gate = 0;
 #pragma unroll
         for (int k = 0; k < GR; ++k) {
@@ -200,6 +202,6 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
             sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) *
                    to_float(before[n * D + p]);
         }
-        parts[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p] = sum;
+        fast = sum;
     }
 }

@@ -16,7 +16,8 @@
 // warps meet once a step, between the gradients and their product. The blocks of a cluster run at once.
 //
 // A step's derivative is linear in the gradient that it is given. So what the exchange brings only
-// needs to be multiplied by its slopes, and added to what the rest gives: both are there before.
+// needs to be multiplied by its slopes, and added to what the rest gives: both are there before. (Where
+// something is not finite that is another number, or none: there the derivative is computed once more.)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ initial,
@@ -68,6 +69,21 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
             }
         }
     };
+    // Those of step t once more.
+    const auto load_residuals = [&](float (&preactivations)[G], float (&before)[S],
+                                    const Owned& owned, long long t) {
+        const long long row = owned.sequence * T + t, place = item.n * D + owned.d;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            preactivations[k] = to_float(gates[(row * G + k) * width + place]);
+        }
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            before[s] = t > 0 ? to_float(states[(s * B * T + row - 1) * width + place])
+                              : initial[s * initial_s + owned.sequence * initial_b +
+                                        item.n * initial_n + owned.d * initial_d];
+        }
+    };
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {
         const Owned owned(e, rank, item, B);
@@ -88,11 +104,13 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
         float d_preactivations[OWNED][G];
         if (Owned::any()) {
             // By the gradient of h. These hide behind the exchange.
-            float state_slopes[OWNED][S], gate_slopes[OWNED][G];
+            float state_slopes[OWNED][S], gate_slopes[OWNED][G], d_after[OWNED][S];
+            // 0, or NaN where something is not finite.
+            float finite[OWNED] = {};
 #pragma unroll
             for (int e = 0; e < OWNED; ++e) {
                 const Owned owned(e, rank, item, B);
-                float preactivations[G], before[S], d_after[S], d_h[S] = {1.0f};
+                float preactivations[G], before[S], d_h[S] = {1.0f};
 #pragma unroll
                 for (int k = 0; k < G; ++k) preactivations[k] = input_gates[e][k].value();
 #pragma unroll
@@ -102,9 +120,9 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                         before[s] = initial[s * initial_s + owned.sequence * initial_b +
                                             item.n * initial_n + owned.d * initial_d];
                     }
-                    d_after[s] = d_carried[e][s] + given[e][s].value();
+                    d_after[e][s] = d_carried[e][s] + given[e][s].value();
                 }
-                derivative(before, preactivations, d_after, d_carried[e], d_preactivations[e],
+                derivative(before, preactivations, d_after[e], d_carried[e], d_preactivations[e],
                            clips.forward);
                 if (CUT) continue;
                 derivative(before, preactivations, d_h, state_slopes[e], gate_slopes[e], clips.forward);
@@ -113,12 +131,15 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                 for (int k = 0; k < G; ++k) {
                     settle(d_preactivations[e][k]);
                     settle(gate_slopes[e][k]);
+                    finite[e] += 0.0f * d_preactivations[e][k] + 0.0f * gate_slopes[e][k];
                 }
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
                     settle(d_carried[e][s]);
                     settle(state_slopes[e][s]);
+                    finite[e] += 0.0f * d_carried[e][s] + 0.0f * state_slopes[e][s];
                 }
+                settle(finite[e]);
             }
             fetch_inputs(t - 1);
 
@@ -126,7 +147,16 @@ team_backward_scatter(const Element* __restrict__ R, const float* __restrict__ i
                 exchange.wait();
 #pragma unroll
                 for (int e = 0; e < OWNED; ++e) {
-                    const float d_h = clipped(exchange.total(Owned(e, rank, item, B)), clips.gradient);
+                    const Owned owned(e, rank, item, B);
+                    const float d_h = clipped(exchange.total(owned), clips.gradient);
+                    if (!is_finite(finite[e] + d_h)) {
+                        float preactivations[G], before[S];
+                        load_residuals(preactivations, before, owned, t);
+                        d_after[e][0] += d_h;
+                        derivative(before, preactivations, d_after[e], d_carried[e],
+                                   d_preactivations[e], clips.forward);
+                        continue;
+                    }
 #pragma unroll
                     for (int k = 0; k < G; ++k) d_preactivations[e][k] += gate_slopes[e][k] * d_h;
 #pragma unroll

@@ -65,7 +65,8 @@ struct Place {
           column(8 * block + 2 * (threadIdx.x % 4) + i % 2) {}
 };
 
-// The warp's sums, with care and out of R itself: float32's words have an element each.
+// The warp's sums that are not finite, with care and out of R itself: float32's words have an element
+// each. What is finite keeps its bits, so that no sequence's depend on another's.
 __device__ inline void careful_product(float (&sums)[TILES][BLOCKS][4], const Arrivals& arrivals,
                                        const Element* R, int n, int N, int rank) {
 #pragma unroll
@@ -83,7 +84,8 @@ __device__ inline void careful_product(float (&sums)[TILES][BLOCKS][4], const Ar
                 sum += to_float(of_R) * __uint_as_float(words.words[word]);
             }
         }
-        sums[tile][block][j % 4] = sum;
+        float& fast = sums[tile][block][j % 4];
+        if (!is_finite(fast)) fast = sum;
     }
 }
 

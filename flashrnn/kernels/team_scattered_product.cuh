@@ -39,7 +39,8 @@ __device__ inline void load_matrix(Matrix& matrix, const Element* R, int n, int 
 // An instruction waits for the one before that adds to the same sum, so there are several of them.
 constexpr int CHAINS = TILES * BLOCKS == 1 ? 4 : TILES * BLOCKS == 2 ? 2 : 1;
 
-// The warp's sums, with care and out of R itself: float32's words have an element each.
+// The warp's sums that are not finite, with care and out of R itself: float32's words have an element
+// each. What is finite keeps its bits, so that no sequence's depend on another's.
 __device__ inline void careful_product(float (&sums)[TILES][BLOCKS][4], const Exchange& exchange,
                                        const Element* R, int n, int N, int rank) {
 #pragma unroll
@@ -57,7 +58,7 @@ __device__ inline void careful_product(float (&sums)[TILES][BLOCKS][4], const Ex
                 sum += to_float(of_R) * __uint_as_float(words.words[word]);
             }
         }
-        sums[tile][block][i] = sum;
+        if (!is_finite(sums[tile][block][i])) sums[tile][block][i] = sum;
     }
 }
 

@@ -28,6 +28,9 @@ class GradientPlan:
     shared_memory: int
 
 
+# Rows of a part: each product that the tensor core adds to a sum cuts up to a unit off the sum's
+# last place, which over millions of rows that add up shows in the first digits.
+_MOST_ROWS = 2**14
 # Registers of a block's sums: 64 of each of 256 threads.
 _SUMS = 64 * 256
 
@@ -53,6 +56,7 @@ def plan_gradient(
     groups = -(-recurrent // gates)
     # Two blocks share a multiprocessor; a part is long enough that its sums' way out is not felt.
     parts = max(1, min(2 * gpu.multiprocessors // (N * groups), -(-rows // (8 * chunk))))
+    parts = max(parts, -(-rows // _MOST_ROWS))
     rows_a_part = chunk * -(-rows // (parts * chunk))
     shared_memory = stages * chunk * (gates * DD + DD + 16) * itemsize
     return GradientPlan(gates, groups, -(-rows // rows_a_part), rows_a_part, stages, shared_memory)
