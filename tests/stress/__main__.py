@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
     parser.add_argument("--list", action="store_true", help="say what parts there are")
-    parser.add_argument("--seconds", type=float, default=60, help="for how long to fuzz (60)")
+    parser.add_argument("--seconds", type=float, default=45, help="for how long to fuzz (45)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other cases")
     parser.add_argument(
         "--backend", action="append", choices=FUSED, help="default: all that run here"

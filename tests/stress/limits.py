@@ -285,7 +285,7 @@ def calls_that_do_not_fit(backend: str) -> None:
         # Of so much, forward does not fit; or it does, and perhaps backward does not.
         for free in (160, 700):
             with all_but(free):
-                for _ in range(3):
+                for _ in range(2):
                     fits = _fits(kind, large, backend)
                     assert free == 700 or not fits, f"{run.name}: 500 MB fit into {free}"
                     gc.collect()
