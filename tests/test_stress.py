@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashrnn import FlashRNNConfig
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from flashrnn.tiling import ClusterPlan, HeadPlan, TeamPlan, WideClusterPlan, WidePlan
 from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.problems import call, gradients, random_inputs, relative_error
+from tests.residuals import backward_from_residuals
 from tests.stress import __main__ as stress
-from tests.stress import fuzz
+from tests.stress import fuzz, limits
+from tests.stress.cells import reciprocal, suited
 from tests.stress.running import Check, run_in_a_child
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's cases are others")
@@ -213,6 +217,10 @@ def last_unit_unwritten(problem, states):
     return torch.cat([states[..., :-1], unwritten[..., None]], dim=-1)
 
 
+def gradients_off_by_a_fiftieth(problem, states):
+    return states + (states - states.detach()) / 50
+
+
 def other_bits_each_time(problem, states, times=[0]):  # noqa: B006
     times[0] += 1
     return states * (1 + 2**-20 * times[0])
@@ -222,6 +230,7 @@ def other_bits_each_time(problem, states, times=[0]):  # noqa: B006
     ("fault", "found"),
     [
         (off_by_a_thousandth, "states: error 0.001, at most 1e-05 is right"),
+        (gradients_off_by_a_fiftieth, "d_Wx: error 0.02"),
         (zero_where_nan, "elements are finite, inf or NaN where vanilla's are not alike"),
         (last_unit_unwritten, "elements are finite, inf or NaN where vanilla's are not alike"),
         (other_bits_each_time, "elements of other bits the second time"),
@@ -259,3 +268,63 @@ def test_some_seconds_of_fuzzing():
     finished = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "triton held" in finished.stdout
+
+
+# ---- what residuals cost
+
+
+def errors_with_residuals(cell, dtype, sizes=(9, 5, 2, 24), **options):
+    """Of gradients, by vanilla and by vanilla with what is kept; and both gradients of Wx."""
+    inputs = random_inputs(cell, *sizes, dtype)
+    suited(cell, inputs)
+    config = FlashRNNConfig(**options)
+
+    def found(given):
+        return gradients(call(cell, given, backend="vanilla", config=config), given)
+
+    truth, plain = found(inputs.to(torch.float64)), found(inputs)
+    with backward_from_residuals():
+        kept = found(inputs)
+    errors = [relative_error(x["Wx"], truth["Wx"]) for x in (plain, kept)]
+    return *errors, plain, kept
+
+
+@pytest.mark.parametrize("cell", fuzz.CELLS.values(), ids=fuzz.CELLS)
+@pytest.mark.parametrize("options", [{}, *fuzz.OPTIONS], ids=str)
+def test_what_is_kept_in_float32_is_what_vanilla_has(cell, options):
+    _, _, plain, kept = errors_with_residuals(cell, torch.float32, **options)
+    for name, x in plain.items():
+        torch.testing.assert_close(kept[name], x, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
+def test_residuals_of_16_bits_cost_little_where_a_derivative_is_smooth(cell):
+    plain, kept, *_ = errors_with_residuals(cell, torch.bfloat16)
+    assert plain < kept < 1.5 * plain
+
+
+def test_residuals_cost_what_a_derivative_is_ill_conditioned_by():
+    """1/g² is off by twice what a rounded g is; the incoming and the found gradient by as much."""
+    plain, kept, *_ = errors_with_residuals(reciprocal, torch.bfloat16, (64, 1, 2, 64))
+    assert kept / plain == pytest.approx(((1 + 1 + 2**2) / (1 + 1)) ** 0.5, rel=0.1)
+
+
+# ---- sizes past 2³¹
+
+
+def test_windows_of_a_long_sequence_are_as_the_whole_has_them():
+    """What lies before and after a window leaves no trace in it."""
+    limits.large_problem("lstm", 2, 500, 3, 128, "vanilla", device="cpu")
+
+
+@pytest.mark.parametrize("step", [0, 100, 499])
+def test_a_fault_of_a_few_steps_is_found(wrong_backend, step):
+    def fault(problem, states):
+        factor = torch.ones_like(states)
+        factor[:, -1, step, -1] = 1.1
+        return states * factor
+
+    limits.large_problem("lstm", 2, 500, 2, 16, "cuda", device="cpu")
+    wrong_backend(fault)
+    with pytest.raises(AssertionError, match="sequence 1, head 1, steps"):
+        limits.large_problem("lstm", 2, 500, 2, 16, "cuda", device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import threading
@@ -224,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
     parser.add_argument("--list", action="store_true", help="say what parts there are")
-    parser.add_argument("--seconds", type=float, default=60, help="for how long to fuzz (60)")
+    parser.add_argument("--seconds", type=float, default=45, help="for how long to fuzz (45)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other cases")
     parser.add_argument(
         "--backend", action="append", choices=FUSED, help="default: all that run here"
@@ -268,7 +269,8 @@ def _run(chosen: dict[str, Part], settings: Settings) -> int:
         if result.failure is not None:
             print(_failure(result), flush=True)
 
-    def run_at_once(names: Iterable[str]) -> None:
+    def run_at_once(names: list[str]) -> None:
+        start = time.monotonic()
         threads = [
             threading.Thread(target=run_in_a_child, args=(name, queue, report), daemon=True)
             for name in names
@@ -278,13 +280,14 @@ def _run(chosen: dict[str, Part], settings: Settings) -> int:
             thread.start()
         for thread in threads:
             thread.join()
+        print(f"--- {time.monotonic() - start:.0f} s: {', '.join(names)}", flush=True)
 
     start = time.monotonic()
     running = [name for name in chosen if name not in skipped]
-    run_at_once(name for name in running if not chosen[name].alone)
-    for name in running:
-        if chosen[name].alone:
-            run_at_once([name])
+    at_once = [name for name in running if not chosen[name].alone]
+    for names in [at_once, *([name] for name in running if chosen[name].alone)]:
+        if names:
+            run_at_once(names)
     return _summary(results, skipped, time.monotonic() - start)
 
 
@@ -306,6 +309,8 @@ def _summary(results: dict[str, list[Result]], skipped: list[str], seconds: floa
     for kind, counter in counts.items():
         print(f"{kind}: " + ", ".join(f"{name} {n}" for name, n in counter.most_common()))
     failures = [x for found in results.values() for x in found if x.failure is not None]
+    every = sorted(itertools.chain(*results.values()), key=lambda x: -x.seconds)
+    print("longest: " + ", ".join(f"{x.part} {x.check.name} {x.seconds:.0f} s" for x in every[:12]))
     print(f"{len(failures)} failures in {seconds:.0f} s")
     for result in failures[:20]:
         print(_failure(result).splitlines()[-1].strip())

@@ -7,12 +7,13 @@ cell, N, D and dtype and few batch sizes, layouts and options, so that what is c
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.cells import resolve
 from tests.fused import at_odd_address, largest_error, poison, round_as_a_gpu, strided
 from tests.problems import Inputs, random_inputs, random_weights, relative_error
+from tests.residuals import backward_from_residuals
 from tests.stress.cells import CELLS, plant, suited
 from tests.stress.running import Check
 
@@ -338,7 +340,13 @@ class Draw:
         for name in case.unasked:
             exact.tensors()[name].requires_grad_(False)
         self.truth = results(case, exact, "vanilla", self.seed)
-        self.plain = results(case, self.inputs, "vanilla", self.seed)
+        self.plain = self.by("vanilla")
+
+    @cached_property
+    def kept(self) -> Results:
+        """By vanilla, with gradients of what fused backends keep."""
+        with backward_from_residuals():
+            return self.by("vanilla")
 
     def by(self, backend: str) -> Results:
         return results(self.case, self.inputs, backend, self.seed)
@@ -396,6 +404,10 @@ def _other_kinds(case: Case, draw: Draw, given: Results) -> dict[str, str]:
             largest = torch.finfo(x.dtype).max
             chance = (truth.abs() > 0.98 * largest) & (truth.abs() < 1.02 * largest)
             differs = (pattern(x) != pattern(plain)) & ~chance
+            if name.startswith("d_") and differs.any():
+                # NaN · 0 is 0 to a clip or a clamp, of whose sides a rounded pre-activation is on
+                # another; and to vanilla's graph, where nothing that was asked for depends on it.
+                differs &= pattern(x) != pattern(draw.kept[name])
             if differs.any():
                 where = tuple(differs.nonzero()[0].tolist())
                 wrong[name] = (
@@ -422,31 +434,70 @@ def _is_beyond_float16(case: Case) -> bool:
     return case.values == "large gradients" and case.dtype == torch.float16
 
 
+# tanh of bfloat16 is one instruction, right to 2⁻¹¹ at worst (kernels/pointwise.cuh). Where no h
+# was rounded before, that is all the error of the carried states, and vanilla has nothing like it.
+# Over a tensor 2⁻¹⁸ was measured, on an H200; this is four times that, and h rounded is 2⁻⁹·³ off.
+_TANH = 2**-16
+
+
 def _errors(case: Case, done: list[tuple[Draw, Results]]) -> dict[str, str]:
-    """Errors that are larger than vanilla's allow, over all draws."""
+    """Errors that are larger than the arithmetic allows, over all draws."""
     wrong = {}
-    rounded = case.dtype != torch.float32 or case.tf32
     for name in done[0][1]:
         is_gradient = name.startswith("d_")
-        # Which h are clipped, by rounding, is chance to a gradient.
+        # Which h are clipped, by the rounding of products, is chance to a gradient.
         if is_gradient and (
-            _is_beyond_float16(case) or (rounded and "forward_clipval" in case.options)
+            _is_beyond_float16(case) or (case.tf32 and "forward_clipval" in case.options)
         ):
             continue
         if not _is_comparable(case, name, done[0][0].truth):
             continue
-        every = [(x[name], draw.plain[name], draw.truth[name]) for draw, x in done]
-        finite = [[y[torch.stack([z.isfinite() for z in x]).all(0)] for y in x] for x in every]
-        given, plain, truth = (torch.cat(x) for x in zip(*finite, strict=True))
-        error, bound = relative_error(given, truth), relative_error(plain, truth)
-        elements = case.B * case.T * case.N * case.D
-        # Fixed bounds over many steps are for ordinary problems; vanilla exceeds them in others.
-        bound = largest_error(name, bound, case.dtype, elements, T=0)
-        if case.tf32:
-            bound = max(bound, 2e-3 if is_gradient else 1e-3)
+        error, plain = _together(name, done, lambda draw: draw.plain)
+        if is_gradient and not error <= _allowed(case, name, plain):
+            _, kept = _together(name, done, lambda draw: draw.kept)
+            plain = max(plain, kept)
+        bound = _allowed(case, name, plain)
         if not error <= bound:
             wrong[name] = f"error {error:.3g}, at most {bound:.3g} is right"
     return wrong
+
+
+def _allowed(case: Case, name: str, plain: float) -> float:
+    """What the error may be: twice vanilla's in the same dtype, and what chance may add.
+
+    Args:
+        case: the case.
+        name: of the result.
+        plain: vanilla's error; of a gradient, as it is or from what fused backends keep, whichever
+            is more.
+    """
+    # Fixed bounds over many steps are for ordinary problems; vanilla exceeds them in others.
+    elements = case.B * case.T * case.N * case.D
+    allowed = largest_error(name, plain, case.dtype, elements, T=0)
+    if name == "last_states" and case.dtype == torch.bfloat16:
+        allowed += _TANH
+    if case.tf32:
+        allowed = max(allowed, 2e-3 if name.startswith("d_") else 1e-3)
+    return allowed
+
+
+def _together(
+    name: str, done: list[tuple[Draw, Results]], near: Callable[[Draw], Results]
+) -> tuple[float, float]:
+    """The relative error of what was given, and of what is near: root mean squares over all draws.
+
+    So every draw counts the same, however large its numbers are: over many steps gradients of one
+    draw may be 10⁻¹⁵ of another's.
+    """
+    squares = []
+    for draw, x in done:
+        given, plain, truth = x[name], near(draw)[name], draw.truth[name]
+        finite = given.isfinite() & draw.plain[name].isfinite() & truth.isfinite()
+        given, plain, truth = given[finite], plain[finite], truth[finite]
+        plain = torch.where(plain.isfinite(), plain, truth)
+        squares.append((relative_error(given, truth) ** 2, relative_error(plain, truth) ** 2))
+    error, allowed = (math.sqrt(sum(x) / len(squares)) for x in zip(*squares, strict=True))
+    return error, allowed
 
 
 def _beyond(case: Case, truth: Tensor) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from flashrnn import Cell, FlashRNNConfig, flashrnn
+from flashrnn.jit import context
 from tests.fused import hold_to_vanilla, largest_error
 from tests.problems import Inputs, call, random_inputs, relative_error
+from tests.residuals import backward_from_residuals
 from tests.stress.cells import CELLS, new_cell
 from tests.stress.fuzz import INFINITE, same_bits
 from tests.stress.machine import PROBLEMS, Run, prepared
@@ -27,7 +30,14 @@ PAST = 2**31
 
 
 def large_problem(
-    name: str, B: int, T: int, N: int, D: int, backend: str, sums: float = 2**-8
+    name: str,
+    B: int,
+    T: int,
+    N: int,
+    D: int,
+    backend: str,
+    sums: float = 2**-8,
+    device: str = "cuda",
 ) -> None:
     """Forward and backward, held to vanilla in a few sequences, heads and stretches of time.
 
@@ -39,9 +49,10 @@ def large_problem(
         B, T, N, D: the sizes.
         backend: the backend.
         sums: what the errors of R's and b's gradients may be: sums of B·T terms.
+        device: the device.
     """
     kind = CELLS[name]
-    inputs = _large_inputs(kind, B, T, N, D)
+    inputs = _large_inputs(kind, B, T, N, D, device)
     states, _ = call(kind, inputs, backend=backend)
     d_Wx, d_R, d_b, d_states = torch.autograd.grad(
         states,
@@ -51,10 +62,8 @@ def large_problem(
         materialize_grads=True,
     )
     states = states.detach()
-    for b in sorted({0, B - 1}):
-        for n in sorted({0, N - 1}):
-            for start in sorted({0, max(0, T - _WINDOW)}):
-                _hold_window(kind, inputs, states, d_Wx, d_states, b, n, start)
+    for start in sorted({0, max(0, T - _WINDOW)}):
+        _hold_window(kind, inputs, states, d_Wx, d_states, start)
     for n in sorted({0, N - 1}):
         _hold_sums(inputs, states, d_Wx, d_R, d_b, n, sums)
 
@@ -64,13 +73,15 @@ _SETTLED = 64
 """Steps after which no trace is left of where a window began or will end."""
 
 
-def _large_inputs(kind: str | Cell, B: int, T: int, N: int, D: int) -> Inputs:
-    small = random_inputs(kind, 1, 1, N, D, torch.bfloat16, "cuda")
+def _large_inputs(kind: str | Cell, B: int, T: int, N: int, D: int, device: str) -> Inputs:
+    """Inputs whose traces vanish: b is so small that no unit's gates stay open by it."""
+    small = random_inputs(kind, 1, 1, N, D, torch.bfloat16, device)
     S, Gw = small.states.shape[0], small.Wx.shape[2]
     torch.manual_seed(0)
-    Wx = torch.empty(B, T, Gw, N, D, dtype=torch.bfloat16, device="cuda").normal_()
-    states = torch.empty(S, B, 1, N, D, device="cuda").uniform_(-1, 1)
-    return Inputs(Wx.requires_grad_(), small.R, small.b, states.requires_grad_())
+    Wx = torch.empty(B, T, Gw, N, D, dtype=torch.bfloat16, device=device).normal_()
+    states = torch.empty(S, B, 1, N, D, device=device).uniform_(-1, 1)
+    b = (small.b.detach() / 4).requires_grad_()
+    return Inputs(Wx.requires_grad_(), small.R, b, states.requires_grad_())
 
 
 def _hold_window(
@@ -79,45 +90,57 @@ def _hold_window(
     states: Tensor,
     d_Wx: Tensor,
     d_states: Tensor,
-    b: int,
-    n: int,
     start: int,
 ) -> None:
-    T = states.shape[2]
+    """Some steps of the first and last sequence, in the first and last head."""
+    _, B, T, N, _ = states.shape
     end = min(T, start + _WINDOW)
-    head = slice(n, n + 1)
-    initial = inputs.states[:, b : b + 1, :, head]
+    sequences, heads = sorted({0, B - 1}), sorted({0, N - 1})
+
+    def window(x: Tensor, batch: int, head: int, steps: slice) -> Tensor:
+        """x has sequences in dimension ``batch``, and steps in the next one."""
+        chosen = torch.stack([x.select(batch, b) for b in sequences], batch)
+        chosen = chosen.narrow(batch + 1, steps.start, steps.stop - steps.start)
+        return torch.stack([chosen.select(head, n) for n in heads], head).detach()
+
+    first, every = slice(0, 1), slice(start, end)
+    initial = window(inputs.states, 1, 3, first)
     if start:
-        initial = states[:, b : b + 1, start - 1 : start, head].float()
-    leaves = Inputs(
-        inputs.Wx[b : b + 1, start:end, :, head], inputs.R[:, head], inputs.b[:, head], initial
-    )
-    asked = states[:, b : b + 1, start:end, head]
-    given = {
-        "states": asked,
-        "d_Wx": d_Wx[b : b + 1, start:end, :, head],
-        "d_states": d_states[:, b : b + 1, :, head],
-    }
-    first = _SETTLED if start else 0
-    last = end - start - (_SETTLED if end < T else 0)
-    found = {}
-    for dtype in (torch.float64, torch.bfloat16):
+        initial = window(states, 1, 3, slice(start - 1, start)).float()
+    leaves = Inputs(window(inputs.Wx, 0, 3, every), inputs.R[:, heads], inputs.b[:, heads], initial)
+    given = {"states": window(states, 1, 3, every), "d_Wx": window(d_Wx, 0, 3, every)}
+    if start == 0:
+        given["d_states"] = window(d_states, 1, 3, first)
+
+    def by_vanilla(dtype: torch.dtype) -> dict[str, Tensor]:
         own = leaves.to(dtype)
         outputs, _ = call(kind, own, backend="vanilla")
-        d_own = torch.autograd.grad(outputs, [own.Wx, own.states], asked.to(dtype))
-        found[dtype] = {"states": outputs, "d_Wx": d_own[0], "d_states": d_own[1]}
+        asked = given["states"].to(dtype)
+        found = torch.autograd.grad(outputs, [own.Wx, own.states], asked)
+        return {"states": outputs.detach(), "d_Wx": found[0], "d_states": found[1]}
+
+    truth, plain = by_vanilla(torch.float64), by_vanilla(torch.bfloat16)
+    with backward_from_residuals():
+        kept = by_vanilla(torch.bfloat16)
+    settled = slice(_SETTLED if start else 0, end - start - (_SETTLED if end < T else 0))
     for name, x in given.items():
-        if name == "d_states" and (start or end < T):
-            continue
-        steps = {"states": 2, "d_Wx": 1}.get(name)
-        truth, plain, x = (
-            y if steps is None else y.narrow(steps, first, last - first)
-            for y in (found[torch.float64][name], found[torch.bfloat16][name], x)
-        )
-        error = relative_error(x, truth)
-        bound = largest_error(name, relative_error(plain, truth), torch.bfloat16, x.numel(), T=0)
-        where = f"sequence {b}, head {n}, steps {start + first} to {start + last}"
-        assert error <= bound, f"{name}: error {error:.3g}, at most {bound:.3g} is right, {where}"
+        batch = 0 if name == "d_Wx" else 1
+        for (i, b), (k, n) in itertools.product(enumerate(sequences), enumerate(heads)):
+
+            def part(y: Tensor, batch: int = batch, i: int = i, k: int = k) -> Tensor:
+                y = y.select(3, k).select(batch, i)
+                return y[(slice(None),) * batch + (settled,)] if y.shape[batch] > 1 else y
+
+            right = part(truth[name])
+            error = relative_error(part(x), right)
+            near = max(relative_error(part(y[name]), right) for y in (plain, kept))
+            bound = largest_error(name, near, torch.bfloat16, right.numel(), T=0)
+            where = (
+                f"sequence {b}, head {n}, steps {start + settled.start} to {start + settled.stop}"
+            )
+            assert error <= bound, (
+                f"{name}: error {error:.3g}, at most {bound:.3g} is right, {where}"
+            )
 
 
 def _hold_sums(
@@ -125,8 +148,8 @@ def _hold_sums(
 ) -> None:
     """R's and b's gradients of a head follow from those of the pre-activations, which Wx has."""
     B, T, G, _, D = d_Wx.shape
-    right_R = torch.zeros(G, D, D, dtype=torch.float64, device="cuda")
-    right_b = torch.zeros(G, D, dtype=torch.float64, device="cuda")
+    right_R = torch.zeros(G, D, D, dtype=torch.float64, device=d_Wx.device)
+    right_b = torch.zeros(G, D, dtype=torch.float64, device=d_Wx.device)
     steps = max(1, min(T, (1 << 26) // (B * G * D)))
     for start in range(0, T, steps):
         end = min(T, start + steps)
@@ -191,17 +214,65 @@ def more_rows_than_32_bits_count(backend: str) -> None:
 
 
 @contextmanager
-def all_but(megabytes: float) -> Iterator[None]:
-    """Nothing is free of the GPU's memory but so much."""
+def all_but(megabytes: int) -> Iterator[None]:
+    """Nothing is free of the GPU's memory but so much, and less than 2 MiB besides."""
     gc.collect()
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    hog = torch.empty(max(0, free - int(megabytes * 2**20)), dtype=torch.uint8, device="cuda")
+    with _taken(megabytes * 2**20):
+        yield
+
+
+@contextmanager
+def _taken(left: int) -> Iterator[None]:
+    """The driver gives all memory but so many bytes. It gives pages of 2 MiB."""
+    driver, pieces = context.driver(), []
+
+    def take(size: int) -> bool:
+        error, address = driver.cuMemAlloc(size)
+        if not error:
+            pieces.append(address)
+        return not error
+
+    torch.cuda.synchronize()
+    _in_pieces(left, 1 << 21, take)
     try:
         yield
     finally:
-        del hog
-        torch.cuda.empty_cache()
+        for address in pieces:
+            context.check(driver.cuMemFree(address))
+
+
+def _kept_by_pytorch(left: int) -> None:
+    """PyTorch asks for all memory but so many bytes, and nobody needs it.
+
+    Less than 10 MiB it never asks for at once, but for 20.
+    """
+    pieces = []
+
+    def take(size: int) -> bool:
+        try:
+            pieces.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    _in_pieces(left, 1 << 24, take)
+
+
+def _in_pieces(left: int, smallest: int, take: Callable[[int], bool]) -> None:
+    """Take all free memory but so many bytes, in ever smaller pieces: what is said to be free is
+    not to be had in one.
+
+    Args:
+        left: the bytes.
+        smallest: size of a piece.
+        take: whether a piece of so many bytes could be taken.
+    """
+    size = 1 << 40
+    while size >= smallest:
+        free, _ = torch.cuda.mem_get_info()
+        if free - left < size or not take(size):
+            size //= 2
 
 
 def calls_that_do_not_fit(backend: str) -> None:
@@ -214,7 +285,7 @@ def calls_that_do_not_fit(backend: str) -> None:
         # Of so much, forward does not fit; or it does, and perhaps backward does not.
         for free in (160, 700):
             with all_but(free):
-                for _ in range(3):
+                for _ in range(2):
                     fits = _fits(kind, large, backend)
                     assert free == 700 or not fits, f"{run.name}: 500 MB fit into {free}"
                     gc.collect()
@@ -254,9 +325,9 @@ def first_calls_when_memory_is_full(backend: str) -> None:
         with all_but(megabytes):
             found = _if_it_fits(in_use)
         _hold_if_any(in_use, found)
-        free, _ = torch.cuda.mem_get_info()
-        torch.empty(free - megabytes * 2**20, dtype=torch.uint8, device="cuda")
-        found = _if_it_fits(kept)
+        _kept_by_pytorch(megabytes * 2**20)
+        with _taken(megabytes * 2**20):
+            found = _if_it_fits(kept)
         torch.cuda.empty_cache()
         _hold_if_any(kept, found)
 

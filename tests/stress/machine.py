@@ -388,7 +388,10 @@ def green_context(multiprocessors: int) -> Iterator[bool]:
     torch.cuda.synchronize()
     part.set_context()
     try:
-        yield True
+        # Else another thread computes gradients, on the stream of the same number in its own
+        # context, the whole GPU's; nothing orders the two.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield True
     finally:
         torch.cuda.synchronize()
         part.pop_context()

@@ -1,0 +1,89 @@
+"""What the residuals cost: vanilla, whose backward sees no more than fused backends keep.
+
+These keep every step's states and pre-activations rounded to the dtype of the call, and give the
+pre-activations' gradients, which are the next product's factor, in that dtype. Vanilla's own graph
+has all three in float32. For most cells that is as good as the same. Not where a derivative is
+ill-conditioned (of 1/g it is off by twice what g is) or steps (a clamp, a clip, a maximum): what
+rounding does to a pre-activation there shows in its gradient, and no kernel can undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashrnn.backends import vanilla
+from flashrnn.problem import Problem, as_dtype_has_it
+
+
+@contextmanager
+def backward_from_residuals() -> Iterator[None]:
+    """Vanilla computes outputs as ever, and gradients from what fused backends keep."""
+    run = vanilla.run
+
+    def run_with_residuals(problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        step = _Step(problem)
+        return run(problem._replace(step=step, forward_clipval=None), *tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vanilla, "run", run_with_residuals)
+        yield
+
+
+class _Step:
+    """A cell's step with the clip of h. The initial states are kept as they are given."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.first = problem, True
+
+    def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> Any:
+        kept = self.problem.carry_dtype if self.first else self.problem.dtype
+        self.first = False
+        step = partial(_clipped, self.problem)
+        return _FromResiduals.apply(step, kept, self.problem.dtype, len(states), *states, *gates)
+
+
+def _clipped(
+    problem: Problem, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    assert problem.step is not None
+    h, *others = problem.step(states, gates)
+    if problem.forward_clipval is not None:
+        bound = as_dtype_has_it(problem.forward_clipval, problem.carry_dtype)
+        h = h.clamp(-bound, bound)
+    return h, *others
+
+
+class _FromResiduals(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        step: Callable[..., tuple[Tensor, ...]],
+        states_dtype: torch.dtype,
+        gates_dtype: torch.dtype,
+        S: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.step, ctx.S, ctx.gates_dtype = step, S, gates_dtype
+        ctx.save_for_backward(
+            *(x.to(states_dtype) for x in tensors[:S]), *(x.to(gates_dtype) for x in tensors[S:])
+        )
+        return tuple(x.view_as(x) for x in step(tensors[:S], tensors[S:]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        S = ctx.S
+        leaves = [x.detach().to(gradients[0].dtype).requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            results = ctx.step(tuple(leaves[:S]), tuple(leaves[S:]))
+        depend = [(x, y) for x, y in zip(results, gradients, strict=True) if x.requires_grad]
+        outputs, slopes = zip(*depend, strict=True)
+        found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+        kept = [x if x is None else x.to(ctx.gates_dtype).to(x.dtype) for x in found[S:]]
+        return None, None, None, None, *found[:S], *kept
