@@ -169,11 +169,10 @@ def _sizes(
     """B, T, N and D, once every shape is found to fit."""
     if Wx.ndim == 5:
         B, T, Gw, N, D = Wx.shape
-        in_Wx, in_R, in_b = cell.gate_counts
         if (
-            (Gw == in_Wx and N > 0 and D > 0)
-            and R.shape == (in_R, N, D, D)
-            and b.shape == (in_b, N, D)
+            (Gw == len(cell.fed_by("Wx")) and N > 0 and D > 0)
+            and R.shape == (len(cell.fed_by("R")), N, D, D)
+            and b.shape == (len(cell.fed_by("b")), N, D)
             and (states is None or states.shape == (len(cell.states), B, 1, N, D))
         ):
             return B, T, N, D

@@ -62,8 +62,7 @@ def _triton_function(name: str, graph: Graph, groups: Mapping[str, int]) -> str:
         for output in graph.outputs
     ]
     lines.append(f"return ({''.join(f'{output}, ' for output in outputs)})")
-    # The default goes once every kernel passes a value.
-    head = f"@triton.jit\ndef {name}({', '.join(groups)}, {FORWARD_CLIPVAL}=0.0):"
+    head = f"@triton.jit\ndef {name}({', '.join(groups)}, {FORWARD_CLIPVAL}):"
     return "\n    ".join([head, *lines]) + "\n"
 
 
@@ -131,8 +130,7 @@ def _cuda_function(
         lines.append(f"{element} = {spell(output)};")
     parameters = [f"const float (&{group})[{count}]" for group, count in inputs.items()]
     parameters += [f"float (&{group})[{count}]" for group, count in outputs.items()]
-    # The default goes once every kernel passes a value.
-    parameters.append(f"float {FORWARD_CLIPVAL} = 0.0f")
+    parameters.append(f"float {FORWARD_CLIPVAL}")
     head = f"__device__ inline void {name}(\n    {', '.join(parameters)}) {{"
     return "\n    ".join([head, *lines]) + "\n}"
 

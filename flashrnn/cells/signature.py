@@ -56,11 +56,6 @@ class Signature:
         gates = tuple(enumerate(self.gates))
         return {s: tuple(k for k, gate in gates if s in gate.sources) for s in SOURCES}
 
-    @cached_property
-    def gate_counts(self) -> tuple[int, int, int]:
-        """How many gates ``Wx``, ``R`` and ``b`` feed."""
-        return len(self.fed_by("Wx")), len(self.fed_by("R")), len(self.fed_by("b"))
-
     def gate_names(self, source: str) -> tuple[str, ...]:
         """Names of the gates that ``source`` feeds, in the order of its gate dimension."""
         return tuple(self.gates[k].name for k in self.fed_by(source))
