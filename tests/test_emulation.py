@@ -142,3 +142,39 @@ def test_blocks_of_a_cluster_send_to_shared_memory(tmp_path):
     assert torch.equal(sums, expected[:, None].expand_as(sums).int())
     with pytest.raises(AssertionError, match="has left"):
         library.emulate(8, 4, False, ctypes.c_void_p(sums.data_ptr()))
+
+
+MISALIGNED = """
+__global__ void load(const unsigned char* from, unsigned* to) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    to[0] = words.x + words.w;
+}
+
+extern "C" const char* emulate(const unsigned char* from, unsigned* to) {
+    return run_kernel(1, 32, [=] { load(from, to); });
+}
+
+__global__ void fetch(const unsigned char* from) {
+    copy_async(shared_memory(), from);
+    close_copy_group();
+    wait_for_copy_groups<0>();
+}
+
+extern "C" const char* emulate_copy(const unsigned char* from) {
+    return run_kernel(1, 32, [=] { fetch(from); });
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("copies", [False, True])
+def test_an_address_that_is_no_multiple_fails(tmp_path, copies):
+    functions = Library(emulated({"misaligned.cu": MISALIGNED}), tmp_path).functions
+    run = functions.emulate_copy if copies else functions.emulate
+    run.restype = ctypes.c_char_p
+    room, to = torch.zeros(64, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    first = -room.data_ptr() % 16
+    for offset in (0, 2, 8):
+        address = ctypes.c_void_p(room.data_ptr() + first + offset)
+        complaint = run(address, *([] if copies else [ctypes.c_void_p(to.data_ptr())]))
+        assert (complaint is None) == (offset == 0)
