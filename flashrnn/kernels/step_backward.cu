@@ -20,7 +20,7 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
     const Tile tile(N, D);
-    const long long B = call->B;
+    const int B = static_cast<int>(call->B);
     const int n = tile.n, lane = threadIdx.x % 32;
     const long long T = call->T, t = T - 1 - (call->done + ahead);
     const long long width = static_cast<long long>(N) * D;
@@ -61,7 +61,7 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
             before[e][s] = gradients[e][s] = 0.0f;
             if (unit.exists && t > 0) {
                 const Element* states = pointer<const Element>(call->states);
-                before[e][s] = to_float(states[((s * B + unit.b) * T + t - 1) * width + unit.place]);
+                before[e][s] = to_float(states[(row_of(s, unit.b, B) * T + t - 1) * width + unit.place]);
             } else if (unit.exists && t == 0) {
                 const float* initial = pointer<const float>(call->initial);
                 before[e][s] = initial[s * call->initial_s + unit.b * call->initial_b +
@@ -87,7 +87,7 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
                 gradients[e][s] += last[s * call->d_last_s + unit.b * call->d_last_b +
                                         n * call->d_last_n + unit.d * call->d_last_d];
             } else if (unit.exists) {
-                gradients[e][s] += __ldcg(d_carried + (s * B + unit.b) * width + unit.place);
+                gradients[e][s] += __ldcg(d_carried + row_of(s, unit.b, B) * width + unit.place);
             }
         }
     }
@@ -120,7 +120,7 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
             }
 #pragma unroll
             for (int s = 0; s < S; ++s) {
-                d_carried[(s * B + unit.b) * width + unit.place] = t >= 0 ? d_before[s] : gradients[e][s];
+                d_carried[row_of(s, unit.b, B) * width + unit.place] = t >= 0 ? d_before[s] : gradients[e][s];
             }
         }
     }

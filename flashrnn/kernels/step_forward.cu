@@ -18,7 +18,7 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
     __shared__ float partial[WARPS][COLUMNS][PITCH];
 
     const Tile tile(N, D);
-    const long long B = call->B;
+    const int B = static_cast<int>(call->B);
     const int n = tile.n, lane = threadIdx.x % 32;
     const long long T = call->T, t = call->done + ahead;
     const long long width = static_cast<long long>(N) * D;
@@ -73,7 +73,7 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
                 before[e][s] = initial[s * call->initial_s + unit.b * call->initial_b +
                                        n * call->initial_n + unit.d * call->initial_d];
             } else if (unit.exists) {
-                before[e][s] = __ldcg(carried + (s * B + unit.b) * width + unit.place);
+                before[e][s] = __ldcg(carried + row_of(s, unit.b, B) * width + unit.place);
             }
         }
     }
@@ -93,8 +93,8 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
             step(before[e], gates[e], after, clips_of(call->clips).forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
-                carried[(s * B + unit.b) * width + unit.place] = after[s];
-                round_to(states[((s * B + unit.b) * T + t) * width + unit.place], after[s]);
+                carried[row_of(s, unit.b, B) * width + unit.place] = after[s];
+                round_to(states[(row_of(s, unit.b, B) * T + t) * width + unit.place], after[s]);
             }
             if (SAVE_GATES) {
                 Element* saved = pointer<Element>(call->gates);

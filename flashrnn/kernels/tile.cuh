@@ -32,7 +32,7 @@ struct Unit {
     long long b, d, place;
     bool exists;
 
-    __device__ Unit(const Tile& tile, int owned, long long B, int D) {
+    __device__ Unit(const Tile& tile, int owned, int B, int D) {
         const int index = threadIdx.x + owned * THREADS;
         row = index % UNITS;
         column = index / UNITS;
@@ -43,8 +43,11 @@ struct Unit {
     }
 };
 
+// The row of state s of sequence b, of [S, B].
+__device__ inline long long row_of(int s, long long b, int B) { return static_cast<long long>(s) * B + b; }
+
 // How many of sequence, sequence + 8, ... the tile has within the problem.
-__device__ inline int blocks_within(long long sequence, long long B) {
+__device__ inline int blocks_within(long long sequence, int B) {
     const long long rest = B - sequence;
     return rest <= 0 ? 0 : rest > 8 * (BLOCKS - 1) ? BLOCKS : int((rest + 7) / 8);
 }
