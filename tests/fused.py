@@ -187,7 +187,11 @@ def same_pattern_as_vanilla(
         runs.append(found | {f"d_{leaf}": slope for leaf, slope in slopes.items()})
     for name, expected in runs[1].items():
         given = runs[0][name]
-        differs = (pattern(given) != pattern(expected)).nonzero()
+        # What rounding alone takes past the largest number, or leaves there.
+        largest = torch.finfo(given.dtype).max
+        near = torch.minimum(given.abs(), expected.abs()) > (1 - 2**-6) * largest
+        same_sign = given.signbit() == expected.signbit()
+        differs = ((pattern(given) != pattern(expected)) & ~(near & same_sign)).nonzero()
         if len(differs):
             at = tuple(differs[0].tolist())
             raise AssertionError(

@@ -167,7 +167,10 @@ def test_others_keep_their_bits(backend, D, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradient_of_R_sums_millions_of_rows(dtype):
-    """Of one sign, so that what each addition cuts off adds up."""
+    """Of one sign, so that what each addition cuts off adds up.
+
+    4,000 rows are a part's here: 1,500 products of float32, each of which cuts up to 2⁻²⁴ off.
+    """
     T, D = 2**20, 16
     Wx = torch.rand(1, T, 1, 1, D, device="cuda", dtype=dtype).requires_grad_()
     R = torch.full((1, 1, D, D), 0.01, device="cuda", dtype=dtype).requires_grad_()
@@ -175,7 +178,7 @@ def test_gradient_of_R_sums_millions_of_rows(dtype):
     states, _ = flashrnn(Wx, R, b, function="elman", backend="cuda_fused")
     d_Wx, d_R = torch.autograd.grad(states.sum(), (Wx, R))
     rows, before = d_Wx[0, 1:, 0, 0].double(), states[0, 0, :-1, 0].detach().double()
-    assert relative_error(d_R[0, 0], rows.T @ before) < (2**-8 if dtype == torch.bfloat16 else 1e-5)
+    assert relative_error(d_R[0, 0], rows.T @ before) < (2**-8 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 16), (3, 0, 2, 16)], ids=str)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
-from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
+from flashrnn.backends.requirements import refusal, too_large, too_many_rows, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc, runs
 from flashrnn.kernels import program, step
@@ -27,17 +27,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    return refusal(problem) or too_large(problem) or _too_many_rows(problem)
-
-
-def _too_many_rows(problem: Problem) -> str | None:
-    rows = problem.B * problem.T
-    if rows < 2**31 or not problem.needs_gradient:
-        return None
-    return (
-        f"B · T is {rows}; R's gradient is a product of PyTorch's, which sums up to 2³¹ − 1. "
-        "Without gradients there may be more"
-    )
+    return refusal(problem) or too_large(problem) or too_many_rows(problem)
 
 
 def run(

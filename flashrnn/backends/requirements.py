@@ -63,6 +63,17 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def too_many_rows(problem: Problem) -> str | None:
+    """Why PyTorch's product for R's gradient cannot be; ``None`` where it can."""
+    rows = problem.B * problem.T
+    if rows < 2**31 or not problem.needs_gradient:
+        return None
+    return (
+        f"B · T is {rows}; R's gradient is a product of PyTorch's, which sums up to 2³¹ − 1. "
+        "Without gradients there may be more"
+    )
+
+
 _LARGEST = 2**31 - 1
 
 
