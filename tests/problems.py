@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,20 @@ def random_inputs(
     cast = {name: x.to(device, dtype) for name, x in leaves.items()}
     cast["states"] = leaves["states"].to(device, carry_dtype(dtype))
     return Inputs(**{name: x.requires_grad_() for name, x in cast.items()})
+
+
+def gentle_inputs(*arguments: Any, **options: Any) -> Inputs:
+    """As :func:`random_inputs`, far from where :func:`undefined` and its slopes have no bound.
+
+    Float16 has a number for each of its results and gradients then, and for all on the way there.
+    """
+    inputs = random_inputs(*arguments, **options)
+    with torch.no_grad():
+        inputs.Wx.tanh_()
+        inputs.R.mul_(0.1)
+        inputs.b.abs_().add_(3)
+        inputs.states.abs_().add_(1)
+    return inputs
 
 
 def call(function: str | Cell, inputs: Inputs, **options: object) -> tuple[Tensor, Tensor]:

@@ -333,6 +333,36 @@ def closure():
     return step, change
 
 
+def scaling(factor):
+    def scaled(x):
+        return x * factor
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return scaled, change
+
+
+(HALVED, _), (SCALED, CHANGE_SCALED) = scaling(0.5), scaling(2.0)
+
+
+def two_closures_of_one_function(states, gates):
+    return (SCALED(2 * HALVED(gates[0])),)
+
+
+class Link:
+    """Each of a ring of objects calls the next one's method; the last one has a factor."""
+
+    def scaled(self, x, depth=0):
+        return x * self.factor if depth == 2 else self.next.scaled(x, depth + 1)
+
+
+RING = [Link() for _ in range(3)]
+for one, other in zip(RING, [*RING[1:], RING[0]], strict=True):
+    one.next = other
+
+
 def default_of(states, gates, factors=LIST):
     return (gates[0] * factors[0],)
 
@@ -347,6 +377,8 @@ IN_CLOSURE, CHANGE_CLOSURE = closure()
         (global_factor, lambda x: globals().update(NUMBER=numpy.float64(x))),
         (lambda s, g: (g[0] * LIST[0],), lambda x: LIST.__setitem__(0, x)),
         (lambda s, g: (g[0] * max(LIST),), lambda x: LIST.__setitem__(0, x)),
+        (two_closures_of_one_function, CHANGE_SCALED),
+        (lambda s, g: (RING[0].scaled(g[0]),), lambda x: setattr(RING[2], "factor", x)),
         (default_of, lambda x: LIST.__setitem__(0, x)),
         (lambda s, g: (g[0] * ARRAY[0],), lambda x: ARRAY.__setitem__(0, x)),
         (lambda s, g: (g[0] * float(ARRAY.min()),), lambda x: ARRAY.__setitem__(0, x)),
@@ -358,7 +390,17 @@ IN_CLOSURE, CHANGE_CLOSURE = closure()
         (lambda s, g: (ACT(g[0]),), lambda x: globals().update(ACT=ACTS[x])),
     ],
     ids=[
-        *("closure", "global of a helper", "item", "list", "default", "array item", "array"),
+        *(
+            "closure",
+            "global of a helper",
+            "item",
+            "list",
+            "closures",
+            "ring",
+            "default",
+            "array item",
+            "array",
+        ),
         *("attribute", "object", "item of an attribute", "module", "method", "function"),
     ],
 )

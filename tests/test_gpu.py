@@ -30,6 +30,7 @@ from tests.problems import (
     BUILT_IN,
     Inputs,
     call,
+    gentle_inputs,
     gradients,
     random_inputs,
     relative_error,
@@ -219,7 +220,10 @@ def test_tf32(backend, monkeypatch):
 @pytest.mark.parametrize("kind", [root, undefined, wide], ids=str)
 @pytest.mark.parametrize("D", [1, 12, 17, 40, 96, 100])
 def test_padding_reaches_no_sum_of_triton(kind, dtype, tf32, D):  # noqa: F811
-    same_pattern_as_vanilla("triton", kind, random_inputs(kind, 9, 3, 2, D, dtype, "cuda"))
+    inputs = gentle_inputs(kind, 9, 3, 2, D, dtype, "cuda")
+    outputs = call(kind, inputs, backend="vanilla")
+    assert all(x.isfinite().all() for x in (*outputs, *gradients(outputs, inputs).values()))
+    same_pattern_as_vanilla("triton", kind, inputs)
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"])
@@ -255,7 +259,7 @@ def test_a_clip_of_triton_contains_what_is_beyond_float16(D):
 # T·G·N·D or S·B·T·N·D passes 2³¹; the second takes some 45 GB.
 @pytest.mark.parametrize("sizes", [(1, 2049, 4096, 64), (8, 1025, 2048, 64)], ids=str)
 def test_sizes_of_triton_beyond_32_bits(sizes):
-    """The last head, alone and as one of many: the same bits."""
+    """The last head, alone and as one of many: the same bits, but for sums over all rows."""
     B, T, N, D = sizes
     if torch.cuda.mem_get_info()[0] < 60 << 30:
         pytest.skip("needs 60 GB of free memory on the GPU")
@@ -276,9 +280,23 @@ def test_sizes_of_triton_beyond_32_bits(sizes):
         found = torch.autograd.grad(asked, list(leaves.values()), slopes)
         dims = [-2, 1, -2, -2]
         found = [x.narrow(d, heads - 1, 1).clone() for d, x in zip(dims, found, strict=True)]
-        runs.append([x.detach().clone() for x in asked] + found)
-        del outputs, asked, leaves
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+        names = ["states", "last_states", *(f"d_{name}" for name in leaves)]
+        results = [x.detach().clone() for x in asked] + found
+        runs.append(dict(zip(names, results, strict=True)))
+        del outputs, asked, leaves, found, results
+    for name, expected in runs[0].items():
+        given = runs[1][name]
+        if name in ("d_R", "d_b"):
+            # PyTorch adds in an order that depends on the number of heads.
+            assert relative_error(given, expected) < 2**-8, name
+            continue
+        differs = (given != expected).nonzero()
+        if len(differs):
+            at = tuple(differs[0].tolist())
+            raise AssertionError(
+                f"{name}{list(at)} is {given[at].item()} among {N} heads, {expected[at].item()} "
+                f"alone, and {len(differs) - 1} more of {given.numel()} differ"
+            )
 
 
 def test_a_graph_outlives_what_triton_keeps():

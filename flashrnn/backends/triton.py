@@ -23,6 +23,9 @@ from flashrnn.tiling import ScanPlan, plan_scan
 
 # Earlier ones multiply no tiles of fewer than 16 columns.
 OLDEST = (3, 5)
+# That a thread of backward may have: all there are. Left to itself the assembler saves some, for
+# more programs at once, and lets one element's step wait for another's, which makes steps longer.
+_REGISTERS = 255
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -160,6 +163,7 @@ def backward(
             fixed.precision,
             fixed.functions.derivative,
             num_warps=plan.warps,
+            maxnreg=_REGISTERS,
         )
     return complete(problem, d_gates, d_initial, states_initial, states)
 

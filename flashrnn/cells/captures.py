@@ -28,7 +28,7 @@ _UNCHANGING = (
     *(type, torch.dtype, torch.device, types.BuiltinFunctionType, types.FunctionType),
 )
 # What their functions read is theirs, and stays.
-_TRUSTED = {"torch", "numpy", "builtins", "flashrnn", *sys.stdlib_module_names}
+_TRUSTED = {"torch", "numpy", "builtins", "flashrnn", *sys.stdlib_module_names} - {"test"}
 
 
 def _is_unchanging(value: Any) -> bool:
@@ -176,7 +176,8 @@ class _Finder:
         self.reads: dict[str, Any] = {}
         self.paths: dict[str, str] = {}
         self.names: dict[str, Any] = {}
-        self._followed: set[types.CodeType] = set()
+        # Functions by their identity, for closures share code, and what each is a method of.
+        self._followed: set[tuple[int, int]] = set()
 
     def named(self, root: Any) -> str:
         """A name for an object, in the expressions."""
@@ -218,9 +219,10 @@ class _Finder:
             self.paths[chain.expression] = chain.path
 
     def _function(self, function: types.FunctionType, owner: _Chain | None) -> None:
-        if _is_trusted(function) or function.__code__ in self._followed:
+        key = (id(function), id(owner.value) if owner is not None else 0)
+        if _is_trusted(function) or key in self._followed:
             return
-        self._followed.add(function.__code__)
+        self._followed.add(key)
         name, code = self.named(function), function.__code__
         known: dict[str, _Chain] = {}
         positional = code.co_varnames[: code.co_argcount]

@@ -285,7 +285,7 @@ def scan_forward(
     preactivations = _only_fed(preactivations, inputs, gate, FED_R)
     for t in tl.range(0, T, num_stages=STAGES):
         wx_offsets += wx_stride_t
-        inputs = tl.load(Wx + wx_offsets, mask=tl.where(t + 1 < T, wx_mask, False), other=0.0)
+        inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
         inputs = inputs.to(tl.float32) + bias
         carried = step(carried, _unpack(preactivations, GG, G), forward_clipval)
         if RESIDENT:
@@ -437,8 +437,7 @@ def scan_backward(
     # h, and the initial states' gradient ends with one; the last step has none after it.
     operand = tl.zeros([GG * DD, BB], OPERAND)
     for i in tl.range(0, T, num_stages=STAGES):
-        before_mask = tl.where(i + 1 < T, states_mask, False)
-        before = tl.load(states + states_offsets, mask=before_mask, other=0.0)
+        before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
         preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
         d_given = tl.load(d_states + d_states_offsets, mask=states_mask, other=0.0)
         before = _in_product_layout(_unpack(before.to(tl.float32), SS, S), OPERAND, PRECISION)
@@ -460,8 +459,7 @@ def scan_backward(
             if CLIP:
                 d_h = _clamped(d_h, clipval)
             # Not zeros times R, which may be infinite.
-            d_h = tl.where(i > 0, d_carried[0] + d_h, d_carried[0])
-            d_carried = (d_h,) + d_carried[1:]
+            d_carried = (d_carried[0] + tl.where(i > 0, d_h, 0.0),) + d_carried[1:]
         values = ()
         gradients = ()
         for s in tl.static_range(S):
