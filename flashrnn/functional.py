@@ -117,7 +117,8 @@ def flashrnn(
         _cast(Wx, computed_in),
         _cast(R, computed_in),
         _cast(b, computed_in),
-        _cast(states, problem.carry_dtype),
+        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
+        _cast(states, carry_dtype(computed_in)),
     )
     if not autocast:
         return chosen.run(problem, *arguments)
@@ -134,7 +135,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
-    dtype, device = problem.carry_dtype, problem.device
+    dtype, device = carry_dtype(problem.dtype), problem.device
     values = config.initial_values(problem.cell.states)
     if values == (0.0,) * len(values):
         return _zero(dtype, device).expand(len(values), problem.B, 1, problem.N, problem.D)

@@ -323,6 +323,7 @@ def test_a_saved_program_runs_in_a_new_process(backend, uncompiled, tmp_path, st
     assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.9's loader.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_program_without_steps_is_saved_too(uncompiled, tmp_path):

@@ -318,6 +318,7 @@ def test_continues_a_sequence_exactly(on_the_cpu):
     assert continues_exactly("triton")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not")  # opcheck's.
 @needs_triton
 def test_operators_pass_opcheck(interpreter):
     Wx, R, b, states = random_inputs("gru", 2, 3, 2, 8, torch.float32).tensors().values()

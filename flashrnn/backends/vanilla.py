@@ -29,7 +29,7 @@ def run(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See :class:`flashrnn.backends.Backend`."""
-    cell, dtype, carry_dtype = problem.cell, problem.dtype, problem.carry_dtype
+    cell, dtype, carry_dtype = problem.cell, problem.dtype, states.dtype
     step = problem.step
     assert step is not None, "flashrnn() hands it on"
     S, B, T, N, D = len(cell.states), problem.B, problem.T, problem.N, problem.D
