@@ -99,7 +99,8 @@ def cell_text(tmp_path_factory):
             extern "C" void run_step(int units, const float* in, float* out) {
                 for (int i = 0; i < units; ++i) {
                     step(*(const float(*)[S])(in + i * (S + G)),
-                         *(const float(*)[G])(in + i * (S + G) + S), *(float(*)[S])(out + i * S));
+                         *(const float(*)[G])(in + i * (S + G) + S), *(float(*)[S])(out + i * S),
+                         0.0f);
                 }
             }
             extern "C" void run_derivative(int units, const float* in, float* out) {
@@ -108,7 +109,7 @@ def cell_text(tmp_path_factory):
                     derivative(*(const float(*)[S])mine, *(const float(*)[G])(mine + S),
                                *(const float(*)[S])(mine + S + G),
                                *(float(*)[S])(out + i * (S + G)),
-                               *(float(*)[G])(out + i * (S + G) + S));
+                               *(float(*)[G])(out + i * (S + G) + S), 0.0f);
                 }
             }
             """

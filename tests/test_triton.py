@@ -466,6 +466,16 @@ def test_plans_cover_every_head_up_to_128(dtype, exact, shared_memory):
             assert plan.DD >= D and plan.DD & (plan.DD - 1) == 0 and 1 <= plan.warps <= 16
 
 
+@pytest.mark.parametrize("D", [16, 64, 128])
+@pytest.mark.parametrize("exact", [True, False])
+def test_no_more_registers_are_asked_for_than_there_are(exact, D):
+    """512 threads of 255 registers do not fit a multiprocessor, and no launch would."""
+    for kind in BUILT_IN:
+        plan = plan_scan(problem(kind, D, torch.float32), exact, 227 * 1024)
+        registers = triton._most_registers(plan)
+        assert registers is None or 32 * plan.warps * registers <= 65536
+
+
 def test_a_larger_head_is_refused_with_the_reason():
     assert "a head of 129 units; it takes up to 128" in plan_scan(
         problem("lstm", 129, torch.bfloat16), False, 227 * 1024

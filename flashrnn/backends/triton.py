@@ -25,7 +25,8 @@ from flashrnn.tiling import ScanPlan, plan_scan
 OLDEST = (3, 5)
 # That a thread of backward may have: all there are. Left to itself the assembler saves some, for
 # more programs at once, and lets one element's step wait for another's, which makes steps longer.
-_REGISTERS = 255
+_MOST_REGISTERS = 255
+_REGISTERS_OF_A_MULTIPROCESSOR = 65536
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -163,7 +164,7 @@ def backward(
             fixed.precision,
             fixed.functions.derivative,
             num_warps=plan.warps,
-            maxnreg=_REGISTERS,
+            maxnreg=_most_registers(plan),
         )
     return complete(problem, d_gates, d_initial, states_initial, states)
 
@@ -251,6 +252,12 @@ def _fixed_for(
         precision="tf32" if tf32 else "ieee",
         functions=load_source(render_triton(clipped(cell) if clips else cell)),
     )
+
+
+def _most_registers(plan: ScanPlan) -> int | None:
+    """Registers of a thread of backward, where a multiprocessor has as many for all threads."""
+    fits = 32 * plan.warps * _MOST_REGISTERS <= _REGISTERS_OF_A_MULTIPROCESSOR
+    return _MOST_REGISTERS if fits else None
 
 
 def _plan(problem: Problem, tf32: bool) -> ScanPlan | str:
