@@ -286,8 +286,9 @@ def scan_forward(
     for t in tl.range(0, T, num_stages=STAGES):
         wx_offsets += wx_stride_t
         inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
-        inputs = inputs.to(tl.float32) + bias
         carried = step(carried, _unpack(preactivations, GG, G), forward_clipval)
+        # After the step, which need not wait for them.
+        inputs = inputs.to(tl.float32) + bias
         if RESIDENT:
             h = _of_units(carried[0], unit, D, DD).to(dtype).to(OPERAND)
             following = tl.dot(block, h, inputs, input_precision=PRECISION)
