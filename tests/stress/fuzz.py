@@ -438,6 +438,9 @@ def _is_beyond_float16(case: Case) -> bool:
 # was rounded before, that is all the error of the carried states, and vanilla has nothing like it.
 # Over a tensor 2⁻¹⁸ was measured, on an H200; this is four times that, and h rounded is 2⁻⁹·³ off.
 _TANH = 2**-16
+# float32 in full is three products of factors cut to 11 bits and 11 more: right to 2⁻²¹ where a
+# product of vanilla's is to 2⁻²⁴. A cell that makes much of such errors does so of both.
+_SPLIT = 2**3
 
 
 def _errors(case: Case, done: list[tuple[Draw, Results]]) -> dict[str, str]:
@@ -478,6 +481,8 @@ def _allowed(case: Case, name: str, plain: float) -> float:
         allowed += _TANH
     if case.tf32:
         allowed = max(allowed, 2e-3 if name.startswith("d_") else 1e-3)
+    elif case.dtype == torch.float32:
+        allowed = max(allowed, 2 * _SPLIT * plain)
     return allowed
 
 
