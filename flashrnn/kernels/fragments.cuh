@@ -153,8 +153,8 @@ __device__ inline void transposed_product(float (&sums)[BLOCKS][4], const Matrix
 }
 
 // One number of either of them, with care and out of R itself: what R produces of its gate s at a unit, or
-// the gradient of what it reads there. `line` is the sequence's row. A function of its own, so that the
-// loop over time, whose instructions are fetched in order, does not grow by it.
+// the gradient of what it reads there. `line` is the sequence's row. A function of its own keeps
+// it out of the loop over time.
 template <bool FORWARD>
 __device__ __noinline__ float careful_product(const Element* R, int n, int N, int s, int unit,
                                         const Element* line) {
