@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from flashrnn import Cell, FlashRNNConfig
-from tests.problems import Inputs, call, gradients, random_inputs, relative_error, steep
+from tests.problems import (
+    Inputs,
+    call,
+    gradients,
+    random_inputs,
+    random_weights,
+    relative_error,
+    steep,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 OPTIONS = [
@@ -156,13 +164,19 @@ def same_pattern_as_vanilla(
     backend: str,
     kind: str | Cell,
     inputs: Inputs,
-    asked: tuple[Tensor, Tensor] | None = None,
+    asked: Sequence[Tensor] | None = None,
     **options: object,
 ) -> None:
     """Hold which elements are finite, inf, -inf and NaN to vanilla in the same dtype.
 
     Compared are every step's states, the last states and the gradients of all inputs; the message
     names the first element that differs.
+
+    A gradient may be infinite where vanilla has NaN, if vanilla in float64 has the same infinity of
+    the same numbers. In 16 bits vanilla rounds what comes back through R before it adds the step's
+    own gradient, and the two may cancel to exactly 0, which times an infinite h is NaN. A sum that
+    is rounded once is nearer to the truth: tiny, and so infinite. Nothing else is held to float64,
+    where 16 bits' overflows are none.
 
     Args:
         backend: the backend.
@@ -172,31 +186,39 @@ def same_pattern_as_vanilla(
         options: fields of :class:`flashrnn.FlashRNNConfig`.
     """
     config = FlashRNNConfig(**options)  # type: ignore[arg-type]
-    runs = []
-    for name in (backend, "vanilla"):
-        outputs = call(kind, inputs, backend=name, config=config)
-        found = dict(zip(("states", "last_states"), outputs, strict=True))
+
+    def results(leaves: Inputs, by: str) -> dict[str, Tensor]:
+        nonlocal asked
+        outputs = call(kind, leaves, backend=by, config=config)
         if asked is None:
-            slopes = gradients(outputs, inputs)
-        else:
-            leaves = list(inputs.tensors().values())
-            given = torch.autograd.grad(
-                outputs, leaves, asked, allow_unused=True, materialize_grads=True
-            )
-            slopes = dict(zip(inputs.tensors(), given, strict=True))
-        runs.append(found | {f"d_{leaf}": slope for leaf, slope in slopes.items()})
-    for name, expected in runs[1].items():
-        given = runs[0][name]
+            asked = random_weights(outputs, seed=1)
+        slopes = torch.autograd.grad(
+            outputs,
+            list(leaves.tensors().values()),
+            [slope.to(x) for slope, x in zip(asked, outputs, strict=True)],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found = dict(zip(("states", "last_states"), outputs, strict=True))
+        return found | {f"d_{x}": slope for x, slope in zip(leaves.tensors(), slopes, strict=True)}
+
+    every, exact = results(inputs, backend), None
+    for name, expected in results(inputs, "vanilla").items():
+        given = every[name]
         # What rounding alone takes past the largest number, or leaves there.
         largest = torch.finfo(given.dtype).max
         near = torch.minimum(given.abs(), expected.abs()) > (1 - 2**-6) * largest
         same_sign = given.signbit() == expected.signbit()
-        differs = ((pattern(given) != pattern(expected)) & ~(near & same_sign)).nonzero()
-        if len(differs):
-            at = tuple(differs[0].tolist())
+        differs = (pattern(given) != pattern(expected)) & ~(near & same_sign)
+        if name.startswith("d_") and differs.any():
+            exact = exact or results(inputs.to(torch.float64), "vanilla")
+            differs &= ~(expected.isnan() & given.isinf() & (given.double() == exact[name]))
+        places = differs.nonzero()
+        if len(places):
+            at = tuple(places[0].tolist())
             raise AssertionError(
                 f"{name}{list(at)} is {given[at].item()}, of vanilla {expected[at].item()}, "
-                f"and {len(differs) - 1} more of {given.numel()}"
+                f"and {len(places) - 1} more of {given.numel()}"
             )
 
 
