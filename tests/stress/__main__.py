@@ -45,13 +45,17 @@ class Part:
         description: one line.
         queues: its checks; a process for each queue, all at once.
         alone: whether nothing else may run meanwhile.
+        ahead: queues that run before a part that runs alone on a GPU, beside others: they compile.
         needs_gpu: whether it is left out where there is none.
+        names_checks: whether each check is announced; else there are too many.
     """
 
     description: str
     queues: Callable[[Settings], list[Queue]]
     alone: bool = False
+    ahead: Callable[[Settings], list[Queue]] = lambda settings: []
     needs_gpu: bool = True
+    names_checks: bool = True
 
 
 def each(
@@ -74,9 +78,17 @@ def _fuzz(settings: Settings) -> list[Queue]:
     ]
 
 
+def _side_by_side(settings: Settings, *functions: Callable[[str], None]) -> list[Queue]:
+    """A queue for each backend."""
+    return [each(_of(settings, backend), *functions) for backend in settings.backends]
+
+
 def _graphs(settings: Settings) -> list[Queue]:
-    checks = each(settings, machine.replayed, machine.captured_at_the_first_call)
-    return [[x for x in checks if x.name != "captured_at_the_first_call triton"]]
+    captured = each(settings, machine.captured_at_the_first_call)
+    return [
+        *_side_by_side(settings, machine.replayed),
+        [x for x in captured if x.name != "captured_at_the_first_call triton"],
+    ]
 
 
 def _processes(settings: Settings) -> list[Queue]:
@@ -84,8 +96,9 @@ def _processes(settings: Settings) -> list[Queue]:
 
 
 def _threads(settings: Settings) -> list[Queue]:
-    first = (machine.first_calls_at_once, machine.first_calls_of_one_cell_at_once)
-    return [each(_of(settings, backend), *first) for backend in settings.backends]
+    return _side_by_side(
+        settings, machine.first_calls_at_once, machine.first_calls_of_one_cell_at_once
+    )
 
 
 def _of(settings: Settings, backend: str) -> Settings:
@@ -131,6 +144,14 @@ FAR_APART = {
 
 
 def _indices(settings: Settings) -> list[Queue]:
+    """Two queues, of which each takes 30 GB; what takes more waits for the other one's end."""
+    large = {backend: _large(_of(settings, backend)) for backend in settings.backends}
+    longest = large.pop("cuda_fused", [])
+    rest = [*itertools.chain(*large.values()), *each(settings, limits.more_rows_than_32_bits_count)]
+    return [queue for queue in (longest, rest) if queue]
+
+
+def _large(settings: Settings) -> list[Check]:
     checks = []
     for backend in settings.backends:
         for name, sizes in LARGE[backend]:
@@ -139,28 +160,25 @@ def _indices(settings: Settings) -> list[Queue]:
         for sizes in FAR_APART[backend]:
             run = partial(limits.far_apart, "lstm", *sizes, backend)
             checks.append(Check(f"{backend} far apart {sizes}".replace(" ", "_"), run))
-    return [checks + each(settings, limits.more_rows_than_32_bits_count)]
+    return checks
 
 
-def _with_device(function: Callable[[str, str], None]) -> Callable[[Settings], list[Queue]]:
-    def queues(settings: Settings) -> list[Queue]:
-        return [
-            [
-                Check(f"{function.__name__} {name}", partial(function, name, settings.device), 240)
-                for name in settings.backends
-            ]
-        ]
-
-    return queues
+def _with_device(settings: Settings, function: Callable[[str, str], None]) -> list[Check]:
+    return [
+        Check(f"{function.__name__} {backend}", partial(function, backend, settings.device), 240)
+        for backend in settings.backends
+    ]
 
 
 PARTS = {
-    "fuzz": Part("random calls of hostile cells, held to vanilla", _fuzz, needs_gpu=False),
+    "fuzz": Part(
+        "random calls of hostile cells, held to vanilla", _fuzz, needs_gpu=False, names_checks=False
+    ),
     "foreign": Part(
         "long products and spinning kernels on other streams beside kernels that wait for others",
-        lambda s: [
-            each(s, machine.beside_products, machine.beside_spinning_kernels, machine.beside_itself)
-        ],
+        lambda s: _side_by_side(
+            s, machine.beside_products, machine.beside_spinning_kernels, machine.beside_itself
+        ),
     ),
     "priorities": Part(
         "streams of high and of low priority at once",
@@ -172,7 +190,7 @@ PARTS = {
     "contexts": Part("other contexts, green ones, CPU tensors in a forked child", _contexts),
     "nan": Part(
         "NaN and inf stay in their sequence, head and unit",
-        _with_device(limits.isolated),
+        lambda s: [_with_device(s, limits.isolated)],
         needs_gpu=False,
     ),
     "indices": Part("tensors and strides past 2³¹ elements", _indices, alone=True),
@@ -180,11 +198,13 @@ PARTS = {
         "calls that do not fit, kernels loaded when memory is full",
         lambda s: [each(s, limits.calls_that_do_not_fit, limits.first_calls_when_memory_is_full)],
         alone=True,
+        ahead=lambda s: [each(s, limits.compile_first_calls)],
     ),
     "growth": Part(
         f"{limits.CALLS} calls of new sizes, clip values and cells: memory and time level off",
-        _with_device(limits.many_calls),
+        lambda s: [_with_device(s, limits.many_calls)],
         alone=True,
+        ahead=lambda s: [[check] for check in _with_device(s, limits.compile_many_calls)],
         needs_gpu=False,
     ),
 }
@@ -242,7 +262,8 @@ def _available(device: str) -> list[str]:
 def _find(part: Part, name: str, settings: Settings) -> Check:
     if name.startswith("seed:"):
         return fuzz.case_check(int(name.removeprefix("seed:")), settings.backends, settings.device)
-    checks = [check for queue in part.queues(settings) for check in queue]
+    queues = [*part.queues(settings), *part.ahead(settings)]
+    checks = [check for queue in queues for check in queue]
     found = [check for check in checks if check.name == name]
     if not found:
         known = "\n  ".join(check.name for check in checks)
@@ -263,32 +284,49 @@ def _run_here(check: Check) -> int:
 def _run(chosen: dict[str, Part], settings: Settings) -> int:
     results: dict[str, list[Result]] = {name: [] for name in chosen}
     skipped = [name for name, part in chosen.items() if part.needs_gpu and settings.device == "cpu"]
+    start = time.monotonic()
+
+    def say(what: str) -> None:
+        # In one piece: threads say something at once.
+        print(f"{time.monotonic() - start:4.0f} s  {what}\n", end="", flush=True)
+
+    def begin(name: str, check: Check) -> None:
+        if chosen[name].names_checks:
+            say(f"{name}: {check.name}")
 
     def report(result: Result) -> None:
         results[result.part].append(result)
         if result.failure is not None:
-            print(_failure(result), flush=True)
+            say(_failure(result))
 
-    def run_at_once(names: list[str]) -> None:
-        start = time.monotonic()
-        threads = [
-            threading.Thread(target=run_in_a_child, args=(name, queue, report), daemon=True)
-            for name in names
-            for queue in chosen[name].queues(settings)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        print(f"--- {time.monotonic() - start:.0f} s: {', '.join(names)}", flush=True)
+    def run_part(name: str, stage: str, queues: list[Queue]) -> None:
+        began = time.monotonic()
+        say(f"--- {name}{stage} begins")
+        _at_once(
+            partial(run_in_a_child, name, queue, report, partial(begin, name)) for queue in queues
+        )
+        failures = sum(x.failure is not None for x in results[name])
+        took = time.monotonic() - began
+        say(f"--- {name}{stage} took {took:.0f} s, {failures} failures so far")
 
-    start = time.monotonic()
     running = [name for name in chosen if name not in skipped]
-    at_once = [name for name in running if not chosen[name].alone]
-    for names in [at_once, *([name] for name in running if chosen[name].alone)]:
-        if names:
-            run_at_once(names)
+    alone = [name for name in running if chosen[name].alone]
+    first = [(name, "", chosen[name].queues(settings)) for name in running if name not in alone]
+    if settings.device == "cuda":
+        ahead = [(name, ", compiled ahead,", chosen[name].ahead(settings)) for name in alone]
+        first += [stage for stage in ahead if stage[2]]
+    _at_once(partial(run_part, *stage) for stage in first)
+    for name in alone:
+        run_part(name, "", chosen[name].queues(settings))
     return _summary(results, skipped, time.monotonic() - start)
+
+
+def _at_once(works: Iterable[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _failure(result: Result) -> str:

@@ -132,10 +132,16 @@ def _serve(connection: Connection, printed: str) -> None:
         connection.send((failure, returned, usable))
 
 
-def run_in_a_child(part: str, checks: Iterable[Check], report: Callable[[Result], None]) -> None:
-    """Run checks in turn, in one process for as long as it lives."""
+def run_in_a_child(
+    part: str,
+    checks: Iterable[Check],
+    report: Callable[[Result], None],
+    begin: Callable[[Check], None] = lambda check: None,
+) -> None:
+    """Run checks in turn, in one process for as long as it lives; say when each begins and ends."""
     with Child() as child:
         for check in checks:
+            begin(check)
             start = time.monotonic()
             failure, returned = child.run(check)
             report(Result(part, check, time.monotonic() - start, failure, returned))
