@@ -36,6 +36,34 @@ def backward_from_residuals() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def infinite_counting_as_largest() -> Iterator[None]:
+    """Gradients of gates from what float16 keeps of them count in the product with R as its
+    largest numbers where they are infinite, as `triton` and `cuda` have it under a clip: of what is
+    stored they cannot tell an infinity from an overflow.
+    """
+    with backward_from_residuals(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "baddbmm", _Product.apply)
+        yield
+
+
+class _Product(torch.autograd.Function):
+    """``torch.baddbmm``, whose second factor's gradient sees no infinite one."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, h: Tensor, R: Tensor) -> Tensor:
+        ctx.save_for_backward(h, R)
+        return inputs + h @ R
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, R = ctx.saved_tensors
+        (d_gates,) = gradients
+        largest = torch.finfo(torch.float16).max
+        d_h = d_gates.clamp(-largest, largest) @ R.transpose(1, 2)
+        return d_gates, d_h, h.transpose(1, 2) @ d_gates
+
+
 class _Step:
     """A cell's step with the clip of h. The initial states are kept as they are given."""
 

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -42,6 +43,7 @@ from tests.problems import (
     undefined,
     wide,
 )
+from tests.stress import fuzz
 
 # Triton's interpreter before 3.7, of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
@@ -480,3 +482,25 @@ def test_a_larger_head_is_refused_with_the_reason():
     assert "a head of 129 units; it takes up to 128" in plan_scan(
         problem("lstm", 129, torch.bfloat16), False, 227 * 1024
     )
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize("number", [1000579, 1000585, 1000609])
+def test_fuzzing_knows_what_a_clip_in_float16_cannot_tell(on_the_cpu, number):
+    """Whether a gate's gradient is infinite or beyond 65504; of another backend it is a fault."""
+    case = replace(
+        fuzz.draw(1000573, "cuda"),
+        number=number,
+        B=2,
+        T=2,
+        N=1,
+        D=5,
+        asked="both",
+        unasked=(),
+        layouts=("contiguous",) * 5,
+    )
+    draw = fuzz.Draw(case, "cpu", 0)
+    given = draw.by("triton")
+    assert not fuzz._other_kinds(case, draw, given, "triton")
+    assert "d_states" in fuzz._other_kinds(case, draw, given, "cuda_fused")
