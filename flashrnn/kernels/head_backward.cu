@@ -37,13 +37,11 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
     const long long width = static_cast<long long>(N) * D;
 
-    // The last step has no gradients after it. In the ring, places that no unit has are zeros.
-    const int clear_from = D == DD ? STAGES * SEQUENCES * INPUTS + SEQUENCES * GATES : 0;
-    for (int i = clear_from + threadIdx.x; i < STAGES * SEQUENCES * INPUTS + 2 * SEQUENCES * GATES;
-         i += THREADS) {
-        round_to(ring[i], 0.0f);
+    // In the ring, places that no unit has are zeros.
+    if (D != DD) {
+        for (int i = threadIdx.x; i < STAGES * SEQUENCES * INPUTS; i += THREADS) round_to(ring[i], 0.0f);
+        __syncthreads();
     }
-    __syncthreads();
     // Which step's gradients were infinite before they were rounded: in what the first line has left.
     const auto step_with_infinity = [](Element* lines) {
         return reinterpret_cast<int*>(lines + GATES - SHARE);
@@ -131,9 +129,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
                 const Element* line = read + lane.sequence(e) * GATES;
                 d_h = careful_product<false>(R, n, N, 0, lane.unit(e), line);
             }
-            d_h = clipped(d_h, clips.gradient);
-            // Zeros times an infinite R are none.
-            if (done > 0) d_carried[0][e] += d_h;
+            d_carried[0][e] += clipped(d_h, clips.gradient);
         }
     };
     // Before the barrier that the next product waits for.
@@ -150,8 +146,7 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
     };
     float d_bias_sums[G][OWNED] = {};
     int slot = 0;
-    for (int done = 0; done < T; ++done) {
-        add_recurrent_gradient(done);
+    const auto take_step = [&](int done) {
         const Element* inputs = ring + slot * SEQUENCES * INPUTS;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
         float preactivations[G][OWNED], before[S][OWNED], given[S][OWNED];
@@ -196,6 +191,13 @@ head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
         for (int k = 0; k < G; ++k) store_owned(to + k * DD, GATES, preactivations[k], lane);
         tell_of_infinity(preactivations, done + 1);
         meet<THREADS>();
+    };
+    // The last step has no gradients after it. A product of zeros would not do: times an infinite R they
+    // are none. Nor does the loop ask which step it is at, in the midst of what each step waits for.
+    take_step(0);
+    for (int done = 1; done < T; ++done) {
+        add_recurrent_gradient(done);
+        take_step(done);
     }
     add_recurrent_gradient(T);
 #pragma unroll

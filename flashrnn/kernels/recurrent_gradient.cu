@@ -83,8 +83,19 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
     // The part's first row, of its sequence and of all; from here on rows are counted in the part.
     const long long begin = static_cast<long long>(part) * rows_a_part, left = B * T - begin;
     const int rows = left < rows_a_part ? left : rows_a_part, chunks = (rows + CHUNK - 1) / CHUNK;
-    const long long first_sequence = begin / T;
-    const unsigned first_step = begin % T;
+    // Where a row lies: it is told from the row before, since a division takes longer than all else of
+    // an address. That of the chunk fetched next is carried from chunk to chunk.
+    struct Place {
+        long long sequence;
+        unsigned step;
+
+        __device__ void move(int rows, unsigned T) {
+            step += rows;
+            if (step < T) return;
+            sequence += step / T;
+            step %= T;
+        }
+    } next = {begin / T, static_cast<unsigned>(begin % T)};
     const Element* gates_of_part = d_gates + begin * G * width + n * D;
     // One step earlier.
     const Element* h_of_part = h + (begin - 1) * width + n * D;
@@ -115,11 +126,14 @@ recurrent_gradient(const Element* __restrict__ d_gates, const Element* __restric
             const int i = threadIdx.x + trip * THREADS;
             if (CHUNK * PIECES % THREADS && i >= CHUNK * PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
-            const unsigned r = first_step + first + row;
-            const Element* from = r % T ? h_of_part + static_cast<long long>(first + row) * (N * D)
-                                        : h_initial + (first_sequence + r / T) * width + n * D;
+            Place place = next;
+            place.move(row, T);
+            const Element* from = place.step
+                                      ? h_of_part + static_cast<long long>(first + row) * (N * D)
+                                      : h_initial + place.sequence * width + n * D;
             fetch_pieces(columns + row * COLUMNS_PITCH, from, first + row < rows, piece);
         }
+        next.move(CHUNK, T);
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
         if (chunk < chunks) fetch(chunk);
