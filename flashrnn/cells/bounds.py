@@ -75,7 +75,7 @@ def _upwards(x: float) -> float:
 
 
 def _applied(operation: str, of: list[Interval]) -> Interval:
-    """Where the operation's result lies in exact arithmetic; ``of`` are its arguments' intervals."""
+    """Where a result lies in exact arithmetic; ``of`` has an interval for each argument."""
     if operation in _RULES:
         return _RULES[operation](*of)
     if OPERATIONS[operation].returns_bool:
