@@ -255,22 +255,32 @@ def pattern(x: Tensor) -> Tensor:
 
 
 def others_keep_their_bits(
-    backend: str, B: int, D: int, dtype: torch.dtype, device: str = "cpu"
+    backend: str,
+    B: int,
+    D: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    kind: str = "slstm",
+    where: str = "Wx",
 ) -> bool:
-    """Whether NaN and inf in one sequence and head leave the bits of all others as they are."""
-    inputs = random_inputs("slstm", B, 4, 2, D, dtype, device)
+    """Whether NaN and inf in one sequence and head leave the bits of all others as they are.
+
+    They are planted in a step's ``Wx`` or in the first ``states``.
+    """
+    inputs = random_inputs(kind, B, 4, 2, D, dtype, device)
+    place = {"Wx": (1, 1, 0, 0, 3), "states": (0, 1, 0, 0, 3)}[where]
 
     def results() -> list[Tensor]:
-        outputs = call("slstm", inputs, backend=backend)
+        outputs = call(kind, inputs, backend=backend)
         found = gradients(outputs, inputs)
         per_sequence = [*outputs, found["states"]]
         return [*per_sequence, found["Wx"].transpose(1, 2).unsqueeze(0)]
 
     expected = results()
     for value in (torch.nan, torch.inf):
-        planted = inputs.Wx.detach().clone()
-        planted[1, 1, 0, 0, 3] = value
-        inputs = Inputs(**inputs.tensors() | {"Wx": planted.requires_grad_()})
+        planted = inputs.tensors()[where].detach().clone()
+        planted[place] = value
+        inputs = Inputs(**inputs.tensors() | {where: planted.requires_grad_()})
         for given, right in zip(results(), expected, strict=True):
             # [·, B, ·, N, D], but for the gates' dimension, which is the third there.
             given, right = (

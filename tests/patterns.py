@@ -117,6 +117,22 @@ CHANGES: dict[str, Callable[[Inputs], None]] = {
     "sums beyond the largest": _overflow,
 }
 
+
+def _add_up(inputs: Inputs) -> None:
+    """Two finite products whose sum is infinite, at the first step at least."""
+    for unit in (1, 3):
+        inputs.R[0, 0, 2, unit], inputs.states[0, 0, 0, 0, unit] = 3e38, 1.0
+
+
+FAR_CHANGES = CHANGES | {
+    "R -inf": _set("R", -math.inf, 0, 0, 2, 1),
+    "R inf, of the last unit and head": _set("R", math.inf, -1, -1, -1, -1),
+    "R near the largest": _set("R", 3e38, 0, 0, 2, 1),
+    "h 3e38": _set("states", 3e38, 0, 1, 0, 0, 2),
+    "a sum beyond the largest": _add_up,
+}
+"""Of float32: with what makes a step whose ``h`` is bounded need care after all."""
+
 GRADIENTS = {
     "inf": math.inf,
     "-inf": -math.inf,
@@ -165,6 +181,26 @@ def follows_vanilla(
             asked = d_states, d_last
         try:
             same_pattern_as_vanilla(backend, kind, inputs, asked, **options)
+        except AssertionError as error:
+            differing.append(f"{name}: {error}")
+    assert not differing, "\n".join(differing)
+
+
+def bounded_follows_vanilla(
+    backend: str, kind: str, *sizes: int, device: str = "cpu", forward_clipval: float | None = None
+) -> None:
+    """Hold the patterns of float32 problems with ``FAR_CHANGES`` to vanilla.
+
+    The cell is one whose ``h`` is bounded. It saturates, so a number of ``R`` or of the first ``h``
+    matters to the step that it meets, and hardly to later ones.
+    """
+    differing = []
+    for name, change in FAR_CHANGES.items():
+        inputs = random_inputs(kind, *sizes, torch.float32, device)
+        with torch.no_grad():
+            change(inputs)
+        try:
+            same_pattern_as_vanilla(backend, kind, inputs, forward_clipval=forward_clipval)
         except AssertionError as error:
             differing.append(f"{name}: {error}")
     assert not differing, "\n".join(differing)

@@ -29,7 +29,12 @@ from tests.fused import (  # noqa: F401
     same_without_gradients,
 )
 from tests.machine_code import spills_in_a_loop
-from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
+from tests.patterns import (
+    BAD_AT_ZERO,
+    bounded_follows_vanilla,
+    follows_vanilla,
+    ignores_what_is_not_there,
+)
 from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
 from tests.test_jit import needs_nvrtc
 
@@ -302,6 +307,13 @@ def test_finite_infinite_and_nan_where_vanilla_has_them(on_the_cpu, D, dtype, cl
 
 
 @needs_compiler
+@pytest.mark.parametrize("forward_clipval", [None, 0.5, 1e39], ids="clipped to {}".format)
+@pytest.mark.parametrize("kind", ["elman", "lstm"])
+def test_bounded_h_takes_care_where_it_must(on_the_cpu, kind, forward_clipval):
+    bounded_follows_vanilla("cuda_fused", kind, 3, 4, 2, 20, forward_clipval=forward_clipval)
+
+
+@needs_compiler
 @pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)
 def test_units_that_are_not_there_reach_no_sum(on_the_cpu, kind):
     ignores_what_is_not_there("cuda_fused", kind, 3, 3, 2, 20, dtype=torch.float32)
@@ -347,6 +359,12 @@ def test_a_nan_stays_in_its_sequence_and_head(on_the_cpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_others_keep_their_bits(on_the_cpu, dtype):
     assert others_keep_their_bits("cuda_fused", 4, 16, dtype)
+
+
+@needs_compiler
+def test_others_keep_their_bits_where_one_needs_care(on_the_cpu):
+    options = {"kind": "lstm", "where": "states"}
+    assert others_keep_their_bits("cuda_fused", 4, 16, torch.float32, **options)
 
 
 # ---- what it says of itself

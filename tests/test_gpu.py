@@ -159,10 +159,11 @@ def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [24, 128, 200, 768])
-def test_others_keep_their_bits(backend, D, dtype):
+@pytest.mark.parametrize(("kind", "where"), [("slstm", "Wx"), ("lstm", "states")])
+def test_others_keep_their_bits(backend, kind, where, D, dtype):
     if LARGEST_HEAD.get(backend, D) < D:
         pytest.skip("a head larger than this backend takes")
-    assert others_keep_their_bits(backend, 17, D, dtype, "cuda")
+    assert others_keep_their_bits(backend, 17, D, dtype, "cuda", kind, where)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

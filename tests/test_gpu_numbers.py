@@ -12,7 +12,12 @@ from tests.fused import (  # noqa: F401
     hold_to_vanilla,
     poisoned,
 )
-from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
+from tests.patterns import (
+    BAD_AT_ZERO,
+    bounded_follows_vanilla,
+    follows_vanilla,
+    ignores_what_is_not_there,
+)
 from tests.problems import Inputs, call, random_inputs, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +45,15 @@ def test_finite_infinite_and_nan_where_vanilla_has_them(backend, sizes, dtype, c
     stored = backend == "cuda" and dtype == torch.float16 and clipval is not None
     but = ("inf", "-inf") if stored else ()
     follows_vanilla(backend, *sizes, dtype=dtype, device="cuda", clipval=clipval, but=but)
+
+
+@pytest.mark.parametrize("forward_clipval", [None, 0.5, 1e39], ids="clipped to {}".format)
+@pytest.mark.parametrize("kind", ["elman", "lstm"])
+@pytest.mark.parametrize(
+    "sizes", [*SIZES, (2, 1, 1, 16), (64, 9, 12, 64), (9, 20, 2, 128)], ids=str
+)
+def test_bounded_h_takes_care_where_it_must(backend, sizes, kind, forward_clipval):
+    bounded_follows_vanilla(backend, kind, *sizes, device="cuda", forward_clipval=forward_clipval)
 
 
 @pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)

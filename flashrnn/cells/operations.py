@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 Scalar = float | bool
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 709.7 or math.isnan(x) else math.inf

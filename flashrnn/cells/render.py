@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from flashrnn.cells.graph import Argument, Graph
-from flashrnn.cells.operations import OPERATIONS, Scalar
+from flashrnn.cells.operations import LARGEST_FLOAT32, OPERATIONS, Scalar
 from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import FORWARD_CLIPVAL, TracedCell
-
-_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 _TRITON_HEADER = """\
 import triton
@@ -150,6 +148,6 @@ def _cuda_constant(value: Scalar) -> str:
     if math.isnan(value):
         return "NOT_A_NUMBER"
     # A negative one in parentheses, for `-` may stand before it.
-    if abs(value) > _LARGEST_FLOAT32:
+    if abs(value) > LARGEST_FLOAT32:
         return "INFINITE" if value > 0 else "(-INFINITE)"
     return f"{value!r}f" if math.copysign(1, value) > 0 else f"({value!r}f)"

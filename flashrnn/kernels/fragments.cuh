@@ -41,7 +41,9 @@ struct Matrix {
 
     template <bool FORWARD>
     __device__ void load(const Element* R, int n, int N, const Lane& lane, Fragment* spare) {
-        Fragment* mine = spare + threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32;
+        unsigned place = threadIdx.x / 32 * SPARED * 32 + threadIdx.x % 32;
+        settle(place);
+        Fragment* mine = spare + place;
         spared = mine;
 #pragma unroll
         for (int f = 0; f < FRAGMENTS; ++f) {

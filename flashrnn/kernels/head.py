@@ -26,7 +26,8 @@ def forward_source(
         aligned: whether every row of every tensor begins at a multiple of 16 bytes.
         save_gates: whether pre-activations are saved for the backward scan.
     """
-    return _program("head_forward.cu", cell, precision, D, plan, aligned, SAVE_GATES=save_gates)
+    options = {"SAVE_GATES": save_gates, "H_IS_NEAR": program.h_is_near(cell)}
+    return _program("head_forward.cu", cell, precision, D, plan, aligned, **options)
 
 
 def backward_source(

@@ -13,6 +13,100 @@
 // computing warps have read the inputs of step t and written its new states; what the traffic threads
 // have done then, traffic_forward.cuh says.
 
+// Whether the computing warp may meet sums that are to be multiplied with care: at the first step, of which
+// the lines hold h, or at any later one.
+__device__ inline bool may_need_care(const Matrix& matrix, const Element* lines) {
+    if (!NEEDS_CARE<Operand> || !H_IS_NEAR) return NEEDS_CARE<Operand>;
+    bool far = false;
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+        const Fragment a = matrix[f];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) far |= is_far(__uint_as_float(a.words[w]));
+    }
+    for (int i = threadIdx.x % 32; i < SEQUENCES * DD; i += 32) {
+        far |= is_far(to_float(lines[i / DD * STATES + i % DD]));
+    }
+    return __any_sync(~0u, far);
+}
+
+// All steps of the scan, of a computing warp.
+template <bool WITH_CARE>
+__device__ inline void take_steps(float (&carried)[S][OWNED], const float (&bias)[G][OWNED],
+                                  const Matrix& matrix, const Lane& lane, const Element* ring,
+                                  Element* new_states, Element* saved, const Element* R, int n, int N,
+                                  long long T, const Clips& clips) {
+    // The pre-activations of number e, of which the product has made NaN.
+    const auto multiply_with_care = [&](float (&mine)[G], int e, const Element* inputs,
+                                        const Element* read) {
+        const int unit = lane.unit(e), sequence = lane.sequence(e);
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+            const int k = RECURRENT[s];
+            const Element* input = inputs + sequence * INPUTS + FED_WX[k] * DD + unit;
+            mine[k] = (FED_WX[k] >= 0 ? to_float(*input) : 0.0f) + bias[k][e] +
+                      careful_product<true>(R, n, N, s, unit, read + sequence * STATES);
+        }
+    };
+    const unsigned line = matrix_line(new_states, STATES);
+    constexpr unsigned TURN = SEQUENCES * STATES * sizeof(Element);
+    int slot = 0;
+    for (int t = 0; t < T; ++t) {
+        float sums[GR][BLOCKS][4], preactivations[G][OWNED];
+        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES);
+        // Nothing here depends on the product, and all of it hides behind it.
+        const Element* inputs = ring + slot * SEQUENCES * INPUTS;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            float input[OWNED] = {};
+            if (FED_WX[k] >= 0) load_owned(input, inputs + FED_WX[k] * DD, INPUTS, lane);
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) preactivations[k][e] = input[e] + bias[k][e];
+        }
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+#pragma unroll
+            for (int e = 0; e < OWNED; ++e) {
+                preactivations[RECURRENT[s]][e] += lane.owned(sums[s], e);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            float mine[G], old[S], after[S];
+#pragma unroll
+            for (int k = 0; k < G; ++k) mine[k] = preactivations[k][e];
+#pragma unroll
+            for (int s = 0; s < S; ++s) old[s] = carried[s][e];
+            step(old, mine, after, clips.forward);
+            if constexpr (WITH_CARE) {
+                // Is any of them NaN? Asked beside the step, which hardly ever is taken again.
+                float all = 0.0f;
+#pragma unroll
+                for (int s = 0; s < GR; ++s) all += mine[RECURRENT[s]];
+                if (all != all) {
+                    const Element* read = new_states + (t + 1) % 2 * SEQUENCES * STATES;
+                    multiply_with_care(mine, e, inputs, read);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) preactivations[k][e] = mine[k];
+                    step(old, mine, after, clips.forward);
+                }
+            }
+#pragma unroll
+            for (int s = 0; s < S; ++s) carried[s][e] = after[s];
+        }
+        Element* to = new_states + t % 2 * SEQUENCES * STATES;
+#pragma unroll
+        for (int s = 0; s < S; ++s) store_owned(to + s * DD, STATES, carried[s], lane);
+        if (SAVE_GATES) {
+            Element* gates_to = saved + t % 2 * SEQUENCES * GATES;
+#pragma unroll
+            for (int k = 0; k < G; ++k) store_owned(gates_to + k * DD, GATES, preactivations[k], lane);
+        }
+        meet<THREADS>();
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              const Element* __restrict__ b, const float* __restrict__ initial,
@@ -78,74 +172,10 @@ head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
     store_owned(new_states + SEQUENCES * STATES, STATES, carried[0], lane);
     meet<THREADS>();
 
-    // The pre-activations of number e, of which the product has made NaN.
-    const auto multiply_with_care = [&](float (&mine)[G], int e, const Element* inputs,
-                                        const Element* read) {
-        const int unit = lane.unit(e), sequence = lane.sequence(e);
-#pragma unroll
-        for (int s = 0; s < GR; ++s) {
-            const int k = RECURRENT[s];
-            const Element* input = inputs + sequence * INPUTS + FED_WX[k] * DD + unit;
-            mine[k] = (FED_WX[k] >= 0 ? to_float(*input) : 0.0f) + bias[k][e] +
-                      careful_product<true>(R, n, N, s, unit, read + sequence * STATES);
-        }
-    };
-    const unsigned line = matrix_line(new_states, STATES);
-    constexpr unsigned TURN = SEQUENCES * STATES * sizeof(Element);
-    int slot = 0;
-    for (int t = 0; t < T; ++t) {
-        float sums[GR][BLOCKS][4], preactivations[G][OWNED];
-        recurrent_product(sums, matrix, line + (t + 1) % 2 * TURN, STATES);
-        // Nothing here depends on the product, and all of it hides behind it.
-        const Element* inputs = ring + slot * SEQUENCES * INPUTS;
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-#pragma unroll
-        for (int k = 0; k < G; ++k) {
-            float input[OWNED] = {};
-            if (FED_WX[k] >= 0) load_owned(input, inputs + FED_WX[k] * DD, INPUTS, lane);
-#pragma unroll
-            for (int e = 0; e < OWNED; ++e) preactivations[k][e] = input[e] + bias[k][e];
-        }
-#pragma unroll
-        for (int s = 0; s < GR; ++s) {
-#pragma unroll
-            for (int e = 0; e < OWNED; ++e) {
-                preactivations[RECURRENT[s]][e] += lane.owned(sums[s], e);
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < OWNED; ++e) {
-            float mine[G], old[S], after[S];
-#pragma unroll
-            for (int k = 0; k < G; ++k) mine[k] = preactivations[k][e];
-#pragma unroll
-            for (int s = 0; s < S; ++s) old[s] = carried[s][e];
-            step(old, mine, after, clips.forward);
-            if constexpr (NEEDS_CARE<Operand>) {
-                // Is any of them NaN? Asked beside the step, which hardly ever is taken again.
-                float all = 0.0f;
-#pragma unroll
-                for (int s = 0; s < GR; ++s) all += mine[RECURRENT[s]];
-                if (all != all) {
-                    const Element* read = new_states + (t + 1) % 2 * SEQUENCES * STATES;
-                    multiply_with_care(mine, e, inputs, read);
-#pragma unroll
-                    for (int k = 0; k < G; ++k) preactivations[k][e] = mine[k];
-                    step(old, mine, after, clips.forward);
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < S; ++s) carried[s][e] = after[s];
-        }
-        Element* to = new_states + t % 2 * SEQUENCES * STATES;
-#pragma unroll
-        for (int s = 0; s < S; ++s) store_owned(to + s * DD, STATES, carried[s], lane);
-        if (SAVE_GATES) {
-            Element* gates_to = saved + t % 2 * SEQUENCES * GATES;
-#pragma unroll
-            for (int k = 0; k < G; ++k) store_owned(gates_to + k * DD, GATES, preactivations[k], lane);
-        }
-        meet<THREADS>();
+    if (may_need_care(matrix, new_states + SEQUENCES * STATES)) {
+        take_steps<true>(carried, bias, matrix, lane, ring, new_states, saved, R, n, N, T, clips);
+    } else {
+        take_steps<false>(carried, bias, matrix, lane, ring, new_states, saved, R, n, N, T, clips);
     }
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {

@@ -75,4 +75,8 @@ __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a
 template <typename Operand>
 constexpr bool NEEDS_CARE = PASSES<Operand> > 1;
 
+// Of factors that are nearer to 0, be they right and left or parts of these, neither a product nor a sum
+// of 2^7 of them is infinite. NaN is none of the far ones: it makes NaN with care too.
+__device__ inline bool is_far(float x) { return fabsf(x) >= 1.152921504606846976e18f; }  // 2^60
+
 __device__ inline bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flashrnn.cells.bounds import bound_of_h
 from flashrnn.cells.render import render_cuda
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import tf32_allowed
@@ -63,6 +64,12 @@ def with_files(
 ) -> dict[str, str]:
     """A whole program: :func:`prelude`, and files beside this one after it, in their order."""
     return {**prelude(cell, precision, constants), **{name: read(name) for name in files}}
+
+
+def h_is_near(cell: TracedCell) -> bool:
+    """Whether each new h is NaN or no far number, as operands.cuh has it: below 2^60."""
+    bound = bound_of_h(cell.graphs.forward)
+    return bound is not None and bound < 2**60
 
 
 def gradient_options(cut: bool, clip: bool) -> dict[str, bool]:

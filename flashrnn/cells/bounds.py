@@ -1,0 +1,157 @@
+"""Between which numbers a graph's values lie, whatever its inputs are.
+
+A bound holds for every value that is a number: NaN may come of anything. It holds for float32 as
+kernels compute it, approximations, lost digits and overflow included, and so in float64 too: every
+interval is a little wider than exact arithmetic would make it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from flashrnn.cells.graph import Argument, Graph
+from flashrnn.cells.operations import LARGEST_FLOAT32, OPERATIONS
+from flashrnn.cells.traced import FORWARD_CLIPVAL
+
+Interval = tuple[float, float]
+"""The least and the largest number, each of which may be infinite."""
+
+ANYTHING: Interval = (-math.inf, math.inf)
+
+# More than any operation is wrong by: tanh of 16-bit operands is to 2^-11.
+_RELATIVE_SLACK = 2.0**-10
+# Numbers below 2^-126 may be taken for 0.
+_ABSOLUTE_SLACK = 2.0**-120
+
+
+def bound_of_h(forward: Graph) -> float | None:
+    """The largest absolute value of the new ``h``, a cell's first state; ``None`` if any may be.
+
+    It is a little more than the cell's definition says: 1.003 for ``σ(o)·tanh(c)``.
+
+    Args:
+        forward: a cell's step, as :class:`flashrnn.cells.traced.CellGraphs` has it.
+    """
+    h = forward.outputs[0]
+    least, largest = _of(h, intervals(forward))
+    bound = max(-least, largest)
+    return bound if math.isfinite(bound) else None
+
+
+def intervals(forward: Graph) -> dict[str, Interval]:
+    """Where every named value of a cell's step lies.
+
+    States and gates may be anything: a call begins with states of the caller's. A value that
+    clips is positive, and infinite where float32 does not hold it.
+    """
+    known = dict.fromkeys(forward.inputs, ANYTHING)
+    if FORWARD_CLIPVAL in known:
+        known[FORWARD_CLIPVAL] = (0.0, math.inf)
+    for x in forward.body:
+        known[x.name] = _widened(_applied(x.operation, [_of(y, known) for y in x.arguments]))
+    return known
+
+
+def _of(argument: Argument, known: Mapping[str, Interval]) -> Interval:
+    if isinstance(argument, str):
+        return known[argument]
+    return _widened((float(argument), float(argument)))
+
+
+def _widened(interval: Interval) -> Interval:
+    """The interval with room for float32; any number where there is none in it."""
+    least, largest = interval
+    if math.isnan(least) or math.isnan(largest):
+        return ANYTHING
+    return -_upwards(-least), _upwards(largest)
+
+
+def _upwards(x: float) -> float:
+    """A number above, as far as approximations go; infinity where float32 may have that."""
+    x = max(x, -LARGEST_FLOAT32)
+    x += abs(x) * _RELATIVE_SLACK + _ABSOLUTE_SLACK
+    return x if x <= LARGEST_FLOAT32 else math.inf
+
+
+def _applied(operation: str, of: list[Interval]) -> Interval:
+    """Where a result lies in exact arithmetic; ``of`` has an interval for each argument."""
+    if operation in _RULES:
+        return _RULES[operation](*of)
+    if OPERATIONS[operation].returns_bool:
+        return 0.0, 1.0
+    # What no rule is known for may be anything.
+    return ANYTHING
+
+
+def _increasing(name: str, lowest: float = -math.inf) -> Callable[[Interval], Interval]:
+    """The rule of a function that grows from ``lowest`` on, and is NaN before."""
+    function = OPERATIONS[name].python
+
+    def rule(x: Interval) -> Interval:
+        return float(function(max(x[0], lowest))), float(function(max(x[1], lowest)))
+
+    return rule
+
+
+def _add(x: Interval, y: Interval) -> Interval:
+    return x[0] + y[0], x[1] + y[1]
+
+
+def _negate(x: Interval) -> Interval:
+    return -x[1], -x[0]
+
+
+def _multiply(x: Interval, y: Interval) -> Interval:
+    # An infinite end stands for numbers without end, each of which 0 makes 0 of.
+    corners = [a * b if a and b else 0.0 for a in x for b in y]
+    return min(corners), max(corners)
+
+
+def _divide(x: Interval, y: Interval) -> Interval:
+    if y[0] <= 0 <= y[1]:
+        return ANYTHING
+    # A divisor of which float32 makes infinity leaves 0.
+    inverse = [0.0, 1 / y[0], 1 / y[1]]
+    return _multiply(x, (min(inverse), max(inverse)))
+
+
+def _absolute(x: Interval) -> Interval:
+    return max(x[0], -x[1], 0.0), max(-x[0], x[1])
+
+
+def _maximum(x: Interval, y: Interval) -> Interval:
+    return max(x[0], y[0]), max(x[1], y[1])
+
+
+def _minimum(x: Interval, y: Interval) -> Interval:
+    return min(x[0], y[0]), min(x[1], y[1])
+
+
+def _where(_: Interval, x: Interval, y: Interval) -> Interval:
+    return min(x[0], y[0]), max(x[1], y[1])
+
+
+_RULES: dict[str, Callable[..., Interval]] = {
+    "add": _add,
+    "sub": lambda x, y: _add(x, _negate(y)),
+    "mul": _multiply,
+    "div": _divide,
+    "neg": _negate,
+    "abs": _absolute,
+    # Of NaN it is 0.
+    "sign": lambda x: (-1.0 if x[0] < 0 else 0.0, 1.0 if x[1] > 0 else 0.0),
+    "sqrt": _increasing("sqrt", lowest=0.0),
+    "exp": _increasing("exp"),
+    "expm1": _increasing("expm1"),
+    "log": _increasing("log", lowest=0.0),
+    "log1p": _increasing("log1p", lowest=-1.0),
+    "sin": lambda x: (-1.0, 1.0),
+    "cos": lambda x: (-1.0, 1.0),
+    "erf": _increasing("erf"),
+    "tanh": _increasing("tanh"),
+    "sigmoid": _increasing("sigmoid"),
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "where": _where,
+}
