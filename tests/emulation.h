@@ -735,6 +735,8 @@ static void meet_cluster() { cluster_meeting.wait_for(threads_of_cluster); }
 
 static void settle(unsigned&) {}
 static void settle(float&) {}
+template <typename T>
+static void settle(T*&) {}
 
 template <int REGISTERS>
 static void keep_registers() {}

@@ -23,11 +23,13 @@ struct alignas(16) Piece {
     unsigned words[4];
 };
 
-// What the launch before wrote is FRESH, and read past the first-level cache.
+// What the launch before wrote is FRESH, and read past the first-level cache. What is not is read as if it
+// might be written all the same: of memory that nobody writes, the assembler may put off the reading
+// until the launch before is complete.
 template <bool FRESH, typename Word>
 __device__ inline Word load_word(const Element* from) {
     const Word* address = reinterpret_cast<const Word*>(from);
-    return FRESH ? __ldcg(address) : __ldg(address);
+    return FRESH ? __ldcg(address) : *address;
 }
 
 // Elements k .. k + SHARE - 1 of a line of D, zeros beyond it or where there is none.

@@ -367,9 +367,13 @@ __device__ inline void meet_cluster() {
                      : "memory");
 }
 
-// Has the word computed here, not where it is used first.
+// Has it computed here, not where it is used first.
 __device__ inline void settle(unsigned& word) { asm volatile("" : "+r"(word)); }
 __device__ inline void settle(float& number) { asm volatile("" : "+f"(number)); }
+template <typename T>
+__device__ inline void settle(T*& address) {
+    asm volatile("" : "+l"(address));
+}
 
 // How many registers each lane has from here on: the block gets back the others, or gives what
 // others gave back. All warps of a group of four say it alike, and only Hopper's do.

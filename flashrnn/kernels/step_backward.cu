@@ -44,51 +44,79 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
     // A launch serves all batches up to a size. Asked when R is on its way, and not before.
     if (tile.first_sequence >= B) return;
 
+    // All that is fetched is asked for before any of it is used.
+    Element from_gates[OWNED][G] = {}, from_states[OWNED][S] = {}, given[OWNED][S] = {};
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        const Unit unit(tile, e, B, D);
+        const Element* saved =
+            pointer<const Element>(call->gates) + (unit.b * T + t) * G * width + unit.place;
+        const Element* states =
+            pointer<const Element>(call->states) + (unit.b * T + t - 1) * width + unit.place;
+        const Element* d_states = pointer<const Element>(call->d_states) + unit.b * call->d_states_b +
+                                  t * call->d_states_t + n * call->d_states_n + unit.d * call->d_states_d;
+        const long long states_s = B * T * width, d_states_s = call->d_states_s;
+        settle(saved);
+        settle(states);
+        settle(d_states);
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            if (unit.exists && t >= 0) from_gates[e][k] = saved[k * width];
+        }
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            if (unit.exists && t > 0) from_states[e][s] = states[s * states_s];
+            if (unit.exists && t >= 0) given[e][s] = d_states[s * d_states_s];
+        }
+    }
+
+    // Where the step after is read, found before it is complete: see step_forward.cu.
+    const float* from[OWNED];
+    long long from_s = B * width;
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        const Unit unit(tile, e, B, D);
+        from[e] = d_carried + unit.b * width + unit.place;
+    }
+    if (t == T - 1) {
+        from_s = call->d_last_s;
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const Unit unit(tile, e, B, D);
+            from[e] = pointer<const float>(call->d_last) + unit.b * call->d_last_b + n * call->d_last_n +
+                      unit.d * call->d_last_d;
+        }
+    }
+    settle(product.columns.first);
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) settle(from[e]);
+
     float gates[OWNED][G], before[OWNED][S], gradients[OWNED][S];
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {
         const Unit unit(tile, e, B, D);
-        const Element* saved = pointer<const Element>(call->gates);
 #pragma unroll
-        for (int k = 0; k < G; ++k) {
-            gates[e][k] = 0.0f;
-            if (unit.exists && t >= 0) {
-                gates[e][k] = to_float(saved[((unit.b * T + t) * G + k) * width + unit.place]);
-            }
-        }
+        for (int k = 0; k < G; ++k) gates[e][k] = to_float(from_gates[e][k]);
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            before[e][s] = gradients[e][s] = 0.0f;
-            if (unit.exists && t > 0) {
-                const Element* states = pointer<const Element>(call->states);
-                before[e][s] = to_float(states[(row_of(s, unit.b, B) * T + t - 1) * width + unit.place]);
-            } else if (unit.exists && t == 0) {
+            before[e][s] = to_float(from_states[e][s]);
+            gradients[e][s] = to_float(given[e][s]);
+            if (unit.exists && t == 0) {
                 const float* initial = pointer<const float>(call->initial);
                 before[e][s] = initial[s * call->initial_s + unit.b * call->initial_b +
                                        n * call->initial_n + unit.d * call->initial_d];
-            }
-            if (unit.exists && t >= 0) {
-                const Element* given = pointer<const Element>(call->d_states);
-                gradients[e][s] = to_float(
-                    given[s * call->d_states_s + unit.b * call->d_states_b + t * call->d_states_t +
-                          n * call->d_states_n + unit.d * call->d_states_d]);
             }
         }
     }
 
     wait_for_launch_before();
+    float carried[OWNED][S];
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {
         const Unit unit(tile, e, B, D);
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            if (unit.exists && t == T - 1) {
-                const float* last = pointer<const float>(call->d_last);
-                gradients[e][s] += last[s * call->d_last_s + unit.b * call->d_last_b +
-                                        n * call->d_last_n + unit.d * call->d_last_d];
-            } else if (unit.exists) {
-                gradients[e][s] += __ldcg(d_carried + row_of(s, unit.b, B) * width + unit.place);
-            }
+            carried[e][s] = unit.exists ? __ldcg(from[e] + s * from_s) : 0.0f;
         }
     }
     if (!CUT) {
@@ -106,6 +134,8 @@ step_backward(const Call* __restrict__ call, int ahead, int N, int D) {
     for (int e = 0; e < OWNED; ++e) {
         const Unit unit(tile, e, B, D);
         if (unit.exists) {
+#pragma unroll
+            for (int s = 0; s < S; ++s) gradients[e][s] += carried[e][s];
             if (recurrent) {
                 gradients[e][0] += clipped(total(partial, unit.column, unit.row), clips.gradient);
             }

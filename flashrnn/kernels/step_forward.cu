@@ -32,7 +32,10 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
     product.rows.first = pointer<const Element>(call->R) + (n * D + unit) * D;
     product.rows.apart = width * D;
     product.rows.count = unit < D ? GR : 0;
-    const Element* h = t == 0 ? pointer<const Element>(call->h_initial) : states + (t - 1) * width;
+    // Fetched at every step: see `from`.
+    const Element* h_initial = pointer<const Element>(call->h_initial);
+    settle(h_initial);
+    const Element* h = t == 0 ? h_initial : states + (t - 1) * width;
     const long long h_apart = t == 0 ? width : T * width;
     product.columns.first = h + sequence * h_apart + n * D;
     product.columns.apart = 8 * h_apart;
@@ -41,23 +44,54 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
     // A launch serves all batches up to a size. Asked when R is on its way, and not before.
     if (tile.first_sequence >= B) return;
 
-    float gates[OWNED][G], before[OWNED][S];
+    // All that is fetched is asked for before any of it is used.
+    Element from_Wx[OWNED][G] = {}, from_b[OWNED][G] = {};
+    const long long Wx_g = call->Wx_g;
 #pragma unroll
     for (int e = 0; e < OWNED; ++e) {
         const Unit unit(tile, e, B, D);
+        const Element* Wx = pointer<const Element>(call->Wx) + unit.b * call->Wx_b + t * call->Wx_t +
+                            n * call->Wx_n + unit.d * call->Wx_d;
+        const Element* bias = pointer<const Element>(call->b) + unit.place;
+        settle(Wx);
+        settle(bias);
 #pragma unroll
         for (int k = 0; k < G; ++k) {
-            gates[e][k] = 0.0f;
-            if (unit.exists && FED_WX[k] >= 0) {
-                const Element* Wx = pointer<const Element>(call->Wx);
-                gates[e][k] = to_float(
-                    Wx[unit.b * call->Wx_b + t * call->Wx_t + FED_WX[k] * call->Wx_g +
-                       n * call->Wx_n + unit.d * call->Wx_d]);
-            }
-            if (unit.exists && FED_B[k] >= 0) {
-                const Element* bias = pointer<const Element>(call->b);
-                gates[e][k] += to_float(bias[FED_B[k] * width + unit.place]);
-            }
+            if (unit.exists && FED_WX[k] >= 0) from_Wx[e][k] = Wx[FED_WX[k] * Wx_g];
+            if (unit.exists && FED_B[k] >= 0) from_b[e][k] = bias[FED_B[k] * width];
+        }
+    }
+
+    // Where the step before is read, found before it is complete: afterwards there is but one wait for
+    // memory. An address that is still on its way then would be waited for together with whatever
+    // is asked for meanwhile.
+    const float* from[OWNED];
+    long long from_s = B * width;
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+        const Unit unit(tile, e, B, D);
+        from[e] = carried + unit.b * width + unit.place;
+    }
+    if (t == 0) {
+        from_s = call->initial_s;
+#pragma unroll
+        for (int e = 0; e < OWNED; ++e) {
+            const Unit unit(tile, e, B, D);
+            from[e] = pointer<const float>(call->initial) + unit.b * call->initial_b +
+                      n * call->initial_n + unit.d * call->initial_d;
+        }
+    }
+    settle(product.columns.first);
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) settle(from[e]);
+
+    float gates[OWNED][G], before[OWNED][S];
+#pragma unroll
+    for (int e = 0; e < OWNED; ++e) {
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            gates[e][k] = to_float(from_Wx[e][k]);
+            if (FED_B[k] >= 0) gates[e][k] += to_float(from_b[e][k]);
         }
     }
 
@@ -67,14 +101,7 @@ step_forward(const Call* __restrict__ call, int ahead, int N, int D) {
         const Unit unit(tile, e, B, D);
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            before[e][s] = 0.0f;
-            if (unit.exists && t == 0) {
-                const float* initial = pointer<const float>(call->initial);
-                before[e][s] = initial[s * call->initial_s + unit.b * call->initial_b +
-                                       n * call->initial_n + unit.d * call->initial_d];
-            } else if (unit.exists) {
-                before[e][s] = __ldcg(carried + row_of(s, unit.b, B) * width + unit.place);
-            }
+            before[e][s] = unit.exists ? __ldcg(from[e] + s * from_s) : 0.0f;
         }
     }
     product.run(partial, [](int) { return 0; });
