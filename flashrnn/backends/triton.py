@@ -23,8 +23,9 @@ from flashrnn.tiling import ScanPlan, plan_scan
 
 # Earlier ones multiply no tiles of fewer than 16 columns.
 OLDEST = (3, 5)
-# That a thread of backward may have: all there are. Left to itself the assembler saves some, for
-# more programs at once, and lets one element's step wait for another's, which makes steps longer.
+# That a thread may have: all there are. Left to itself the assembler saves some, for more programs
+# at once, and lets one element's step wait for another's, and in the forward scan the next step's
+# product for the stores of this one, which makes steps longer.
 _MOST_REGISTERS = 255
 _REGISTERS_OF_A_MULTIPROCESSOR = 65536
 
@@ -107,6 +108,7 @@ def forward(
             fixed.precision,
             fixed.functions.step,
             num_warps=plan.warps,
+            maxnreg=_most_registers(plan),
         )
     return every_state, last_states, gates
 
@@ -255,7 +257,7 @@ def _fixed_for(
 
 
 def _most_registers(plan: ScanPlan) -> int | None:
-    """Registers of a thread of backward, where a multiprocessor has as many for all threads."""
+    """Registers that a thread may have, where a multiprocessor has as many for all threads."""
     fits = 32 * plan.warps * _MOST_REGISTERS <= _REGISTERS_OF_A_MULTIPROCESSOR
     return _MOST_REGISTERS if fits else None
 
