@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 # What other versions of the dependencies may break: tracing, derivatives, every way of compiling.
 TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/test_graphs.py tests/test_import.py \
-  tests/test_info.py tests/test_jit.py tests/test_readme.py tests/test_vanilla.py
+  tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test test-newest test-oldest check gpu-test gpu-stress clean .venv-newest

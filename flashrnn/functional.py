@@ -148,6 +148,7 @@ def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     return start.expand(len(values), problem.B, 1, problem.N, problem.D)
 
 
+# A number for each dtype on each device.
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 

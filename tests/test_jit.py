@@ -180,6 +180,27 @@ def test_threads_compile_different_programs_at_once(folder, monkeypatch):
         assert list(found) == [b"code", b"code"]
 
 
+@needs_nvrtc
+def test_a_short_program_does_not_wait_for_a_long_one(folder):
+    """cuda.core and NVRTC let other threads go on meanwhile, and compile."""
+    terms = "\n".join(f"y = y * x[{k}] + __expf(y);" for k in range(500))
+    text = f'extern "C" __global__ void k(float* x) {{ float y = x[0]; {terms} x[0] = y; }}'
+    begun = threading.Event()
+
+    def compile_long():
+        begun.set()
+        nvrtc.compile_program({"long": text}, "sm_90")
+        return time.monotonic()
+
+    with ThreadPoolExecutor(1) as other:
+        end_of_the_long = other.submit(compile_long)
+        begun.wait()
+        time.sleep(0.1)
+        nvrtc.compile_program(KERNEL, "sm_90")
+        end_of_the_short = time.monotonic()
+        assert end_of_the_short < end_of_the_long.result()
+
+
 def test_no_more_than_the_latest_programs_stay_in_memory(folder, monkeypatch):
     monkeypatch.setattr(nvrtc, "_version", lambda: (13, 0))
     monkeypatch.setattr(nvrtc, "_compile", lambda *_: b"code")

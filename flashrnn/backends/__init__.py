@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flashrnn.cells.spec import Cell, unknown_name
 from flashrnn.problem import Problem
@@ -108,11 +107,17 @@ def _loaded(name: str) -> Backend:
     return load(name)
 
 
+_BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
+
+
 def recorded() -> bool:
     """Whether something takes note of operators, or gives tensors a meaning of its own."""
+    # Asked of this thread: torch.utils._python_dispatch has one answer for all, which is wrong,
+    # and stays so, once modes of two threads overlap, as those that trace cells.
     return (
         torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BEFORE_AUTOGRAD)
         or torch._C._are_functorch_transforms_active()
     )
 

@@ -208,6 +208,7 @@ class _Fixed(NamedTuple):
 
 
 # What CUDA graphs launch: a graph does not keep a kernel, and Triton unloads one that nobody keeps.
+# For good: nothing tells when a graph is gone.
 _recorded: dict[int, _Fixed] = {}
 
 

@@ -127,6 +127,7 @@ def _imported(module: str, name: str) -> Any:
     return found
 
 
+# For as long as somebody else has them.
 _cells: WeakValueDictionary[str, Cell] = WeakValueDictionary()
 
 
@@ -203,6 +204,7 @@ def _distinct(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
+# No caches: what has a name is to be found by it.
 _library: dict[str, Cell] = {}
 _registered: dict[str, Cell] = {}
 

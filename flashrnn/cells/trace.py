@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
-from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -176,7 +175,7 @@ class _Traced(Tensor):
         return traced
 
     @classmethod
-    def __torch_dispatch__(cls, func: OpOverload, *_: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise RuntimeError(f"{func} of a tensor that was kept after its cell was traced")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -330,7 +329,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: OpOverload,
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -356,7 +355,7 @@ class _Recorder(TorchDispatchMode):
             return tree_map_only(Tensor, unknown, _sample(func, args, kwargs))
 
     def _record(
-        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         name = _name(func)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -376,17 +375,18 @@ class _Recorder(TorchDispatchMode):
             )
         return _Traced(value, result.shape, result.dtype)
 
-    def _rename(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _rename(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation in place, by the one that is not: the tensor then means its result."""
         name = func.overloadpacket.__name__.removesuffix("_")
         if self.judging or not isinstance(args[0], _Traced):
             raise self._refused(func)
-        functional = getattr(getattr(torch.ops.aten, name), func._overloadname)
+        overload = func.__name__.rpartition(".")[2]
+        functional = getattr(getattr(torch.ops.aten, name), overload)
         with self:
             args[0].argument = self._value(functional(*args, **kwargs))
         return args[0]
 
-    def _take_apart(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _take_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation that the table lacks, by way of those that it has."""
         judging, self.judging = self.judging, False
         try:
@@ -493,7 +493,7 @@ class _Recorder(TorchDispatchMode):
             value = factor if value == 1.0 else self.builder.emit("mul", value, factor)
         return self.builder.emit("div", 1.0, value) if exponent < 0 else value
 
-    def _refused(self, func: OpOverload) -> CellError:
+    def _refused(self, func: Any) -> CellError:
         supported = ", ".join(OPERATIONS)
         name = f"cell {self.cell.name!r} uses {func}"
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -510,13 +510,13 @@ class _Recorder(TorchDispatchMode):
         )
 
 
-def _name(func: OpOverload) -> str:
+def _name(func: Any) -> str:
     """An operation's name in the table, or as it is."""
     name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
     return _SYNONYMS.get(name, name)
 
 
-def _sample(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _sample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What comes out of ones: tensors of the shape and the dtype of the result."""
 
     def ones(tensor: Tensor) -> Tensor:

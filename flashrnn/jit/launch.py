@@ -99,9 +99,12 @@ class Program:
                 check(driver().cuKernelGetFunction(kernel.handle))
 
 
+# For good: nothing tells when a graph of the user's is gone.
 _in_graphs: set[Program] = set()
-# By devices, and so are the streams that there were launches on.
+# By devices; emptied when it is long, see _unload.
 _forgotten: dict[int, list[Any]] = {}
+# By devices, the streams that there were launches on. Never emptied: PyTorch has a few dozen, and
+# the driver gives the handles of streams that are no more to later ones.
 _streams: dict[int, set[int]] = {}
 _MOST_FORGOTTEN = 32
 

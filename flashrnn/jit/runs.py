@@ -109,6 +109,7 @@ class _Recorded:
         self.stepper = stepper
         self.stream = stream
         self.block = _new_block(stepper)
+        # By length, of which there are few: the longest, and the powers of two below it.
         self.recordings: dict[int, launch.Recording] = {}
         self.seen: set[int] = set()
         self.lock = threading.Lock()
