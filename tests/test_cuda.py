@@ -38,7 +38,7 @@ from tests.fused import (  # noqa: F401
 from tests.machine_code import spills_in_a_loop
 from tests.patterns import BAD_AT_ZERO, follows_vanilla, ignores_what_is_not_there
 from tests.problems import BUILT_IN, call, random_inputs, relative_error, sparse, wide
-from tests.test_graphs import everything
+from tests.test_graphs import TABLES, check_table, everything, more, table_inputs
 from tests.test_jit import needs_nvrtc
 
 PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
@@ -56,7 +56,7 @@ def program(kind, B, N, D, precision, backward):
 @needs_nvrtc
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide, everything], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide, everything, more], ids=str)
 def test_compiles_for_every_architecture_without_spills(kind, arch, backward):
     for precision in ("bfloat16", "float32"):
         assert not spills_in_a_loop(program(kind, 16, 1, 768, precision, backward), arch), precision
@@ -157,7 +157,7 @@ def some_inputs(kind, units, scale):
 
 @needs_compiler
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 4.0])
-@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, everything], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, everything, more], ids=str)
 def test_cell_text_is_the_cell_to_float32_accuracy(cell_text, kind, scale):
     inputs = some_inputs(kind, 4096, scale)
     S, G = len(resolve(kind).states), len(resolve(kind).gates)
@@ -182,6 +182,14 @@ def test_cell_text_gives_nan_only_where_pytorch_does(cell_text, kind):
     for mine, theirs in zip([*given[0], *given[1]], [*new, *derivative], strict=True):
         wrong = mine.isnan() & ~theirs.isnan()
         assert not wrong.any(), [x[wrong][0].item() for x in inputs]
+
+
+@needs_compiler
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_operations_are_right_to_float32_accuracy(cell_text, table):
+    gates = table_inputs()
+    states = [torch.zeros_like(gates[0])] * len(table.states)
+    check_table(table, gates, cell_text(table, "step", [*states, *gates]))
 
 
 # ---- the kernels

@@ -39,6 +39,7 @@ from tests.problems import (
     undefined,
     wide,
 )
+from tests.test_graphs import TABLES, check_table, table_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -180,6 +181,17 @@ def test_gradient_of_R_sums_millions_of_rows(dtype):
     d_Wx, d_R = torch.autograd.grad(states.sum(), (Wx, R))
     rows, before = d_Wx[0, 1:, 0, 0].double(), states[0, 0, :-1, 0].detach().double()
     assert relative_error(d_R[0, 0], rows.T @ before) < (2**-8 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_operations_are_right_to_float32_accuracy(backend, table):
+    D = 16
+    # A sum with 0 is not -0.
+    gates = torch.stack(table_inputs())[:, : -(len(table_inputs()[0]) % D)] + 0.0
+    Wx = gates.view(3, -1, D).movedim(0, 1)[:, None, :, None].cuda()
+    R, b = (torch.zeros(3, 1, *size, device="cuda") for size in ((D, D), (D,)))
+    states, _ = flashrnn(Wx, R, b, function=table, backend=backend)
+    check_table(table, gates, states.reshape(len(table.states), -1).cpu())
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2, 16), (3, 0, 2, 16)], ids=str)

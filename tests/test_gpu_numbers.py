@@ -50,7 +50,7 @@ def test_finite_infinite_and_nan_where_vanilla_has_them(backend, sizes, dtype, c
 @pytest.mark.parametrize("forward_clipval", [None, 0.5, 1e39], ids="clipped to {}".format)
 @pytest.mark.parametrize("kind", ["elman", "lstm"])
 @pytest.mark.parametrize(
-    "sizes", [*SIZES, (2, 1, 1, 16), (64, 9, 12, 64), (9, 20, 2, 128)], ids=str
+    "sizes", [*SIZES, (2, 2, 1, 16), (64, 9, 12, 64), (9, 20, 2, 128)], ids=str
 )
 def test_bounded_h_takes_care_where_it_must(backend, sizes, kind, forward_clipval):
     bounded_follows_vanilla(backend, kind, *sizes, device="cuda", forward_clipval=forward_clipval)

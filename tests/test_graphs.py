@@ -31,7 +31,25 @@ def everything(states, gates):
     return torch.tanh(h) + 0 * torch.full_like(h, 7.0) + torch.tensor(0.25), a
 
 
-CELLS = [elman, lstm, gru, slstm, everything]
+@cell(states=("h", "a"), gates={"p": ("Wx", "R", "b"), "q": ("Wx", "R"), "u": ("Wx", "b")})
+def more(states, gates):
+    """Other rows of the table, and what has a formula of ours."""
+    _, a = states
+    p, q, u = gates
+    b = torch.tanh(a)
+    mixed = torch.sinh(0.3 * p) - torch.cosh(0.3 * q) + torch.asinh(u) + torch.atan(p * q)
+    mixed = mixed + torch.atanh(0.5 * b) * torch.asin(0.5 * b) + torch.acos(0.5 * b)
+    mixed = mixed + torch.acosh(2.5 + b) + torch.tan(0.5 * b) + torch.hypot(p, q + 1)
+    mixed = mixed + torch.exp2(b) + torch.log2(2 + b) - torch.log10(2 + b) + torch.erfc(q)
+    mixed = mixed + (1.5 + b) ** 0.3 + 1.7**b + (1.5 + b) ** torch.tanh(q) + torch.atan2(p, q)
+    switched = torch.where((p > q) ^ (u > 0), torch.fmax(p, q), torch.copysign(u, p))
+    stepped = torch.round(p) + torch.floor(q) - torch.ceil(u) + torch.trunc(p) * b
+    rest = torch.frac(p) + torch.fmod(q, 1.3) + torch.remainder(u, 1.3) + (p > 0).float() * u
+    soft = F.softshrink(p) + F.hardshrink(q) + torch.logaddexp2(p, u) + torch.xlogy(2 + b, 2 - b)
+    return torch.tanh(0.1 * mixed + stepped + torch.nan_to_num(a)), switched + rest * 0.1 + soft
+
+
+CELLS = [elman, lstm, gru, slstm, everything, more]
 numbers = st.floats(-4, 4).filter(lambda x: x == 0 or abs(x) > 1e-3)
 
 
@@ -166,31 +184,167 @@ def test_graph_is_readable():
     ]
 
 
-EXTREMES = [0.0, -0.0, 1.0, -1.0, 0.3, -2.5, 88.0, -88.0, 100.0, -100.0, 1e4, -1e4]
-EXTREMES += [math.inf, -math.inf, math.nan]
+EXTREMES = [0.0, -0.0, 1.0, -1.0, 0.3, -2.5, 3.0, 88.0, -88.0, 100.0, -100.0, 1e4, -1e4]
+EXTREMES += [1e-9, 0.999999, -0.5, 1e30, -1e30, math.inf, -math.inf, math.nan]
 
-BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
+BINARY = ["add", "sub", "mul", "div", "pow", "fmod", "copysign", "maximum", "minimum"]
+BINARY += ["atan2", "hypot", "remainder", "fmax", "fmin"]
 BINARY += ["eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or"]
 ARITIES = {"where": 3} | dict.fromkeys(BINARY, 2)
+
+
+def extreme_arguments(name, dtype):
+    """All combinations of extremes that an operation of the table takes, a tensor for each."""
+    values = torch.tensor(EXTREMES, dtype=dtype)
+    arity = ARITIES.get(name, 1)
+    columns = list(torch.cartesian_prod(*[values] * arity).view(-1, arity).unbind(1))
+    if name == "where":
+        columns[0] = columns[0] > 0
+    return columns
+
+
+def table_of(name, operations):
+    """A cell with a state for each of the operations."""
+
+    def step(states, gates):
+        x, y, z = gates
+        found = []
+        for name in operations:
+            given = (x > 0, y > 0) if name.startswith("logical") else (x, y)
+            given = (z > 0, x, y) if name == "where" else given[: ARITIES.get(name, 1)]
+            found.append(getattr(torch, name)(*given).to(x.dtype))
+        return tuple(found)
+
+    return cell(states=operations, gates=("x", "y", "z"), name=name)(step)
+
+
+# Those that have a formula; `test_what_users_write_agrees_with_torch` has all.
+COMPOSED = ("ceil", "trunc", "round", "log10", "tan", "sinh", "cosh", "asinh", "acosh", "atanh")
+COMPOSED += ("asin", "acos", "angle", "atan2", "hypot", "remainder", "fmax", "fmin")
+TABLES = [table_of("rows", tuple(OPERATIONS)), table_of("composed", COMPOSED)]
+
+
+def table_inputs():
+    """Gates of `table`, in float32: every pair of extremes, and numbers of many sizes."""
+    x, y = torch.cartesian_prod(*[torch.tensor(EXTREMES, dtype=torch.float32)] * 2).unbind(1)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 5000)
+    more = torch.randn(shape, generator=generator) * 10 ** torch.empty(shape).uniform_(
+        -4, 2, generator=generator
+    )
+    x, y = torch.cat([x, more[0]]), torch.cat([y, more[1]])
+    return [x, y, x.roll(7)]
+
+
+def check_table(table, gates, given):
+    """Operations in float32: as PyTorch's in float64, but for what float32 cannot hold.
+
+    Args:
+        table: out of ``TABLES``.
+        gates: float32 numbers.
+        given: what became of them.
+    """
+    inputs = [x.double() for x in gates]
+    for name, mine, truth in zip(table.states, given, table.step((), inputs), strict=True):
+        mine, truth = mine.double(), truth.float().double()
+        # e^x is 2 to the power of a product that was rounded. Below 1e-37 is as good as 0.
+        of_exp = name in ("exp", "expm1", "sigmoid", "sinh", "cosh")
+        size = truth.abs().log().abs().clamp_min(1) if of_exp else 1.0
+        few = 8e-7 if name in COMPOSED else 4e-7
+        allowed = few * size * truth.abs() + 2e-38
+        wrong = ~((mine - truth).abs() <= allowed) & (mine != truth)
+        wrong &= ~(mine.isnan() & truth.isnan())
+        at = [x[wrong][0].item() for x in inputs] if wrong.any() else None
+        assert at is None, (name, at, mine[wrong][0].item(), truth[wrong][0].item())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_agrees_with_torch(name):
     """Every row of the table, at extremes too: the meaning that renderings will be held to."""
     operation = OPERATIONS[name]
-    values = torch.tensor(EXTREMES, dtype=torch.float64)
-    if name in ("sin", "cos"):
-        values = values[values.isfinite()]
-    arity = ARITIES.get(name, 1)
-    arguments = torch.cartesian_prod(*[values] * arity).view(-1, arity)
-    columns = list(arguments.unbind(1))
-    if name == "where":
-        columns[0] = columns[0] > 0
+    columns = extreme_arguments(name, torch.float64)
     expected = getattr(torch, name)(*columns)
     given = [operation.python(*row) for row in zip(*(x.tolist() for x in columns), strict=True)]
     if operation.returns_bool:
         assert given == expected.tolist()
     else:
-        torch.testing.assert_close(
-            torch.tensor(given, dtype=torch.float64), expected, rtol=1e-14, atol=0, equal_nan=True
+        given = torch.tensor(given, dtype=torch.float64)
+        torch.testing.assert_close(given, expected, rtol=1e-14, atol=0, equal_nan=True)
+        if name not in ("maximum", "minimum"):  # Of 0 and -0.
+            assert torch.equal(given.signbit() & (given == 0), expected.signbit() & (given == 0))
+
+
+WRITTEN = {
+    "x": """
+        x.exp2() | x.log2() | x.log10() | torch.log1p(x) | torch.expm1(x) | x.tan() | x.asin()
+        x.acos() | x.atan() | x.sinh() | x.cosh() | x.asinh() | x.acosh() | x.atanh() | x.floor()
+        x.ceil() | x.round() | x.round(decimals=2) | x.round(decimals=-1) | x.trunc() | x.frac()
+        torch.fix(x) | x % 2 | x % -1.5 | torch.fmod(x, 2.0) | x - x.detach() // 2 | torch.sinc(x)
+        torch.div(x, 3.0, rounding_mode="trunc") | torch.div(x, 3.0, rounding_mode="floor")
+        x**0 | x**0.5 | abs(x) ** -0.5 | x**2 | x**-1 | x**8 | x**-8 | x**0.3 | x**-2.7
+        x**10 | x**-9 | x.expand(x.shape) | x.view(x.shape) | x.reshape(x.shape)
+        2**x | 2.5**x | (-2.0) ** x | 0.0**x | torch.pow(x, torch.tensor(3.0)) | x.square()
+        x.rsqrt() | x.reciprocal() | 2 / x | x.sign() | x.sgn() | torch.copysign(x, -1.0) | x.abs()
+        torch.where(torch.signbit(x), x, 2 * x) | torch.where(torch.isnan(x), 1.0, x) | x.erfc()
+        torch.where(torch.isinf(x), 1.0, x) | torch.where(torch.isfinite(x), x, 1.0)
+        torch.where(torch.isneginf(x), 1.0, x) | torch.nan_to_num(x, 1.0, 2.0, -3.0) | torch.erf(x)
+        torch.where(x > 0, x.sqrt(), 0.0) | torch.where(x > 0, 1, 0) * x | x.masked_fill(x > 1, 0.5)
+        x.clamp(-1, 1) | x.clamp(min=0.3) | x.clip(max=0.3) | x.clamp_min(0.3) | x.clamp_max(0.3)
+        F.relu(x) | F.relu6(x) | F.elu(x, 0.5) | F.celu(x, 0.5) | F.selu(x) | F.gelu(x) | F.silu(x)
+        F.gelu(x, approximate="tanh") | F.mish(x) | F.softplus(x) | F.softplus(x, 2.0, 5.0)
+        F.softsign(x) | F.tanhshrink(x) | F.softshrink(x, 0.3) | F.hardshrink(x, 0.3)
+        F.threshold(x, 0.3, 20) | F.leaky_relu(x, 0.1) | F.logsigmoid(x) | F.hardtanh(x, -1, 0.3)
+        F.hardswish(x) | torch.logit(x) | torch.special.ndtr(x) | torch.special.entr(x)
+        torch.deg2rad(x) | torch.rad2deg(x) | torch.angle(x) | torch.xlogy(2.0, x) | +x | -x | 3 - x
+        (x > 0).float() * x | (x > 0).double().to(x.dtype) * x | ~(x > 0) * x
+        x + (x.round() - x).detach() | torch.where(x > 0, 3, 1).to(x.dtype) * x
+        torch.ones_like(x) * x | torch.full_like(x, 3) ** x | torch.sign(x) * x.abs() ** (1 / 3)
+    """,
+    "x y": """
+        x**y | torch.atan2(x, y) | torch.hypot(x, y) | torch.fmod(x, y) | torch.remainder(x, y)
+        torch.div(x, y, rounding_mode="floor") | torch.div(x, y, rounding_mode="trunc") | x / y
+        torch.copysign(x, y) | torch.maximum(x, y) | torch.minimum(x, y) | torch.fmax(x, y)
+        torch.fmin(x, y) | x.clamp(min=y) | x.clamp_max(y) | torch.where(x > y, x, y)
+        torch.heaviside(x.detach(), y.detach()) * x | torch.logaddexp(x, y) | torch.logaddexp2(x, y)
+        torch.xlogy(x, y) | torch.special.xlog1py(x, y) | torch.ldexp(x, y) | torch.lerp(x, y, 0.3)
+        torch.where((x > 0) ^ (y > 0), x, y) | torch.where(torch.logical_xor(x, y), x, y)
+        ((x > 0) + (y > 0)) * x | ((x > 0) * (y > 0)) * x | torch.where((x > 0) & ~(y > 0), x, y)
+        x.expand_as(y) | x.view_as(y) | (x >= y).to(x) * x | torch.rsub(x, y, alpha=2)
+        F.huber_loss(x, y, reduction="none")
+    """,
+    "x y z": """
+        x.clamp(y, z) | torch.lerp(x, y, z) | torch.addcmul(x, y, z, value=0.5)
+        torch.addcdiv(x, y, z, value=0.5) | torch.where(x > y, y, z)
+    """,
+}
+EXPRESSIONS = [
+    (names, text.strip())
+    for names, texts in WRITTEN.items()
+    for line in texts.strip().splitlines()
+    for text in line.split(" | ")
+]
+
+
+@pytest.mark.parametrize(("names", "text"), EXPRESSIONS, ids=[text for _, text in EXPRESSIONS])
+def test_what_users_write_agrees_with_torch(names, text):
+    """At extremes too, with autograd's derivative."""
+    names = names.split()
+    written = eval(f"lambda {', '.join(names)}: {text}")
+    mine = cell(states=("h",), gates=("g", "k"), name="written")(
+        lambda s, g: (written(*[*s, *g][: len(names)]),)
+    )
+    values = torch.tensor(EXTREMES[:: (1, 1, 2, 4)[len(names)]], dtype=torch.float64)
+    columns = torch.cartesian_prod(*[values] * len(names)).view(-1, len(names)).unbind(1)
+    leaves = [x.clone().requires_grad_() for x in columns]
+    expected, weights = written(*leaves), torch.full_like(leaves[0], 1.3)
+    zeros = [torch.zeros_like(weights)] * (3 - len(names))
+    inputs = [*leaves, *zeros]
+    close = partial(torch.testing.assert_close, rtol=2e-12, atol=1e-15, equal_nan=True)
+    (given,) = evaluated(mine.graphs.forward, inputs)
+    close(given, expected.detach())
+    gradients = [*map(torch.zeros_like, leaves), *zeros]
+    if expected.requires_grad:
+        gradients[: len(names)] = torch.autograd.grad(
+            expected, leaves, weights, allow_unused=True, materialize_grads=True
         )
+    close(evaluated(mine.graphs.derivative, [*inputs, weights]), torch.stack(gradients))

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import math
 import os
 import weakref
 from dataclasses import replace
@@ -14,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from flashrnn import cell, flashrnn, functional
 from flashrnn.backends import autograd, triton
 from flashrnn.cells import resolve
+from flashrnn.cells.render import render_triton
+from flashrnn.jit.source import load_source
 from flashrnn.problem import Problem
 from flashrnn.tiling import ScanPlan, plan_scan
 from tests.fused import (  # noqa: F401
@@ -44,6 +47,7 @@ from tests.problems import (
     wide,
 )
 from tests.stress import fuzz
+from tests.test_graphs import TABLES, check_table, table_inputs
 
 # Triton's interpreter before 3.7, of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
@@ -197,6 +201,31 @@ def test_clips_keep_nan(on_the_cpu, dtype, options):
 @pytest.mark.parametrize("D", [12, 65], ids=["R in registers", "R read again"])
 def test_a_clip_contains_what_is_beyond_float16(on_the_cpu, D):
     contains_what_is_beyond_float16("triton", D)
+
+
+RUN_TABLE = """
+@triton.jit
+def run(given, found, rows: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    x = tl.load(given + row, row < rows)
+    y = tl.load(given + rows + row, row < rows)
+    z = tl.load(given + 2 * rows + row, row < rows)
+    states = step((), (x, y, z), 0.0)
+    for k in tl.static_range(len(states)):
+        tl.store(found + k * rows + row, states[k].to(tl.float32), row < rows)
+"""
+
+
+@needs_triton
+@unbounded
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_operations_are_right_to_float32_accuracy(interpreter, table):
+    gates = torch.stack(table_inputs())
+    rows = gates.shape[1]
+    given = torch.full((len(table.states), rows), math.nan)
+    run = load_source(render_triton(table) + RUN_TABLE).run
+    run[(-(-rows // 128),)](gates, given, rows, 128)
+    check_table(table, gates, given)
 
 
 # Addresses

@@ -128,6 +128,17 @@ def _minimum(x: Interval, y: Interval) -> Interval:
     return min(x[0], y[0]), min(x[1], y[1])
 
 
+def _remainder(x: Interval, y: Interval) -> Interval:
+    # It has x's sign, and is larger than neither.
+    most = min(_absolute(x)[1], _absolute(y)[1])
+    return max(x[0], -most) if x[0] < 0 else 0.0, min(x[1], most) if x[1] > 0 else 0.0
+
+
+def _copysign(x: Interval, _: Interval) -> Interval:
+    most = _absolute(x)[1]
+    return -most, most
+
+
 def _where(_: Interval, x: Interval, y: Interval) -> Interval:
     return min(x[0], y[0]), max(x[1], y[1])
 
@@ -143,12 +154,20 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "sign": lambda x: (-1.0 if x[0] < 0 else 0.0, 1.0 if x[1] > 0 else 0.0),
     "sqrt": _increasing("sqrt", lowest=0.0),
     "exp": _increasing("exp"),
+    "exp2": _increasing("exp2"),
     "expm1": _increasing("expm1"),
     "log": _increasing("log", lowest=0.0),
+    "log2": _increasing("log2", lowest=0.0),
     "log1p": _increasing("log1p", lowest=-1.0),
     "sin": lambda x: (-1.0, 1.0),
     "cos": lambda x: (-1.0, 1.0),
+    "pow": lambda x, y: ANYTHING,
+    "atan": _increasing("atan"),
     "erf": _increasing("erf"),
+    "erfc": lambda x: (math.erfc(x[1]), math.erfc(x[0])),
+    "floor": _increasing("floor"),
+    "fmod": _remainder,
+    "copysign": _copysign,
     "tanh": _increasing("tanh"),
     "sigmoid": _increasing("sigmoid"),
     "maximum": _maximum,

@@ -70,8 +70,14 @@ class GraphBuilder:
     def __init__(self) -> None:
         self._body: dict[tuple[str, ...], Assignment] = {}
 
-    def emit(self, operation: str, *arguments: Argument) -> str:
-        """The name of an operation's result: the first one where it is a common subexpression."""
+    def emit(self, operation: str, *arguments: Argument) -> Argument:
+        """The name of an operation's result: the first one where it is a common subexpression.
+
+        Of constants it is a constant.
+        """
+        constants = [x for x in arguments if not isinstance(x, str)]
+        if len(constants) == len(arguments):
+            return OPERATIONS[operation].python(*constants)
         # repr tells 0.0 from -0.0 and True from 1.0.
         key = (operation, *map(repr, arguments))
         assignment = Assignment(f"v{len(self._body)}", operation, arguments)

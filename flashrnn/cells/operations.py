@@ -24,8 +24,25 @@ def _expm1(x: float) -> float:
     return math.expm1(x) if x < 709.7 or math.isnan(x) else math.inf
 
 
+def _power(x: float, y: float) -> float:
+    try:
+        return math.pow(x, y)
+    except OverflowError:
+        negative = x < 0 and y % 2 == 1
+    except ValueError:
+        # 0 to a negative power, or a negative number to one that is no integer.
+        if x != 0:
+            return math.nan
+        negative = math.copysign(1, x) < 0 and y % 2 == 1
+    return -math.inf if negative else math.inf
+
+
 def _log(x: float) -> float:
     return math.log(x) if x > 0 else (-math.inf if x == 0 else math.nan)
+
+
+def _log2(x: float) -> float:
+    return math.log2(x) if x > 0 else _log(x)
 
 
 def _log1p(x: float) -> float:
@@ -34,6 +51,19 @@ def _log1p(x: float) -> float:
 
 def _sqrt(x: float) -> float:
     return math.nan if x < 0 else math.sqrt(x)
+
+
+def _finite(function: Callable[[float], float]) -> Callable[[float], float]:
+    return lambda x: function(x) if math.isfinite(x) else math.nan
+
+
+def _floor(x: float) -> float:
+    # -0, infinities and NaN are their own.
+    return float(math.floor(x)) if x != 0 and math.isfinite(x) else x
+
+
+def _fmod(x: float, y: float) -> float:
+    return math.nan if y == 0 or math.isinf(x) else math.fmod(x, y)
 
 
 def _divide(x: float, y: float) -> float:
@@ -91,14 +121,22 @@ OPERATIONS: dict[str, Operation] = {
     "sign": Operation(_sign, "pointwise.sign({0})", "pointwise::sign({0})"),
     "sqrt": Operation(_sqrt, "tl.sqrt({0})", "sqrtf({0})"),
     "exp": Operation(_exp, "pointwise.exp({0})", "pointwise::exp({0})"),
+    "exp2": Operation(lambda x: _power(2.0, x), "pointwise.exp2({0})", "exp2_approximate({0})"),
     "expm1": Operation(_expm1, "pointwise.expm1({0})", "expm1f({0})"),
     "log": Operation(_log, "tl.log({0})", "logf({0})"),
+    "log2": Operation(_log2, "tl.log2({0})", "log2f({0})"),
     "log1p": Operation(_log1p, "pointwise.log1p({0})", "log1pf({0})"),
-    "sin": Operation(math.sin, "tl.sin({0})", "sinf({0})"),
-    "cos": Operation(math.cos, "tl.cos({0})", "cosf({0})"),
+    "pow": Operation(_power, "pointwise.pow({0}, {1})", "powf({0}, {1})"),
+    "sin": Operation(_finite(math.sin), "tl.sin({0})", "sinf({0})"),
+    "cos": Operation(_finite(math.cos), "tl.cos({0})", "cosf({0})"),
+    "atan": Operation(math.atan, "pointwise.atan({0})", "atanf({0})"),
     "erf": Operation(math.erf, "tl.erf({0})", "erff({0})"),
+    "erfc": Operation(math.erfc, "pointwise.erfc({0})", "erfcf({0})"),
     "tanh": Operation(math.tanh, "pointwise.tanh({0})", "pointwise::tanh({0})"),
     "sigmoid": Operation(_sigmoid, "pointwise.sigmoid({0})", "pointwise::sigmoid({0})"),
+    "floor": Operation(_floor, "tl.floor({0})", "floorf({0})"),
+    "fmod": Operation(_fmod, "pointwise.fmod({0}, {1})", "fmodf({0}, {1})"),
+    "copysign": Operation(math.copysign, "pointwise.copysign({0}, {1})", "copysignf({0}, {1})"),
     "maximum": Operation(
         _maximum, "tl.maximum({0}, {1}, tl.PropagateNan.ALL)", "pointwise::maximum({0}, {1})"
     ),

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flashrnn.cells.formulas import FORMULAS
 from flashrnn.cells.graph import Argument, Graph, GraphBuilder
 from flashrnn.cells.operations import OPERATIONS
 from flashrnn.cells.spec import Cell, CellError
@@ -102,8 +103,17 @@ def _trace(
                 raise recorder.refusal
             recorder.judging = False
             derivative = _pull_back(outputs, inputs, cotangents)
+    except CellError as error:
+        if recorder.refusal in (None, error):
+            raise
+        raise CellError(f"{error}. Before that, {recorder.refusal}") from error
     except RuntimeError as error:
-        raise CellError(f"cell {cell.name!r} failed while it was traced: {error}") from error
+        words = f"cell {cell.name!r} failed while it was traced: {error}"
+        if "derivative for" in str(error):
+            words += ", not by PyTorch either. Hand it x.detach(): no gradient flows through it"
+        if recorder.refusal:
+            words += f". Before that, {recorder.refusal}"
+        raise CellError(words) from error
     return CellGraphs(
         forward=recorder.graph(states + gates, outputs),
         derivative=recorder.graph(states + gates + gradients, derivative),
@@ -288,15 +298,15 @@ class _Device(str):
     type = index = property(_refuse)
 
 
-# Operations of the table that aten spells under other names too.
-_SYNONYMS = {
-    "bitwise_and": "logical_and",
-    "bitwise_or": "logical_or",
+# What operations are called in the table where all that they are of are truth values.
+_OF_TRUTHS = {
+    **dict.fromkeys(["bitwise_and", "mul", "minimum"], "logical_and"),
+    **dict.fromkeys(["bitwise_or", "add", "maximum"], "logical_or"),
+    **dict.fromkeys(["bitwise_xor", "logical_xor"], "ne"),
     "bitwise_not": "logical_not",
-    "sgn": "sign",
 }
-# Operations that hand their first argument on.
-_IDENTITIES = {"alias", "detach", "clone"}
+# Operations that hand their first argument on; the shape of the result is looked at.
+_IDENTITIES = {"alias", "detach", "clone", "view", "expand"}
 # Operations that fill a tensor with one number: which, or None where it is their last argument.
 # From uninitialized tensors, decompositions take nothing but their shape.
 _FILLS = {
@@ -368,6 +378,8 @@ class _Recorder(TorchDispatchMode):
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
+        if name == "div" and not result.is_floating_point():
+            raise self._refused(func)  # It cuts digits off, which the table's does not.
         if tuple(result.shape) not in ((), self.shape):
             raise CellError(
                 f"cell {self.cell.name!r} makes a tensor of shape {tuple(result.shape)}; "
@@ -392,7 +404,9 @@ class _Recorder(TorchDispatchMode):
         try:
             with self:
                 # PyTorch's formula itself, without the casts around it: all is float64 already.
-                formula = get_decompositions([func]).get(func, func.decompose)
+                formula = FORMULAS.get(_name(func)) or get_decompositions([func]).get(
+                    func, func.decompose
+                )
                 result = inspect.unwrap(formula)(*args, **kwargs)
         except CellError as error:
             raise self._refused(func) from error
@@ -435,7 +449,7 @@ class _Recorder(TorchDispatchMode):
         if name == "clamp_max":
             return self._clamp(args[0], max=args[1])
         if name == "pow":
-            return self._power(*args)
+            return self._power(*map(self._value, args))
         if name == "rsub":
             name, args = "sub", (args[1], args[0], *args[2:])
         if name == "reciprocal":
@@ -445,6 +459,8 @@ class _Recorder(TorchDispatchMode):
         if name == "relu":
             return self.builder.emit("maximum", self._value(args[0]), 0.0)
 
+        if all(map(_is_truth, args)):
+            name = _OF_TRUTHS.get(name, name)
         if name not in OPERATIONS or any(key != "alpha" for key in kwargs):
             return None
         values = [self._value(argument) for argument in args]
@@ -456,13 +472,16 @@ class _Recorder(TorchDispatchMode):
         source, value = tensor.dtype, self._value(tensor)
         if target in (None, source):
             return value
-        if source == torch.bool and target == self.dtype:
+        if source == torch.bool and target in (torch.float32, torch.float64):
             return self.builder.emit("where", value, 1.0, 0.0)
+        if target == self.dtype:
+            return value  # Only what was chosen by a truth value is of another dtype.
         if target == torch.bool:
             return self.builder.emit("ne", value, 0.0)
         raise CellError(
             f"cell {self.cell.name!r} converts {source} to {target}; "
-            "a cell computes in the dtype that it is given (x.to(h.dtype) of a condition is fine)"
+            "a cell computes in the dtype that it is given. Of a condition, x.to(h.dtype) is fine; "
+            "torch.floor, torch.trunc and torch.round give whole numbers in that dtype"
         )
 
     def _clamp(self, tensor: Tensor, min: Any = None, max: Any = None) -> Argument:
@@ -473,28 +492,20 @@ class _Recorder(TorchDispatchMode):
             value = self.builder.emit("minimum", value, self._value(max))
         return value
 
-    def _power(self, base: Any, exponent: Any) -> Argument:
-        # The derivative's exponents are one less than the step's.
-        largest = 8 if self.judging else 9
-        if not isinstance(exponent, (int, float)) or 2 * exponent not in range(
-            -2 * largest, 2 * largest + 1
-        ):
-            given = exponent if isinstance(exponent, (int, float)) else "of a tensor"
-            raise CellError(
-                f"cell {self.cell.name!r} takes the power {given}{_where(self.cell)}; accepted "
-                "are multiples of 0.5 from -8 to 8, and torch.exp(y * torch.log(x)) for others"
-            )
-        x = self._value(base)
-        factors = [x] * abs(int(exponent))
+    def _power(self, base: Argument, exponent: Argument) -> Argument:
+        # Products are faster; those with a root are NaN of -inf, where a power may be another.
+        if isinstance(exponent, str) or 2 * exponent not in range(-18, 19):
+            return self.builder.emit("pow", base, exponent)
+        factors = [base] * abs(int(exponent))
         if exponent % 1:
-            factors.append(self.builder.emit("sqrt", x))
+            factors.append(self.builder.emit("sqrt", base))
         value: Argument = 1.0
         for factor in factors:
             value = factor if value == 1.0 else self.builder.emit("mul", value, factor)
         return self.builder.emit("div", 1.0, value) if exponent < 0 else value
 
     def _refused(self, func: Any) -> CellError:
-        supported = ", ".join(OPERATIONS)
+        supported = f"{', '.join(OPERATIONS)}, and what consists of these (round, tan, gelu, ...)"
         name = f"cell {self.cell.name!r} uses {func}"
         if torch.Tag.nondeterministic_seeded in func.tags:
             return CellError(f"{name}, which draws random numbers; feed them through a gate (Wx)")
@@ -512,8 +523,14 @@ class _Recorder(TorchDispatchMode):
 
 def _name(func: Any) -> str:
     """An operation's name in the table, or as it is."""
-    name = func.overloadpacket.__name__ if func.namespace == "aten" else str(func)
-    return _SYNONYMS.get(name, name)
+    name = func.overloadpacket.__name__ if func.namespace in ("aten", "prims") else str(func)
+    return "sign" if name == "sgn" else name
+
+
+def _is_truth(argument: Any) -> bool:
+    return isinstance(argument, bool) or (
+        isinstance(argument, Tensor) and argument.dtype == torch.bool
+    )
 
 
 def _sample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,17 +17,30 @@ INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
 if INTERPRETED:
     # It knows no assembly.
     @triton.jit
-    def _exp2(x):
+    def exp2(x):
+        """``2ˣ``."""
         return tl.exp2(x)
+
+    @triton.jit
+    def fmod(x, y):
+        """What is left of ``x`` once ``y`` is taken from it as often as it fits."""
+        return x % y
 
     @triton.jit
     def _reciprocal(x):
         return 1.0 / x
 
 else:
+    from triton.language.extra import libdevice
 
     @triton.jit
-    def _exp2(x):
+    def fmod(x, y):
+        """What is left of ``x`` once ``y`` is taken from it as often as it fits."""
+        return libdevice.fmod(tl.cast(x, tl.float32), tl.cast(y, tl.float32))
+
+    @triton.jit
+    def exp2(x):
+        """``2ˣ``."""
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -42,7 +55,7 @@ else:
 @triton.jit
 def exp(x):
     """``eˣ``."""
-    return _exp2(x * _LOG2_E)
+    return exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -81,7 +94,7 @@ def expm1(x):
     # As log1p, with the roles of exp and log exchanged.
     u = tl.exp(x)
     corrected = (u - 1.0) * (x / tl.log(u))
-    corrected = tl.where(u == 0.0, -1.0, corrected)
+    corrected = tl.where(u - 1.0 == -1.0, -1.0, corrected)
     return tl.where((u == 1.0) | (u == float("inf")), tl.where(u == 1.0, x, u), corrected)
 
 
@@ -89,3 +102,58 @@ def expm1(x):
 def sign(x):
     """1, 0 or −1; 0 for NaN."""
     return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def copysign(x, y):
+    """``|x|``, negative where ``y`` or its zero is."""
+    x, y = tl.broadcast(tl.cast(x, tl.float32), tl.cast(y, tl.float32))
+    # Triton's -x is 0 - x, which is 0 of 0.
+    return tl.abs(x) * tl.where(y.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
+
+
+@triton.jit
+def pow(x, y):
+    """``xʸ``, as C's ``powf``."""
+    # By way of float64: log2 of float32, times y, is right to too few digits after the point.
+    x, y = tl.broadcast(tl.cast(x, tl.float64), tl.cast(y, tl.float64))
+    size = tl.abs(x)
+    power = tl.exp2(y * tl.log2(size))
+    power = tl.where((y == 0) | (size == 1), 1.0, power)
+    is_integer = tl.floor(y) == y
+    is_odd = is_integer & (2 * tl.floor(0.5 * y) != y)
+    power = tl.where((x < 0) & (size < float("inf")) & (is_integer == 0), float("nan"), power)
+    power = tl.where((x == 1) | (y == y), power, float("nan"))
+    is_negative = (x.to(tl.int64, bitcast=True) < 0) & is_odd
+    return (power * tl.where(is_negative, -1.0, 1.0)).to(tl.float32)
+
+
+@triton.jit
+def atan(x):
+    """The arcus tangent."""
+    # By one of its addition theorems, of a z between -tan(pi / 8) and tan(pi / 8); there an odd
+    # polynomial (Cephes) is exact to 2e-8.
+    size = tl.abs(x)
+    is_far, is_near = size > 2.414213562373095, size < 0.4142135623730950
+    z = tl.where(is_far, -1.0 / size, tl.where(is_near, size, (size - 1.0) / (size + 1.0)))
+    square = z * z
+    series = (8.05374449538e-2 * square - 1.38776856032e-1) * square + 1.99777106478e-1
+    series = z + z * square * (series * square - 3.33329491539e-1)
+    first = tl.where(is_far, 1.5707963267948966, tl.where(is_near, 0.0, 0.7853981633974483))
+    return copysign(first + series, x)
+
+
+@triton.jit
+def erfc(x):
+    """``1 − erf(x)``, in its tail too."""
+    # Chebyshev's (Numerical Recipes, erfcc), right to 1.2e-7 of it; float64 for e to the power
+    # of -x squared.
+    size = tl.abs(x).to(tl.float64)
+    t = 1.0 / (1.0 + 0.5 * size)
+    series = t * 0.17087277 - 0.82215223
+    series = (series * t + 1.48851587) * t - 1.13520398
+    series = (series * t + 0.27886807) * t - 0.18628806
+    series = (series * t + 0.09678418) * t + 0.37409196
+    series = (series * t + 1.00002368) * t - 1.26551223
+    tail = (t * tl.exp(series - size * size)).to(tl.float32)
+    return tl.where(x < 0, 2.0 - tail, tail)
