@@ -128,6 +128,13 @@ def _minimum(x: Interval, y: Interval) -> Interval:
     return min(x[0], y[0]), min(x[1], y[1])
 
 
+def _power(x: Interval, y: Interval) -> Interval:
+    # It grows or falls with either alone; of a negative number it is of either sign.
+    power = OPERATIONS["pow"].python
+    most = max(float(power(a, b)) for a in _absolute(x) for b in y)
+    return 0.0 if x[0] >= 0 else -most, most
+
+
 def _remainder(x: Interval, y: Interval) -> Interval:
     # It has x's sign, and is larger than neither.
     most = min(_absolute(x)[1], _absolute(y)[1])
@@ -161,7 +168,7 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "log1p": _increasing("log1p", lowest=-1.0),
     "sin": lambda x: (-1.0, 1.0),
     "cos": lambda x: (-1.0, 1.0),
-    "pow": lambda x, y: ANYTHING,
+    "pow": _power,
     "atan": _increasing("atan"),
     "erf": _increasing("erf"),
     "erfc": lambda x: (math.erfc(x[1]), math.erfc(x[0])),

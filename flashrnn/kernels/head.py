@@ -84,6 +84,7 @@ def _program(
         "HELD": plan.held,
         "TRAFFIC": plan.traffic,
         "STAGES": plan.stages,
+        "AT_ONCE": plan.at_once,
         "ALIGNED": aligned,
         **options,
     }

@@ -18,7 +18,7 @@
 
 constexpr int INPUTS = pitch(G + 2 * S), GATES = pitch(G);
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
 head_backward(const Element* __restrict__ R, const float* __restrict__ initial,
               const Element* __restrict__ states, const Element* __restrict__ gates,
               const Element* __restrict__ d_states, const float* __restrict__ d_last,

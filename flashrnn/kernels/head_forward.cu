@@ -107,7 +107,7 @@ __device__ inline void take_steps(float (&carried)[S][OWNED], const float (&bias
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
 head_forward(const Element* __restrict__ Wx, const Element* __restrict__ R,
              const Element* __restrict__ b, const float* __restrict__ initial,
              Element* __restrict__ states, float* __restrict__ last_states,

@@ -211,6 +211,7 @@ def scan_forward(
     FED_R: tl.constexpr,
     FED_B: tl.constexpr,
     WX_ALIGN: tl.constexpr,
+    WX_WIDE: tl.constexpr,
     STORE_GATES: tl.constexpr,
     RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -222,7 +223,8 @@ def scan_forward(
 
     Wx [B, T, Gw, N, D] and states_initial [S, B, 1, N, D] have any strides, R [Gr, N, D, D] and
     b [Gb, N, D] are contiguous; writes states [S, B, T, N, D], last_states [S, B, 1, N, D] and,
-    if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous.
+    if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous. WX_WIDE: the places of
+    Wx's gates and units, from the first one on, need more than 32 bits.
     """
     G: tl.constexpr = len(FED_WX)
     width: tl.constexpr = N * D
@@ -260,11 +262,18 @@ def scan_forward(
         block = _load_block(R, n, fed_r, gate_unit, tl.arange(0, DD)[None, :], N, D, OPERAND)
 
     wx_mask = gates_mask & (fed_wx >= 0)
-    wx_offsets = _offsets(
-        fed_wx, row, n, gate_unit,
-        tl.cast(wx_stride_g, tl.int64) * WX_ALIGN, tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
-        tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
-    )  # fmt: skip
+    # In 64 bits where they must be: the assembler has the products wait for stores then.
+    if WX_WIDE:
+        wx_offsets = _offsets(
+            fed_wx, row, n, gate_unit,
+            tl.cast(wx_stride_g, tl.int64) * WX_ALIGN, tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
+            tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
+        )  # fmt: skip
+    else:
+        wx_offsets = (
+            row * (wx_stride_b * WX_ALIGN) + n * (wx_stride_n * WX_ALIGN)
+            + fed_wx * (wx_stride_g * WX_ALIGN) + gate_unit * wx_stride_d
+        )  # fmt: skip
     states_offsets = _offsets(
         state, row, n, state_unit, length * width * B, length * width, D, 1
     )  # fmt: skip

@@ -28,6 +28,7 @@ class HeadPlan:
         held: fragments of R that stay in registers.
         traffic: threads that move data.
         stages: steps whose inputs are on their way at once, or being read.
+        at_once: blocks that a multiprocessor has registers for.
         shared_memory: a block's dynamic shared memory in bytes.
     """
 
@@ -35,6 +36,7 @@ class HeadPlan:
     held: int
     traffic: int
     stages: int
+    at_once: int
     shared_memory: int
 
     def grid(self, B: int, N: int) -> int:
@@ -66,12 +68,13 @@ def plan_head(problem: Problem, gpu: GPU, backward: bool) -> HeadPlan | str:
     inputs = G + 2 * S if backward else fed["Wx"]
     outputs = [G] if backward else [S, *([G] if problem.needs_gradient else [])]
     B, N, D, itemsize = problem.B, problem.N, problem.D, problem.dtype.itemsize
-    return _plan_head(fed["R"], inputs, tuple(outputs), B, N, D, itemsize, gpu)
+    return _plan_head(fed["R"], G, inputs, tuple(outputs), B, N, D, itemsize, gpu)
 
 
 @lru_cache(maxsize=1024)
 def _plan_head(
     recurrent: int,
+    gates: int,
     inputs: int,
     outputs: tuple[int, ...],
     B: int,
@@ -93,7 +96,9 @@ def _plan_head(
     def line(rows: int) -> int:
         return rows * DD * itemsize + 16
 
-    sequences = _sequences(B, N, D, itemsize, gpu)
+    # Two share a multiprocessor where R takes no more than 64 registers of a lane.
+    small = D * itemsize <= 128
+    sequences = _sequences(B, N, (2 if small else 1) * gpu.multiprocessors)
     output_bytes = 2 * sum(map(line, outputs))
     while sequences > 2:
         least = sequences * (_FEWEST_STAGES * line(inputs) + output_bytes)
@@ -111,20 +116,22 @@ def _plan_head(
     pieces = sequences * inputs * -(-D * itemsize // 16)
     most = 4 if computing > 6 else min(4, 8 - computing)
     traffic = most if computing == 8 else min(most, max(2, -(-pieces // 192)))
+    # Two blocks of 192 threads have 168 registers for each: enough for few gates.
+    threads = 32 * (computing + traffic)
+    at_once = 2 if small and threads <= 192 and gates <= 4 else 1
     return HeadPlan(
         sequences=sequences,
         held=held,
         traffic=32 * traffic,
         stages=stages,
+        at_once=at_once,
         # A product may read 16 bytes beyond the last line.
         shared_memory=spared_bytes + sequences * (stages * line(inputs) + output_bytes) + 16,
     )
 
 
-def _sequences(B: int, N: int, D: int, itemsize: int, gpu: GPU) -> int:
+def _sequences(B: int, N: int, at_once: int) -> int:
     """The fewest for which all blocks run at once, or 8."""
-    # Two share a multiprocessor where R takes no more than 64 registers of a lane.
-    at_once = gpu.multiprocessors * (2 if D * itemsize <= 128 else 1)
     for sequences in (2, 4):
         if N * -(-B // sequences) <= at_once:
             return sequences
