@@ -223,8 +223,8 @@ def scan_forward(
 
     Wx [B, T, Gw, N, D] and states_initial [S, B, 1, N, D] have any strides, R [Gr, N, D, D] and
     b [Gb, N, D] are contiguous; writes states [S, B, T, N, D], last_states [S, B, 1, N, D] and,
-    if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous. WX_WIDE: the places of
-    Wx's gates and units, from the first one on, need more than 32 bits.
+    if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous.
+    WX_WIDE: the places of Wx's gates and units, from the first one on, need more than 32 bits.
     """
     G: tl.constexpr = len(FED_WX)
     width: tl.constexpr = N * D
