@@ -11,13 +11,17 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/test_graphs.py tests/test_import.py \
   tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
 
+# Triton's interpreter, in place of its compiler, is chosen when a process starts.
+INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py
+
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
+.PHONY: help demo bench test test-all test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
 
 help:
 	@echo 'make demo         train a small network on the CPU or the GPU; ARGS="--task text" for another task'
 	@echo 'make bench        measure speed beside other RNNs; ARGS="head-dim --quick" for less than everything'
-	@echo 'make test         run the tests; those that need a GPU are skipped where there is none'
+	@echo 'make test         run the quick tests; those that need a GPU are skipped where there is none'
+	@echo 'make test-all     run all tests, the slow ones too'
 	@echo 'make gpu-test     run the tests that need a GPU, and only those'
 	@echo 'make gpu-stress   random calls, foreign kernels, full memory and more; ARGS="fuzz --seconds 600"'
 	@echo 'make test-newest  run the telling part of the tests with the newest version of every dependency'
@@ -34,8 +38,12 @@ bench: $(INSTALLED)
 	$(BIN)/python -m flashrnn bench $(ARGS)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto -m 'not slow' $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m 'not slow' $(INTERPRETED) $(ARGS)
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_triton.py tests/test_operators.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) $(ARGS)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
@@ -45,8 +53,8 @@ test-oldest: .venv-oldest/installed
 test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip list --disable-pip-version-check
 	.venv-$*/bin/python -m pytest -n auto -m 'not slow' $(TELLING) $(ARGS)
-	.venv-$*/bin/python -m pytest -n auto -k 'compiles' tests/test_cuda*.py $(ARGS)
-	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto tests/test_triton.py tests/test_operators.py $(ARGS)
+	.venv-$*/bin/python -m pytest -n auto -k 'compiles' tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto $(INTERPRETED) $(ARGS)
 
 gpu-stress: $(INSTALLED)
 	$(BIN)/python -m tests.stress $(ARGS)

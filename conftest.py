@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Looking for examples imports every module, and these import Triton.
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["flashrnn/kernels/*.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["flashrnn/kernels/triton/*.py"]
 
 
 def pytest_configure() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends
+from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
@@ -121,9 +122,9 @@ def flashrnn(
         _cast(states, carry_dtype(computed_in)),
     )
     if not autocast:
-        return chosen.run(problem, *arguments)
+        return autograd.run(chosen, problem, *arguments)
     with torch.autocast(device.type, enabled=False):
-        return chosen.run(problem, *arguments)
+        return autograd.run(chosen, problem, *arguments)
 
 
 _DEFAULT = FlashRNNConfig()

@@ -1,4 +1,4 @@
-// A GPU's thread blocks on one CPU thread: what the kernels need of CUDA, ptx.cuh included.
+// A GPU's CTAs on one CPU thread: what the kernels need of CUDA, ptx.cuh included.
 //
 // Every thread of a block is a coroutine that runs until it has to meet others, at a barrier of
 // the block or where a warp exchanges registers, or until it looks for what another block sends.
@@ -21,6 +21,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __restrict__
+#define __grid_constant__
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -89,7 +90,7 @@ struct Coroutine {
     bool finished = true;
     const Meeting* meeting = nullptr;
     int number = 0;
-    // Its parcels on their way.
+    // Its packets on their way.
     int pending = 0;
 
     bool waits() const { return meeting && meeting->number == number; }
@@ -159,9 +160,9 @@ void Meeting::wait_for(int all) {
 
 // ---- what blocks send each other
 
-struct alignas(16) Parcel {
+struct alignas(16) Packet {
     unsigned words[3];
-    unsigned tag;
+    unsigned flag;
 };
 
 // Counts bytes, in shared memory.
@@ -180,8 +181,8 @@ struct Barrier {
 // To global memory, or to the shared memory of a block that has a barrier for it. On its way until
 // a round; what is sent to one address arrives in order.
 struct Sent {
-    Parcel parcel;
-    // What is read only when it arrives, in place of the parcel.
+    Packet packet;
+    // What is read only when it arrives, in place of the packet.
     const void* copied;
     Block* block;
     Barrier* barrier;
@@ -197,11 +198,11 @@ static void arrive(void* to, const Sent& sent) {
         sent_too_late = true;
         return;
     }
-    memcpy(to, sent.copied ? sent.copied : &sent.parcel, 16);
+    memcpy(to, sent.copied ? sent.copied : &sent.packet, 16);
     if (sent.barrier) sent.barrier->count(-16);
 }
 
-static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier,
+static void send(void* to, const Packet& packet, Block* block, Barrier* barrier,
                  const void* copied = nullptr) {
     long long due = rounds + any_below(4);
     const auto after = pending.upper_bound(to);
@@ -209,7 +210,7 @@ static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier,
         const auto before = std::prev(after);
         if (before->first == to && before->second.due > due) due = before->second.due;
     }
-    const Sent sent = {parcel, copied, block, barrier, self, due};
+    const Sent sent = {packet, copied, block, barrier, self, due};
     if (due == rounds) {
         arrive(to, sent);
     } else {
@@ -218,9 +219,9 @@ static void send(void* to, const Parcel& parcel, Block* block, Barrier* barrier,
     }
 }
 
-static void publish(Parcel* to, const Parcel& parcel) {
+static void store_flagged(Packet* to, const Packet& packet) {
     expect_aligned(to, 16);
-    send(to, parcel, nullptr, nullptr);
+    send(to, packet, nullptr, nullptr);
 }
 
 // What is due by a round arrives.
@@ -238,20 +239,20 @@ static void deliver(long long round) {
 }
 
 // All others go on before it reads.
-static Parcel look_up(const Parcel* from) {
+static Packet load_flagged(const Packet* from) {
     yield();
-    Parcel found = *from;
+    Packet found = *from;
     if (!self->pending) return found;
     // What a thread sent it sees itself.
     const auto range = pending.equal_range(from);
     for (auto i = range.first; i != range.second; ++i) {
-        if (i->second.sender == self) found = i->second.parcel;
+        if (i->second.sender == self) found = i->second.packet;
     }
     return found;
 }
 
-static void look_up(Parcel& parcel, const Parcel* from, unsigned tag) {
-    if (parcel.tag != tag) parcel = look_up(from);
+static void load_flagged(Packet& packet, const Packet* from, unsigned flag) {
+    if (packet.flag != flag) packet = load_flagged(from);
 }
 
 // ---- launches
@@ -561,7 +562,7 @@ static unsigned shared_address(const void* generic) {
 
 static unsigned char* at(unsigned address) { return shared_memory() + (address & 0xffffff); }
 
-static void load_matrices(unsigned (&words)[4], unsigned row) {
+static void ldmatrix(unsigned (&words)[4], unsigned row) {
     expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
@@ -572,7 +573,7 @@ static void load_matrices(unsigned (&words)[4], unsigned row) {
     });
 }
 
-static void load_matrices_transposed(unsigned (&words)[4], unsigned row) {
+static void ldmatrix_transposed(unsigned (&words)[4], unsigned row) {
     expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
@@ -617,7 +618,7 @@ static void add_products(float (&sums)[COUNT], const Left& left, unsigned long l
 }
 
 template <int COUNT, typename Operand>
-static void multiply_by_group(float (&sums)[COUNT], const unsigned (&left)[4],
+static void wgmma(float (&sums)[COUNT], const unsigned (&left)[4],
                               unsigned long long right, bool add, Operand operand) {
     exchange({left[0], left[1], left[2], left[3]}, [&](unsigned(*lanes)[6]) {
         const auto word = [&](int i, int j, int row_half, int half) {
@@ -628,7 +629,7 @@ static void multiply_by_group(float (&sums)[COUNT], const unsigned (&left)[4],
 }
 
 template <int COUNT, typename Operand>
-static void multiply_by_group(float (&sums)[COUNT], unsigned long long left,
+static void wgmma(float (&sums)[COUNT], unsigned long long left,
                               unsigned long long right, bool add, Operand operand) {
     const int first = threadIdx.x / 32 % 4 * 16;
     const auto word = [&](int i, int j, int row_half, int half) {
@@ -636,13 +637,13 @@ static void multiply_by_group(float (&sums)[COUNT], unsigned long long left,
     };
     add_products(sums, word, right, add, operand);
 }
-static void begin_products() {}
-static void close_products() {}
+static void wgmma_fence() {}
+static void wgmma_commit() {}
 template <int PENDING>
-static void wait_for_products() {}
+static void wgmma_wait() {}
 template <int COUNT>
-static void keep(float (&)[COUNT]) {}
-static void show_to_products() {}
+static void materialize_all(float (&)[COUNT]) {}
+static void fence_proxy_async() {}
 
 static std::vector<Copy>& open_copy_group() {
     auto& groups = current->copy_groups[threadIdx.x];
@@ -650,19 +651,19 @@ static std::vector<Copy>& open_copy_group() {
     return groups.back();
 }
 
-static void copy_async(void* to, const void* from) {
+static void cp_async(void* to, const void* from) {
     expect_aligned(to, 16);
     expect_aligned(from, 16);
     open_copy_group().push_back({to, from});
 }
 
-static void close_copy_group() {
+static void cp_async_commit() {
     open_copy_group();
     current->copy_groups[threadIdx.x].emplace_back();
 }
 
 template <int PENDING>
-static void wait_for_copy_groups() {
+static void cp_async_wait() {
     auto& groups = current->copy_groups[threadIdx.x];
     // The last one is still open.
     while (int(groups.size()) - 1 > PENDING) {
@@ -672,43 +673,43 @@ static void wait_for_copy_groups() {
 }
 
 template <int THREADS>
-static void meet() {
+static void named_barrier() {
     __syncthreads();
 }
 
 template <int THREADS>
-static void meet_some(int number) {
+static void named_barrier_of(int number) {
     current->meetings_of_some[number].wait_for(THREADS);
 }
 
-static void pause(unsigned) { yield(); }
+static void nanosleep(unsigned) { yield(); }
 
 template <typename T>
-static unsigned load_alone(const T* from) {
+static unsigned load_opaque(const T* from) {
     return *from;
 }
 
-static void prefetch(const void*) {}
+static void prefetch_l2(const void*) {}
 
-static void make_barrier(void* barrier) {
+static void mbarrier_init(void* barrier) {
     expect_aligned(barrier, 8);
     *(Barrier*)barrier = {};
 }
 
-static void expect_bytes(void* barrier, unsigned bytes) {
+static void mbarrier_expect_bytes(void* barrier, unsigned bytes) {
     ((Barrier*)barrier)->armed = 1;
     ((Barrier*)barrier)->count(bytes);
 }
 
-static void wait_for_bytes(void* barrier, unsigned parity) {
+static void mbarrier_wait(void* barrier, unsigned parity) {
     while (((Barrier*)barrier)->parity == parity) yield();
 }
 
-static unsigned cluster_address(const void* here, int rank) {
+static unsigned mapa(const void* here, int rank) {
     return unsigned(rank) << 24 | shared_address(here) & 0xffffff;
 }
 
-static void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
+static void st_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
     expect_multiple(to, 16);
     Block& block = cluster[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
@@ -716,12 +717,12 @@ static void send_async(unsigned to, const unsigned (&words)[4], unsigned barrier
          (Barrier*)(there + (barrier & 0xffffff)));
 }
 
-static void send_async(const void* to, const unsigned (&words)[4], const void* barrier, int rank) {
-    send_async(cluster_address(to, rank), words, cluster_address(barrier, rank));
+static void st_async(const void* to, const unsigned (&words)[4], const void* barrier, int rank) {
+    st_async(mapa(to, rank), words, mapa(barrier, rank));
 }
 
 // Each 16 bytes of it at a time of their own.
-static void send_copy(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+static void cp_async_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
     for (unsigned multiple : {to, shared_address(from), bytes}) expect_multiple(multiple, 16);
     Block& block = cluster[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
@@ -731,18 +732,18 @@ static void send_copy(unsigned to, const void* from, unsigned bytes, unsigned ba
     }
 }
 
-static void meet_cluster() { cluster_meeting.wait_for(threads_of_cluster); }
+static void cluster_barrier() { cluster_meeting.wait_for(threads_of_cluster); }
 
-static void settle(unsigned&) {}
-static void settle(float&) {}
+static void materialize(unsigned&) {}
+static void materialize(float&) {}
 template <typename T>
-static void settle(T*&) {}
+static void materialize(T*&) {}
 
 template <int REGISTERS>
-static void keep_registers() {}
+static void setmaxnreg_dec() {}
 
 template <int REGISTERS>
-static void take_registers() {}
+static void setmaxnreg_inc() {}
 
-static void start_dependent_launch() {}
-static void wait_for_launch_before() {}
+static void griddepcontrol_launch() {}
+static void griddepcontrol_wait() {}

@@ -6,19 +6,24 @@ What is compiled is the very program that NVRTC gets, but for ptx.cuh.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from flashrnn.backends import cuda, cuda_fused
-from flashrnn.jit import nvrtc, runs
+from flashrnn.jit import launch, nvrtc
+from flashrnn.kernels import registry
+from flashrnn.kernels.per_step import runs
+from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
-from flashrnn.tiling import GPU
+from tests.gpus import H200
 
 HEADER = Path(__file__).with_name("emulation.h")
 COMPILE = (
@@ -36,14 +41,23 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-class Library:
-    """A program compiled by g++, removed with its folder."""
+# Where compiled programs are kept, for all tests and processes; pytest's folder, which git ignores.
+FOLDER = Path(__file__).parents[1] / ".pytest_cache" / "emulation"
+_MOST_KEPT = 1000
 
-    def __init__(self, source: str, folder: Path) -> None:
-        text, compiled, library = (folder / f"program.{end}" for end in ("cpp", "o", "so"))
-        text.write_text(source, encoding="utf-8")
-        subprocess.run([*COMPILE, "-o", compiled, text], check=True)
-        subprocess.run([*LINK, "-o", library, compiled], check=True)
+
+class Library:
+    """A program compiled by g++. It is compiled once, and kept for later runs of the tests."""
+
+    def __init__(self, source: str) -> None:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        key = sha256("\0".join([source, *COMPILE, *LINK, _compiler()]).encode()).hexdigest()
+        library = FOLDER / f"{key}.so"
+        if library.exists():
+            # The least recently used ones are removed first.
+            library.touch()
+        else:
+            _compile(source, library)
         self.functions = ctypes.CDLL(str(library))
 
     def emulate(self, *arguments) -> None:
@@ -54,10 +68,30 @@ class Library:
         assert complaint is None, complaint.decode()
 
 
+def _compile(source: str, library: Path) -> None:
+    kept = sorted(library.parent.glob("*.so"), key=lambda path: path.stat().st_mtime)
+    for path in kept[: max(0, len(kept) - _MOST_KEPT + 1)]:
+        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        text, compiled, linked = (Path(name) / f"program.{end}" for end in ("cpp", "o", "so"))
+        text.write_text(source, encoding="utf-8")
+        subprocess.run([*COMPILE, "-o", compiled, text], check=True)
+        subprocess.run([*LINK, "-o", linked, compiled], check=True)
+        # At once: another process may be at the same program.
+        linked.replace(library)
+
+
+@cache
+def _compiler() -> str:
+    """Which one it is, and for which machine it compiles."""
+    command = ["g++", "-dumpfullversion", "-dumpmachine"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def emulated(parts: dict[str, str]) -> str:
-    """The program's text, with ptx.cuh, group.py's instruction and CUDA itself emulated."""
+    """The program's text, with ptx.cuh, wgmma.cuh and CUDA itself emulated."""
     header = HEADER.read_text(encoding="utf-8")
-    assembly = dict.fromkeys(parts.keys() & {"ptx.cuh", "group"}, "")
+    assembly = dict.fromkeys(parts.keys() & {"common/ptx.cuh", "common/wgmma.cuh"}, "")
     return header + nvrtc.join({**parts, **assembly})
 
 
@@ -80,78 +114,49 @@ class EmulatedStepper:
 class EmulatedKernel:
     """Stands in for the kernels of ``cuda_fused``.
 
-    Its blocks run one after another, or those that wait for each other at once: all of a launch
-    (``together``), or a cluster's.
+    Its CTAs run one after another, or those that wait for each other at once: all of a cooperative
+    launch, or a cluster's.
     """
 
-    def __init__(
-        self,
-        library: Library,
-        threads: int,
-        shared_memory: int,
-        together: bool = False,
-        cluster: int = 0,
-    ):
-        self.library, self.threads, self.shared_memory = library, threads, shared_memory
-        self.together, self.cluster = together, cluster
+    def __init__(self, library: Library, shape: launch.Shape):
+        self.library, self.shape = library, shape
 
-    def launch(self, grid, tensors, numbers) -> None:
-        arguments = (*(x.data_ptr() for x in tensors), *numbers)
-        block = (ctypes.c_int64 * len(arguments))(*arguments)
-        at_once = grid if self.together else self.cluster or 1
-        self.library.emulate(block, grid, self.threads, self.shared_memory, at_once)
+    def launch(self, grid: int, fields: tuple[int, ...]) -> None:
+        call, shape = (ctypes.c_int64 * len(fields))(*fields), self.shape
+        at_once = grid if shape.cooperative else shape.cluster_size or 1
+        self.library.emulate(call, grid, shape.threads, shape.shared_memory, at_once)
 
 
-def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
-    """How many clusters of each size run at once, as a driver says it of an H200.
-
-    A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
-    """
-    groups = multiprocessors * 7 // 8 // 16
-    of_the_last = min(14, multiprocessors - 16 * groups)
-    sizes = range(2, largest + 1)
-    return (0, 0, *(groups * (16 // size) + of_the_last // size for size in sizes))
-
-
-H200 = GPU(
-    multiprocessors=132,
-    shared_memory=232448,
-    shifts_registers=True,
-    multiplies_by_groups=True,
-    clusters=clusters_of(132),
-)
-
-
-def plan_taken(problem: Problem, backward: bool) -> cuda_fused.Plan | str:
+def plan_taken(problem: Problem, backward: bool) -> Plan:
     """What ``cuda_fused`` computes a problem by."""
     return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 
 @pytest.fixture
-def fused_emulation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
 
     @cache
     def library(name: str, source: str) -> Library:
-        (parameters,) = re.findall(rf"{name}\((.*?)\)", source, re.DOTALL)
+        (parameters,) = re.findall(r"^#define CALL (.*)$", source, re.MULTILINE)
         passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
         entry = (
+            # The kernel may be in a namespace: extern "C", this declares the same function.
+            f'extern "C" void {name}(CALL);\n'
             f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
             f"                               int at_once) {{\n"
             f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
             f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
         )
-        return Library(source + entry, tmp_path_factory.mktemp("emulation"))
+        return Library(source + entry)
 
-    def kernel(name, parts, device, *plan):
-        return EmulatedKernel(library(name, emulated(parts)), *plan)
+    def kernel(entry, parts, shape, device):
+        return EmulatedKernel(library(entry, emulated(parts)), shape)
 
     def forget() -> None:
-        cuda_fused._best_plan.cache_clear()
-        for regime in ("head", "cluster", "team", "wide", "gradient"):
-            getattr(cuda_fused, f"_{regime}_kernel").cache_clear()
+        registry.best_plan.cache_clear()
+        cuda_fused._scan_kernel.cache_clear()
+        cuda_fused._gradient_kernel.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
@@ -163,33 +168,35 @@ def fused_emulation(
 
 
 @pytest.fixture
-def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda`` runs on the CPU."""
 
     @cache
     def library(name: str, source: str) -> Library:
+        (record,) = re.findall(rf"{name}\(const (\w+)\* __restrict__ call", source)
         entry = (
-            f'extern "C" const char* emulate(Call* call, int ahead, int N, int D,\n'
+            f'extern "C" const char* emulate({record}* call, int ahead, int N, int D,\n'
             f"                               int grid, int threads) {{\n"
-            f"    return run_kernel(grid, threads, [=] {{ {name}(call, ahead, N, D); }});\n}}\n"
+            f"    const auto step = [=] {{ per_step::{name}(call, ahead, N, D); }};\n"
+            f"    return run_kernel(grid, threads, step);\n}}\n"
         )
-        return Library(source + entry, tmp_path_factory.mktemp("emulation"))
+        return Library(source + entry)
 
     def load(name, parts, device):
         return library(name, emulated(parts))
 
-    def stepper(loaded, fields, plan, grid, *sizes):
-        return EmulatedStepper(loaded, fields, grid, plan.threads, sizes)
+    def stepper(loaded, plan, grid, *sizes):
+        return EmulatedStepper(loaded, plan.record.size, grid, plan.threads, sizes)
 
     def forget() -> None:
-        for direction, kept in itertools.product(("forward", "backward"), ("stepper", "program")):
-            getattr(cuda, f"_{direction}_{kept}").cache_clear()
+        cuda._stepper.cache_clear()
+        cuda._program.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda, "_load", load)
-    monkeypatch.setattr(cuda, "_stepper", stepper)
+    monkeypatch.setattr(cuda, "_shared_stepper", stepper)
     monkeypatch.setattr(runs, "run", lambda stepper, fields, count: stepper.run(fields, count))
     yield
     forget()

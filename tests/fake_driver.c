@@ -27,6 +27,11 @@ int fake_version = 13000, fake_capturing, fake_relaxed = 1;
 int loads, unloads, launches, synchronizations, recordings, graph_launches, loads_of_functions;
 int bad_launches;
 int replies_of_clusters = 1;
+/* Of the last launch: grid, threads, shared memory, a bit for each attribute, CTAs of a cluster; and of
+   its first arguments, as many as a test wants, two words each. */
+int last_grid, last_threads, last_shared, last_attributes, last_cluster;
+int arguments_wanted;
+long long last_arguments[16];
 
 void* fake_green_context(int device, int multiprocessors) {
     Context* made = calloc(1, sizeof *made);
@@ -119,8 +124,13 @@ static int launch(const Config* config, Library* kernel, void** arguments, void*
     ++launches;
     Context* context;
     if (kernel->unloaded) ++bad_launches;
+    last_grid = config->grid[0], last_threads = config->block[0], last_shared = config->shared;
+    last_attributes = last_cluster = 0;
+    for (int i = 0; i < arguments_wanted; ++i) memcpy(last_arguments + 2 * i, arguments[i], 16);
     if (stream_context(config->stream, &context)) return ++bad_launches, INVALID_CONTEXT;
     for (unsigned i = 0; i < config->count; ++i) {
+        last_attributes |= 1 << config->attributes[i].id;
+        if (config->attributes[i].id == 4) last_cluster = config->attributes[i].value.dim[0];
         if (config->attributes[i].id == 2 && config->attributes[i].value.flag &&
             config->grid[0] > (unsigned)context->multiprocessors) {
             return ++bad_launches, TOO_LARGE;

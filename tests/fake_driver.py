@@ -76,6 +76,10 @@ class FakeDriver:
         """A kernel's attributes, by their numbers."""
         return list((ctypes.c_long * 32).from_address(kernel + 8))
 
+    def arguments(self, count: int) -> list[int]:
+        """Of the last launch, two words each."""
+        return list((ctypes.c_longlong * (2 * count)).in_dll(self.library, "last_arguments"))
+
     def primary(self, device: int) -> int:
         return self.library.fake_primary(device)
 

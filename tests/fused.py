@@ -117,18 +117,18 @@ def clips_h(backend: str, B: int, D: int) -> None:
     assert given[0][0].abs().max() == given[0].new_tensor(0.3)
 
 
-def same_without_gradients(backend: str, D: int = 24) -> bool:
+def same_without_gradients(backend: str, D: int = 24, B: int = 3) -> bool:
     """Whether a call that saves nothing for a backward gives the same bits."""
-    inputs = random_inputs("slstm", 3, 4, 2, D, torch.bfloat16)
+    inputs = random_inputs("slstm", B, 4, 2, D, torch.bfloat16)
     with torch.no_grad():
         given = call("slstm", inputs, backend=backend)
     expected = call("slstm", inputs, backend=backend)
     return all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
 
 
-def continues_exactly(backend: str, D: int = 24) -> bool:
+def continues_exactly(backend: str, D: int = 24, B: int = 3) -> bool:
     """Whether two calls, one with the other's last states, give the bits of one."""
-    inputs = random_inputs("lstm", 3, 5, 2, D, torch.bfloat16)
+    inputs = random_inputs("lstm", B, 5, 2, D, torch.bfloat16)
     whole, last = call("lstm", inputs, backend=backend)
     Wx, *others = inputs.tensors().values()
     states, carried = call("lstm", Inputs(Wx[:, :2], *others), backend=backend)
@@ -136,22 +136,22 @@ def continues_exactly(backend: str, D: int = 24) -> bool:
     return torch.equal(torch.cat([states, rest], dim=2), whole) and torch.equal(end, last)
 
 
-def gives_the_same_bits(kind: str | Cell, *sizes: int) -> bool:
-    """Whether two calls of ``cuda_fused`` of the same inputs, and their gradients, are alike."""
+def gives_the_same_bits(backend: str, kind: str | Cell, *sizes: int) -> bool:
+    """Whether two calls of the same inputs, and their gradients, are alike."""
     inputs = random_inputs(kind, *sizes, torch.bfloat16)
     runs = []
     for _ in range(2):
-        outputs = call(kind, inputs, backend="cuda_fused")
+        outputs = call(kind, inputs, backend=backend)
         runs.append([*outputs, *gradients(outputs, inputs).values()])
     return all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-def keeps_a_nan_to_its_sequence_and_head(B: int, D: int) -> bool:
-    """Whether a NaN that one unit of ``cuda_fused`` is given reaches its head and nothing else."""
+def keeps_a_nan_to_its_sequence_and_head(backend: str, B: int, D: int) -> bool:
+    """Whether a NaN that one unit is given reaches its head and nothing else."""
     inputs = random_inputs("lstm", B, 3, 2, D, torch.bfloat16)
     with torch.no_grad():
         inputs.Wx[1, 1, 0, 0, 3] = torch.nan
-    outputs = call("lstm", inputs, backend="cuda_fused")
+    outputs = call("lstm", inputs, backend=backend)
     is_nan, others = outputs[0].isnan(), [b for b in range(B) if b != 1]
     # All its units have it at the next step.
     arrives = is_nan[:, 1, 1, 0].any() and is_nan[0, 1, 2, 0].all() and not is_nan[:, 1, 0].any()

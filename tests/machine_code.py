@@ -9,7 +9,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
+
 from flashrnn.jit import nvrtc
+
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.unavailable() is not None, reason=f"needs NVRTC: {nvrtc.INSTALL}"
+)
 
 _NOTHING = "0 bytes spill stores, 0 bytes spill loads"
 

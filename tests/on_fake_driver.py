@@ -20,7 +20,8 @@ import torch
 from flashrnn.backends import cuda, cuda_fused
 from flashrnn.cells import elman, lstm
 from flashrnn.cells.traced import TracedCell
-from flashrnn.jit import launch, nvrtc, runs
+from flashrnn.jit import launch, nvrtc
+from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem
 from tests import fake_driver
 
@@ -99,8 +100,57 @@ def a_thread_without_a_context_gets_the_primary_one(driver):
 def attributes_hold_in_every_context(driver):
     """They are the kernel's, and a launch in a context that has not seen it yet is a good one."""
     kernel = launch.Program(b"", ["k"], 0, shared_memory=200_000).kernels[0]
-    settings = driver.settings(int(kernel.handle))
+    settings = driver.settings(int(kernel))
     assert settings[8] == 200_000 and settings[14] == 1
+
+
+def a_launch_reaches_the_driver_whole(driver):
+    """Its shape, and its arguments by their addresses. The last ones may be a struct's fields."""
+    (kernel,) = launch.Program(b"", ["k"], 0).kernels
+    driver.set("arguments_wanted", 3)
+    shape = launch.Shape(8, 96, 5000, overlaps=True, cooperative=True, cluster_size=4)
+    launch.enqueue([launch.Launch(kernel, shape, (1 << 40, -7, 5, 6))], 0, 0)
+    driver.set("arguments_wanted", 0)
+    assert driver.arguments(3) == [1 << 40, -7, -7, 5, 5, 6]
+    found = [driver.count(f"last_{name}") for name in ("grid", "threads", "shared", "cluster")]
+    assert found == [8, 96, 5000, 4]
+    assert driver.count("last_attributes") == 1 << 2 | 1 << 4 | 1 << 6
+    launch.enqueue([launch.Launch(kernel, launch.Shape(1, 1), ())], 0, 0)
+    assert driver.count("last_attributes") == 0
+
+
+def threads_may_launch_at_once(driver):
+    """With the same configuration, and each with arguments of its own."""
+    (kernel,) = launch.Program(b"", ["k"], 0).kernels
+    shape = launch.Shape(8, 96, cluster_size=4)
+    launches, places = driver.count("launches"), set()
+
+    def work(number):
+        driver.current = driver.primary(0)
+        places.add(launch._room.addresses)
+        for _ in range(200):
+            launch.enqueue([launch.Launch(kernel, shape, (number, number))], 0, 0)
+            assert launch._room.values[:2] == [number, number]
+
+    barrier = threading.Barrier(4)
+    failed = []
+
+    def guarded(number):
+        barrier.wait()
+        try:
+            work(number)
+        except BaseException as error:
+            failed.append(error)
+        barrier.wait()
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len(places) == 4
+    assert driver.count("launches") == launches + 800
+    assert driver.count("last_cluster") == 4
 
 
 def a_part_of_a_gpu_has_plans_that_fit_it(driver):
@@ -136,9 +186,7 @@ def no_clusters_where_none_fit(driver):
             for problem in problems
             for backward in (False, True)
         ]
-        return sum(
-            getattr(plan, "cluster", isinstance(plan, cuda_fused.ClusterPlan)) for plan in plans
-        )
+        return sum(plan.cluster_size > 0 for plan in plans)
 
     assert clusters()
     driver.set("replies_of_clusters", 0)
@@ -183,7 +231,7 @@ def what_is_forgotten_is_unloaded_after_its_streams_are_waited_for(driver):
     held = launch.Program(b"", ["k"], 0)
     for _ in range(4 * launch._MOST_FORGOTTEN):
         launch.Program(b"", ["k"], 0)
-    launch.enqueue([launch.Launch(held.kernels[0], launch.configure(1, 1), ())], 0, 0)
+    launch.enqueue([launch.Launch(held.kernels[0], launch.Shape(1, 1), ())], 0, 0)
 
 
 def nothing_is_unloaded_while_a_stream_is_captured(driver):
@@ -216,7 +264,7 @@ def what_a_graph_may_hold_stays(driver):
         call(cuda_fused, cell=cell)
         call(cuda, cell=cell)
     gc.collect()
-    launches = [launch.Launch(kernel, launch.configure(1, 1), ()) for kernel in captured]
+    launches = [launch.Launch(kernel, launch.Shape(1, 1), ()) for kernel in captured]
     launch.enqueue(launches, 0, 0)
     assert driver.count("unloads")
 
@@ -267,6 +315,8 @@ TESTS = [
     a_callers_context_stays_current,
     a_thread_without_a_context_gets_the_primary_one,
     attributes_hold_in_every_context,
+    a_launch_reaches_the_driver_whole,
+    threads_may_launch_at_once,
     a_part_of_a_gpu_has_plans_that_fit_it,
     a_head_that_a_part_has_no_room_for_is_refused,
     no_clusters_where_none_fit,
@@ -285,7 +335,7 @@ def main(path):
     nvrtc.compile_program = lambda parts, arch: b"code"
     nvrtc.unavailable = lambda: None
     nvrtc.version = lambda: (13, 0)
-    runs._new_block = lambda stepper: torch.empty(stepper.fields, dtype=torch.int64)
+    runs._new_record = lambda stepper: torch.empty(stepper.fields, dtype=torch.int64)
     results = {}
     for test in TESTS:
         try:

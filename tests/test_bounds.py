@@ -12,7 +12,7 @@ from flashrnn.cells.bounds import ANYTHING, bound_of_h, intervals
 from flashrnn.cells.graph import GraphBuilder
 from flashrnn.cells.operations import OPERATIONS
 from flashrnn.cells.traced import FORWARD_CLIPVAL, TracedCell, clipped
-from flashrnn.kernels.program import h_is_near
+from flashrnn.kernels.source import h_is_never_large
 from tests.patterns import linear, summing
 from tests.patterns import root as root_cell
 from tests.problems import sparse, wide
@@ -117,7 +117,7 @@ def test_bounds_of_h(own, bound):
     for cell in (traced(own), clipped(traced(own))):
         found = bound_of_h(cell.graphs.forward)
         assert found is None if bound is None else bound <= found < 1.01 * bound
-        assert h_is_near(cell) == (bound is not None)
+        assert h_is_never_large(cell) == (bound is not None)
 
 
 def test_every_operation_has_a_rule():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flashrnn import flashrnn
-from flashrnn.backends import cuda_fused
-from flashrnn.tiling import wide_cluster
+from flashrnn.kernels import registry
+from flashrnn.kernels.cluster import wgmma_plan
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
@@ -142,9 +142,11 @@ def test_heads_that_clusters_share(kind, sizes):
 def many_sequences_in_clusters(request, monkeypatch):
     """Clusters that own so many are chosen before others, whatever they are reckoned to take."""
     monkeypatch.setattr(
-        wide_cluster, "cycles", lambda plan, *_: abs(plan.blocks - request.param) - plan.groups
+        wgmma_plan,
+        "estimated_cycles",
+        lambda plan, *_: abs(plan.n_tiles - request.param) - plan.warpgroups,
     )
-    caches = (wide_cluster.best_plan, cuda_fused._best_plan)
+    caches = (wgmma_plan.best_plan, registry.best_plan)
     for cache in caches:
         cache.cache_clear()
     yield

@@ -12,7 +12,8 @@ import torch
 from flashrnn import FlashRNNConfig, cell, flashrnn
 from flashrnn.backends import cuda, cuda_fused
 from flashrnn.cells import lstm
-from flashrnn.jit import context, launch, nvrtc, runs
+from flashrnn.jit import context, launch, nvrtc
+from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem
 from tests.fused import hold_to_vanilla
 from tests.problems import call, gradients, random_inputs
@@ -200,12 +201,9 @@ def test_unloading_does_not_disturb_another_threads_capture():
 
 def _forget():
     """Drop every kernel, and load so many that those before are unloaded."""
-    for regime in ("head", "team", "cluster", "wide", "gradient"):
-        getattr(cuda_fused, f"_{regime}_kernel").cache_clear()
-    for name in ("_forward_stepper", "_backward_stepper", "_stepper"):
-        getattr(cuda, name).cache_clear()
-    for name in ("_forward_program", "_backward_program"):
-        getattr(cuda, name).cache_clear()
+    kept = [cuda_fused._scan_kernel, cuda_fused._gradient_kernel]
+    for cached in (*kept, cuda._stepper, cuda._shared_stepper, cuda._program):
+        cached.cache_clear()
     runs._steppers.clear()
     gc.collect()
     parts = {"k": 'extern "C" __global__ void k() {}'}
@@ -268,11 +266,11 @@ def _resident():
 def test_equal_cells_made_anew_share_their_kernels():
     inputs = random_inputs("lstm", 4, 3, 1, 40, torch.bfloat16, "cuda")
     gradients(call("lstm", inputs, backend="cuda_fused"), inputs)
-    before = cuda_fused._head_kernel.cache_info().misses
+    before = cuda_fused._scan_kernel.cache_info().misses
     problem = Problem(
         replace(lstm.traced), 4, 3, 1, 40, torch.bfloat16, torch.device("cuda", 0), True
     )
     with torch.no_grad():
         states = torch.zeros(2, 4, 1, 1, 40, device="cuda")
         cuda_fused.forward(problem, inputs.Wx, inputs.R, inputs.b, states)
-    assert cuda_fused._head_kernel.cache_info().misses == before
+    assert cuda_fused._scan_kernel.cache_info().misses == before

@@ -21,8 +21,9 @@ from py_compile import PycInvalidationMode
 import pytest
 
 from flashrnn.jit import folder as cache
-from flashrnn.jit import nvrtc, runs
+from flashrnn.jit import launch, nvrtc
 from flashrnn.jit.source import load_source
+from flashrnn.kernels.per_step import runs
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.unavailable() is not None, reason=f"needs NVRTC: {nvrtc.INSTALL}"
@@ -603,16 +604,15 @@ def enqueued(monkeypatch):
             log.extend((stream, one) for one in self.launches)
 
     monkeypatch.setattr(runs.launch, "Recording", Recording)
-    monkeypatch.setattr(runs.launch, "configure", lambda *shape, overlaps=False: (*shape, overlaps))
     monkeypatch.setattr(
         runs.launch, "enqueue", lambda all_, stream, _: log.extend((stream, one) for one in all_)
     )
-    monkeypatch.setattr(runs, "_new_block", lambda *_: FakeBlock())
+    monkeypatch.setattr(runs, "_new_record", lambda *_: FakeRecord())
     monkeypatch.setattr(runs, "_steppers", runs.OrderedDict())
     return log
 
 
-class FakeBlock:
+class FakeRecord:
     def data_ptr(self):
         return 1000
 
@@ -625,14 +625,14 @@ def test_every_step_is_enqueued_once_in_order(enqueued):
     for stream, one in (entry for entry in enqueued if entry[0] != "record"):
         assert stream == 7
         if one.kernel == "set":
-            block, *fields, done = one.arguments
-            assert (block, fields) == (1000, [11, 12])
+            record, *fields, done = one.arguments
+            assert (record, fields) == (1000, [11, 12])
         else:
-            block, ahead, *sizes = one.arguments
-            assert (block, sizes) == (1000, [1, 2, 3])
+            record, ahead, *sizes = one.arguments
+            assert (record, sizes) == (1000, [1, 2, 3])
             steps.append(done + ahead)
-            # The first step of a run waits for the block; the others may start early.
-            assert one.config == (5, 64, ahead > 0)
+            # The first step of a run waits for the record; the others may start early.
+            assert one.shape == launch.Shape(5, 64, overlaps=ahead > 0)
     assert steps == 2 * list(range(300))
 
 

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from flashrnn import FlashRNNConfig, cell, flashrnn
+from tests.kernels.test_triton import interpreter, needs_triton  # noqa: F401
 from tests.problems import call, gradients, random_inputs, relative_error, sparse
-from tests.test_triton import interpreter, needs_triton  # noqa: F401
 
 D = 4
 R, b = torch.zeros(1, 1, D, D), torch.zeros(1, 1, D)

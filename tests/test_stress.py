@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig
-from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
+from flashrnn.kernels import registry
+from flashrnn.kernels.cluster import ClusterBackwardPlan, ClusterMmaPlan, ClusterWgmmaPlan
+from flashrnn.kernels.grid import GridPlan, GridWgmmaPlan
+from flashrnn.kernels.single_cta import SingleCtaPlan
 from flashrnn.problem import Problem
-from flashrnn.tiling import ClusterPlan, HeadPlan, TeamPlan, WideClusterPlan, WidePlan
-from tests.emulation import H200, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.gpus import H200
 from tests.problems import call, gradients, random_inputs, relative_error
 from tests.residuals import backward_from_residuals
 from tests.stress import __main__ as stress
@@ -149,11 +152,11 @@ def test_three_minutes_reach_every_regime():
             cell = resolve(fuzz.CELLS[x.cell])
             problem = Problem(cell, x.B, 1, x.N, x.D, x.dtype, gpu, x.mode == "training")
             for backward in (False, True):
-                plan = cuda_fused._best_plan(problem, H200, backward)
+                plan = registry.best_plan(problem, H200, backward)
                 found[type(plan).__name__, backward] += 1
-    forward = {HeadPlan, ClusterPlan, TeamPlan, WidePlan, WideClusterPlan}
+    forward = {SingleCtaPlan, ClusterMmaPlan, GridPlan, GridWgmmaPlan, ClusterWgmmaPlan}
     expected = {(plan.__name__, False) for plan in forward}
-    expected |= {(plan.__name__, True) for plan in (HeadPlan, TeamPlan)}
+    expected |= {(plan.__name__, True) for plan in (SingleCtaPlan, GridPlan, ClusterBackwardPlan)}
     assert expected <= found.keys() and all(found[key] >= 5 for key in expected)
 
 
@@ -188,7 +191,8 @@ def wrong_backend(monkeypatch):
 
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
-    monkeypatch.setattr(cuda, "run", run)
+    monkeypatch.delattr(cuda, "forward")
+    monkeypatch.setattr(cuda, "run", run, raising=False)
     return faults.append
 
 

@@ -1,12 +1,21 @@
 """The backends, in the order in which ``backend="auto"`` prefers them.
 
-A backend is a module of this package with one signature:
+A backend is a module of this package. All of them have two functions:
 
     unavailable(device) -> str | None      why it does not run on a device
     unsupported(problem) -> str | None     why it cannot do this problem
+
+The fused ones have a scan in each direction. :func:`flashrnn.backends.autograd.run` makes one
+differentiable function of both:
+
+    forward(problem, Wx, R, b, states) -> (states, last_states, gates)
+    backward(problem, R, states_initial, states, gates, d_states, d_last_states) -> Gradients
+
+``vanilla`` consists of PyTorch's own differentiable operations and has one function instead:
+
     run(problem, Wx, R, b, states) -> (states, last_states)
 
-It is imported when it is first asked for, so that ``import flashrnn`` loads none.
+A module is imported when it is first asked for, so that ``import flashrnn`` loads none.
 """
 
 from __future__ import annotations
@@ -28,34 +37,18 @@ _ALIASES = {"triton_fused": "triton"}
 
 
 class Backend(Protocol):
-    """What a backend's module offers."""
+    """What every backend's module offers."""
+
+    __name__: str
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why the backend does not run on a device of this machine; ``None`` where it does.
+        """Why the backend does not run on a device of this machine; ``None`` if it does.
 
-        Whether the device is one of its kind is asked first: of a machine whose tensors are on the
-        CPU, nothing of CUDA is.
+        The device's type is checked first. If the tensors are on the CPU, CUDA is not called.
         """
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why the backend cannot do this problem, on a device it runs on; ``None`` where it can."""
-
-    def run(
-        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Compute.
-
-        Args:
-            problem: one that ``unsupported`` has nothing against.
-            Wx: ``[B, T, Gw, N, D]``, of ``problem.dtype``, as are ``R`` and ``b``; any strides.
-            R: ``[Gr, N, D, D]``.
-            b: ``[Gb, N, D]``.
-            states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
-
-        Returns:
-            ``[S, B, T, N, D]`` of ``problem.dtype`` and ``[S, B, 1, N, D]`` of
-            ``problem.carry_dtype``, both contiguous.
-        """
+        """Why the backend cannot do this problem, on a device it runs on; ``None`` if it can."""
 
 
 def load(name: str) -> Backend:
@@ -65,7 +58,7 @@ def load(name: str) -> Backend:
         ValueError: no such backend; names the nearest.
     """
     name = _ALIASES.get(name, name)
-    # Statements that name the modules, for Dynamo can follow those.
+    # Statements that name the modules: Dynamo follows those.
     if name == "cuda_fused":
         from flashrnn.backends import cuda_fused
 
@@ -85,6 +78,10 @@ def load(name: str) -> Backend:
     raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
 
 
+loaded = cache(load)
+"""The same with a cache, which Dynamo does not follow."""
+
+
 def choose(name: str, problem: Problem) -> Backend:
     """The backend for a problem: the one named, or with ``"auto"`` the fastest that can.
 
@@ -94,26 +91,22 @@ def choose(name: str, problem: Problem) -> Backend:
     if torch.compiler.is_compiling():
         from flashrnn.backends import constants
 
-        # Plans are made for one N and one D; B and T decide nothing, and stay open.
+        # Plans are made for one N and one D. B and T decide nothing: a graph may leave them open.
         N, D = operator.index(problem.N), operator.index(problem.D)
         dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
         handle = cast(Cell, problem.cell).handle
-        return load(constants.chosen(name, handle, N, D, dtype, device, needs_gradient))
-    return _loaded(best(name, problem))
-
-
-@cache
-def _loaded(name: str) -> Backend:
-    return load(name)
+        chosen = constants.chosen(name, handle, N, D, dtype, device, needs_gradient)
+        return load(chosen)
+    return loaded(best(name, problem))
 
 
 _BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
 
 
 def recorded() -> bool:
-    """Whether something takes note of operators, or gives tensors a meaning of its own."""
-    # Asked of this thread: torch.utils._python_dispatch has one answer for all, which is wrong,
-    # and stays so, once modes of two threads overlap, as those that trace cells.
+    """Whether something records operators, or gives tensors another meaning."""
+    # In this thread. What torch.utils._python_dispatch tells holds for all threads, and is wrong
+    # for good once modes of two threads have overlapped, as those that trace cells may.
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -123,9 +116,9 @@ def recorded() -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds its values: none that only an operator can read.
+    """Whether a tensor's memory holds its values, so that a kernel can read them.
 
-    Not so are negated views, subclasses, and tensors that stand for others or for zeros.
+    That of negated views, subclasses, and tensors that stand for others or for zeros does not.
     """
     kind = type(tensor)
     if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
@@ -145,7 +138,7 @@ def best(name: str, problem: Problem) -> str:
     """The name of the backend that :func:`choose` gives."""
     if _transformed():
         if name not in ("auto", "vanilla"):
-            load(name)  # Unless there is none of this name.
+            load(name)  # Raises if there is no such backend.
             raise ValueError(
                 f"backend {name!r} cannot do this call: it is within a transform of torch.func "
                 "(grad, vjp, jvp, vmap, ...) or of torch.autograd.forward_ad, which only "
@@ -153,7 +146,7 @@ def best(name: str, problem: Problem) -> str:
             )
         return "vanilla"
     if name != "auto":
-        backend = _loaded(name)
+        backend = loaded(name)
         reason = backend.unavailable(problem.device) or backend.unsupported(problem)
         if reason:
             raise ValueError(
@@ -162,7 +155,7 @@ def best(name: str, problem: Problem) -> str:
             )
         return name
     for candidate in PREFERENCE:
-        backend = _loaded(candidate)
+        backend = loaded(candidate)
         if not (backend.unavailable(problem.device) or backend.unsupported(problem)):
             return candidate
     raise AssertionError("vanilla supports every problem")

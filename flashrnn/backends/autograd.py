@@ -1,40 +1,33 @@
-"""The one differentiable operator through which every fused backend runs.
-
-A fused backend's module offers, beside what :class:`flashrnn.backends.Backend` asks:
-
-    forward(problem, Wx, R, b, states) -> (states, last_states, gates)
-    backward(problem, R, states_initial, states, gates, d_states, d_last_states) -> Gradients
+"""Where every call of a backend passes: fused ones become differentiable here, as one operator.
 
 The residuals are the same for all: the states and, where a gradient may be asked for, the gates'
 pre-activations ``[B, T, G, N, D]``.
 
 ``torch.library`` makes operators of both directions, so that ``torch.compile`` sees them whole.
-An operator's arguments are tensors, numbers and strings: a cell goes in as its text, so that a
-program that was saved runs wherever this package is imported. Where nothing records operators, an
-autograd function runs instead, or where no gradient is needed, nothing but the backend: each takes
-a fraction of the host time of the one before.
+An operator's arguments are tensors, numbers and strings: a backend goes in by its name and a cell
+as its text, so that a saved program runs wherever this package is imported. Where nothing records
+operators, an autograd function runs instead, and where no gradient is needed, the backend's forward
+alone: each takes a fraction of the host time of the one before.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashrnn.backends import is_plain, recorded
+from flashrnn.backends import Backend, is_plain, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
 from flashrnn.problem import Problem
 
 
-class FusedBackend(Protocol):
-    """What a fused backend offers to the operator."""
+class FusedBackend(Backend, Protocol):
+    """What a fused backend's module offers."""
 
     def forward(
         self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
@@ -54,17 +47,42 @@ class FusedBackend(Protocol):
         """The gradients of all that went in; Wx's is part of the pre-activations'."""
 
 
+class DifferentiableBackend(Backend, Protocol):
+    """What ``vanilla`` offers: PyTorch differentiates the operations it consists of."""
+
+    def run(
+        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`run`."""
+
+
 def run(
-    backend: str, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    backend: Backend, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run a fused backend, differentiably; see :class:`flashrnn.backends.Backend`."""
+    """Compute, differentiably.
+
+    Args:
+        backend: by which backend.
+        problem: one that the backend's ``unsupported`` has nothing against.
+        Wx: ``[B, T, Gw, N, D]``, of ``problem.dtype``, as are ``R`` and ``b``; any strides.
+        R: ``[Gr, N, D, D]``.
+        b: ``[Gb, N, D]``.
+        states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
+
+    Returns:
+        ``[S, B, T, N, D]`` of ``problem.dtype`` and ``[S, B, 1, N, D]`` of
+        ``problem.carry_dtype``, both contiguous.
+    """
+    if not hasattr(backend, "forward"):
+        return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states)
+    backend = cast(FusedBackend, backend)
     if recorded() or not (is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)):
         every_state, last_states, _ = scan(
             Wx,
             R,
             b,
             states,
-            backend,
+            _name(backend),
             _text(problem.cell),
             problem.needs_gradient,
             problem.gradient_recurrent_cut,
@@ -74,8 +92,17 @@ def run(
         return every_state, last_states
     if problem.needs_gradient:
         return _Scan.apply(Wx, R, b, states, backend, problem)
-    every_state, last_states, _ = _backend(backend).forward(problem, Wx, R, b, states)
+    every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
     return every_state, last_states
+
+
+def _name(backend: FusedBackend) -> str:
+    """The string that stands for a backend in a graph."""
+    return backend.__name__.rpartition(".")[2]
+
+
+def _named(name: str) -> FusedBackend:
+    return cast(FusedBackend, loaded(name))
 
 
 def _text(cell: TracedCell) -> str:
@@ -88,7 +115,7 @@ def _text(cell: TracedCell) -> str:
 
 
 def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a fused backend's forward returns, not yet written."""
+    """Memory for what a fused backend's forward returns."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     S, G = len(cell.states), len(cell.gates)
     return (
@@ -102,11 +129,6 @@ def state_strides(states: Tensor) -> tuple[int, int, int, int]:
     """Of ``[S, B, 1, N, D]``, without that of the 1."""
     s, b, _, n, d = states.stride()
     return s, b, n, d
-
-
-@cache
-def _backend(name: str) -> FusedBackend:
-    return cast(FusedBackend, importlib.import_module(f"flashrnn.backends.{name}"))
 
 
 @torch.library.custom_op("flashrnn::scan", mutates_args=())
@@ -140,11 +162,11 @@ def scan(
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
     _check_captures(cell)
-    return _backend(backend).forward(problem, Wx, R, b, states)
+    return _named(backend).forward(problem, Wx, R, b, states)
 
 
 def _check_no_derivative_forward(backend: str) -> None:
-    """Of an operator in a graph; :func:`flashrnn.backends.best` refuses calls."""
+    """For operators in a graph. Calls are refused by :func:`flashrnn.backends.best`."""
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
             f"backend {backend!r} has no derivative forward (torch.func.jvp, jacfwd, "
@@ -153,7 +175,7 @@ def _check_no_derivative_forward(backend: str) -> None:
 
 
 def _check_captures(text: str) -> None:
-    """A graph of torch.compile has the cell as it was when it was compiled."""
+    """A graph of torch.compile has the cell of the time when it was compiled."""
     traced, handle = parsed(text)
     cell = cell_of(handle)
     if cell is not None and cell.traced != traced:
@@ -211,10 +233,10 @@ def scan_backward(
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
-    found = _backend(backend).backward(
+    found = _named(backend).backward(
         problem, R, states_initial, states, gates, d_states, d_last_states
     )
-    # A graph is made for one layout, whichever the backend has.
+    # A graph is made for one layout, whichever layout the backend returns.
     return found.gates, found.states, found.R.contiguous(), found.b.contiguous()
 
 
@@ -283,10 +305,10 @@ class _Scan(torch.autograd.Function):
         R: Tensor,
         b: Tensor,
         states_initial: Tensor,
-        backend: str,
+        backend: FusedBackend,
         problem: Problem,
     ) -> tuple[Tensor, Tensor]:
-        states, last_states, gates = _backend(backend).forward(problem, Wx, R, b, states_initial)
+        states, last_states, gates = backend.forward(problem, Wx, R, b, states_initial)
         ctx.save_for_backward(R, states_initial, states, gates)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem = backend, problem
@@ -297,19 +319,20 @@ class _Scan(torch.autograd.Function):
         backend, problem = ctx.backend, ctx.problem
 
         def pull_back(*tensors: Tensor) -> Gradients:
-            # In a graph of the gradient, the operator says that it has no derivative of its own.
+            # With a graph of the gradient: the operator's own derivative raises an error that says
+            # that there is none.
             if recorded() or torch.is_grad_enabled() or not all(map(is_plain, tensors)):
                 return Gradients(
                     *scan_backward(
                         *tensors,
-                        backend,
+                        _name(backend),
                         _text(problem.cell),
                         problem.gradient_recurrent_cut,
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
                     )
                 )
-            return _backend(backend).backward(problem, *tensors)
+            return backend.backward(problem, *tensors)
 
         return *_gradients(ctx, problem.cell, pull_back, d_states, d_last), None, None
 
@@ -323,9 +346,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of Wx, R, b and the initial states."""
     R, states_initial, states, gates = ctx.saved_tensors
-    # A hook on saved tensors may have given them back in another layout.
+    # A hook on saved tensors may have changed their layout.
     states, gates = states.contiguous(), gates.contiguous()
-    # A gradient that nobody asked through is one row of zeros, read again and again.
+    # An output without a gradient: zeros, one row in memory that is read for all steps.
     if d_states is None:
         d_states = states.new_zeros(states.shape[-1]).expand_as(states)
     if d_last is None:

@@ -1,6 +1,6 @@
-"""What ``torch.compile`` takes as given: it asks once, while it compiles, and does not look inside.
+"""Functions that ``torch.compile`` calls while it compiles, and whose results are constants to it.
 
-Only it imports this module, for the decorator imports it in turn.
+Imported only while it compiles: the decorator imports Dynamo.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def text(handle: str) -> str:
 
 def _cell(handle: str) -> Cell:
     cell = cell_of(handle)
-    assert cell is not None, "what is compiled holds it"
+    assert cell is not None, "the function that is compiled holds it"
     return cell
 
 
@@ -36,6 +36,6 @@ def chosen(
     device: torch.device,
     needs_gradient: bool,
 ) -> str:
-    """See :func:`flashrnn.backends.best`; of a problem, what a backend may decide by."""
+    """See :func:`flashrnn.backends.best`. B, T and clip values decide nothing."""
     problem = Problem(_cell(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
     return backends.best(name, problem)

@@ -1,7 +1,7 @@
 """Backend ``cuda``: a launch for each step, product and cell in one, for any head dimension.
 
-Its kernels are compiled when a problem first needs them, and their launches replayed from
-recordings (:mod:`flashrnn.jit`).
+Its kernels are compiled when a problem first needs them. Their launches are replayed from
+recordings (:mod:`flashrnn.kernels.per_step.runs`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.backends.requirements import refusal, too_large, too_many_rows, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
-from flashrnn.jit import launch, nvrtc, runs
-from flashrnn.kernels import program, step
+from flashrnn.jit import launch, nvrtc
+from flashrnn.kernels import call, source
+from flashrnn.kernels.per_step import plan as per_step
+from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem
 
 
@@ -30,13 +32,6 @@ def unsupported(problem: Problem) -> str | None:
     return refusal(problem) or too_large(problem) or too_many_rows(problem)
 
 
-def run(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See :class:`flashrnn.backends.Backend`."""
-    return autograd.run("cuda", problem, Wx, R, b, states)
-
-
 def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,19 +40,22 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if B == 0 or T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    # Rows of what the step's product reads.
+    # The step's product loads vectors of 16 bytes of their rows.
     R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
     b = b.contiguous()
-    tensors = (Wx, R, b, states, h, every_state, gates, last_states)
-    fields = (
-        *(x.data_ptr() for x in tensors),
-        *Wx.stride(),
-        *autograd.state_strides(states),
-        B,
-        T,
-        _clips(problem),
-    )
-    runs.run(_forward_stepper(*_key(problem), problem.needs_gradient), fields, T)
+    tensors = {
+        "Wx": Wx,
+        "R": R,
+        "b": b,
+        "initial": states,
+        "h_initial": h,
+        "states": every_state,
+        "last_states": last_states,
+        "gates": gates,
+    }
+    fields = _fields(call.FORWARD, problem, tensors)
+    options = source.forward_options(problem.needs_gradient)
+    runs.run(_stepper(*_key(problem), False, options), fields, T)
     return every_state, last_states, gates
 
 
@@ -77,75 +75,70 @@ def backward(
         d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
         return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
-    # Rows of what the step's product sums over: [N, D summed over by the step, Gr, D].
+    # The step's product sums over the units that forward's product computes: [N, D, Gr, D].
     transposed = _aligned(R.permute(1, 3, 0, 2))
-    tensors = (transposed, states_initial, states, gates, d_states, d_last_states)
-    fields = (
-        *(x.data_ptr() for x in (*tensors, d_gates, d_initial)),
-        *autograd.state_strides(states_initial),
-        *d_states.stride(),
-        *autograd.state_strides(d_last_states),
-        problem.B,
-        T,
-        _clips(problem),
-    )
+    tensors = {
+        "R": transposed,
+        "initial": states_initial,
+        "states": states,
+        "gates": gates,
+        "d_states": d_states,
+        "d_last": d_last_states,
+        "d_gates": d_gates,
+        "d_initial": d_initial,
+    }
+    fields = _fields(call.BACKWARD, problem, tensors)
     # The last launch adds what reaches the initial h through R.
     count = T if cut else T + 1
-    clip = problem.gradient_recurrent_clipval is not None
-    runs.run(_backward_stepper(*_key(problem), cut, clip), fields, count)
+    clips = problem.gradient_recurrent_clipval is not None
+    options = source.backward_options(cut, clips)
+    runs.run(_stepper(*_key(problem), True, options), fields, count)
     return complete(problem, d_gates, d_initial, states_initial, states)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and from a multiple of 16 bytes on."""
+    """Contiguous, and beginning at a multiple of 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _clips(problem: Problem) -> int:
-    return program.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+def _fields(record: call.Record, problem: Problem, tensors: dict[str, Tensor]) -> list[int]:
+    """The record's, but for the last one, ``done``."""
+    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    return record.pack(tensors, T=problem.T, B=problem.B, N=problem.N, clips=clips)[:-1]
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
-    """What of a problem both directions' kernels and their launches depend on."""
+    """What both directions' kernels and launches depend on."""
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    precision = program.precision_of(problem.dtype)
+    precision = source.precision_of(problem.dtype)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 
-@lru_cache(maxsize=256)
-def _forward_stepper(
-    cell: TracedCell, B: int, N: int, D: int, precision: str, device: torch.device, save_gates: bool
-) -> runs.Stepper:
-    plan = step.plan_step(cell, B, N, D, precision, backward=False)
-    loaded = _forward_program(cell, precision, plan, save_gates, device)
-    return _stepper(loaded, len(step.FORWARD_CALL), plan, plan.grid(B, N, D), N, D)
-
-
-@lru_cache(maxsize=256)
-def _backward_stepper(
+@lru_cache(maxsize=512)
+def _stepper(
     cell: TracedCell,
     B: int,
     N: int,
     D: int,
     precision: str,
     device: torch.device,
-    cut: bool,
-    clip: bool,
+    backward: bool,
+    options: source.Options,
 ) -> runs.Stepper:
-    plan = step.plan_step(cell, B, N, D, precision, backward=True)
-    loaded = _backward_program(cell, precision, plan, cut, clip, device)
-    return _stepper(loaded, len(step.BACKWARD_CALL), plan, plan.grid(B, N, D), N, D)
+    plan = per_step.plan_step(cell, B, N, D, precision, backward)
+    loaded = _program(cell, precision, plan, options, device)
+    return _shared_stepper(loaded, plan, plan.grid(B, N, D), N, D)
 
 
 @lru_cache(maxsize=256)
-def _stepper(
-    loaded: launch.Program, fields: int, plan: step.StepPlan, grid: int, N: int, D: int
+def _shared_stepper(
+    loaded: launch.Program, plan: per_step.StepPlan, grid: int, N: int, D: int
 ) -> runs.Stepper:
-    """The same one for all batches that have its grid: recordings are a stepper's."""
+    """One for all batches with the same grid, so that they share its recordings."""
     return runs.Stepper(
         program=loaded,
-        fields=fields,
+        fields=plan.record.size,
         grid=grid,
         threads=plan.threads,
         sizes=(N, D),
@@ -153,27 +146,18 @@ def _stepper(
     )
 
 
-@lru_cache(maxsize=256)
-def _forward_program(
-    cell: TracedCell, precision: str, plan: step.StepPlan, save_gates: bool, device: torch.device
-) -> launch.Program:
-    return _load("step_forward", step.forward_source(cell, precision, plan, save_gates), device)
-
-
-@lru_cache(maxsize=256)
-def _backward_program(
+@lru_cache(maxsize=512)
+def _program(
     cell: TracedCell,
     precision: str,
-    plan: step.StepPlan,
-    cut: bool,
-    clip: bool,
+    plan: per_step.StepPlan,
+    options: source.Options,
     device: torch.device,
 ) -> launch.Program:
-    parts = step.backward_source(cell, precision, plan, cut, clip)
-    return _load("step_backward", parts, device)
+    return _load(plan.entry, plan.source(cell, precision, options), device)
 
 
-def _load(name: str, parts: dict[str, str], device: torch.device) -> launch.Program:
+def _load(entry: str, parts: dict[str, str], device: torch.device) -> launch.Program:
     index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    return launch.Program(cubin, ("set_call", name), index)
+    return launch.Program(cubin, ("set_call", entry), index)

@@ -1,16 +1,14 @@
 """Backend ``cuda_fused``: one persistent kernel forward and one backward, R kept on chip.
 
-A thread block computes a whole head for a few sequences, all steps of them, and waits for no other.
-A larger head is a team's of thread blocks, which exchange h, or backward the gates' gradients, at
-each step.
+The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.kernels.registry`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
-from operator import attrgetter
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -21,26 +19,10 @@ from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient,
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
-from flashrnn.kernels import cluster, head, program, team, wide, wide_cluster
+from flashrnn.kernels import call, registry, single_cta, source
+from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
-from flashrnn.tiling import (
-    GPU,
-    LARGEST_HEAD_OF_A_BLOCK,
-    ClusterPlan,
-    GradientPlan,
-    HeadPlan,
-    TeamPlan,
-    WideClusterPlan,
-    WidePlan,
-    plan_cluster,
-    plan_gradient,
-    plan_head,
-    plan_team,
-    plan_wide,
-    plan_wide_cluster,
-)
-
-Plan = HeadPlan | ClusterPlan | TeamPlan | WidePlan | WideClusterPlan
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -50,7 +32,7 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    # Nor does the batch decide whether there is a plan.
+    # Whether there is a plan does not depend on B.
     return (
         refusal(problem)
         or too_large(problem)
@@ -61,15 +43,8 @@ def unsupported(problem: Problem) -> str | None:
 @lru_cache(maxsize=1024)
 def _without_plan(problem: Problem, gpu: GPU) -> str | None:
     directions = (False, True) if problem.needs_gradient else (False,)
-    plans = [_best_plan(problem, gpu, backward) for backward in directions]
+    plans = [registry.best_plan(problem, gpu, backward) for backward in directions]
     return next((plan for plan in plans if isinstance(plan, str)), None)
-
-
-def run(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See :class:`flashrnn.backends.Backend`."""
-    return autograd.run("cuda_fused", problem, Wx, R, b, states)
 
 
 def forward(
@@ -81,15 +56,26 @@ def forward(
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
     gpu = _gpu(problem)
     plan = _plan(problem, False, gpu)
-    R = R.contiguous()
-    if isinstance(plan, WidePlan):
-        Wx, R = (x if _in_pairs(x) else _copy(x) for x in (Wx, R))
-    if isinstance(plan, ClusterPlan | WideClusterPlan) and not _aligned(Wx):
-        Wx = _copy(Wx)
-    tensors = (Wx, R, b.contiguous(), states, every_state, last_states, gates)
-    strides = (*Wx.stride(), *autograd.state_strides(states))
-    aligned = _aligned(Wx, every_state, gates)
-    _scan(problem, gpu, plan, False, tensors, strides, aligned)
+    Wx, R = (_rows_aligned(x, plan.ROW_ALIGNMENT) for x in (Wx, R.contiguous()))
+    tensors = {
+        "Wx": Wx,
+        "R": R,
+        "b": b.contiguous(),
+        "initial": states,
+        "states": every_state,
+        "last_states": last_states,
+        "gates": gates,
+    }
+    options = source.forward_options(problem.needs_gradient)
+    _scan(
+        problem,
+        gpu,
+        plan,
+        call.FORWARD,
+        tensors,
+        options,
+        _aligned(problem.D, Wx, every_state, gates),
+    )
     return every_state, last_states, gates
 
 
@@ -110,18 +96,24 @@ def backward(
         return complete(problem, d_gates, d_initial, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
-    given = (R.contiguous(), states_initial, states, gates, d_states, d_last_states)
-    strides = (
-        *autograd.state_strides(states_initial),
-        *d_states.stride(),
-        *autograd.state_strides(d_last_states),
-    )
-    aligned = _aligned(states, gates, d_states, d_gates)
-    tensors = (*given, d_gates, d_initial, d_bias)
+    tensors = {
+        "R": R.contiguous(),
+        "initial": states_initial,
+        "states": states,
+        "gates": gates,
+        "d_states": d_states,
+        "d_last": d_last_states,
+        "d_gates": d_gates,
+        "d_initial": d_initial,
+        "d_bias": d_bias,
+    }
+    clips = problem.gradient_recurrent_clipval is not None
+    options = source.backward_options(problem.gradient_recurrent_cut, clips)
+    aligned = _aligned(D, states, gates, d_states, d_gates)
     gpu = _gpu(problem)
-    _scan(problem, gpu, _plan(problem, True, gpu), True, tensors, strides, aligned)
+    _scan(problem, gpu, _plan(problem, True, gpu), call.BACKWARD, tensors, options, aligned)
     h_initial, h = states_initial[0], states[0]
-    if D <= LARGEST_HEAD_OF_A_BLOCK:
+    if registry.is_small(D):
         d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
     else:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
@@ -132,163 +124,119 @@ def backward(
 def _scan(
     problem: Problem,
     gpu: GPU,
-    plan: Plan | str,
-    backward: bool,
-    tensors: Sequence[Tensor],
-    strides: Sequence[int],
+    plan: Plan,
+    record: call.Record,
+    tensors: dict[str, Tensor],
+    options: source.Options,
     aligned: bool,
 ) -> None:
     """Launch a direction's kernel.
 
     Args:
         problem: what is computed.
-        gpu: where.
-        plan: its plan for this direction; a reason why there is none was refused before, unless
-            the call was chosen for another context than it runs in.
-        backward: which of the two.
-        tensors: what all regimes' kernels take and write, in their arguments' order.
-        strides: likewise.
+        gpu: the GPU, or the part of it, that the plan is for.
+        plan: how it is computed.
+        record: the direction's record.
+        tensors: those of the record.
+        options: constants out of :mod:`flashrnn.kernels.source`.
         aligned: whether the tensors are, as :func:`_aligned` says.
     """
-    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    B, T, N = problem.B, problem.T, problem.N
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    precision = _precision(problem)
-    clipval = problem.gradient_recurrent_clipval
-    options = (
-        (problem.gradient_recurrent_cut, clipval is not None)
-        if backward
-        else (problem.needs_gradient,)
-    )
-    numbers = (*strides, T, B, N, program.clips(clipval, problem.forward_clipval))
-    if isinstance(plan, HeadPlan):
-        kernel = _head_kernel(cell, precision, D, plan, aligned, problem.device, backward, *options)
-        kernel.launch(plan.grid(B, N), tensors, numbers)
-        return
-    if isinstance(plan, str):
-        raise RuntimeError(
-            f"backend 'cuda_fused' cannot do this call in the context that is current: {plan}"
-        )
-    if isinstance(plan, ClusterPlan | WideClusterPlan):
-        cluster_kernel = _cluster_kernel(cell, precision, D, plan, problem.device, *options)
-        grid = plan.clusters(B, N) * plan.size
-        cluster_kernel.launch(grid, tensors, numbers)
-        return
-    words = partial(tensors[0].new_empty, dtype=torch.int32)
-    teams = plan.teams(B, N, gpu)
-    # No exchange has the number 0.
-    exchange = words(teams * plan.parcels, 4).zero_()
-    if isinstance(plan, WidePlan):
-        wide_kernel = _wide_kernel(cell, precision, D, plan, problem.device, *options)
-        wide_kernel.launch(teams * plan.size, (*tensors, exchange), (*numbers, teams))
-        return
-    team_kernel = _team_kernel(cell, precision, D, plan, problem.device, backward, *options)
-    streamed = words(teams * plan.size * plan.warps() * plan.streamed, 128)
-    team_kernel.launch(teams * plan.size, (*tensors, exchange, streamed), (*numbers, teams))
+    precision = source.precision_of(problem.dtype)
+    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
+    scratch = plan.scratch(B, N, gpu)
+    memory = next(iter(tensors.values())).new_empty
+    if scratch.packets:
+        # Flags count from 1: a zero is no packet's.
+        tensors["packets"] = memory(scratch.packets, 4, dtype=torch.int32).zero_()
+    if scratch.R_in_memory:
+        tensors["R_in_memory"] = memory(scratch.R_in_memory, 4, dtype=torch.int32)
+    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    fields = record.pack(tensors, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu))
+    kernel.launch(plan.grid(B, N, gpu), fields)
 
 
 def _recurrent_gradient(
     problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
 ) -> Tensor:
-    """See :func:`flashrnn.backends.gradients.recurrent_gradient`, of which this is a kernel."""
+    """:func:`flashrnn.backends.gradients.recurrent_gradient` by a kernel of this package."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     recurrent = len(cell.fed_by("R"))
-    # What the product saw.
+    # Rounded, as the forward scan's product had it.
     h_initial = h_initial.to(h.dtype).contiguous()
-    plan = plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
-    aligned = _aligned(d_gates, h_initial, h)
-    precision = _precision(problem)
-    # In a cache, what is not compiled in would only be in the way.
-    compiled = replace(plan, parts=1, rows=0)
-    kernel = _gradient_kernel(cell, precision, D, compiled, aligned, problem.device)
+    plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
+    aligned = _aligned(D, d_gates, h_initial, h)
+    precision = source.precision_of(problem.dtype)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
-    grid = N * plan.groups * plan.parts
-    kernel.launch(grid, (d_gates, h_initial, h, parts), (plan.rows, T, B, N))
+    tensors = {"d_gates": d_gates, "h_initial": h_initial, "h": h, "parts": parts}
+    fields = call.RECURRENT_GRADIENT.pack(tensors, rows_a_part=plan.rows, T=T, B=B, N=N)
+    kernel.launch(plan.grid(N), fields)
     return parts.sum(0).to(h.dtype)
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A program's only kernel, and what its launches have in common."""
+    """A program of one kernel, and the shape of its launches but for their grid."""
 
     program: launch.Program
-    threads: int
-    shared_memory: int
-    together: bool
-    cluster: int
+    shape: launch.Shape
 
-    def launch(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
-        """Enqueue it on PyTorch's current stream of its device."""
-        arguments = (*(x.data_ptr() for x in tensors), *numbers)
+    def launch(self, grid: int, fields: Sequence[int]) -> None:
+        """Enqueue a launch on PyTorch's current stream of the program's device."""
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
-            config = launch.configure(
-                grid, self.threads, self.shared_memory, together=self.together, cluster=self.cluster
-            )
             if torch.cuda.is_current_stream_capturing():
                 self.program.keep_for_graphs()
             stream = context.current_stream(device)
-            launch.enqueue([launch.Launch(kernel, config, arguments)], stream, device)
+            shape = launch.Shape(grid, *self.shape[1:])
+            launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether every row of D elements lies together, from a multiple of 16 bytes on."""
-    share = 16 // tensors[0].element_size()
-    return all(
-        x.data_ptr() % 16 == 0
-        and x.stride(-1) == 1
-        and not any(stride % share for stride in (x.shape[-1], *x.stride()[:-1]))
-        for x in tensors
-        if x.numel()
-    )
-
-
-def _copy(x: Tensor) -> Tensor:
-    """Also of what is contiguous, but from an odd address on."""
+def _rows_aligned(x: Tensor, alignment: int) -> Tensor:
+    """The tensor if its rows are contiguous and aligned to so many bytes; else a copy."""
+    if alignment == 1 or _begins_at_multiples(x, alignment):
+        return x
+    # A copy also of a contiguous tensor that begins at an unaligned address.
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _in_pairs(x: Tensor) -> bool:
-    """Whether units lie together, each even one at a multiple of two elements."""
-    return (
-        x.data_ptr() % (2 * x.element_size()) == 0
-        and x.stride(-1) == 1
-        and not any(stride % 2 for stride in x.stride()[:-1])
-    )
+def _begins_at_multiples(x: Tensor, alignment: int) -> bool:
+    *strides, unit = x.stride()
+    least = alignment // x.element_size()
+    return unit == 1 and x.data_ptr() % alignment == 0 and math.gcd(least, *strides) == least
 
 
-def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan | str:
-    return _best_plan(_planned(problem, problem.B), gpu, backward)
+def _aligned(D: int, *tensors: Tensor) -> bool:
+    """Whether rows of D elements are contiguous and begin and end at multiples of 16 bytes."""
+    if D * tensors[0].element_size() % 16:
+        return False
+    return all(_begins_at_multiples(x, 16) for x in tensors if x.numel())
+
+
+def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
+    plan = registry.best_plan(_planned(problem, problem.B), gpu, backward)
+    if isinstance(plan, str):
+        # Only if the backend was chosen in another context than the call runs in.
+        raise RuntimeError(
+            f"backend 'cuda_fused' cannot do this call in the context that is current: {plan}"
+        )
+    return plan
 
 
 def _planned(problem: Problem, B: int) -> Problem:
-    """A problem without what no plan depends on, which in a cache would only be in the way."""
+    """A problem without the fields that no plan depends on, as a key of caches of plans."""
     return problem._replace(
         B=B, T=1, gradient_recurrent_clipval=None, forward_clipval=None, step=None
     )
 
 
-@lru_cache(maxsize=1024)
-def _best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
-    if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
-        return plan_head(problem, gpu, backward)
-    plan = plan_team(problem, gpu, backward)
-    # The batch does not decide whether there is a plan.
-    if backward or isinstance(plan, str):
-        return plan
-    others = (plan_cluster(problem, gpu), plan_wide(problem, gpu), plan_wide_cluster(problem, gpu))
-    possible: list[Plan] = [plan, *(other for other in others if other is not None)]
-    return min(possible, key=attrgetter("cycles"))
-
-
-def _precision(problem: Problem) -> str:
-    return program.precision_of(problem.dtype)
-
-
 def _gpu(problem: Problem) -> GPU:
-    """What there is for a problem's plans."""
-    if problem.D <= LARGEST_HEAD_OF_A_BLOCK:
+    """The GPU, or the part of it that the current context has."""
+    if registry.is_small(problem.D):
         return _whole_gpu(problem.device)
-    # Thread blocks that wait for each other must run at once, wherever the launch goes.
+    # CTAs that wait for each other must run at once in the context of the launch.
     index = _index(problem.device)
     with context.on_device(index):
         stream = context.current_stream(index)
@@ -308,7 +256,7 @@ def _whole_gpu(device: torch.device) -> GPU:
 
 @lru_cache(maxsize=64)
 def _gpu_of_context(device: torch.device, _: int) -> GPU:
-    """What the context of the current stream has of a device; `_` is the context's number."""
+    """The part of a device that the current stream's context has; `_` is the context's number."""
     index, gpu = _index(device), _whole_gpu(device)
     stream = context.current_stream(index)
     clusters: tuple[int, ...] = ()
@@ -322,99 +270,42 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-# A kernel that is forgotten is unloaded, unless a CUDA graph of the user's may hold its launches.
+# A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it.
 
 
-@lru_cache(maxsize=256)
-def _head_kernel(
+@lru_cache(maxsize=512)
+def _scan_kernel(
     cell: TracedCell,
     precision: str,
-    D: int,
-    plan: HeadPlan,
+    plan: Plan,
+    options: source.Options,
     aligned: bool,
     device: torch.device,
-    backward: bool,
-    *options: Any,
 ) -> _Kernel:
-    source = head.backward_source if backward else head.forward_source
-    parts = source(cell, precision, D, plan, aligned, *options)
-    name = "head_backward" if backward else "head_forward"
-    return _kernel(name, parts, device, plan.threads(D), plan.shared_memory)
-
-
-@lru_cache(maxsize=256)
-def _team_kernel(
-    cell: TracedCell,
-    precision: str,
-    D: int,
-    plan: TeamPlan,
-    device: torch.device,
-    backward: bool,
-    *options: Any,
-) -> _Kernel:
-    source = team.backward_source if backward else team.forward_source
-    parts = source(cell, precision, D, plan, *options)
-    name = team.backward_name(plan) if backward else "team_forward"
-    # Clusters wait for no other, and so may wait for room.
-    together, cluster = not plan.cluster, plan.size if plan.cluster else 0
-    threads = 32 * plan.warps()
-    return _kernel(name, parts, device, threads, plan.shared_memory, together, cluster)
-
-
-@lru_cache(maxsize=256)
-def _cluster_kernel(
-    cell: TracedCell,
-    precision: str,
-    D: int,
-    plan: ClusterPlan | WideClusterPlan,
-    device: torch.device,
-    save_gates: bool,
-) -> _Kernel:
-    if isinstance(plan, ClusterPlan):
-        name = "cluster_forward"
-        parts = cluster.forward_source(cell, precision, D, plan, save_gates)
-    else:
-        name = "wide_cluster_forward"
-        parts = wide_cluster.forward_source(cell, precision, D, plan, save_gates)
-    return _kernel(name, parts, device, plan.threads(), plan.shared_memory, False, plan.size)
-
-
-@lru_cache(maxsize=256)
-def _wide_kernel(
-    cell: TracedCell,
-    precision: str,
-    D: int,
-    plan: WidePlan,
-    device: torch.device,
-    save_gates: bool,
-) -> _Kernel:
-    parts = wide.forward_source(cell, precision, D, plan, save_gates)
-    return _kernel("wide_forward", parts, device, plan.THREADS, plan.shared_memory, True)
+    shape = launch.Shape(
+        grid=0,
+        threads=plan.threads,
+        shared_memory=plan.shared_memory,
+        cooperative=plan.COOPERATIVE,
+        cluster_size=plan.cluster_size,
+    )
+    return _kernel(plan.entry, plan.source(cell, precision, options, aligned), shape, device)
 
 
 @lru_cache(maxsize=256)
 def _gradient_kernel(
     cell: TracedCell,
     precision: str,
-    D: int,
-    plan: GradientPlan,
+    plan: single_cta.GradientPlan,
     aligned: bool,
     device: torch.device,
 ) -> _Kernel:
-    parts = head.gradient_source(cell, precision, D, plan, aligned)
-    threads = head.GRADIENT_THREADS
-    return _kernel("recurrent_gradient", parts, device, threads, plan.shared_memory)
+    shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned), shape, device)
 
 
 def _kernel(
-    name: str,
-    parts: dict[str, str],
-    device: torch.device,
-    threads: int,
-    shared_memory: int,
-    together: bool = False,
-    cluster: int = 0,
+    entry: str, parts: dict[str, str], shape: launch.Shape, device: torch.device
 ) -> _Kernel:
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    loaded = launch.Program(cubin, (name,), _index(device), shared_memory)
-    return _Kernel(loaded, threads, shared_memory, together, cluster)
+    return _Kernel(launch.Program(cubin, (entry,), _index(device), shape.shared_memory), shape)

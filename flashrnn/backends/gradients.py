@@ -1,6 +1,7 @@
-"""What follows from the gates' gradients, outside any scan: those of R and b.
+"""The gradients of R and b, which follow from the gates' gradients once the backward scan is done.
 
-A product and a sum over all steps, each in a fixed order: the same inputs give the same bits.
+They are a product and a sum over all steps, each in a fixed order: the same inputs give the same
+bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flashrnn.problem import Problem
 
 
 class Gradients(NamedTuple):
-    """What a backward scan leads to.
+    """The gradients of a call.
 
     Attributes:
         gates: ``[B, T, G, N, D]``, of the pre-activations.
@@ -37,26 +38,27 @@ def complete(
     states_initial: Tensor,
     states: Tensor,
 ) -> Gradients:
-    """The gradients of R and b beside what a scan found."""
+    """A backward scan's gradients, completed by those of R and b."""
     d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0])
     return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
 
 
 def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
-    """Some gates: a view where they are neighbours."""
+    """Some gates: a view if their indices are consecutive."""
     first, count = indices[0] if indices else 0, len(indices)
     if indices == tuple(range(first, first + count)):
         return gates.narrow(dim, first, count)
-    # Without a tensor of indices: to copy them the host would wait for the GPU, and a CUDA graph
-    # cannot record it.
+    # Not by a tensor of indices: its copy to the GPU would make the host wait, and a CUDA graph
+    # cannot record such a copy.
     return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
 def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
     """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
     B, T, _, N, D = d_gates.shape
-    # What the product saw: h rounded, one step earlier. All steps move by one at once, past the
-    # ends of sequences too: a plain copy, where to join two parts takes several times as long.
+    # h as the forward product read it: rounded, one step earlier. One copy shifts all steps, from
+    # sequence to sequence too, and the first step of each is then overwritten. To concatenate the
+    # initial h and the rest takes several times as long.
     before = torch.empty_like(h, memory_format=torch.contiguous_format)
     if T:
         before.view(-1)[N * D :] = h.reshape(-1)[: -N * D]
@@ -64,7 +66,7 @@ def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: 
     before = before.view(B * T, N, D)
     fed = select(d_gates, 2, cell.fed_by("R"))
     Gr = fed.shape[2]
-    # A head's gradients together, for one product a head: a copy by whole rows of D.
+    # Rows of all gates of a head, so that a head takes one product.
     rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
     return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
 

@@ -1,7 +1,7 @@
-"""What every backend whose kernels run on a GPU asks of the machine and of a problem.
+"""What backends with GPU kernels require of the machine and of a problem.
 
-The tensors' device comes first: for tensors that are not on a GPU nothing of CUDA is asked, which
-would take a context on one, and fail in a process forked off another that has used CUDA.
+The tensors' device is checked first. For tensors on another device CUDA is not called at all: that
+would make a context on a GPU, and would fail in a process forked from one that has used CUDA.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from functools import cache, lru_cache
 import torch
 
 from flashrnn.jit import context, nvrtc
+from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
-from flashrnn.tiling.sizes import tiles_of
 
 
 @lru_cache(maxsize=64)
 def missing_gpu(device: torch.device) -> str | None:
-    """Why a device is no GPU that will do; ``None`` where it is one."""
+    """Why a device is not a GPU that kernels run on; ``None`` if it is."""
     if device.type != "cuda":
         return f"the tensors are on {device}, and its kernels run on a GPU"
     if not torch.cuda.is_available():
@@ -64,7 +64,7 @@ def refusal(problem: Problem) -> str | None:
 
 
 def too_many_rows(problem: Problem) -> str | None:
-    """Why PyTorch's product for R's gradient cannot be; ``None`` where it can."""
+    """Why PyTorch cannot compute the product for R's gradient; ``None`` if it can."""
     rows = problem.B * problem.T
     if rows < 2**31 or not problem.needs_gradient:
         return None
@@ -85,7 +85,7 @@ def too_large(problem: Problem) -> str | None:
     for name, size in (("B", B), ("T", T), ("N · D", N * D)):
         if size > _LARGEST:
             return f"{name} is {size}; its kernels count to 2³¹ − 1 = {_LARGEST}"
-    # Half as many as there may be: launches may be rounded up.
+    # Up to half of the largest grid: a launch's grid may be rounded up.
     if 2 * N * tiles_of(D, 8) * tiles_of(B, 8) > _LARGEST:
-        return f"B = {B}, N = {N} and D = {D} are more than the thread blocks of a launch compute"
+        return f"B = {B}, N = {N} and D = {D} need more thread blocks than a launch has"
     return None

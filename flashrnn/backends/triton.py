@@ -18,14 +18,15 @@ from flashrnn.backends.requirements import missing_gpu, refusal, too_many_rows
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit.source import load_source
+from flashrnn.kernels.triton.plan import ScanPlan, plan_scan
 from flashrnn.problem import Problem, tf32_allowed
-from flashrnn.tiling import ScanPlan, plan_scan
 
 # Earlier ones multiply no tiles of fewer than 16 columns.
 OLDEST = (3, 5)
-# That a thread of backward may have: all there are. Left to itself the assembler saves some, for
-# more programs at once, and lets one element's step wait for another's, which makes steps of small
-# tiles longer: 1.61 for 1.31 ms at 24x32, but 1.81 for 1.91 at 12x64 (LSTM, with forward; H200).
+# Of a thread of backward, for small tiles: all there are. By itself the assembler uses fewer, for
+# more programs at once, and computes elements one after another instead of interleaved. With all
+# registers forward and backward of an LSTM take 1.31 instead of 1.61 ms at 24x32, but 1.91 instead
+# of 1.81 at 12x64 (H200).
 _MOST_REGISTERS = 255
 _REGISTERS_OF_A_MULTIPROCESSOR = 65536
 
@@ -60,13 +61,6 @@ def unsupported(problem: Problem) -> str | None:
     return plan if isinstance(plan, str) else None
 
 
-def run(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See :class:`flashrnn.backends.Backend`."""
-    return autograd.run("triton", problem, Wx, R, b, states)
-
-
 def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +73,7 @@ def forward(
     with _current(problem.device):
         fixed = _fixed(problem)
         plan = fixed.plan
-        fixed.forward[(N * -(-B // plan.BB),)](
+        fixed.forward[(N * -(-B // plan.BLOCK_B),)](
             Wx,
             R.contiguous(),
             b.contiguous(),
@@ -94,16 +88,16 @@ def forward(
             *autograd.state_strides(states),
             N,
             D,
-            plan.DD,
-            plan.BB,
-            plan.SS,
-            plan.GG,
+            plan.BLOCK_D,
+            plan.BLOCK_B,
+            plan.BLOCK_S,
+            plan.BLOCK_G,
             len(cell.states),
             *fixed.positions,
             alignment,
             _is_wide(Wx),
             problem.needs_gradient,
-            plan.resident,
+            plan.R_in_registers,
             plan.stages,
             fixed.operand,
             fixed.precision,
@@ -133,7 +127,7 @@ def backward(
     with _current(problem.device):
         fixed = _fixed(problem)
         plan = fixed.plan
-        fixed.backward[(N * -(-B // plan.BB),)](
+        fixed.backward[(N * -(-B // plan.BLOCK_B),)](
             R.contiguous(),
             states_initial,
             states,
@@ -151,16 +145,16 @@ def backward(
             *autograd.state_strides(d_last_states),
             N,
             D,
-            plan.DD,
-            plan.BB,
-            plan.SS,
-            plan.GG,
+            plan.BLOCK_D,
+            plan.BLOCK_B,
+            plan.BLOCK_S,
+            plan.BLOCK_G,
             len(cell.states),
             fixed.positions[1],
             alignment,
             problem.gradient_recurrent_cut,
             clipval is not None,
-            plan.resident,
+            plan.R_in_registers,
             plan.stages,
             fixed.operand,
             fixed.precision,
@@ -174,7 +168,7 @@ def backward(
 @cache
 def _interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
-    from flashrnn.kernels import pointwise
+    from flashrnn.kernels.triton import pointwise
 
     return pointwise.INTERPRETED
 
@@ -185,15 +179,14 @@ def _current(device: torch.device) -> AbstractContextManager[None]:
 
 
 class _Fixed(NamedTuple):
-    """What of a launch follows from the problem, whatever its B, T and clip values.
+    """What a launch needs that does not depend on B, T and clip values.
 
     Attributes:
         forward: the kernel of the scan.
         backward: that of the scan backwards.
         plan: tiles.
-        positions: where each gate stands in the gate dimensions of Wx, R and b; -1 where it is
-            not fed.
-        operand: the dtype of the product's operands; see :mod:`flashrnn.kernels.scan`.
+        positions: each gate's index in the gate dimensions of Wx, R and b; -1 where it has none.
+        operand: the dtype of the product's operands; see :mod:`flashrnn.kernels.triton.scan`.
         precision: how float32 products round, as PyTorch's own matrix products are set to.
         functions: the module with the cell's step and derivative.
     """
@@ -207,8 +200,8 @@ class _Fixed(NamedTuple):
     functions: ModuleType
 
 
-# What CUDA graphs launch: a graph does not keep a kernel, and Triton unloads one that nobody keeps.
-# For good: nothing tells when a graph is gone.
+# What CUDA graphs launch. A graph does not keep a kernel, and Triton unloads one that nobody holds.
+# Entries stay for good: nothing tells when a graph is gone.
 _recorded: dict[int, _Fixed] = {}
 
 
@@ -227,7 +220,7 @@ def _fixed(problem: Problem) -> _Fixed:
     return fixed
 
 
-# Each has kernels of its own: with the least used entry go those that were compiled for it.
+# Each entry has kernels of its own, which are unloaded with it.
 @lru_cache(maxsize=128)
 def _fixed_for(
     cell: TracedCell,
@@ -240,7 +233,7 @@ def _fixed_for(
 ) -> _Fixed:
     import triton.language as tl
 
-    from flashrnn.kernels.scan import new_kernels
+    from flashrnn.kernels.triton.scan import new_kernels
 
     plan = _plan(Problem(cell, 1, 1, N, D, dtype, device), tf32)
     assert isinstance(plan, ScanPlan), "flashrnn() asks unsupported() first"
@@ -259,7 +252,7 @@ def _fixed_for(
 
 def _most_registers(plan: ScanPlan) -> int | None:
     """Registers that a thread of backward may have; ``None`` if the assembler decides."""
-    small = (plan.GG + 2 * plan.SS) * plan.DD < 512
+    small = (plan.BLOCK_G + 2 * plan.BLOCK_S) * plan.BLOCK_D < 512
     fits = 32 * plan.warps * _MOST_REGISTERS <= _REGISTERS_OF_A_MULTIPROCESSOR
     return _MOST_REGISTERS if small and fits else None
 
@@ -276,20 +269,20 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _aligned(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """A number that divides all strides but the last, and the strides, those divided by it."""
+    """A divisor of all strides but the last, and the strides: those divided by it, and the last."""
     *strides, innermost = tensor.stride()
     alignment = math.gcd(16, *strides)
     return alignment, (*(stride // alignment for stride in strides), innermost)
 
 
 def _is_wide(Wx: Tensor) -> bool:
-    """Whether what a kernel adds to the place of a sequence's step may need more than 32 bits."""
+    """Whether offsets within one step of a sequence may need more than 32 bits."""
     strides, (_, _, gates, _, D) = Wx.stride(), Wx.shape
     return max(*strides, gates * strides[2], D * strides[4]) >= 2**31
 
 
 def _positions(cell: TracedCell, source: str) -> tuple[int, ...]:
-    """Where each gate stands in ``source``'s gate dimension; -1 where it does not feed it."""
+    """Each gate's index in ``source``'s gate dimension; -1 where it has none."""
     fed = cell.fed_by(source)
     return tuple(fed.index(k) if k in fed else -1 for k in range(len(cell.gates)))
 

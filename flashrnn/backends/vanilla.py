@@ -1,8 +1,8 @@
 """Backend ``vanilla``: the recurrence as a plain PyTorch loop, on any device.
 
-It is the definition that every other backend is held against, and the one that can be
-differentiated twice. One batched product and one call of the cell a step; everything that
-does not depend on the step before is computed for all steps at once.
+It is the definition that every other backend is compared with, and the only one that can be
+differentiated twice. A step is one batched product and one call of the cell. What does not depend
+on the step before is computed for all steps at once.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ def unsupported(problem: Problem) -> str | None:
 def run(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See :class:`flashrnn.backends.Backend`."""
+    """See :func:`flashrnn.backends.autograd.run`."""
     cell, dtype, carry_dtype = problem.cell, problem.dtype, states.dtype
     step = problem.step
     assert step is not None, "flashrnn() hands it on"
     S, B, T, N, D = len(cell.states), problem.B, problem.T, problem.N, problem.D
     recurrent = cell.fed_by("R")
     G, Gr = len(cell.gates), len(recurrent)
-    # R's gates first, so that the product adds to one block; `declared` undoes it.
+    # Gates that R feeds come first, so that the product adds to one slice; `declared` undoes it.
     order = (*recurrent, *(k for k in range(G) if k not in recurrent))
     declared = sorted(range(G), key=order.__getitem__)
 
     inputs = _input_preactivations(problem, Wx.to(carry_dtype), b.to(carry_dtype), order)
     recurrent_matrix = R.to(carry_dtype).permute(1, 3, 0, 2).reshape(N, D, Gr * D)
-    # [S, B, 1, N, D] to a contiguous [N, B, D] a state, as the cell will return them.
+    # [S, B, 1, N, D] to a contiguous [N, B, D] for each state, the layout of the cell's results.
     carried = tuple(state.transpose(0, 1).contiguous() for state in states.squeeze(2).unbind(0))
 
     trajectory: list[tuple[Tensor, ...]] = []
     for inputs_t in _unbound(inputs.permute(1, 3, 0, 2, 4), 0):
-        # What multiplies R has been rounded to dtype: the same h that is returned.
+        # h is rounded to dtype before it multiplies R: the same numbers as the returned h.
         h = carried[0].to(dtype).to(carry_dtype)
         if problem.gradient_recurrent_cut:
             h = h.detach()
@@ -64,7 +64,7 @@ def run(
 
     last_states = torch.stack(carried).transpose(1, 2).unsqueeze(2).contiguous()
     if T == 0:
-        # Nothing, but of everything: backward then finds its way and gives zeros.
+        # Empty, but computed from all inputs, so that backward gives zeros for each.
         return Wx.new_empty(S, B, 0, N, D) + (Wx.sum() + R.sum() + b.sum()), last_states
     steps = torch.stack([after[s] for s in range(S) for after in trajectory])
     every_state = steps.view(S, T, N, B, D).permute(0, 3, 1, 2, 4)
@@ -74,7 +74,7 @@ def run(
 def _input_preactivations(
     problem: Problem, Wx: Tensor, b: Tensor, order: tuple[int, ...]
 ) -> Tensor:
-    """What reaches the gates without the recurrent product: ``[B, T, G, N, D]``, in ``order``."""
+    """Wx and b of all gates, ``[B, T, G, N, D]``, in ``order``."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     bias = dict(zip(cell.fed_by("b"), _unbound(b, 0), strict=True))
     b = torch.stack([bias.get(k, b.new_zeros(N, D)) for k in order])
@@ -86,7 +86,7 @@ def _input_preactivations(
 
 
 def _unbound(tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """``tensor.unbind(dim)``, which no saved program may have of a dimension of size 0."""
+    """``tensor.unbind(dim)``, also of size 0, for which saved programs cannot have it."""
     return tensor.unbind(dim) if tensor.shape[dim] else ()
 
 

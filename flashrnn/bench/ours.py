@@ -56,8 +56,7 @@ class Ours(Contender):
         said = f"{given}; gradients of {leaves}; [B, T, ...]"
         if self.backend != "auto":
             return said
-        chosen = backends.choose("auto", _problem(case, device, backward=True))
-        return f"auto takes {getattr(chosen, '__name__', '').rpartition('.')[2]}; {said}"
+        return f"auto takes {backends.best('auto', _problem(case, device, backward=True))}; {said}"
 
     def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
         """See :class:`Contender`."""

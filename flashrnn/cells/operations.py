@@ -2,7 +2,8 @@
 
 Each has a meaning on Python floats and a spelling in Triton and in CUDA C++, on float32 values.
 A spelling that a plain expression cannot give (tanh without overflow or cancellation) calls a
-helper of the same name: :mod:`flashrnn.kernels.pointwise` for Triton, ``pointwise.cuh`` for CUDA.
+helper of the same name: ``kernels/triton/pointwise.py`` for Triton, for CUDA
+``kernels/common/pointwise.cuh``.
 """
 
 from __future__ import annotations

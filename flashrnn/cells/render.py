@@ -14,7 +14,7 @@ _TRITON_HEADER = """\
 import triton
 import triton.language as tl
 
-from flashrnn.kernels import pointwise
+from flashrnn.kernels.triton import pointwise
 """
 
 

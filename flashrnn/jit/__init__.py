@@ -1,1 +1,1 @@
-"""From generated source to something that runs."""
+"""From source to a launch: compilation, its cache on disk, loading, and launches."""

@@ -1,12 +1,12 @@
 """The device, the stream and the driver's context that a thread's launches go to.
 
-PyTorch knows devices and streams; the driver's every call also means a context. Most processes
-know one, the device's primary context, which PyTorch makes. A green context is given a part of the
-device's multiprocessors: a thread launches there while it is current, or on a stream of its own.
-What a caller has made current stays so.
+PyTorch has devices and streams. Every call of the driver also depends on a context. Most processes
+have one for each device, its primary context, which PyTorch makes. A green context has a part of
+the device's multiprocessors; a thread launches there while that context is current, or on one of
+its streams. A context that the caller has made current stays current.
 
-A stream is meant by its handle, ``torch.cuda.Stream.cuda_stream``; 0, the default stream, is that
-of whichever context is current.
+A stream is given by its handle, ``torch.cuda.Stream.cuda_stream``. 0, the default stream, is that
+of the current context.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-_OLDEST_WITH_PARTS = 12040
+_OLDEST_WITH_GREEN_CONTEXTS = 12040
 
 
 class _Thread(threading.local):
-    """What is known of a thread.
+    """State of a thread.
 
     Attributes:
-        devices: those that had a current context here; from then on the driver follows PyTorch.
+        devices: those that have had a current context in this thread. From then on PyTorch's
+            change of its current device changes the driver's, too.
     """
 
     def __init__(self) -> None:
@@ -35,17 +36,17 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_AS_IT_IS = nullcontext()
+_UNCHANGED = nullcontext()
 
 
 def on_device(device: int) -> AbstractContextManager[None]:
     """Makes a device the current one of this thread, for PyTorch and for the driver.
 
-    A context of this device that the caller has made current stays current, within and after; one
-    of another device's is back afterwards.
+    If the caller has made a context of this device current, that one stays current. If it is one of
+    another device, it is current again afterwards.
     """
     if device in _thread.devices and torch.cuda.current_device() == device:
-        return _AS_IT_IS
+        return _UNCHANGED
     return _made_current(device)
 
 
@@ -55,8 +56,8 @@ def _made_current(device: int) -> Iterator[None]:
 
     before = _current()
     if torch.cuda.current_device() == device:
-        # The driver knows none in a thread where PyTorch has only ever used its default device,
-        # as those of autograd.
+        # In a thread where PyTorch has used its default device only, as in autograd's threads,
+        # the driver may have no current context.
         if not int(before) or int(check(driver().cuCtxGetDevice())[0]) != device:
             Device(device).set_current()
         _thread.devices.add(device)
@@ -68,7 +69,7 @@ def _made_current(device: int) -> Iterator[None]:
             _thread.devices.add(device)
             yield
     finally:
-        # PyTorch knows primary contexts only.
+        # PyTorch has made the primary context current.
         if int(before):
             _make_current(before)
 
@@ -80,14 +81,14 @@ def current_stream(device: int) -> int:
 
 def number(stream: int) -> int:
     """The number of a stream's context; no other context of this process ever has it."""
-    # Asked of none, the driver tells the current one's.
+    # For None the driver gives the current context's number.
     (found,) = check(driver().cuCtxGetId(_of(stream) if stream else None))
     return int(found)
 
 
 def multiprocessors(stream: int, device: int) -> int:
-    """How many a stream's kernels run on: the device's, or those of its green context."""
-    if driver_version() < _OLDEST_WITH_PARTS:
+    """How many multiprocessors a stream's kernels run on: those of its context."""
+    if driver_version() < _OLDEST_WITH_GREEN_CONTEXTS:
         return torch.cuda.get_device_properties(device).multi_processor_count
     kind = driver().CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
     (resource,) = check(driver().cuCtxGetDevResource(_of(stream), kind))
@@ -137,21 +138,21 @@ def _make_current(context: Any) -> None:
 
 @cache
 def driver_version() -> int:
-    """The newest CUDA that the driver knows: 13020 for 13.2."""
+    """The newest CUDA that the driver supports: 13020 for 13.2."""
     (version,) = check(driver().cuDriverGetVersion())
     return int(version)
 
 
 @cache
 def driver() -> Any:
-    """The driver's calls. An import statement for each call of one would cost more than it."""
+    """The module of the driver's functions. An import statement in each call would take longer."""
     from cuda.bindings import driver
 
     return driver
 
 
 def check(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the driver returned beside its error code.
+    """The results of a call of the driver, without its error code.
 
     Raises:
         RuntimeError: the call failed.

@@ -1,18 +1,18 @@
-"""The folder where compiled kernels are kept, and who may have put into it what runs here.
+"""The folder where compiled kernels are kept, and the check that only this user can write there.
 
 Machine code runs with its user's rights. So it is read only from files that nobody but this user
-(or root, who may do anything anyway) can have written. What is asked, and when:
+(or root, who may do anything anyway) can have written. The checks:
 
-- Before each use, whether the folder is this user's or root's, and that its mode lets nobody else
-  write; an access control list that lets somebody shows in the mode, too. Else the folder is not
-  used, and a warning says so.
-- Of each file, once it is open, whether it is such a file itself. So a folder or a link that is
-  exchanged between question and use leads to no file of another user.
+- Before each use of the folder: it must belong to this user or root, and its mode must let nobody
+  else write. (An access control list that lets somebody write shows in the mode.) Otherwise the
+  folder is not used, and a warning says so.
+- Of each file, after it has been opened: the same. So nothing is gained by replacing the folder or
+  a link between check and use.
 
-Folders above are not asked about: who may write there can put a folder of his own in place, which
-is then refused, or take the folder away, and then kernels are compiled again.
+Folders above are not checked. Whoever can write there can put another folder in place, which is
+then refused, or remove the folder, and then kernels are compiled again.
 
-On Windows, whose folders of users are private and have no such modes, nothing is asked.
+On Windows, where users' folders are private and have no such modes, nothing is checked.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _VARIABLE = "FLASHRNN_CACHE_DIR"
 def cache_folder() -> Path | None:
     """The folder for what may be kept, which need not exist yet.
 
-    It is ``$FLASHRNN_CACHE_DIR``, or ``flashrnn`` in the user's cache folder. Where there is no
-    such thing, or others may write there, it is a temporary one of this process; ``None`` where
-    that cannot be made either.
+    It is ``$FLASHRNN_CACHE_DIR``, or ``flashrnn`` in the user's cache folder. If there is no such
+    folder or others may write there, it is a temporary one of this process; ``None`` if that
+    cannot be made either.
 
     Warns:
         UserWarning: ``$FLASHRNN_CACHE_DIR`` or the user's folder is not used; once for each reason.
@@ -42,7 +42,7 @@ def cache_folder() -> Path | None:
     try:
         folder = _wanted()
     except RuntimeError as error:
-        # Path's, without HOME and an entry in the list of users, as in many a container.
+        # From Path.home(), without HOME and an entry in the list of users, as in some containers.
         if os.environ.get(_VARIABLE):
             _warn(f"{_VARIABLE}={os.environ[_VARIABLE]} names no folder: {error}. {_INSTEAD}")
         return _private_folder(os.getpid())
@@ -78,7 +78,7 @@ def _wanted() -> Path:
 
 
 def _untrusted(folder: Path) -> str | None:
-    """Why nothing from a folder may run; ``None`` for one that does not exist, too."""
+    """Why nothing from a folder may run; ``None`` if it may, or if the folder does not exist."""
     try:
         status = folder.stat()
     except OSError:
@@ -102,7 +102,7 @@ def _others_may_write(status: os.stat_result) -> str | None:
 
 @lru_cache(maxsize=1)
 def _private_folder(process: int) -> Path | None:
-    """A folder for this process alone: a forked one has its own, and removes no other's."""
+    """A folder for one process. A forked one gets its own and does not remove its parent's."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="flashrnn-"))
     except OSError:

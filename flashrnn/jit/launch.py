@@ -1,16 +1,20 @@
 """Kernels of a cubin, launched on a stream of PyTorch's, singly or as a recorded run.
 
-A stream is meant by its handle, ``torch.cuda.Stream.cuda_stream``; see :mod:`flashrnn.jit.context`.
+A stream is given by its handle, ``torch.cuda.Stream.cuda_stream``; see :mod:`flashrnn.jit.context`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import struct
+import threading
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,30 +29,54 @@ from flashrnn.jit.context import (
 )
 
 
+class Shape(NamedTuple):
+    """The shape of a launch.
+
+    Attributes:
+        grid: CTAs.
+        threads: threads of a CTA.
+        shared_memory: a CTA's dynamic shared memory in bytes.
+        overlaps: whether it may start before the launch before it in the stream is complete. Its
+            kernel then waits for that launch (PTX: griddepcontrol.wait).
+        cooperative: whether all CTAs must run at once, since they wait for each other. The driver
+            refuses a launch of more CTAs than the device has room for.
+        cluster_size: CTAs of a cluster, a divisor of the grid; 0 for no clusters.
+    """
+
+    grid: int
+    threads: int
+    shared_memory: int = 0
+    overlaps: bool = False
+    cooperative: bool = False
+    cluster_size: int = 0
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a kernel.
 
     Attributes:
         kernel: one of a :class:`Program`'s.
-        config: out of :func:`configure`.
-        arguments: integers, addresses among them.
+        shape: the launch's shape.
+        arguments: integers and addresses, of 8 bytes each. If the kernel's last parameter is a
+            struct, its fields are the last of them.
     """
 
     kernel: Any
-    config: Any
-    arguments: tuple[int, ...]
+    shape: Shape
+    arguments: Sequence[int]
 
 
 class Program:
-    """A cubin on a device: there for as long as somebody holds this object, or a graph may.
+    """A cubin on a device. It stays loaded while this object exists or a CUDA graph may launch it.
 
-    What nobody holds any more waits in a list until it is long enough to wait for the streams where
-    launches may be under way, and is unloaded then.
+    Afterwards its launches may still be running. So it goes into a list of what is to be unloaded.
+    Once the list is long, the streams that there were launches on are waited for, and all of the
+    list is unloaded.
 
     Attributes:
         device: the device's index.
-        kernels: in the order of their names; whoever launches one holds the program meanwhile.
+        kernels: in the order of their names. Whoever launches one holds the program meanwhile.
     """
 
     def __init__(
@@ -62,8 +90,6 @@ class Program:
             device: the device's index.
             shared_memory: bytes of dynamic shared memory that their launches may ask for.
         """
-        from cuda.core import Kernel
-
         self.device = device
         attribute = driver().CUfunction_attribute
         settings = {attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: shared_memory}
@@ -71,48 +97,52 @@ class Program:
             settings[attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
         with on_device(device), _while_a_stream_may_be_captured():
             _unload(device)
-            # By the driver itself: cuda.core does not unload what it loads.
+            # Not by cuda.core, which never unloads what it loads.
             (library,) = check(driver().cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
             forgotten = _forgotten.setdefault(device, [])
             weakref.finalize(self, forgotten.append, library).atexit = False
             found = [check(driver().cuLibraryGetKernel(library, name.encode())) for name in names]
             for (kernel,) in found:
-                # Of the kernel on this device: of a function, they would be one context's.
+                # Set for the kernel on a device. A function's attributes hold in one context only.
                 for name, value in settings.items():
                     check(driver().cuKernelSetAttribute(name, value, kernel, device))
-        self.kernels = tuple(Kernel.from_handle(int(kernel)) for (kernel,) in found)
+        # Where the driver takes a function it also takes a kernel, as a function's handle.
+        self.kernels = tuple(driver().CUfunction(int(kernel)) for (kernel,) in found)
         self._load()
 
     def keep_for_graphs(self) -> None:
-        """Before a launch that a graph of the user's will hold, for who knows how long."""
+        """To be called before a launch that becomes part of a CUDA graph of the user's."""
         _in_graphs.add(self)
         self._load()
 
     def _load(self) -> None:
-        """Loading is lazy, by contexts; in a capture nothing is loaded."""
+        """Load the kernels in the current stream's context.
+
+        The driver would do so at the first launch there, which fails while a stream is captured.
+        """
         with (
             on_device(self.device),
             within(current_stream(self.device)),
             _while_a_stream_may_be_captured(),
         ):
             for kernel in self.kernels:
-                check(driver().cuKernelGetFunction(kernel.handle))
+                check(driver().cuKernelGetFunction(driver().CUkernel(int(kernel))))
 
 
-# For good: nothing tells when a graph of the user's is gone.
+# Programs stay here for good: nothing tells when a graph of the user's is gone.
 _in_graphs: set[Program] = set()
-# By devices; emptied when it is long, see _unload.
+# Libraries to be unloaded, by device; see Program.
 _forgotten: dict[int, list[Any]] = {}
-# By devices, the streams that there were launches on. Never emptied: PyTorch has a few dozen, and
-# the driver gives the handles of streams that are no more to later ones.
+# The streams that there were launches on, by device. Never emptied: PyTorch has a few dozen, and
+# the driver gives handles of destroyed streams to new ones.
 _streams: dict[int, set[int]] = {}
 _MOST_FORGOTTEN = 32
 
 
 def _unload(device: int) -> None:
-    """Unload what is forgotten, if it is enough to wait for the streams of all launches.
+    """Unload a device's forgotten libraries, if there are enough of them to wait for its streams.
 
-    Not for the device: that would spoil what another thread captures.
+    To wait for the device instead would end the capture of a stream by another thread.
     """
     forgotten = _forgotten.get(device, [])
     if len(forgotten) < _MOST_FORGOTTEN or torch.cuda.is_current_stream_capturing():
@@ -124,82 +154,93 @@ def _unload(device: int) -> None:
 
 
 def _wait_for(stream: int) -> bool:
-    """Wait for a stream's launches, unless it is being captured."""
+    """Wait for a stream's launches; ``False`` if it is being captured, so that nothing can wait."""
     code = driver().CUresult
     error, status = driver().cuStreamIsCapturing(stream)
     if error == code.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
-        return False  # The default stream, while one is captured that waits for it.
+        return False  # The default stream, while a stream is captured that waits for it.
     if error:
-        return True  # A stream that is no more.
+        return True  # A destroyed stream.
     if status != driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
         return False
     (error,) = driver().cuStreamSynchronize(stream)
     return not error
 
 
-@lru_cache(maxsize=1024)
-def configure(
-    grid: int,
-    threads: int,
-    shared_memory: int = 0,
-    overlaps: bool = False,
-    together: bool = False,
-    cluster: int = 0,
-) -> Any:
-    """The shape of a launch.
-
-    Args:
-        grid: thread blocks.
-        threads: threads of a block.
-        shared_memory: a block's dynamic shared memory in bytes.
-        overlaps: whether it may start before the launch before it in the stream is complete, for
-            which it then waits itself.
-        together: whether all thread blocks run at once, as they must that wait for each other; the
-            driver refuses a launch of more than the device holds.
-        cluster: thread blocks of a cluster, whose multiple the grid is; 0: no clusters.
-    """
-    from cuda.core import LaunchConfig
-
-    # In clusters the grid is counted by them.
-    shape = {"grid": grid // cluster, "cluster": cluster} if cluster else {"grid": grid}
-
-    return LaunchConfig(
-        **shape,
-        block=threads,
-        shmem_size=shared_memory,
-        programmatic_stream_serialization=overlaps,
-        is_cooperative=together,
-    )
-
-
 def enqueue(launches: Iterable[Launch], stream: int, device: int) -> None:
-    """Launch on a stream of a device, the current one, in turn."""
-    _enqueue(launches, _stream(stream, device))
+    """Launch on a stream of a device, which is the current one, in order."""
+    _streams.setdefault(device, set()).add(stream or _DEFAULT)
+    _enqueue(launches, stream or _DEFAULT)
 
 
-def _enqueue(launches: Iterable[Launch], stream: Any) -> None:
-    launch = _launch()
+def _enqueue(launches: Iterable[Launch], stream: int) -> None:
+    launch, room = driver().cuLaunchKernelEx, _room
     for one in launches:
-        launch(stream, one.config, one.kernel, *one.arguments)
+        # The driver takes as many addresses as the kernel has parameters, and copies the arguments
+        # before it returns. A parameter of 4 bytes is the lower half of its 8.
+        _packing(len(one.arguments)).pack_into(room.values, 0, *one.arguments)
+        check(launch(_config(one.shape, stream), one.kernel, room.addresses, 0))
+
+
+class _Room(threading.local):
+    """A thread's memory for the arguments of a launch, 8 bytes each, and for their addresses."""
+
+    def __init__(self) -> None:
+        self.values = (ctypes.c_int64 * _MOST_ARGUMENTS)()
+        first = ctypes.addressof(self.values)
+        self._addresses = array("Q", range(first, first + ctypes.sizeof(self.values), 8))
+        self.addresses = self._addresses.buffer_info()[0]
+
+
+_MOST_ARGUMENTS = 128
+_room = _Room()
 
 
 @cache
-def _launch() -> Any:
-    # An import statement for each launch would cost a good part of it.
-    from cuda.core import launch
+def _packing(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
 
-    return launch
+
+@lru_cache(maxsize=1024)
+def _config(shape: Shape, stream: int) -> Any:
+    """A launch's shape and stream, for the driver, which only reads it: threads may share it."""
+    config = driver().CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
+    config.sharedMemBytes = shape.shared_memory
+    config.hStream = stream
+    kinds = driver().CUlaunchAttributeID
+    attributes = []
+    if shape.cluster_size:
+        cluster = driver().CUlaunchAttribute()
+        cluster.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension = cluster.value.clusterDim
+        dimension.x, dimension.y, dimension.z = shape.cluster_size, 1, 1
+        attributes.append(cluster)
+    if shape.cooperative:
+        cooperative = driver().CUlaunchAttribute()
+        cooperative.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        cooperative.value.cooperative = 1
+        attributes.append(cooperative)
+    if shape.overlaps:
+        overlaps = driver().CUlaunchAttribute()
+        overlaps.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlaps.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(overlaps)
+    # The list is copied.
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 class Recording:
-    """A run of launches as a CUDA graph: replayed at the cost of one."""
+    """A run of launches as a CUDA graph, which is replayed at the cost of one launch."""
 
     def __init__(self, launches: Iterable[Launch], stream: int) -> None:
         """Record.
 
         Args:
             launches: the run.
-            stream: one of the context that it is for; the run need not be replayed on it.
+            stream: a stream of the context in which the run is replayed, on any of its streams.
         """
         from cuda.core import Stream
 
@@ -207,9 +248,9 @@ class Recording:
         with within(stream):
             (recorder,) = check(driver().cuStreamCreate(flags))
             builder = Stream.from_handle(int(recorder)).create_graph_builder()
-            # Other threads may go on with whatever they do.
+            # The capture restricts what this thread calls, not other threads.
             builder.begin_building("thread_local")
-            _enqueue(launches, builder)
+            _enqueue(launches, int(recorder))
             builder.end_building()
             self._graph = builder.complete()
             builder.close()
@@ -217,15 +258,15 @@ class Recording:
 
     def replay(self, stream: int, device: int) -> None:
         """Enqueue the run on a stream of a device."""
+        _streams.setdefault(device, set()).add(stream or _DEFAULT)
         self._graph.launch(_stream(stream, device))
 
 
-# By devices too: a stream of cuda.core's remembers its device, and all have the default stream.
+# By device too: cuda.core's Stream remembers its device, and every device has the default stream.
 @lru_cache(maxsize=256)
 def _stream(handle: int, device: int) -> Any:
     from cuda.core import Stream
 
-    _streams.setdefault(device, set()).add(handle or _DEFAULT)
     return Stream.from_handle(handle or _DEFAULT)
 
 
@@ -238,38 +279,28 @@ _LARGEST_CLUSTER = 16
 
 
 def clusters_at_once(device: int, stream: int, shared_memory: int) -> tuple[int, ...]:
-    """What the driver says of clusters in a stream's context; see :class:`flashrnn.tiling.GPU`.
+    """How many clusters of each size run at once in a stream's context; see ``kernels/gpu.py``.
 
     Args:
         device: the device's index, of compute capability 9.0 or later.
         stream: the stream.
-        shared_memory: all that a thread block may have, so that none shares a multiprocessor.
+        shared_memory: all that a CTA may have, so that no two CTAs share a multiprocessor.
     """
     cubin = nvrtc.compile_program({"probe": _PROBE}, architecture(device))
     program = Program(cubin, ["probe"], device, shared_memory)
-    function = driver().CUfunction(int(program.kernels[0].handle))
-    attribute = driver().CUlaunchAttribute()
-    attribute.id = driver().CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    config = driver().CUlaunchConfig()
-    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-    config.blockDimX = 32
-    config.sharedMemBytes = shared_memory
-    config.hStream = stream
+    (function,) = program.kernels
     found = [0, 0]
     for size in range(2, _LARGEST_CLUSTER + 1):
-        cluster = attribute.value.clusterDim
-        cluster.x, cluster.y, cluster.z = size, 1, 1
-        config.gridDimX = size
-        config.attrs, config.numAttrs = [attribute], 1
+        config = _config(Shape(size, 32, shared_memory, cluster_size=size), stream)
         error, count = driver().cuOccupancyMaxActiveClusters(function, config)
-        # A size that the device does not know.
+        # An error means that the device has no clusters of this size.
         found.append(0 if error else count)
     return tuple(found)
 
 
 @contextlib.contextmanager
 def _while_a_stream_may_be_captured() -> Iterator[None]:
-    """Lets this thread load code although a capture, its own or another's, forbids it."""
+    """Lets this thread load code while it, or another thread, captures a stream."""
     mode = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     (before,) = check(driver().cuThreadExchangeStreamCaptureMode(mode))
     try:
@@ -279,7 +310,7 @@ def _while_a_stream_may_be_captured() -> Iterator[None]:
 
 
 def architecture(device: torch.device | int) -> str:
-    """What a device's kernels are compiled for: ``"sm_80"``, ``"sm_90a"``, ..."""
+    """The architecture that a device's kernels are compiled for: ``"sm_80"``, ``"sm_90a"``, ..."""
     major, minor = torch.cuda.get_device_capability(device)
-    # Hopper's own instructions, which later GPUs have not all.
+    # With Hopper's own instructions, not all of which later GPUs have.
     return f"sm_{major}{minor}" + "a" * (major == 9)

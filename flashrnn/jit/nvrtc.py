@@ -1,12 +1,12 @@
 """CUDA C++ text to a cubin: compiled by NVRTC once, kept in memory and in the cache folder.
 
-A program is self-contained: it includes nothing, so nothing but this text, the architecture and
-the compiler's version decides what comes out.
+A program is self-contained: it includes nothing. So its machine code depends on its text, the
+architecture and the compiler's version only.
 
-cuda.core can keep what it compiles, too: ``Program.compile(cache=FileStreamProgramCache(folder))``.
-It is not used. That one hands on whatever lies under a program's name, torn, empty or written by
-another user, and leaves "a check at load time" to others; and where a disk is full or read-only,
-its error takes the place of the kernel. So it is in cuda.core 1.2.0 to 1.2.2.
+cuda.core has a cache, ``Program.compile(cache=FileStreamProgramCache(folder))``, which is not used.
+It returns whatever file has a program's name, even if torn, empty or written by another user, and
+leaves "a check at load time" to its caller. If the disk is full or read-only, it raises an error
+and the kernel is lost. (Of cuda.core 1.2.0 to 1.2.2.)
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 _importing = threading.RLock()
 _lock = threading.Lock()
-# By keys; a lock is there for as long as a thread holds it or waits for it.
+# By key. A lock exists for as long as a thread holds it or waits for it.
 _compiling: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
 
 def _forget_locks() -> None:
-    # Another thread may have held them when this process was forked off.
+    # Another thread of the parent process may have held them at the time of the fork.
     global _importing, _lock
     _importing = threading.RLock()
     _lock = threading.Lock()
@@ -51,17 +51,17 @@ class CompileError(RuntimeError):
 
 
 def unavailable() -> str | None:
-    """Why nothing can be compiled here, with the command that mends it; ``None`` if it can."""
+    """Why nothing can be compiled here, and the command that helps; ``None`` if it can."""
     try:
         _version()
     except Exception as error:
-        # Missing packages, and shared libraries that are missing or do not fit.
+        # A package or shared library is missing, or of a wrong version.
         return f"it compiles its kernels with cuda.core and NVRTC ({error}): {INSTALL}"
     return None
 
 
 def version() -> tuple[int, int]:
-    """NVRTC's version, that of the CUDA it belongs to."""
+    """The version of NVRTC, which is that of CUDA."""
     return _version()
 
 
@@ -70,21 +70,21 @@ def compile_program(parts: Mapping[str, str], arch: str) -> bytes:
 
     Args:
         parts: the program's text in parts, in order, each under the name that errors give it.
-        arch: what it is compiled for: ``"sm_90"``, ``"sm_90a"``, ...
+        arch: the architecture: ``"sm_90"``, ``"sm_90a"``, ...
 
     Raises:
-        CompileError: a program that is not one; quotes the lines.
+        CompileError: errors in the program; quotes the lines.
     """
     source = join(parts)
     key = _key(source, arch)
-    # Two threads compile two programs at once, as NVRTC can, but never the same one.
+    # Threads may compile different programs at once, but not the same one.
     with _lock:
         lock = _compiling.setdefault(key, threading.Lock())
     with lock:
         return _cubin(key, source, arch, tuple(parts))
 
 
-# Whoever loads a cubin keeps the kernels. This is for a second device, or where no disk keeps it.
+# Loaded kernels are kept elsewhere. This is for a second device, or if there is no cache folder.
 @lru_cache(maxsize=64)
 def _cubin(key: str, source: str, arch: str, names: tuple[str, ...]) -> bytes:
     folder = cache_folder()
@@ -99,7 +99,7 @@ def _cubin(key: str, source: str, arch: str, names: tuple[str, ...]) -> bytes:
 
 
 def join(parts: Mapping[str, str]) -> str:
-    """One text, in which every line knows its part."""
+    """One text, with ``#line`` before each part, so that errors name it."""
     return "\n".join(f'#line 1 "{_printable(name)}"\n{text}' for name, text in parts.items()) + "\n"
 
 
@@ -115,7 +115,7 @@ def _key(source: str, arch: str) -> str:
 
 def _version() -> tuple[int, int]:
     """NVRTC's version; an error where there is no NVRTC or no cuda.core to call it with."""
-    # Two threads that import them at once find one another's halves.
+    # If two threads import them at once, one may see a module that is half imported.
     with _importing:
         import cuda.core
         from cuda.bindings import nvrtc
@@ -135,26 +135,29 @@ def _compile(source: str, arch: str, names: Iterable[str]) -> bytes:
         program = Program(source, "c++", ProgramOptions(arch=arch, std=_STANDARD))
         return bytes(program.compile("cubin").code)
     except Exception as error:
-        # Not always the version that pip names: the first that is found, as PyTorch's own.
+        # The version in use: it may be PyTorch's NVRTC, not the one that this package requires.
         nvrtc = "NVRTC {}.{}".format(*_version())
         parts = ", ".join(names)
         raise CompileError(f"{nvrtc} could not compile ({parts}) for {arch}: {error}") from error
 
 
 def _digest(key: str, cubin: bytes) -> bytes:
-    """What makes a file out of this cubin, under this key, and tells it from every other."""
+    """A digest that a file begins with, of its key and its cubin."""
     return hashlib.sha256(key.encode() + cubin).digest()
 
 
 def _read(path: Path, key: str) -> bytes | None:
-    """The cubin in a file; ``None`` where there is none, or none to be trusted."""
+    """The cubin in a file; ``None`` if there is no file, or it is damaged or not trusted."""
     content = read_trusted(path) or b""
     digest, cubin = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
     return cubin if digest == _digest(key, cubin) else None
 
 
 def _write(path: Path, key: str, cubin: bytes) -> None:
-    """Keep a cubin, if the disk lets us; processes may race, each with a file of its own."""
+    """Write a cubin to a file of its own and rename it, so that processes may race.
+
+    Errors are ignored: the kernel then runs, but is not kept.
+    """
     temporary = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

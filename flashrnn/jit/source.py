@@ -1,6 +1,6 @@
-"""Generated Python source as a module that exists in memory alone.
+"""Generated Python source as a module that exists in memory only.
 
-No file is written, so none can be put in its place: what runs is compiled from the text itself.
+No file is written, so no other file can be put in its place.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _count = itertools.count()
 def load_source(text: str) -> ModuleType:
     """The module with this text.
 
-    Texts that were asked for lately give the same module again. Triton reads a function's text
-    through :mod:`inspect`, which finds it for as long as the module is in use.
+    A text that was loaded recently gives the same module again. Triton reads a function's source
+    through :mod:`inspect`, which finds it for as long as the module exists.
     """
-    # Triton tells functions apart by their module's name, on disk too.
+    # Triton identifies functions by their module's name, also in its cache on disk.
     name = f"flashrnn_cell_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    # Two modules of one text, of which one is forgotten, share no lines.
+    # A text may be loaded again while its first module is still in use. Each has lines of its own.
     filename = f"<{name} {next(_count)}>"
     module = ModuleType(name)
     module.__file__ = filename
     exec_text = compile(text, filename, "exec", dont_inherit=True)
-    # Lines without a time of change are never looked for in a file.
+    # With None for the time of the last change, linecache never looks for a file.
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     weakref.finalize(module, linecache.cache.pop, filename, None)
     exec(exec_text, vars(module))

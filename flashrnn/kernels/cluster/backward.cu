@@ -1,0 +1,222 @@
+// Backward scan over time, for heads that a cluster of CTAs computes. reduce_scatter.cuh says which CTA
+// and thread has which units and sequences, and how CTAs exchange parts of dh.
+//
+// What lives where:
+//
+// - registers: the first fragments of R (common/r_matrix.cuh); in float32, of the thread's elements,
+//   the gradients of the states and the sums over time of the gates' gradients; the next step's inputs,
+//   loaded a whole step ahead: the gates' pre-activations, the states before the step, and the given
+//   gradients of the states after it;
+// - shared memory: the fragments of R that registers have no place for; the received parts of dh, and
+//   the gates' gradients that the CTA multiplies, two buffers of each;
+// - global memory: the fragments of R that have no other place; residuals and gradients, each read or
+//   written by the thread that has the element.
+//
+// What orders the steps: a warp that has elements waits for the parts of dh from all CTAs; all threads
+// of the CTA meet at one barrier a step, after the gates' gradients are written and before they are
+// multiplied.
+//
+// The derivative of a step is linear in the gradient that is put in. So it is computed before dh has
+// arrived: for the gradients that are known, and, once, for dh = 1, which gives slopes. When dh has
+// arrived, its multiple of the slopes is added. Where a value is not finite this is not the same (0
+// times infinity is NaN): there the derivative is computed again, from the whole gradient.
+
+#include "cluster/backward_product.cuh"
+#include "common/loads.cuh"
+#include "common/gradient_clip.cuh"
+
+namespace cluster_backward {
+
+static_assert(EXCHANGE_BYTES + WARPS * IN_SHARED * 32 * sizeof(Fragment) == SHARED_MEMORY,
+              "backward_plan.py computes another size of shared memory");
+static_assert(IN_REGISTERS + IN_SHARED + IN_MEMORY == 2 * SLICES * ROW_TILES,
+              "backward_plan.py counts other fragments of R");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+cluster_reduce_scatter_backward(CALL) {
+    const int rank = blockIdx.x % GROUP_SIZE;
+    const WorkTile work(blockIdx.x / GROUP_SIZE, B);
+    Exchange exchange(shared_memory(), rank);
+    Matrix matrix(shared_memory() + EXCHANGE_BYTES, static_cast<Fragment*>(R_in_memory));
+    if (!CUT) load_matrix(matrix, R, work.n, N, rank);
+
+    const long long width = static_cast<long long>(N) * D;
+    float d_carried[ELEMENTS][S], d_bias_sums[ELEMENTS][G] = {};
+    Loaded input_gates[ELEMENTS][G], input_states[ELEMENTS][S], given[ELEMENTS][S];
+    // Of the step that was fetched last: where its inputs are. Of the step that was computed last:
+    // where its gates' gradients were written.
+    const Element *from_gates[ELEMENTS], *from_states[ELEMENTS], *from_given[ELEMENTS];
+    Element* to_gates[ELEMENTS];
+    // Loads the inputs of step t, which is the one before the last that was fetched. For t = -1 the
+    // addresses stay, and what is loaded is not used.
+    const auto fetch_inputs = [&](long long t) {
+        const long long plane = B * T * width;
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            from_gates[e] -= t >= 0 ? G * width : 0;
+            from_states[e] -= t > 0 ? width : 0;
+            from_given[e] -= t >= 0 ? d_states_t : 0;
+            const bool ahead = t > PREFETCHED;
+            const Element* const ahead_gates = from_gates[e] - (ahead ? PREFETCHED * G * width : 0);
+            const Element* const ahead_states = from_states[e] - (ahead ? PREFETCHED * width : 0);
+            const Element* const ahead_given =
+                from_given[e] - (ahead ? PREFETCHED * d_states_t : 0);
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                input_gates[e][k].load(from_gates[e] + k * width);
+                prefetch_l2(ahead_gates + k * width);
+            }
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                input_states[e][s].load(from_states[e] + s * plane);
+                prefetch_l2(ahead_states + s * plane);
+                given[e][s].load(from_given[e] + s * d_states_s);
+                prefetch_l2(ahead_given + s * d_states_s);
+            }
+        }
+    };
+    // The residuals of step t again, after the inputs of the next step have taken their registers.
+    const auto load_residuals = [&](float (&preactivations)[G], float (&before)[S],
+                                    const ThreadElement& element, long long t) {
+        const long long row = element.sequence * T + t, column = work.n * D + element.d;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            preactivations[k] = to_float(gates[(row * G + k) * width + column]);
+        }
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            before[s] = t > 0 ? to_float(states[(s * B * T + row - 1) * width + column])
+                              : initial[s * initial_s + element.sequence * initial_b +
+                                        work.n * initial_n + element.d * initial_d];
+        }
+    };
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const ThreadElement element(e, rank, work, B);
+        const float* from =
+            d_last + element.sequence * d_last_b + work.n * d_last_n + element.d * d_last_d;
+#pragma unroll
+        for (int s = 0; s < S; ++s) d_carried[e][s] = element.exists ? from[s * d_last_s] : 0.0f;
+        const long long column = work.n * D + element.d;
+        from_gates[e] = gates + (element.sequence + 1) * T * G * width + column;
+        to_gates[e] = d_gates + (element.sequence + 1) * T * G * width + column;
+        from_states[e] = states + ((element.sequence + 1) * T - 1) * width + column;
+        from_given[e] = d_states + element.sequence * d_states_b + T * d_states_t +
+                        work.n * d_states_n + element.d * d_states_d;
+    }
+    fetch_inputs(T - 1);
+
+    for (long long t = T - 1; t >= 0; --t) {
+        float d_preactivations[ELEMENTS][G];
+        if (ThreadElement::any_in_warp()) {
+            // Slopes: the derivatives by dh. All this is computed while dh is on its way.
+            float state_slopes[ELEMENTS][S], gate_slopes[ELEMENTS][G], d_after[ELEMENTS][S];
+            // 0, or NaN where a value is not finite.
+            float finite[ELEMENTS] = {};
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, B);
+                float preactivations[G], before[S], d_h[S] = {1.0f};
+#pragma unroll
+                for (int k = 0; k < G; ++k) preactivations[k] = input_gates[e][k].value();
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    before[s] = input_states[e][s].value();
+                    if (t == 0 && element.exists) {
+                        before[s] = initial[s * initial_s + element.sequence * initial_b +
+                                            work.n * initial_n + element.d * initial_d];
+                    }
+                    d_after[e][s] = d_carried[e][s] + given[e][s].value();
+                }
+                derivative(before, preactivations, d_after[e], d_carried[e], d_preactivations[e],
+                           clips.forward);
+                if (CUT) continue;
+                derivative(before, preactivations, d_h, state_slopes[e], gate_slopes[e], clips.forward);
+                // Computed before the wait, not where they are used.
+#pragma unroll
+                for (int k = 0; k < G; ++k) {
+                    materialize(d_preactivations[e][k]);
+                    materialize(gate_slopes[e][k]);
+                    finite[e] += 0.0f * d_preactivations[e][k] + 0.0f * gate_slopes[e][k];
+                }
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    materialize(d_carried[e][s]);
+                    materialize(state_slopes[e][s]);
+                    finite[e] += 0.0f * d_carried[e][s] + 0.0f * state_slopes[e][s];
+                }
+                materialize(finite[e]);
+            }
+            fetch_inputs(t - 1);
+
+            if (!CUT && t + 1 < T) {
+                exchange.wait();
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    const ThreadElement element(e, rank, work, B);
+                    const float d_h = clipped(exchange.sum_received(element), clips.gradient);
+                    if (!is_finite(finite[e] + d_h)) {
+                        float preactivations[G], before[S];
+                        load_residuals(preactivations, before, element, t);
+                        d_after[e][0] += d_h;
+                        derivative(before, preactivations, d_after[e], d_carried[e],
+                                   d_preactivations[e], clips.forward);
+                        continue;
+                    }
+#pragma unroll
+                    for (int k = 0; k < G; ++k) d_preactivations[e][k] += gate_slopes[e][k] * d_h;
+#pragma unroll
+                    for (int s = 0; s < S; ++s) d_carried[e][s] += state_slopes[e][s] * d_h;
+                }
+            }
+            if (!CUT) {
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    float recurrent[GR];
+#pragma unroll
+                    for (int k = 0; k < GR; ++k) {
+                        recurrent[k] = contained(d_preactivations[e][RECURRENT[k]], Element{});
+                    }
+                    exchange.put_gradients(recurrent, ThreadElement(e, rank, work, B));
+                }
+            }
+        }
+        if (!CUT) {
+            named_barrier<THREADS>();
+            float sums[ROW_TILES][N_TILES][4];
+            multiply<Operand>(sums, matrix, exchange, R, work.n, N, rank);
+            exchange.send(sums, rank);
+            exchange.advance();
+        }
+        if (!ThreadElement::any_in_warp()) continue;
+        // This too is done while dh is on its way.
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const ThreadElement element(e, rank, work, B);
+            to_gates[e] -= G * width;
+            if (!element.exists) continue;
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                round_to(to_gates[e][k * width], d_preactivations[e][k]);
+                d_bias_sums[e][k] += d_preactivations[e][k];
+            }
+        }
+    }
+    if (!ThreadElement::any_in_warp()) return;
+    if (!CUT) exchange.wait();
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const ThreadElement element(e, rank, work, B);
+        if (!CUT) d_carried[e][0] += clipped(exchange.sum_received(element), clips.gradient);
+        if (!element.exists) continue;
+        const long long column = work.n * D + element.d;
+        float* to = d_initial + element.sequence * width + column;
+#pragma unroll
+        for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[e][s];
+        float* to_bias = d_bias + element.sequence * G * width + column;
+#pragma unroll
+        for (int k = 0; k < G; ++k) to_bias[k * width] = d_bias_sums[e][k];
+    }
+}
+
+}  // namespace cluster_backward

@@ -1,0 +1,103 @@
+// Forward scans of a cluster: each warp multiplies the rows of R of all gates of its own units, so it
+// can compute these units' new states without data of another warp.
+//
+// A warp has WARP_UNITS units and 16 rows of R: PADDED rows for each unit, one for each gate that R
+// feeds (of three gates, the fourth row is zero). A product gives lane 4 i + j the sums of the rows i
+// and i + 8 for the columns, which are sequences, 2 j and 2 j + 1 of each n-tile. The rows are ordered
+// so that these are:
+//
+//   gates fed by R | rows i and i + 8 of the warp's tile         | the lane's elements in an n-tile
+//   1              | the units 2 i and 2 i + 1                   | 2 units x 2 sequences
+//   2              | the two gates of unit i                     | 1 unit x 2 sequences
+//   3 or 4         | the gates i % 2 and i % 2 + 2 of unit i / 2 | 1 unit x 1 sequence
+//
+// In the last case lanes 4 i + j and 4 (i ^ 1) + j have two gates each of one unit and two sequences.
+// They exchange sums, after which each has all gates of one sequence: 2 j + i % 2.
+
+#include "problem.cuh"
+#include "common/mma.cuh"
+
+namespace cluster_forward {
+
+constexpr int SEQUENCES = 8 * N_TILES;
+
+constexpr int PADDED = GR <= 2 ? GR : 4;
+constexpr int WARP_UNITS = 16 / PADDED;
+static_assert(1 <= GR && GR <= 4, "a unit's rows belong to one lane or to two");
+
+// Elements (a unit and a sequence) whose states a thread carries: in each n-tile, and in all.
+constexpr int ELEMENTS_A_TILE = 4 / PADDED;
+constexpr int ELEMENTS = ELEMENTS_A_TILE * N_TILES;
+
+// The thread's element e: its unit among the CTA's, its sequence among the cluster's.
+struct ThreadElement {
+    int unit, sequence;
+
+    __device__ explicit ThreadElement(int e) {
+        const int i = threadIdx.x % 32 / 4, j = threadIdx.x % 4, k = e % ELEMENTS_A_TILE;
+        const int warp_unit = PADDED == 4 ? i / 2 : PADDED == 2 ? i : 2 * i + k / 2;
+        unit = threadIdx.x / 32 * WARP_UNITS + warp_unit;
+        sequence = e / ELEMENTS_A_TILE * 8 + 2 * j + (PADDED == 4 ? i : k) % 2;
+    }
+};
+
+// The lane's words of a left operand: the warp's 16 rows of R and 16 of R's columns. Word w is of row
+// i + 8 (w % 2). `column(half, k)` gives the column of R of element k of the words with w / 2 == half.
+template <typename Column>
+__device__ inline Fragment rows_of(const Element* R, int n, int N, int rank, const Column& column) {
+    const int i = threadIdx.x % 32 / 4;
+    Fragment fragment;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        const int half = w % 2;
+        const int warp_unit = PADDED == 4 ? i / 2 : PADDED == 2 ? i : 2 * i + half;
+        const int gate = PADDED == 4 ? i % 2 + 2 * half : PADDED == 2 ? half : 0;
+        const long long d = rank * UNITS + threadIdx.x / 32 * WARP_UNITS + warp_unit;
+        Element elements[2] = {};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int p = column(w / 2, k);
+            if (gate < GR && d < D && p < D) {
+                elements[k] = R[((static_cast<long long>(gate) * N + n) * D + d) * D + p];
+            }
+        }
+        memcpy(&fragment.words[w], elements, 4);
+        // Without this the compiler loads all elements before it packs any of them, and spills.
+        materialize(fragment.words[w]);
+    }
+    return fragment;
+}
+
+// R h of the thread's elements, for each gate that R feeds.
+struct RecurrentSums {
+    float gates[ELEMENTS][GR];
+
+    // `sum(n_tile, i)` gives the four sums that the product left in the lane for an n-tile.
+    template <typename Sum>
+    __device__ explicit RecurrentSums(const Sum& sum) {
+#pragma unroll
+        for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+            float sums[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[i] = sum(n_tile, i);
+            if (PADDED == 4) {
+                // The even lane keeps the first sequence and gives away the sums of the second.
+                const bool odd = threadIdx.x / 4 % 2;
+                const float first = __shfl_xor_sync(~0u, odd ? sums[0] : sums[1], 4);
+                const float second = __shfl_xor_sync(~0u, odd ? sums[2] : sums[3], 4);
+                const float all[4] = {odd ? first : sums[0], odd ? sums[1] : first,
+                                      odd ? second : sums[2], odd ? sums[3] : second};
+#pragma unroll
+                for (int k = 0; k < GR; ++k) gates[n_tile * ELEMENTS_A_TILE][k] = all[k];
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int e = PADDED == 2 ? i % 2 : i, gate = PADDED == 2 ? i / 2 : 0;
+                gates[(n_tile * ELEMENTS_A_TILE + e) % ELEMENTS][gate % GR] = sums[i];
+            }
+        }
+    }
+};
+
+}  // namespace cluster_forward

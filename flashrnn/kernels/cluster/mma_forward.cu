@@ -1,0 +1,167 @@
+// Forward scan over time, for heads that a cluster of CTAs computes by mma. mma_tile.cuh says which CTA
+// and warp has which units, mma_exchange.cuh how CTAs exchange h.
+//
+// What lives where:
+//
+// - registers of the computing warps: the first fragments of R (common/r_matrix.cuh), the bias, the
+//   states in float32;
+// - shared memory: h of all units, two buffers; the fragments of R that registers have no place for; a
+//   ring of the inputs of STAGES steps; new states of two steps, and pre-activations of two where they
+//   are saved;
+// - global memory: each element of Wx, states and gates is read or written once, by the producer
+//   threads, in 16 bytes. (The host has copied what is not aligned to 16 bytes.)
+//
+// What orders the steps: a computing warp waits for h of all units, from all warps of all CTAs; no other
+// barrier stands between one h and the next. At the end of a step, after h has been sent, all threads of
+// the CTA meet at a barrier: by then the computing warps have read the step's inputs and written its
+// results, and common/forward_producer.cuh says what the producer threads have done.
+
+#include "cluster/mma_tile.cuh"
+#include "cluster/mma_exchange.cuh"
+#include "common/copier.cuh"
+#include "common/forward_producer.cuh"
+
+namespace cluster_mma {
+
+constexpr int INPUTS = line_pitch(GW), STATES = line_pitch(S), GATES = line_pitch(G);
+
+// What common/copier.cuh and common/forward_producer.cuh ask for.
+struct ForwardLayout {
+    static constexpr int LINES = SEQUENCES;
+    static constexpr int UNITS = ::UNITS;
+    static constexpr bool EXACT = D % ::UNITS == 0;
+    static constexpr int ROW_PITCH = ::UNITS;
+    static constexpr bool ALIGNED = true;
+    static constexpr int FIRST_PRODUCER = 32 * COMPUTING;
+    static constexpr int PRODUCERS = ::PRODUCERS;
+    static constexpr int CTA_THREADS = THREADS;
+    static constexpr int RING_STAGES = STAGES;
+    static constexpr int INPUT_PITCH = INPUTS, STATE_PITCH = STATES, GATE_PITCH = GATES;
+};
+
+// Shared memory, in bytes, in this order.
+constexpr int MATRIX_BYTES = WARPS * IN_SHARED * 32 * sizeof(Fragment);
+constexpr int RING_BYTES = STAGES * SEQUENCES * INPUTS * sizeof(Element);
+constexpr int RESULT_BYTES = 2 * SEQUENCES * (STATES + GATES) * sizeof(Element);
+static_assert(EXCHANGE_BYTES + MATRIX_BYTES + RING_BYTES + RESULT_BYTES == SHARED_MEMORY,
+              "mma_plan.py computes another size of shared memory");
+static_assert(IN_REGISTERS + IN_SHARED == STEPS, "mma_plan.py counts other fragments of R");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+cluster_mma_forward(CALL) {
+    const int rank = blockIdx.x % GROUP_SIZE, cluster = blockIdx.x / GROUP_SIZE;
+    Exchange exchange(shared_memory(), rank);
+    Matrix matrix(shared_memory() + EXCHANGE_BYTES, nullptr);
+    Element* ring = reinterpret_cast<Element*>(shared_memory() + EXCHANGE_BYTES + MATRIX_BYTES);
+    Element* new_states = ring + STAGES * SEQUENCES * INPUTS;
+    Element* saved = new_states + 2 * SEQUENCES * STATES;
+
+    // The cluster's head and first sequence, and the CTA's first unit.
+    const int n = cluster % N;
+    const long long first = static_cast<long long>(cluster / N) * SEQUENCES;
+    const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
+    const int first_unit = rank * UNITS, units = D - first_unit < UNITS ? D - first_unit : UNITS;
+    const long long width = static_cast<long long>(N) * D;
+
+    if (threadIdx.x >= 32 * COMPUTING) {
+        const long long row = first * T * width + n * D + first_unit;
+        const long long row_of_gates = first * T * G * width + n * D + first_unit;
+        const Element* from_Wx = Wx + first * Wx_b + n * Wx_n + first_unit * Wx_d;
+        TiledCopy<ForwardLayout, GW, const Element> input(
+            {from_Wx, Wx_b, Wx_g, Wx_d}, Wx_t, INPUTS, last, units);
+        TiledCopy<ForwardLayout, S, Element> output(
+            {states + row, T * width, B * T * width, 1}, width, STATES, last, units);
+        TiledCopy<ForwardLayout, G, Element> output_gates(
+            {gates + row_of_gates, T * G * width, width, 1}, G * width, GATES, last, units);
+        run_forward_producer(input, output, output_gates, ring, new_states, saved, T);
+        return;
+    }
+
+    matrix.load([&](int step) { return fragment(step, R, n, N, rank); });
+    float bias[ELEMENTS][G], carried[ELEMENTS][S];
+    bool exists[ELEMENTS];
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const ThreadElement element(e);
+        const long long d = first_unit + element.unit, sequence = first + element.sequence;
+        exists[e] = element.unit < units && element.sequence <= last;
+        const float* from = initial + sequence * initial_b + n * initial_n + d * initial_d;
+#pragma unroll
+        for (int s = 0; s < S; ++s) carried[e][s] = exists[e] ? from[s * initial_s] : 0.0f;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            const long long row = static_cast<long long>(FED_B[k]) * N + n;
+            bias[e][k] = FED_B[k] >= 0 && element.unit < units ? to_float(b[row * D + d]) : 0.0f;
+        }
+    }
+    const auto send_h = [&] {
+        float h[ELEMENTS];
+        // For units beyond D, R has zeros: 0 times an infinite h would be NaN.
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) h[e] = exists[e] ? carried[e][0] : 0.0f;
+        exchange.send(h);
+    };
+    send_h();
+    named_barrier<THREADS>();
+
+    int slot = 0;
+    for (long long t = 0; t < T; ++t) {
+        float preactivations[ELEMENTS][G];
+        const Element* inputs = ring + slot * SEQUENCES * INPUTS;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const ThreadElement element(e);
+            const Element* input = inputs + element.sequence * INPUTS + element.unit;
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                preactivations[e][k] = bias[e][k];
+                if (FED_WX[k] >= 0) preactivations[e][k] += to_float(input[FED_WX[k] * UNITS]);
+                // Read before the wait, not where it is used.
+                materialize(preactivations[e][k]);
+            }
+        }
+        exchange.wait();
+        const RecurrentSums recurrent = multiply(matrix, exchange);
+        exchange.advance();
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                if (FED_R[k] >= 0) {
+                    preactivations[e][k] += recurrent.gates[e][FED_R[k] < 0 ? 0 : FED_R[k]];
+                }
+            }
+            float after[S];
+            step(carried[e], preactivations[e], after, clips.forward);
+#pragma unroll
+            for (int s = 0; s < S; ++s) carried[e][s] = after[s];
+        }
+        if (t + 1 < T) send_h();
+        // What follows is done while h is on its way.
+        const int first_row = t % 2 * SEQUENCES;
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const ThreadElement element(e);
+            Element* to = new_states + (first_row + element.sequence) * STATES + element.unit;
+#pragma unroll
+            for (int s = 0; s < S; ++s) round_to(to[s * UNITS], carried[e][s]);
+            if (SAVE_GATES) {
+                Element* to_gates = saved + (first_row + element.sequence) * GATES + element.unit;
+#pragma unroll
+                for (int k = 0; k < G; ++k) round_to(to_gates[k * UNITS], preactivations[e][k]);
+            }
+        }
+        named_barrier<THREADS>();
+    }
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const ThreadElement element(e);
+        if (!exists[e]) continue;
+        float* to = last_states + (first + element.sequence) * width + n * D + first_unit + element.unit;
+#pragma unroll
+        for (int s = 0; s < S; ++s) to[s * B * width] = carried[e][s];
+    }
+}
+
+}  // namespace cluster_mma

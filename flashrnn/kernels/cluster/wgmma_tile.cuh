@@ -1,0 +1,57 @@
+// Forward scan by wgmma: how a cluster of CTAs divides a head of many sequences.
+//
+// A cluster computes one head of SEQUENCES sequences, for all steps. Its CTA `rank` has the head's
+// units from rank * UNITS on, each computing warp WARP_UNITS of these with all their gates
+// (gates_in_warp.cuh). The four warps of a warpgroup multiply their 64 rows of R by wgmma, which reads
+// h from shared memory, for all SEQUENCES at once, and R from registers or shared memory.
+//
+// A CTA's producer threads, four warps after its WARPGROUPS, send h to the other CTAs and copy a step's
+// inputs and results between shared and global memory.
+//
+// A tile, in shared memory, has one value for each unit of the CTA and each sequence: h, a gate, or
+// another state. It consists of chunks of 16 bytes, CHUNK_UNITS neighbouring units of a sequence,
+// ordered by units, then by sequence:
+//
+//   units 0..7 of sequence 0 | units 0..7 of sequence 1 | ... | units 8..15 of sequence 0 | ...
+//
+// The chunks of 8 sequences are one core matrix (8 rows of 16 bytes) of wgmma's right operand. So a
+// tile of h is multiplied as it lies, and is what CTAs send each other; and a chunk is contiguous in
+// global memory.
+
+#include "cluster/gates_in_warp.cuh"
+
+namespace cluster_wgmma {
+
+using namespace cluster_forward;
+
+constexpr int WARPS = 4 * WARPGROUPS;
+constexpr int COMPUTING = 32 * WARPS;
+constexpr int THREADS = COMPUTING + PRODUCERS;
+static_assert(UNITS == WARPS * WARP_UNITS, "each computing warp has one tile of 16 rows of R");
+static_assert(sizeof(Element) == 2, "a chunk has 8 elements");
+
+constexpr int CHUNK_UNITS = 8, UNIT_CHUNKS = UNITS / CHUNK_UNITS;
+constexpr int CHUNKS = UNIT_CHUNKS * SEQUENCES;
+constexpr int TILE = CHUNKS * CHUNK_UNITS;
+constexpr unsigned TILE_BYTES = TILE * sizeof(Element);
+// A tile for each gate, and for each state but h, whose tile is in the exchange's buffers.
+constexpr int TILES = G + S - 1;
+
+// Where a tile has a unit of a sequence.
+__device__ inline int tile_index(int unit, int sequence) {
+    return (unit / CHUNK_UNITS * SEQUENCES + sequence) * CHUNK_UNITS + unit % CHUNK_UNITS;
+}
+
+// The chunk that a producer thread copies, of each tile. Eight neighbouring threads have eight
+// neighbouring sequences, so that their accesses of shared memory go to different banks.
+struct Chunk {
+    int unit_chunk, sequence;
+
+    __device__ explicit Chunk(int i)
+        : unit_chunk(i / 8 % UNIT_CHUNKS), sequence(i / (8 * UNIT_CHUNKS) * 8 + i % 8) {}
+
+    __device__ int first_unit() const { return unit_chunk * CHUNK_UNITS; }
+    __device__ int index() const { return (unit_chunk * SEQUENCES + sequence) * CHUNK_UNITS; }
+};
+
+}  // namespace cluster_wgmma

@@ -1,0 +1,122 @@
+// Copies between global memory and lines of shared memory, by a CTA's producer threads.
+//
+// A line belongs to one sequence and one step. It has COUNT rows, one for each gate or state. In global
+// memory a row has Layout::UNITS elements; where the rows begin is up to the tensor's strides. Where
+// rows are ALIGNED, their elements are contiguous and begin at multiples of 16 bytes: each thread keeps
+// the addresses of its pieces of 16 bytes and advances them from step to step. Otherwise it copies
+// single elements and computes their addresses.
+//
+// A kernel describes its lines by a struct `Layout` of static constants:
+//
+//     int LINES            sequences of a CTA
+//     int UNITS            units that a row of a CTA has at most
+//     bool EXACT           whether every CTA's rows have so many
+//     int ROW_PITCH        elements from a row of a line to the next
+//     bool ALIGNED         see above
+//     int FIRST_PRODUCER   the first producer thread; they are the CTA's last threads
+//     int PRODUCERS        how many producer threads there are
+
+#include "common/loads.cuh"
+#include "problem.cuh"
+
+// Where the rows of a tensor lie: `origin` is the first element of sequence 0's first row, the others
+// are strides in elements.
+template <typename T>
+struct TensorRows {
+    T* origin;
+    long long sequence, row, unit;
+};
+
+// The rows of one tensor, step after step. T is const if they are read.
+template <typename Layout, int COUNT, typename T>
+struct TiledCopy {
+    static constexpr int PIECE = Layout::ALIGNED ? 16 / sizeof(Element) : 1;
+    static constexpr int ROW_PIECES = Layout::UNITS / PIECE;
+    static constexpr int PIECES = Layout::LINES * COUNT * ROW_PIECES;
+    static constexpr int THREAD_PIECES = (PIECES + Layout::PRODUCERS - 1) / Layout::PRODUCERS;
+
+    TensorRows<T> rows;
+    long long step;
+    int pitch, last, units;
+    T* addresses[Layout::ALIGNED ? THREAD_PIECES : 1];
+
+    // `step` is the tensor's stride from one step to the next, `pitch` the number of elements from one
+    // line to the next, `last` the last sequence that exists, `units` the number of units of this CTA's
+    // rows. Lines beyond `last` are filled with its rows and never written back.
+    __device__ TiledCopy(TensorRows<T> rows, long long step, int pitch, int last,
+                         int units = Layout::UNITS)
+        : rows(rows), step(step), pitch(pitch), last(last), units(units) {
+        if constexpr (Layout::ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
+        }
+    }
+
+    // Of the thread's piece i among all pieces.
+    __device__ static int index(int i) {
+        return threadIdx.x - Layout::FIRST_PRODUCER + i * Layout::PRODUCERS;
+    }
+    __device__ static int sequence(int index) { return index / (ROW_PIECES * COUNT); }
+    __device__ bool exists(int index) const {
+        return (PIECES % Layout::PRODUCERS == 0 || index < PIECES) &&
+               (Layout::EXACT || index % ROW_PIECES * PIECE < units);
+    }
+
+    __device__ T* address(int index) const {
+        const int b = sequence(index) < last ? sequence(index) : last;
+        return rows.origin + b * rows.sequence + index / ROW_PIECES % COUNT * rows.row +
+               index % ROW_PIECES * PIECE * (Layout::ALIGNED ? 1 : rows.unit);
+    }
+
+    // Where the piece lies among the lines.
+    __device__ int place(int index) const {
+        return sequence(index) * pitch + index / ROW_PIECES % COUNT * Layout::ROW_PITCH +
+               index % ROW_PIECES * PIECE;
+    }
+
+    // Goes on to the next step.
+    __device__ void advance() {
+        if constexpr (Layout::ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] += step;
+        } else {
+            rows.origin += step;
+        }
+    }
+
+    // Starts copying the present step's rows into the lines. Where rows are aligned, the copies belong
+    // to the group that the thread commits next.
+    __device__ void fetch(Element* lines) const {
+        if constexpr (Layout::ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < THREAD_PIECES; ++i) {
+                if (exists(index(i))) cp_async(lines + place(index(i)), addresses[i]);
+            }
+        } else {
+#pragma unroll 4
+            for (int i = 0; i < THREAD_PIECES; ++i) {
+                if (exists(index(i))) lines[place(index(i))] = load_element(address(index(i)));
+            }
+        }
+    }
+
+    // Copies the lines to the present step's rows.
+    __device__ void store(const Element* lines) const {
+        if constexpr (Layout::ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < THREAD_PIECES; ++i) {
+                if (exists(index(i)) && sequence(index(i)) <= last) {
+                    *reinterpret_cast<uint4*>(addresses[i]) =
+                        *reinterpret_cast<const uint4*>(lines + place(index(i)));
+                }
+            }
+        } else {
+#pragma unroll 4
+            for (int i = 0; i < THREAD_PIECES; ++i) {
+                if (exists(index(i)) && sequence(index(i)) <= last) {
+                    *address(index(i)) = lines[place(index(i))];
+                }
+            }
+        }
+    }
+};

@@ -1,0 +1,61 @@
+// What the producer threads of a forward scan do, step after step.
+//
+// Lines of shared memory (copier.cuh) hold a ring of STAGES steps' inputs and two buffers, of even and
+// odd steps, of new states and, where they are saved, of pre-activations. All threads of the CTA meet
+// at a barrier before step 0 and at the end of each step:
+//
+//                        producer threads                          computing threads
+//     before step 0      fetch inputs of steps 0 .. STAGES - 2;    load R, the bias and the initial
+//                        wait for those of step 0                  states
+//     ---- barrier ----
+//     step t             fetch inputs of step t + STAGES - 1       read inputs of step t from slot
+//                        into the slot read in step t - 1;         t % STAGES; write states and
+//                        store states and pre-activations of       pre-activations of step t into
+//                        step t - 1; wait for inputs of t + 1      the buffers t % 2
+//     ---- barrier ----
+//     after the last     store what step T - 1 wrote
+//
+// In addition to what copier.cuh asks for, `Layout` has these constants:
+//
+//     int CTA_THREADS                           threads of the CTA
+//     int RING_STAGES                           slots of the ring
+//     int INPUT_PITCH, STATE_PITCH, GATE_PITCH  elements from a line to the next, of each kind
+//
+// SAVE_GATES is a constant of every forward scan (problem.cuh).
+
+#include "common/copier.cuh"
+
+template <typename Layout>
+__device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element>& input,
+                                            TiledCopy<Layout, S, Element>& output,
+                                            TiledCopy<Layout, G, Element>& output_gates, Element* ring,
+                                            const Element* states, const Element* gates, long long T) {
+    constexpr int STAGES = Layout::RING_STAGES;
+    long long fetched = 0;
+    int slot = 0;
+    const auto fetch_next = [&]() {
+        if (fetched++ < T) input.fetch(ring + slot * Layout::LINES * Layout::INPUT_PITCH);
+        cp_async_commit();
+        input.advance();
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+    };
+    const auto store_next = [&](long long t) {
+        const int first_line = t % 2 * Layout::LINES;
+        output.store(states + first_line * Layout::STATE_PITCH);
+        output.advance();
+        if (SAVE_GATES) {
+            output_gates.store(gates + first_line * Layout::GATE_PITCH);
+            output_gates.advance();
+        }
+    };
+    for (int t = 0; t < STAGES - 1; ++t) fetch_next();
+    cp_async_wait<STAGES - 2>();
+    named_barrier<Layout::CTA_THREADS>();
+    for (long long t = 0; t < T; ++t) {
+        fetch_next();
+        if (t > 0) store_next(t - 1);
+        cp_async_wait<STAGES - 2>();
+        named_barrier<Layout::CTA_THREADS>();
+    }
+    store_next(T - 1);
+}

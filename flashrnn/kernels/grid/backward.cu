@@ -1,0 +1,194 @@
+// The scan over time, backward, of heads that a group of CTAs owns (tile.cuh), by mma.
+//
+// What lives where:
+//
+// - registers: fragments of R transposed, as many as fit (product.cuh); in float32, the carried
+//   gradients of the thread's elements of the current batch tile, and the sums of their gates'
+//   gradients over time and batch tiles; the next inputs, which are loaded while the group exchanges
+//   gradients: gates' pre-activations, states before the step and given gradients of the states after
+//   it;
+// - shared memory: more fragments of R; the sums of the warps, of two products; with interleaved batch
+//   tiles, the carried gradients of all of them;
+// - global memory: the remaining fragments of R; packets; residuals and gradients, which each thread
+//   loads or stores for its own elements.
+//
+// What orders the steps is as in forward.cu: the group exchanges the gradients of the gates that R
+// feeds, and the product is what step t + 1 adds to the gradient of h after step t. So step t begins
+// with the product, and a last iteration, t = -1, is the product alone: it completes the gradient of
+// the initial h.
+
+#include "grid/product.cuh"
+#include "common/loads.cuh"
+#include "common/gradient_clip.cuh"
+
+namespace grid {
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+grid_backward(CALL) {
+    const int rank = blockIdx.x % GROUP_SIZE, group = blockIdx.x / GROUP_SIZE;
+    const Exchange exchange(static_cast<Packet*>(packets), group);
+    Partial* partial = reinterpret_cast<Partial*>(shared_memory());
+    Carried d_carried(reinterpret_cast<float*>(partial + 2));
+    Matrix matrix(shared_memory() + MATRIX_OFFSET, static_cast<Fragment*>(R_in_memory));
+    ReceivedPackets received;
+
+    const long long width = static_cast<long long>(N) * D;
+    const long long work_tiles = N * WorkTile::count_of_head(B);
+    unsigned flag = 0, products = 0;
+    int loaded_head = -1;
+
+    for (long long index = group; index < work_tiles; index += groups) {
+        const WorkTile work(index, B);
+        if (!CUT && work.n != loaded_head) load_matrix(matrix, R, work.n, N, rank);
+        loaded_head = work.n;
+
+        float d_bias_sums[ELEMENTS][G] = {};
+        Loaded input_gates[ELEMENTS][G], input_states[ELEMENTS][S], given[ELEMENTS][S];
+        const auto fetch_inputs = [&](int tile, long long t) {
+            const long long earlier = t > PREFETCHED ? PREFETCHED : 0, before = t > 0 ? t - 1 : 0;
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                const long long place = work.n * D + element.d;
+                const Element* from_gates = gates + (element.sequence * T + t) * G * width + place;
+                const Element* from_states = states + (element.sequence * T + before) * width + place;
+                const Element* from_given = d_states + element.sequence * d_states_b + t * d_states_t +
+                                            work.n * d_states_n + element.d * d_states_d;
+#pragma unroll
+                for (int k = 0; k < G; ++k) {
+                    input_gates[e][k].load(from_gates + k * width);
+                    prefetch_l2(from_gates + (k - earlier * G) * width);
+                }
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    input_states[e][s].load(from_states + s * B * T * width);
+                    prefetch_l2(from_states + (s * B * T - earlier) * width);
+                    given[e][s].load(from_given + s * d_states_s);
+                    prefetch_l2(from_given + s * d_states_s - earlier * d_states_t);
+                }
+            }
+        };
+        for (int tile = 0; tile < work.tiles; ++tile) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                const float* from =
+                    d_last + element.sequence * d_last_b + work.n * d_last_n + element.d * d_last_d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    d_carried.now[e][s] = element.exists ? from[s * d_last_s] : 0.0f;
+                }
+            }
+            d_carried.store(tile);
+        }
+        fetch_inputs(0, T - 1);
+
+        // t = -1 has a product and no cell step. It is part of the loop, as a second copy of the product
+        // would be as long again as the loop. It sends no packets, so the loop ends before `flag` counts
+        // another exchange.
+        for (long long t = T - 1;; --t, ++flag) {
+            for (int tile = 0; tile < work.tiles; ++tile) {
+                const bool last = tile + 1 == work.tiles;
+                const int next = last ? 0 : tile + 1;
+                if (!CUT && t + 1 < T) {
+                    if (INTERLEAVED == 1) received.begin(exchange, tile, flag);
+                    multiply<Operand>(partial[++products % 2], matrix, received, R, work.n, N, rank);
+                }
+                // The next batch tile's packets have been sent while the group computed other tiles.
+                // They arrive while the warp computes its elements of this one.
+                if (!CUT && INTERLEAVED > 1) received.begin(exchange, next, flag + last);
+                if (!CUT && t + 1 < T) named_barrier<THREADS>();
+                if (!ThreadElement::warp_has_any()) {
+                    if (!CUT && t >= 0) exchange.wait_until_sent();
+                    continue;
+                }
+
+                d_carried.load(tile);
+                if (!CUT && t + 1 < T) {
+#pragma unroll
+                    for (int e = 0; e < ELEMENTS; ++e) {
+                        const ThreadElement element(e, rank, work, tile, B);
+                        if (!element.exists) continue;
+                        const float d_h = unit_sums(partial[products % 2], element).values[0];
+                        d_carried.now[e][0] += clipped(d_h, clips.gradient);
+                    }
+                }
+                if (t < 0) {
+                    d_carried.store(tile);
+                    continue;
+                }
+                float d_preactivations[ELEMENTS][G];
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    const ThreadElement element(e, rank, work, tile, B);
+                    float preactivations[G], before[S], d_after[S], d_before[S];
+#pragma unroll
+                    for (int k = 0; k < G; ++k) preactivations[k] = input_gates[e][k].value();
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        before[s] = input_states[e][s].value();
+                        if (t == 0 && element.exists) {
+                            before[s] = initial[s * initial_s + element.sequence * initial_b +
+                                                work.n * initial_n + element.d * initial_d];
+                        }
+                        d_after[s] = d_carried.now[e][s] + given[e][s].value();
+                    }
+                    derivative(before, preactivations, d_after, d_before, d_preactivations[e],
+                               clips.forward);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) {
+                        if (element.exists) d_bias_sums[e][k] += d_preactivations[e][k];
+                    }
+#pragma unroll
+                    for (int s = 0; s < S; ++s) d_carried.now[e][s] = d_before[s];
+                }
+                if (!CUT) {
+#pragma unroll
+                    for (int e = 0; e < ELEMENTS; ++e) {
+                        const ThreadElement element(e, rank, work, tile, B);
+#pragma unroll
+                        for (int s = 0; s < SENT; ++s) {
+                            const float d_gate = d_preactivations[e][RECURRENT[s]];
+                            unsigned words[PACKET_WORDS];
+                            make_packet(words, element.exists ? contained(d_gate, Element{}) : 0.0f);
+                            const int packet = rank * PACKETS + s * UNIT_PACKETS + element.packet;
+                            exchange.send(words, packet, element, tile, flag + 1);
+                        }
+                    }
+                    exchange.signal_sent();
+                }
+                // What follows overlaps with the exchange.
+                d_carried.store(tile);
+                fetch_inputs(next, last && t > 0 ? t - 1 : t);
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    const ThreadElement element(e, rank, work, tile, B);
+                    if (!element.exists) continue;
+                    const long long place = work.n * D + element.d;
+                    Element* to = d_gates + (element.sequence * T + t) * G * width + place;
+#pragma unroll
+                    for (int k = 0; k < G; ++k) round_to(to[k * width], d_preactivations[e][k]);
+                }
+            }
+            if (t < 0) break;
+        }
+        for (int tile = 0; tile < work.tiles; ++tile) {
+            d_carried.load(tile);
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                if (!element.exists) continue;
+                const long long place = work.n * D + element.d;
+                float* to = d_initial + element.sequence * width + place;
+#pragma unroll
+                for (int s = 0; s < S; ++s) to[s * B * width] = d_carried.now[e][s];
+                // The sums are over all batch tiles: the first tile's sequences get them.
+                float* to_bias = d_bias + element.sequence * G * width + place;
+#pragma unroll
+                for (int k = 0; k < G; ++k) to_bias[k * width] = tile ? 0.0f : d_bias_sums[e][k];
+            }
+        }
+    }
+}
+
+}  // namespace grid

@@ -1,0 +1,170 @@
+// The scan over time, forward, of heads that a group of CTAs owns (tile.cuh), by mma.
+//
+// What lives where:
+//
+// - registers: fragments of R, as many as fit (product.cuh); the bias; in float32, the carried states of
+//   the thread's elements of the current batch tile; their next Wx, which is loaded while the group
+//   exchanges h;
+// - shared memory: more fragments of R; the sums of the warps, of two products; with interleaved batch
+//   tiles, the carried states of all of them;
+// - global memory: the remaining fragments of R; packets; Wx, states and gates, which each thread loads
+//   or stores for its own elements.
+//
+// What orders the steps:
+//
+//     all warps                 receive packets, multiply, store sums
+//                               CTA barrier
+//     warps with elements       add sums, cell step, send h
+//                               CTA barrier, only if there are warps without elements, which wait for it
+//     warps with elements       load the next Wx, store states and gates
+//
+// A warp receives packets of a part of the group's CTAs, so behind the first barrier the CTA has
+// received those of all. CTAs wait for each other, so the launch is a cooperative one.
+
+#include "grid/product.cuh"
+#include "common/loads.cuh"
+
+namespace grid {
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+grid_forward(CALL) {
+    const int rank = blockIdx.x % GROUP_SIZE, group = blockIdx.x / GROUP_SIZE;
+    const Exchange exchange(static_cast<Packet*>(packets), group);
+    Partial* partial = reinterpret_cast<Partial*>(shared_memory());
+    Carried carried(reinterpret_cast<float*>(partial + 2));
+    Matrix matrix(shared_memory() + MATRIX_OFFSET, static_cast<Fragment*>(R_in_memory));
+    ReceivedPackets received;
+
+    const long long width = static_cast<long long>(N) * D;
+    const long long work_tiles = N * WorkTile::count_of_head(B);
+    unsigned flag = 1, products = 0;
+    int loaded_head = -1;
+
+    for (long long index = group; index < work_tiles; index += groups) {
+        const WorkTile work(index, B);
+        if (work.n != loaded_head) load_matrix(matrix, R, work.n, N, rank);
+        loaded_head = work.n;
+
+        float bias[ELEMENTS][G];
+        Loaded input[ELEMENTS][GW];
+        const auto fetch_input = [&](int tile, long long t) {
+            const long long later = t + PREFETCHED < T ? PREFETCHED * Wx_t : 0;
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                const Element* from =
+                    Wx + element.sequence * Wx_b + t * Wx_t + work.n * Wx_n + element.d * Wx_d;
+#pragma unroll
+                for (int k = 0; k < GW; ++k) {
+                    input[e][k].load(from + k * Wx_g);
+                    prefetch_l2(from + k * Wx_g + later);
+                }
+            }
+        };
+        const auto send_h = [&](int tile, unsigned flag) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                unsigned words[PACKET_WORDS];
+                make_packet(words, element.exists ? carried.now[e][0] : 0.0f);
+                exchange.send(words, rank * PACKETS + element.packet, element, tile, flag);
+            }
+        };
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const ThreadElement element(e, rank, work, 0, B);
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                const long long row = static_cast<long long>(FED_B[k]) * N + work.n;
+                bias[e][k] = FED_B[k] >= 0 && element.exists ? to_float(b[row * D + element.d]) : 0.0f;
+            }
+        }
+        for (int tile = 0; tile < work.tiles; ++tile) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                const float* from =
+                    initial + element.sequence * initial_b + work.n * initial_n + element.d * initial_d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    carried.now[e][s] = element.exists ? from[s * initial_s] : 0.0f;
+                }
+            }
+            carried.store(tile);
+            send_h(tile, flag);
+        }
+        fetch_input(0, 0);
+        if (INTERLEAVED > 1) received.begin(exchange, 0, flag);
+
+        for (long long t = 0; t < T; ++t, ++flag) {
+            for (int tile = 0; tile < work.tiles; ++tile, ++products) {
+                const bool last = tile + 1 == work.tiles;
+                const int next = last ? 0 : tile + 1;
+                if (INTERLEAVED == 1) received.begin(exchange, tile, flag);
+                multiply<Operand>(partial[products % 2], matrix, received, R, work.n, N, rank);
+                // The next batch tile's packets have been sent while the group computed other tiles.
+                // They arrive while the warp computes its elements of this one.
+                if (INTERLEAVED > 1) received.begin(exchange, next, flag + last);
+                named_barrier<THREADS>();
+                if (!ThreadElement::warp_has_any()) {
+                    exchange.wait_until_sent();
+                    continue;
+                }
+
+                carried.load(tile);
+                float preactivations[ELEMENTS][G];
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    const ThreadElement element(e, rank, work, tile, B);
+                    UnitSums recurrent = {};
+                    if (element.exists) recurrent = unit_sums(partial[products % 2], element);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) {
+                        float sum = bias[e][k];
+                        if (FED_WX[k] >= 0) sum += input[e][FED_WX[k] < 0 ? 0 : FED_WX[k]].value();
+                        if (FED_R[k] >= 0) sum += recurrent.values[FED_R[k] < 0 ? 0 : FED_R[k]];
+                        preactivations[e][k] = sum;
+                    }
+                    float after[S];
+                    step(carried.now[e], preactivations[e], after, clips.forward);
+#pragma unroll
+                    for (int s = 0; s < S; ++s) carried.now[e][s] = after[s];
+                }
+                if (t + 1 < T) send_h(tile, flag + 1);
+                exchange.signal_sent();
+                // What follows overlaps with the exchange.
+                carried.store(tile);
+                fetch_input(next, last && t + 1 < T ? t + 1 : t);
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    const ThreadElement element(e, rank, work, tile, B);
+                    if (!element.exists) continue;
+                    const long long place = work.n * D + element.d;
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        Element* to = states + ((s * B + element.sequence) * T + t) * width + place;
+                        round_to(*to, carried.now[e][s]);
+                    }
+                    if (SAVE_GATES) {
+                        Element* to = gates + (element.sequence * T + t) * G * width + place;
+#pragma unroll
+                        for (int k = 0; k < G; ++k) round_to(to[k * width], preactivations[e][k]);
+                    }
+                }
+            }
+        }
+        for (int tile = 0; tile < work.tiles; ++tile) {
+            carried.load(tile);
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                if (!element.exists) continue;
+                float* to = last_states + element.sequence * width + work.n * D + element.d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) to[s * B * width] = carried.now[e][s];
+            }
+        }
+    }
+}
+
+}  // namespace grid

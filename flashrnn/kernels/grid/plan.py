@@ -1,0 +1,411 @@
+"""How a group of CTAs, over the whole GPU, owns a head; see ``tile.cuh``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import ClassVar, NamedTuple
+
+from flashrnn.cells.traced import TracedCell
+from flashrnn.kernels import call, source
+from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.plan import Plan, Scratch
+from flashrnn.kernels.sizes import power_of_two, tiles_of
+from flashrnn.problem import Problem
+
+# Words of a packet that hold values; the fourth is its flag.
+_WORDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridPlan(Plan):
+    """How a group of CTAs owns a head.
+
+    Attributes:
+        backward: the direction.
+        units: units of the head that a CTA owns.
+        n_tiles: n-tiles of 8 sequences in a batch tile.
+        interleaved: batch tiles that a group owns, whose steps alternate.
+        size: CTAs of a group.
+        warps: warps of a CTA, each of which sums a part of its product.
+        in_registers: fragments of R that stay in a warp's registers.
+        in_shared: those that lie in shared memory.
+        in_memory: those that lie in global memory; like those in shared memory, they are loaded at
+            every step.
+        ahead: slices of the packets that a warp loads at once.
+        packets: 16-byte packets of a group's buffers in global memory, two for each batch tile.
+    """
+
+    COOPERATIVE: ClassVar = True
+
+    backward: bool
+    units: int
+    n_tiles: int
+    interleaved: int
+    size: int
+    warps: int
+    in_registers: int
+    in_shared: int
+    in_memory: int
+    ahead: int
+    packets: int
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name."""
+        return "grid_backward" if self.backward else "grid_forward"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps
+
+    def work_tiles(self, B: int, N: int) -> int:
+        """Heads times what a group owns of their sequences."""
+        return N * tiles_of(B, 8 * self.n_tiles * self.interleaved)
+
+    def groups(self, B: int, N: int, gpu: GPU) -> int:
+        """CTA groups of a launch, as many as run at once."""
+        return min(self.work_tiles(B, N), gpu.multiprocessors // self.size)
+
+    def grid(self, B: int, N: int, gpu: GPU) -> int:
+        """CTAs of a launch."""
+        return self.groups(B, N, gpu) * self.size
+
+    def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
+        """See :meth:`flashrnn.kernels.plan.Plan.scratch`."""
+        groups = self.groups(B, N, gpu)
+        fragments = groups * self.size * self.warps * self.in_memory
+        return Scratch(packets=groups * self.packets, R_in_memory=32 * fragments)
+
+    def source(
+        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+    ) -> dict[str, str]:
+        """See :meth:`flashrnn.kernels.plan.Plan.source`."""
+        constants = {
+            "D": self.D,
+            "UNITS": self.units,
+            "N_TILES": self.n_tiles,
+            "INTERLEAVED": self.interleaved,
+            "WARPS": self.warps,
+            "IN_REGISTERS": self.in_registers,
+            "IN_SHARED": self.in_shared,
+            "IN_MEMORY": self.in_memory,
+            "AHEAD": self.ahead,
+            "FORWARD": not self.backward,
+            "GROUP_PACKETS": self.packets,
+            "SHARED_BYTES": self.shared_memory,
+            **dict(options),
+        }
+        direction, record = (
+            ("backward", call.BACKWARD) if self.backward else ("forward", call.FORWARD)
+        )
+        return source.program(f"grid/{direction}.cu", cell, precision, constants, record)
+
+
+def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> GridPlan | str:
+    """How groups of CTAs own the heads of a problem, or the reason why they cannot.
+
+    Args:
+        problem: its cell, D and dtype decide whether there is a plan, B and N only which. Whether
+            float32 products may be tf32 does not decide, as that may change between the forward
+            and the backward scan.
+        gpu: the device.
+        backward: whether for the backward scan.
+    """
+    values = Values.of(problem, backward)
+    # Powers of two, so that batches of all sizes, empty ones too, take few different kernels.
+    B, N = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N
+    plan = best_plan(values, B, N, problem.D, gpu)
+    if isinstance(plan, str):
+        return plan
+    taken, estimated = (_rounds(plan, size, N, gpu) for size in (max(1, problem.B), B))
+    return replace(plan, estimated_cycles=plan.estimated_cycles * taken / estimated)
+
+
+class Values(NamedTuple):
+    """How many numbers of a unit and sequence a step has of each kind.
+
+    Attributes:
+        backward: the direction.
+        sent: values that its CTA sends to the group.
+        produced: sums that the product has.
+        kept: numbers that its thread has in registers.
+        carried: those among them that pass from step to step.
+        itemsize: bytes of a value.
+        passes: tensor core instructions that a product of two operands takes.
+    """
+
+    backward: bool
+    sent: int
+    produced: int
+    kept: int
+    carried: int
+    itemsize: int
+    passes: int
+
+    @staticmethod
+    def of(problem: Problem, backward: bool) -> Values:
+        """Those of a problem."""
+        cell = problem.cell
+        S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
+        return Values(
+            backward=backward,
+            sent=recurrent if backward else 1,
+            produced=1 if backward else recurrent,
+            kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
+            carried=S,
+            itemsize=problem.dtype.itemsize,
+            passes=3 if problem.dtype.itemsize == 4 else 1,
+        )
+
+
+@lru_cache(maxsize=1024)
+def best_plan(values: Values, B: int, N: int, D: int, gpu: GPU) -> GridPlan | str:
+    """The plan with the fewest :func:`estimated_cycles`, or the reason why there is none."""
+    best: GridPlan | None = None
+    for choice, most_ahead in product(_choices(values, B, N, D, gpu), (max(_AHEAD.values()), 1)):
+        plan = _plan(choice, gpu, most_ahead)
+        if plan is not None:
+            plan = replace(plan, estimated_cycles=estimated_cycles(choice, plan, B, N, gpu))
+            if best is None or plan.estimated_cycles < best.estimated_cycles:
+                best = plan
+    if best is None:
+        return (
+            f"a head of {D} units; its recurrent matrix does not find room on this GPU: more than "
+            "two thirds would have to be read anew at each step"
+        )
+    return best
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tiles, and what follows from them; see ``tile.cuh`` for what the kernels call it."""
+
+    values: Values
+    D: int
+    units: int
+    n_tiles: int
+    interleaved: int
+    warps: int
+
+    @property
+    def size(self) -> int:
+        """CTAs of a group."""
+        return tiles_of(self.D, self.units)
+
+    @property
+    def columns(self) -> int:
+        """Sequences of a batch tile."""
+        return 8 * self.n_tiles
+
+    @property
+    def unit_packets(self) -> int:
+        """Packets of one value of a CTA's units, for one sequence."""
+        return tiles_of(self.units, 4 * _WORDS // self.values.itemsize)
+
+    @property
+    def slices(self) -> int:
+        """Slices that a warp multiplies."""
+        return tiles_of(self.size * self.values.sent * self.unit_packets, 8 * self.warps)
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of 16 rows of a CTA's product."""
+        return tiles_of(self.units * self.values.produced, 16)
+
+    @property
+    def fragments(self) -> int:
+        """Fragments of R of a warp."""
+        return _WORDS * self.row_tiles * self.slices
+
+    @property
+    def elements(self) -> int:
+        """Elements of a thread, of each batch tile."""
+        packets_a_warp = 32 // (4 * _WORDS // self.values.itemsize)
+        return tiles_of(self.unit_packets * self.columns, self.warps * packets_a_warp)
+
+
+# ---- which plans are compared
+
+_WARPS = (6, 8, 12, 16)
+# With more n-tiles, sums and packets take the registers that R needs.
+_N_TILES = (1, 2)
+_INTERLEAVED = (1, 2, 4, 8)
+_FEWEST_UNITS, _MOST_UNITS = 12, 128
+# Packets or tiles of 16 rows are full if a CTA's units are a multiple of one of these.
+_MULTIPLES = (4, 8, 12, 16)
+# What a CTA owns is chosen such that all work tiles take at most so many rounds, ...
+_MOST_ROUNDS = 8
+# ... or so many groups run at once.
+_GROUPS_AT_ONCE = (1, 2, 4, 8, 16, 32)
+
+
+def _choices(values: Values, B: int, N: int, D: int, gpu: GPU) -> Iterator[Choice]:
+    for n_tiles, interleaved in product(_N_TILES, _INTERLEAVED):
+        if 8 * n_tiles * interleaved > B:
+            continue
+        work_tiles = N * tiles_of(B, 8 * n_tiles * interleaved)
+        for units, warps in product(_units(work_tiles, D, gpu), _WARPS):
+            yield Choice(values, D, units, n_tiles, interleaved, warps)
+
+
+def _units(work_tiles: int, D: int, gpu: GPU) -> list[int]:
+    """How many units a CTA may own: as few as possible for some numbers of groups at once."""
+    rounds = range(1, _MOST_ROUNDS + 1)
+    at_once = {tiles_of(work_tiles, count) for count in rounds} | set(_GROUPS_AT_ONCE)
+    sizes = {gpu.multiprocessors // groups for groups in at_once} - {0}
+    fewest = {max(_FEWEST_UNITS, tiles_of(D, size)) for size in sizes}
+    rounded = {tiles_of(few, whole) * whole for few in fewest for whole in _MULTIPLES}
+    return sorted(units for units in rounded if units <= _MOST_UNITS)
+
+
+# ---- where R goes
+
+# Registers of a thread for all but R, sums, packets and elements. With so many, the loop over time
+# of no plan spills; tests hold the machine code to that.
+_OTHER_REGISTERS = 68
+# float32 in full splits each operand into two, in registers of their own.
+_SPLIT_OPERANDS = 64
+# A thread of a fragment has 4 of its words, a warp 512 bytes.
+_FRAGMENT_WORDS, _FRAGMENT_BYTES = 4, 512
+# Slices that a warp loads at once, by the warps of a CTA: more warps have fewer registers.
+_AHEAD = {6: 8, 8: 8, 12: 4, 16: 1}
+# Forward, a group exchanges little: polling for more only slows down the CTAs that still send.
+_AHEAD_FORWARD = 2
+# Beyond this many, the compiler may copy flags to other registers, and so wait for one load after
+# the other: a plan with 8 slices took 7.4 ms instead of 2.0 at 1x768 (docs/cost-model.md).
+_MOST_AHEAD_IN_PARTS = 4
+
+
+def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> GridPlan | None:
+    """Where R goes, if there is room for enough of it."""
+    warps, fragments = choice.warps, choice.fragments
+    ahead = _slices_ahead(choice, most_ahead)
+    in_registers = min(fragments, _registers_for_R(choice, ahead) // _FRAGMENT_WORDS)
+    taken = _shared_memory_without_R(choice)
+    room = gpu.shared_memory - taken
+    if in_registers < 1 or room < 0:
+        return None
+    in_shared = min(fragments - in_registers, room // (_FRAGMENT_BYTES * warps))
+    in_memory = fragments - in_registers - in_shared
+    if 3 * in_memory > 2 * fragments:
+        return None
+    return GridPlan(
+        D=choice.D,
+        backward=choice.values.backward,
+        units=choice.units,
+        n_tiles=choice.n_tiles,
+        interleaved=choice.interleaved,
+        size=choice.size,
+        warps=warps,
+        in_registers=in_registers,
+        in_shared=in_shared,
+        in_memory=in_memory,
+        ahead=ahead,
+        packets=choice.interleaved * 2 * choice.slices * warps * 2 * choice.n_tiles * 32,
+        shared_memory=taken + _FRAGMENT_BYTES * warps * in_shared,
+    )
+
+
+def _slices_ahead(choice: Choice, most_ahead: int) -> int:
+    """How many slices a warp loads at once."""
+    slices = choice.slices
+    if choice.n_tiles > 1:
+        most = 1
+    else:
+        most = _AHEAD_FORWARD if choice.values.sent == 1 else _AHEAD[choice.warps]
+    most = min(most, most_ahead)
+    if most > _MOST_AHEAD_IN_PARTS and (most < slices or choice.interleaved > 1):
+        most = 1 if choice.interleaved == 1 else _MOST_AHEAD_IN_PARTS
+    # Parts of equal size.
+    return tiles_of(slices, tiles_of(slices, most))
+
+
+def _registers_for_R(choice: Choice, ahead: int) -> int:
+    """Registers of a thread that are left for R; below 0 if there are too few for the rest."""
+    values, n_tiles = choice.values, choice.n_tiles
+    # A lane has two packets, of 4 words each, of a slice and an n-tile.
+    packets = 8 * n_tiles * ahead
+    # The words of a slice are copied if the next one is loaded in its place.
+    packets += max(16, 8 * n_tiles) if ahead < choice.slices else 0
+    sums = 4 * choice.row_tiles * n_tiles
+    working = _OTHER_REGISTERS + sums + packets + choice.elements * values.kept
+    working += _SPLIT_OPERANDS if values.passes > 1 else 0
+    # Of 65536 of a multiprocessor, by the 8; a thread cannot have more than 255.
+    return min(255, 65536 // (32 * choice.warps) // 8 * 8) - working
+
+
+def _shared_memory_without_R(choice: Choice) -> int:
+    """Bytes for the sums of two products, and for what threads carry of interleaved batch tiles."""
+    threads = 32 * choice.warps
+    kept_tiles = choice.interleaved if choice.interleaved > 1 else 0
+    carried = kept_tiles * choice.elements * choice.values.carried * threads * 4
+    sums = 2 * choice.warps * choice.columns * (16 * choice.row_tiles + 4) * 4
+    return sums + carried
+
+
+# ---- what a step takes, in cycles
+#
+# These were fitted to 281 timings of random plans at 16 shapes, on an H100. Among these and 142
+# more, the plans that they choose are within 5% of the best for most shapes, and 12% slower at
+# worst (docs/cost-model.md, "How plans are chosen").
+
+# An mma waits so long for the one before that adds to the same sum.
+_MMA_LATENCY = 37
+# A packet's way through the L2 cache, and one cycle more for each CTA of a group.
+_EXCHANGE_LATENCY = 400.0
+# Bytes a cycle that a CTA, and all CTAs together, load of packets.
+_PACKET_BYTES_A_CTA, _PACKET_BYTES_A_GPU = 87, 11000
+# How long before its use a slice must be loaded, lest the product wait.
+_SLICE_LATENCY = 300
+# Bytes a cycle of R that a CTA loads from shared and from global memory.
+_SHARED_BYTES, _MEMORY_BYTES = 200, 20
+# To add the sums of the warps, for each of them: at all, and sums a cycle.
+_ADD_LATENCY, _SUMS_A_CYCLE = 57, 30
+# The cell's step of a thread's element, with what it loads and stores.
+_ELEMENT_CYCLES = 700
+# To begin another work tile, as a part of all steps of the one before.
+_NEW_ROUND = 0.03
+
+
+def estimated_cycles(choice: Choice, plan: GridPlan, B: int, N: int, gpu: GPU) -> float:
+    """What a step of all sequences takes, as far as plans compare by it."""
+    multiply = _product_cycles(choice)
+    transfer = _transfer_cycles(choice, plan, multiply, B, N, gpu)
+    from_shared, from_memory = plan.in_shared / _SHARED_BYTES, plan.in_memory / _MEMORY_BYTES
+    fetch = _FRAGMENT_BYTES * choice.warps * (from_shared + from_memory)
+    sums = choice.columns * choice.units * choice.values.produced
+    add = choice.warps * (_ADD_LATENCY + sums / _SUMS_A_CYCLE)
+    step = transfer + multiply + fetch + add + _ELEMENT_CYCLES * choice.elements
+    # Interleaved batch tiles hide the latency of the exchange.
+    latency = _EXCHANGE_LATENCY + choice.size
+    return max(latency + step, choice.interleaved * step) * _rounds(plan, B, N, gpu)
+
+
+def _product_cycles(choice: Choice) -> float:
+    """The product: its longest chain of instructions, or issuing those of all warps."""
+    chain = _MMA_LATENCY * _WORDS * choice.slices
+    issue = choice.warps * choice.n_tiles * choice.fragments
+    return max(chain, issue) * choice.values.passes
+
+
+def _transfer_cycles(
+    choice: Choice, plan: GridPlan, multiply: float, B: int, N: int, gpu: GPU
+) -> float:
+    """Loading the packets of a batch tile, and waiting for slices that are loaded late."""
+    size, slices = choice.size, choice.slices
+    exchanged = 16 * size * choice.values.sent * choice.unit_packets * choice.columns
+    running = min(gpu.multiprocessors // size, plan.work_tiles(B, N)) * size
+    transfer = max(exchanged / _PACKET_BYTES_A_CTA, running * exchanged / _PACKET_BYTES_A_GPU)
+    # Slices that are loaded later arrive while those before are multiplied, or after.
+    late = max(0, _SLICE_LATENCY - plan.ahead * multiply / slices)
+    return transfer + late * (tiles_of(slices, plan.ahead) - 1)
+
+
+def _rounds(plan: GridPlan, B: int, N: int, gpu: GPU) -> float:
+    """How often groups compute a step, one work tile after another."""
+    rounds = tiles_of(plan.work_tiles(B, N), gpu.multiprocessors // plan.size)
+    return rounds + _NEW_ROUND * (rounds - 1)

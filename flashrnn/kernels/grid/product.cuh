@@ -1,0 +1,197 @@
+// The product of a CTA's part of R and of the values that its group has exchanged, by mma.
+//
+// Warp w multiplies slices w, w + WARPS, ... of the packets (packet_order.cuh) and all rows of the CTA's
+// part of R. Its fragments of R are in registers, in shared memory and in global memory
+// (common/r_matrix.cuh), in the order in which it multiplies them. The sums of the warps are in shared
+// memory, and unit_sums() adds those of a unit and sequence.
+
+#include "grid/all_gather.cuh"
+#include "common/r_matrix.cuh"
+
+namespace grid {
+
+// The element of R that row `row` of the CTA's product multiplies with element k of a packet's word; 0
+// where there is none.
+__device__ inline Element element_of_R(const Element* R, int n, int N, int rank, int row, int packet,
+                                       int word, int k) {
+    // The unit among those of the CTA that sends it.
+    const int sent = packet % UNIT_PACKETS * PACKET_UNITS + word * WORD_ELEMENTS + k;
+    const int from = packet / PACKETS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
+    const int gate = FORWARD ? row % PRODUCED : packet % PACKETS / UNIT_PACKETS;
+    const bool exists = packet < GROUP_SIZE * PACKETS && sent < UNITS && from < D &&
+                        row < UNITS * PRODUCED && to < D;
+    const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
+    Element found = {};
+    if (exists) {
+        const int d = FORWARD ? to : from, p = FORWARD ? from : to;
+        found = head[static_cast<long long>(d) * D + p];
+    }
+    return found;
+}
+
+// The warp's fragment f: of its slice f / ROW_TILES / PACKET_WORDS, step f / ROW_TILES % PACKET_WORDS,
+// the tile f % ROW_TILES of 16 rows.
+__device__ inline Fragment fragment(int f, const Element* R, int n, int N, int rank) {
+    const int lane = threadIdx.x % 32;
+    const int row_tile = f % ROW_TILES, step = f / ROW_TILES % PACKET_WORDS;
+    const int slice = f / ROW_TILES / PACKET_WORDS * SUM_PARTS + sum_part();
+    Fragment fragment;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        const int packet = Order::even_packet(slice, lane % 4) + operand_packet(step, w / 2);
+        const int row = 16 * row_tile + w % 2 * 8 + lane / 4;
+        Element elements[WORD_ELEMENTS] = {};
+#pragma unroll
+        for (int k = 0; k < WORD_ELEMENTS; ++k) {
+            elements[k] = element_of_R(R, n, N, rank, row, packet, operand_word(step, w / 2), k);
+        }
+        memcpy(&fragment.words[w], elements, 4);
+        fragment.words[w] = prepare(fragment.words[w], Operand{});
+        // Without this, the compiler loads all elements before it makes words of the first ones, and
+        // spills registers.
+        materialize(fragment.words[w]);
+    }
+    return fragment;
+}
+
+__device__ inline void load_matrix(Matrix& matrix, const Element* R, int n, int N, int rank) {
+    matrix.load([&](int f) { return fragment(f, R, n, N, rank); });
+}
+
+// The sums of the CTA's warps. Those of a sequence are PITCH apart from those of the next one, so that a
+// warp stores to 32 different banks. There are two of these, used by alternate products: warps store the
+// sums of a product while others still read those of the product before.
+constexpr int PITCH = 16 * ROW_TILES + 4;
+using Partial = float[SUM_PARTS][COLUMNS][PITCH];
+
+// Shared memory: the sums of two products, what threads carry, and fragments of R.
+constexpr int MATRIX_OFFSET = 2 * sizeof(Partial) + Carried::BYTES;
+static_assert(MATRIX_OFFSET + WARPS * IN_SHARED * 32 * sizeof(Fragment) == SHARED_BYTES,
+              "the plan and the kernel lay out the same shared memory");
+
+// An mma waits for the previous one that adds to the same registers. With few sums, CHAINS copies of
+// them are summed independently and added at the end.
+constexpr int CHAINS = ROW_TILES * N_TILES == 1 ? 4 : ROW_TILES * N_TILES == 2 ? 2 : 1;
+
+// Whether a step is computed by two instructions of half the summed elements. An mma needs b0 and b1 in
+// neighbouring registers, but in the last step they are words of two packets, and the compiler would
+// wait for both loads to move them. (Operands of float32 are copied in any case, when they are split
+// into their high and low bits.)
+__device__ constexpr bool splits(int step) {
+    return sizeof(Element) == 2 && PACKET_WORDS % 2 && step == PACKET_WORDS - 1;
+}
+
+// The row and column, in the CTA's product, of a lane's sum i of a tile of 16 rows and an n-tile.
+struct SumPlace {
+    int row, column;
+
+    __device__ SumPlace(int row_tile, int n_tile, int i)
+        : row(16 * row_tile + threadIdx.x % 32 / 4 + 8 * (i / 2)),
+          column(8 * n_tile + 2 * (threadIdx.x % 4) + i % 2) {}
+};
+
+// Computes again, in float32 and from R itself, those of the warp's sums that are not finite. The finite
+// ones are kept, so that no sequence's bits depend on another's values. It is for float32, whose words
+// have an element each.
+__device__ inline void careful_product(float (&sums)[ROW_TILES][N_TILES][4],
+                                       const ReceivedPackets& received, const Element* R, int n, int N,
+                                       int rank) {
+#pragma unroll
+    for (int j = 0; j < ROW_TILES * N_TILES * 4; ++j) {
+        const int row_tile = j / (4 * N_TILES), n_tile = j / 4 % N_TILES;
+        const SumPlace place(row_tile, n_tile, j % 4);
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int q = 0; q < 8 * Order::SLICES_A_WARP; ++q) {
+            const int packet = (q / 8 * SUM_PARTS + sum_part()) * 8 + q % 8;
+            const Packet from = received.reload(packet, place.column);
+#pragma unroll
+            for (int word = 0; word < PACKET_WORDS; ++word) {
+                const Element factor = element_of_R(R, n, N, rank, place.row, packet, word, 0);
+                sum += to_float(factor) * __uint_as_float(from.words[word]);
+            }
+        }
+        float& fast = sums[row_tile][n_tile][j % 4];
+        if (!is_finite(fast)) fast = sum;
+    }
+}
+
+// Receives and multiplies the values of an exchange, and stores the warp's sums. It is a template
+// because mma_half exists for elements of 16 bits only. `R` is what the matrix was loaded from.
+template <typename Number>
+__device__ inline void multiply(Partial& partial, const Matrix& matrix, ReceivedPackets& received,
+                                const Element* R, int n, int N, int rank) {
+    float sums[CHAINS][ROW_TILES][N_TILES][4] = {};
+#pragma unroll
+    for (int i = 0; i < Order::SLICES_A_WARP; ++i) {
+        unsigned words[N_TILES][2 * PACKET_WORDS];
+        received.receive(i, words);
+#pragma unroll
+        for (int step = 0; step < PACKET_WORDS; ++step) {
+#pragma unroll
+            for (int pass = 0; pass < (splits(step) ? 2 : PASSES<Operand>); ++pass) {
+#pragma unroll
+                for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {
+                    const Fragment a = matrix[(i * PACKET_WORDS + step) * ROW_TILES + row_tile];
+#pragma unroll
+                    for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+                        const unsigned* b = &words[n_tile][2 * step];
+                        float(&sum)[4] = sums[(i * PACKET_WORDS + step) % CHAINS][row_tile][n_tile];
+                        if constexpr (sizeof(Element) == 2) {
+                            if (splits(step)) {
+                                mma_half(sum, a.words[2 * pass], a.words[2 * pass + 1], b[pass],
+                                         Number{});
+                                continue;
+                            }
+                        }
+                        mma_pass(pass, sum, a.words[0], a.words[1], a.words[2], a.words[3], b[0],
+                                 b[1], Number{});
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROW_TILES * N_TILES * 4; ++i) {
+#pragma unroll
+        for (int chain = 1; chain < CHAINS; ++chain) {
+            sums[0][i / (4 * N_TILES)][i / 4 % N_TILES][i % 4] +=
+                sums[chain][i / (4 * N_TILES)][i / 4 % N_TILES][i % 4];
+        }
+    }
+    if constexpr (NEEDS_CARE<Number>) {
+        bool needs_care = false;
+#pragma unroll
+        for (int i = 0; i < ROW_TILES * N_TILES * 4; ++i) {
+            const float sum = sums[0][i / (4 * N_TILES)][i / 4 % N_TILES][i % 4];
+            needs_care |= sum != sum;
+        }
+        if (__any_sync(~0u, needs_care)) careful_product(sums[0], received, R, n, N, rank);
+    }
+#pragma unroll
+    for (int j = 0; j < ROW_TILES * N_TILES * 4; ++j) {
+        const int row_tile = j / (4 * N_TILES), n_tile = j / 4 % N_TILES;
+        const SumPlace place(row_tile, n_tile, j % 4);
+        partial[sum_part()][place.column][place.row] = sums[0][row_tile][n_tile][j % 4];
+    }
+}
+
+// The sums of a unit and sequence: forward of its gates that R feeds, backward the gradient of h.
+struct alignas(PRODUCED % 4 == 0 ? 16 : PRODUCED % 2 == 0 ? 8 : 4) UnitSums {
+    float values[PRODUCED];
+};
+
+// Those of a thread's element, after a CTA barrier behind multiply().
+__device__ inline UnitSums unit_sums(const Partial& partial, const ThreadElement& element) {
+    UnitSums sum = {};
+#pragma unroll
+    for (int part = 0; part < SUM_PARTS; ++part) {
+        const float* from = &partial[part][element.column][element.unit * PRODUCED];
+        const UnitSums of_part = *reinterpret_cast<const UnitSums*>(from);
+#pragma unroll
+        for (int i = 0; i < PRODUCED; ++i) sum.values[i] += of_part.values[i];
+    }
+    return sum;
+}
+
+}  // namespace grid

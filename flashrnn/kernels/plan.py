@@ -1,0 +1,108 @@
+"""What a plan is: how one kernel computes a scan, from the text to the launch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+from flashrnn.cells.traced import TracedCell
+from flashrnn.kernels import source
+from flashrnn.kernels.gpu import GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ABC):
+    """How a kernel computes a scan of heads of D units: its tiles, its text and its launch.
+
+    What is a field here or in a regime's own plan is compiled in; B, T, N, addresses, strides and
+    clip values are in the record of a call (:mod:`flashrnn.kernels.call`).
+
+    Attributes:
+        COOPERATIVE: whether all CTAs of a launch must run at once.
+        ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
+        D: head dimension.
+        shared_memory: a CTA's dynamic shared memory in bytes.
+        estimated_cycles: of a step of all sequences; an estimate that plans are compared by.
+    """
+
+    COOPERATIVE: ClassVar[bool] = False
+    ROW_ALIGNMENT: ClassVar[int] = 1
+
+    D: int
+    shared_memory: int
+    estimated_cycles: float = field(default=0.0, compare=False)
+
+    @property
+    @abstractmethod
+    def entry(self) -> str:
+        """The kernel's name."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """Threads of a CTA."""
+
+    @property
+    def cluster_size(self) -> int:
+        """CTAs of a cluster; 0 where there are no clusters."""
+        return 0
+
+    @abstractmethod
+    def source(
+        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+    ) -> dict[str, str]:
+        """The program's text in parts, each under the name that an error gives it.
+
+        Args:
+            cell: the cell.
+            precision: out of ``source.PRECISIONS``.
+            options: out of :func:`flashrnn.kernels.source.forward_options` or ``backward_options``.
+            aligned: whether all rows of all tensors begin at multiples of 16 bytes.
+        """
+
+    def groups(self, B: int, N: int, gpu: GPU) -> int:
+        """CTA groups of a launch. A group computes a head for some sequences at a time."""
+        return 0
+
+    @abstractmethod
+    def grid(self, B: int, N: int, gpu: GPU) -> int:
+        """CTAs of a launch."""
+
+    def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
+        """Global memory that a launch needs for itself."""
+        return Scratch(0, 0)
+
+
+class Scratch(NamedTuple):
+    """Global memory of a launch, in units of 16 bytes.
+
+    Attributes:
+        packets: packets that CTAs send each other, all zeros at first.
+        R_in_memory: fragments of R for which registers and shared memory have no room.
+    """
+
+    packets: int
+    R_in_memory: int
+
+
+class Counts(NamedTuple):
+    """How many numbers of a unit and sequence a step has of each kind.
+
+    Attributes:
+        recurrent: gates that R feeds.
+        inputs: gates that Wx feeds.
+        states: states.
+        gates: gates of any kind.
+    """
+
+    recurrent: int
+    inputs: int
+    states: int
+    gates: int
+
+    @staticmethod
+    def of(cell: TracedCell) -> Counts:
+        """Those of a cell."""
+        recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
+        return Counts(recurrent, inputs, len(cell.states), len(cell.gates))

@@ -1,0 +1,41 @@
+"""The regimes of ``cuda_fused``, and the choice of the plan with the fewest estimated cycles.
+
+To add a regime, write its folder and name its planning function here, which takes a problem, a GPU
+and the direction, and gives a plan or the reason why there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from flashrnn.kernels import cluster, grid, single_cta
+from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.plan import Plan
+from flashrnn.problem import Problem
+
+Regime = Callable[[Problem, GPU, bool], Plan | str]
+
+# If no regime has a plan, a user is told the reason of the first, which takes the most problems.
+SMALL_HEADS: tuple[Regime, ...] = (single_cta.plan_scan,)
+LARGE_HEADS: tuple[Regime, ...] = (
+    grid.plan_scan,
+    grid.plan_wgmma_forward,
+    cluster.plan_mma_forward,
+    cluster.plan_wgmma_forward,
+    cluster.plan_backward,
+)
+
+
+def is_small(D: int) -> bool:
+    """Whether one CTA computes a head of so many units, so that no CTA waits for another."""
+    return D <= single_cta.LARGEST_HEAD
+
+
+@lru_cache(maxsize=1024)
+def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+    """The plan with the fewest estimated cycles, or the reason why there is none."""
+    regimes = SMALL_HEADS if is_small(problem.D) else LARGE_HEADS
+    plans = [regime(problem, gpu, backward) for regime in regimes]
+    possible = [plan for plan in plans if isinstance(plan, Plan)]
+    return min(possible, key=lambda plan: plan.estimated_cycles, default=plans[0])

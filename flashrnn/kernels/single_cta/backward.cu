@@ -1,0 +1,253 @@
+// The backward scan of heads that one CTA owns; see tile.cuh for what each thread owns.
+//
+// Names with d_ are gradients of the loss. `done` counts the steps that are computed, from the last one
+// on: run_step(done) computes step t = T - 1 - done.
+//
+// What lives where:
+//
+// - registers of the computing warps: R transposed (product.cuh), the gradients of the states that go
+//   on to the step before, and the sums over time of the gates' gradients, which are the bias's; all in
+//   float32;
+// - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
+//   inputs, a line of which has the gates' pre-activations, the states before the step and the
+//   gradients given for the states after it; two buffers of gates' gradients, the operand of the next
+//   product;
+// - global memory: producer threads read or write each element of gates, states, d_states and d_gates
+//   once, in 16 bytes where addresses allow it; computing warps read R and the initial states and the
+//   last states' gradients, and write those of the initial states and of the bias, one for each
+//   sequence.
+//
+// One barrier of the CTA ends each step, and one comes before the first:
+//
+//                        producer threads                        computing threads
+//     before the first   fetch inputs of STAGES - 1 steps;       load R and the last states' gradients
+//                        wait for those of the first
+//     ---- barrier ----
+//     a step             fetch inputs STAGES - 1 steps ahead,    product of the other buffer; read the
+//                        into the slot read one step ago;        step's inputs; write the gates'
+//                        store the other buffer of gates'        gradients into the step's buffer,
+//                        gradients; wait for the next inputs     done % 2
+//     ---- barrier ----
+//     after the last     store its gates' gradients              product of its gates' gradients
+
+#include "single_cta/tile.cuh"
+#include "single_cta/transposed_product.cuh"
+#include "common/copier.cuh"
+
+namespace single_cta {
+
+constexpr int INPUT_PITCH = pitch(G + 2 * S), GATE_PITCH = pitch(G);
+
+// Elements of the ring, and of one buffer of gates' gradients.
+constexpr int RING = STAGES * SEQUENCES * INPUT_PITCH;
+constexpr int GATES = SEQUENCES * GATE_PITCH;
+
+static_assert(FRAGMENT_BYTES + (RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES == SHARED_MEMORY,
+              "plan.py computes the same layout");
+
+// What the producer threads do, step after step, as the diagram says.
+__device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Element>& input_gates,
+                                             TiledCopy<CopyLayout, S, const Element>& input_states,
+                                             TiledCopy<CopyLayout, S, const Element>& input_given,
+                                             TiledCopy<CopyLayout, G, Element>& output, Element* ring,
+                                             const Element* gradients, long long T) {
+    long long to_fetch = T;
+    int slot = 0;
+    const auto fetch_next = [&]() {
+        Element* to = ring + slot * SEQUENCES * INPUT_PITCH;
+        if (to_fetch > 0) {
+            input_gates.fetch(to);
+            input_given.fetch(to + (G + S) * BLOCK_D);
+        }
+        // Step 0 has the initial states before it, which the computing threads read themselves.
+        if (to_fetch > 1) input_states.fetch(to + G * BLOCK_D);
+        --to_fetch;
+        cp_async_commit();
+        input_gates.advance();
+        input_states.advance();
+        input_given.advance();
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+    };
+    const auto store_next = [&](int done) {
+        output.store(gradients + done % 2 * GATES);
+        output.advance();
+    };
+    for (int i = 0; i < STAGES - 1; ++i) fetch_next();
+    cp_async_wait<STAGES - 2>();
+    named_barrier<THREADS>();
+    for (int done = 0; done < T; ++done) {
+        fetch_next();
+        if (done > 0) store_next(done - 1);
+        cp_async_wait<STAGES - 2>();
+        named_barrier<THREADS>();
+    }
+    store_next(T - 1);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
+single_cta_backward(CALL) {
+    Fragment* in_shared = reinterpret_cast<Fragment*>(shared_memory());
+    Element* ring = reinterpret_cast<Element*>(shared_memory() + FRAGMENT_BYTES);
+    Element* gradients = ring + RING;
+
+    const int n = blockIdx.x % N;
+    const long long first = static_cast<long long>(blockIdx.x / N) * SEQUENCES;
+    const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
+    const long long width = static_cast<long long>(N) * D;
+
+    // Threads of units beyond D run the cell too: on zeros, which nothing overwrites.
+    if (D != BLOCK_D) {
+        for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
+        __syncthreads();
+    }
+    // Where a buffer says which step last wrote a gradient that was infinite before it was rounded: in
+    // the padding of its first line. -1 stands for none.
+    const auto infinite_step = [](Element* lines) {
+        return reinterpret_cast<int*>(lines + GATE_PITCH - VECTOR);
+    };
+    if (CONTAINS<Operand>) {
+        if (threadIdx.x < 2) *infinite_step(gradients + threadIdx.x * GATES) = -1;
+        __syncthreads();
+    }
+
+    if (threadIdx.x >= 32 * COMPUTING) {
+        if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
+        const long long at = (first * T + T - 1) * width + n * D;
+        const long long at_gates = (first * T + T - 1) * G * width + n * D;
+        const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
+        TiledCopy<CopyLayout, G, const Element> input_gates(
+            {gates + at_gates, T * G * width, width, 1}, -G * width, INPUT_PITCH, last);
+        // The states before a step are those of the step before.
+        TiledCopy<CopyLayout, S, const Element> input_states(
+            {states + at - width, T * width, B * T * width, 1}, -width, INPUT_PITCH, last);
+        TiledCopy<CopyLayout, S, const Element> input_given(
+            {d_states + at_given, d_states_b, d_states_s, d_states_d}, -d_states_t, INPUT_PITCH, last);
+        TiledCopy<CopyLayout, G, Element> output({d_gates + at_gates, T * G * width, width, 1},
+                                                 -G * width, GATE_PITCH, last);
+        run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, T);
+        return;
+    }
+
+    if (SHIFT_REGISTERS) setmaxnreg_inc<COMPUTING_REGISTERS>();
+    const ThreadElements elements;
+    Matrix matrix;
+    if (!CUT) matrix.load<false>(R, n, N, elements, in_shared);
+    float d_carried[S][ELEMENTS];
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+        const float* from = d_last + (first + elements.sequence(e)) * d_last_b + n * d_last_n +
+                            elements.unit(e) * d_last_d;
+#pragma unroll
+        for (int s = 0; s < S; ++s) d_carried[s][e] = exists ? from[s * d_last_s] : 0.0f;
+    }
+    named_barrier<THREADS>();
+
+    const unsigned line = matrix_line(gradients, GATE_PITCH);
+    constexpr unsigned BUFFER_BYTES = GATES * sizeof(Element);
+    // Adds the gradient that reaches h through R from the step computed last.
+    const auto add_recurrent_gradient = [&](int done) {
+        if (CUT) return;
+        const int buffer = (done + 1) % 2;
+        Element* const read = gradients + buffer * GATES;
+        float sums[N_TILES][4];
+        // Infinities that are no result of rounding stay infinite.
+        const bool contain = CONTAINS<Operand> && *infinite_step(read) != done;
+        transposed_product<Operand>(sums, matrix, line + buffer * BUFFER_BYTES, GATE_PITCH, contain);
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            float d_h = elements.sum(sums, e);
+            if (NEEDS_CARE<Operand> && d_h != d_h) {
+                const Element* line = read + elements.sequence(e) * GATE_PITCH;
+                d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
+            }
+            d_carried[0][e] += clipped(d_h, clips.gradient);
+        }
+    };
+    // Called before the barrier that lets the next product start.
+    const auto record_infinity = [&](const float (&of_gates)[G][ELEMENTS], int done) {
+        if (!CONTAINS<Operand>) return;
+        bool infinite = false;
+#pragma unroll
+        for (int i = 0; i < GR * ELEMENTS; ++i) {
+            const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][i % ELEMENTS];
+            infinite |= elements.unit(i % ELEMENTS) < D && !is_finite(d_gate);
+        }
+        Element* const read = gradients + (done + 1) % 2 * GATES;
+        if (infinite) *infinite_step(read) = done;
+    };
+    float d_bias_sums[G][ELEMENTS] = {};
+    int slot = 0;
+    const auto run_step = [&](int done) {
+        const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        // The pre-activations, and then their gradients.
+        float preactivations[G][ELEMENTS], before[S][ELEMENTS], given[S][ELEMENTS];
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            load_elements(preactivations[k], inputs + k * BLOCK_D, INPUT_PITCH, elements);
+        }
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            load_elements(before[s], inputs + (G + s) * BLOCK_D, INPUT_PITCH, elements);
+            load_elements(given[s], inputs + (G + S + s) * BLOCK_D, INPUT_PITCH, elements);
+        }
+        if (done == T - 1) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+                const float* from = initial + (first + elements.sequence(e)) * initial_b +
+                                    n * initial_n + elements.unit(e) * initial_d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) before[s][e] = exists ? from[s * initial_s] : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            float gate[G], state[S], d_after[S], d_before[S], d_gate[G];
+#pragma unroll
+            for (int k = 0; k < G; ++k) gate[k] = preactivations[k][e];
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                state[s] = before[s][e];
+                d_after[s] = d_carried[s][e] + given[s][e];
+            }
+            derivative(state, gate, d_after, d_before, d_gate, clips.forward);
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                preactivations[k][e] = d_gate[k];
+                d_bias_sums[k][e] += d_gate[k];
+            }
+#pragma unroll
+            for (int s = 0; s < S; ++s) d_carried[s][e] = d_before[s];
+        }
+        Element* to = gradients + done % 2 * GATES;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            store_elements(to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
+        }
+        record_infinity(preactivations, done + 1);
+        named_barrier<THREADS>();
+    };
+    // The step computed first has no gradient through R. It stands before the loop rather than
+    // multiplying zeros, which times an infinite R are NaN, and rather than in a branch of the loop,
+    // which would delay every step.
+    run_step(0);
+    for (int done = 1; done < T; ++done) {
+        add_recurrent_gradient(done);
+        run_step(done);
+    }
+    add_recurrent_gradient(T);
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        if (elements.unit(e) >= D || elements.sequence(e) > last) continue;
+        float* to = d_initial + (first + elements.sequence(e)) * width + n * D + elements.unit(e);
+#pragma unroll
+        for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[s][e];
+        float* to_bias = d_bias + (first + elements.sequence(e)) * G * width + n * D + elements.unit(e);
+#pragma unroll
+        for (int k = 0; k < G; ++k) to_bias[k * width] = d_bias_sums[k][e];
+    }
+}
+
+}  // namespace single_cta

@@ -1,0 +1,217 @@
+// The forward scan of heads that one CTA owns; see tile.cuh for what each thread owns.
+//
+// What lives where:
+//
+// - registers of the computing warps: R (product.cuh), the bias, the carried states in float32;
+// - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
+//   inputs; two buffers, of even and odd steps, of new states, whose h is the next product's operand;
+//   two buffers of pre-activations, where they are saved;
+// - global memory: producer threads read or write each element of Wx, states and gates once, in 16 bytes
+//   where addresses allow it; computing warps read R, b and the initial states and write the last ones.
+//
+// One barrier of the CTA ends each step. Before it the computing warps have read the inputs of step t
+// and written its states; the next product reads their h after it. The diagram in
+// common/forward_producer.cuh shows what the producer threads do meanwhile.
+
+#include "single_cta/tile.cuh"
+#include "single_cta/product.cuh"
+#include "common/copier.cuh"
+#include "common/forward_producer.cuh"
+
+namespace single_cta {
+
+constexpr int INPUT_PITCH = pitch(GW), STATE_PITCH = pitch(S), GATE_PITCH = pitch(G);
+
+// What common/forward_producer.cuh asks for.
+struct ForwardLayout : CopyLayout {
+    static constexpr int CTA_THREADS = THREADS;
+    static constexpr int RING_STAGES = STAGES;
+    static constexpr int INPUT_PITCH = single_cta::INPUT_PITCH;
+    static constexpr int STATE_PITCH = single_cta::STATE_PITCH;
+    static constexpr int GATE_PITCH = single_cta::GATE_PITCH;
+};
+
+// Elements of the ring, of one buffer of states and of one of pre-activations.
+constexpr int RING = STAGES * SEQUENCES * INPUT_PITCH;
+constexpr int STATES = SEQUENCES * STATE_PITCH;
+constexpr int GATES = SEQUENCES * GATE_PITCH;
+
+// A plan for a problem that needs a gradient has room for pre-activations even if they are not saved.
+constexpr int LAYOUT_BYTES = FRAGMENT_BYTES +
+                             (RING + 2 * STATES + (SAVE_GATES ? 2 * GATES : 0)) * int(sizeof(Element)) +
+                             READ_BEYOND_LINES;
+static_assert(SAVE_GATES ? LAYOUT_BYTES == SHARED_MEMORY : LAYOUT_BYTES <= SHARED_MEMORY,
+              "plan.py computes the same layout");
+
+// Whether sums of the product may come out as NaN although they are none (NEEDS_CARE): at the first
+// step, whose h is in the lines, or at any later one.
+__device__ inline bool product_may_make_nan(const Matrix& matrix, const Element* lines) {
+    if (!NEEDS_CARE<Operand> || !H_IS_NEVER_LARGE) return NEEDS_CARE<Operand>;
+    bool large = false;
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f) {
+        const Fragment a = matrix[f];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) large |= is_large(__uint_as_float(a.words[w]));
+    }
+    for (int i = threadIdx.x % 32; i < SEQUENCES * BLOCK_D; i += 32) {
+        large |= is_large(to_float(lines[i / BLOCK_D * STATE_PITCH + i % BLOCK_D]));
+    }
+    return __any_sync(~0u, large);
+}
+
+// All steps of the scan, of a computing warp. RECOMPUTE: elements whose pre-activations are NaN are
+// computed once more with scalar products.
+template <bool RECOMPUTE>
+__device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bias)[G][ELEMENTS],
+                                 const Matrix& matrix, const ThreadElements& elements,
+                                 const Element* ring, Element* new_states, Element* saved,
+                                 const Element* R, int n, int N, long long T, const Clips& clips) {
+    // The pre-activations of element e that R feeds, with scalar products of R and `h`, the lines of
+    // states.
+    const auto recompute = [&](float (&gates)[G], int e, const Element* inputs, const Element* h) {
+        const int unit = elements.unit(e), sequence = elements.sequence(e);
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+            const int k = RECURRENT[s];
+            const Element* input = inputs + sequence * INPUT_PITCH + FED_WX[k] * BLOCK_D + unit;
+            gates[k] = (FED_WX[k] >= 0 ? to_float(*input) : 0.0f) + bias[k][e] +
+                       scalar_product<true>(R, n, N, s, unit, h + sequence * STATE_PITCH);
+        }
+    };
+    const unsigned line = matrix_line(new_states, STATE_PITCH);
+    constexpr unsigned BUFFER_BYTES = STATES * sizeof(Element);
+    int slot = 0;
+    for (int t = 0; t < T; ++t) {
+        float sums[GR][N_TILES][4], preactivations[G][ELEMENTS];
+        recurrent_product(sums, matrix, line + (t + 1) % 2 * BUFFER_BYTES, STATE_PITCH);
+        // This does not depend on the product, so it runs while the tensor core is busy.
+        const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            float input[ELEMENTS] = {};
+            if (FED_WX[k] >= 0) {
+                load_elements(input, inputs + FED_WX[k] * BLOCK_D, INPUT_PITCH, elements);
+            }
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) preactivations[k][e] = input[e] + bias[k][e];
+        }
+#pragma unroll
+        for (int s = 0; s < GR; ++s) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                preactivations[RECURRENT[s]][e] += elements.sum(sums[s], e);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            float gates[G], before[S], after[S];
+#pragma unroll
+            for (int k = 0; k < G; ++k) gates[k] = preactivations[k][e];
+#pragma unroll
+            for (int s = 0; s < S; ++s) before[s] = carried[s][e];
+            step(before, gates, after, clips.forward);
+            if constexpr (RECOMPUTE) {
+                // The sum is NaN if any of them is. The test runs beside the step, which is rarely
+                // repeated.
+                float all = 0.0f;
+#pragma unroll
+                for (int s = 0; s < GR; ++s) all += gates[RECURRENT[s]];
+                if (all != all) {
+                    recompute(gates, e, inputs, new_states + (t + 1) % 2 * STATES);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) preactivations[k][e] = gates[k];
+                    step(before, gates, after, clips.forward);
+                }
+            }
+#pragma unroll
+            for (int s = 0; s < S; ++s) carried[s][e] = after[s];
+        }
+        Element* to = new_states + t % 2 * STATES;
+#pragma unroll
+        for (int s = 0; s < S; ++s) store_elements(to + s * BLOCK_D, STATE_PITCH, carried[s], elements);
+        if (SAVE_GATES) {
+            Element* gates_to = saved + t % 2 * GATES;
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                store_elements(gates_to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
+            }
+        }
+        named_barrier<THREADS>();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
+single_cta_forward(CALL) {
+    Fragment* in_shared = reinterpret_cast<Fragment*>(shared_memory());
+    Element* ring = reinterpret_cast<Element*>(shared_memory() + FRAGMENT_BYTES);
+    Element* new_states = ring + RING;
+    Element* saved = new_states + 2 * STATES;
+
+    const int n = blockIdx.x % N;
+    const long long first = static_cast<long long>(blockIdx.x / N) * SEQUENCES;
+    const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
+    const long long width = static_cast<long long>(N) * D;
+
+    // Threads of units beyond D run the cell too: on zeros, which nothing overwrites.
+    if (D != BLOCK_D) {
+        for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
+        __syncthreads();
+    }
+
+    if (threadIdx.x >= 32 * COMPUTING) {
+        if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
+        const long long head = first * T * width + n * D, head_gates = first * T * G * width + n * D;
+        TiledCopy<ForwardLayout, GW, const Element> input(
+            {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUT_PITCH, last);
+        TiledCopy<ForwardLayout, S, Element> output({states + head, T * width, B * T * width, 1}, width,
+                                                    STATE_PITCH, last);
+        TiledCopy<ForwardLayout, G, Element> output_gates(
+            {gates + head_gates, T * G * width, width, 1}, G * width, GATE_PITCH, last);
+        run_forward_producer(input, output, output_gates, ring, new_states, saved, T);
+        return;
+    }
+
+    if (SHIFT_REGISTERS) setmaxnreg_inc<COMPUTING_REGISTERS>();
+    const ThreadElements elements;
+    Matrix matrix;
+    matrix.load<true>(R, n, N, elements, in_shared);
+    float carried[S][ELEMENTS];
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+        const float* from = initial + (first + elements.sequence(e)) * initial_b + n * initial_n +
+                            elements.unit(e) * initial_d;
+#pragma unroll
+        for (int s = 0; s < S; ++s) carried[s][e] = exists ? from[s * initial_s] : 0.0f;
+    }
+    float bias[G][ELEMENTS];
+#pragma unroll
+    for (int k = 0; k < G; ++k) {
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const bool fed = FED_B[k] >= 0 && elements.unit(e) < D;
+            const long long row = static_cast<long long>(FED_B[k]) * N + n;
+            bias[k][e] = fed ? to_float(b[row * D + elements.unit(e)]) : 0.0f;
+        }
+    }
+    // Step 0 reads h from the buffer of odd steps.
+    store_elements(new_states + STATES, STATE_PITCH, carried[0], elements);
+    named_barrier<THREADS>();
+
+    if (product_may_make_nan(matrix, new_states + STATES)) {
+        run_steps<true>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, T, clips);
+    } else {
+        run_steps<false>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, T, clips);
+    }
+#pragma unroll
+    for (int e = 0; e < ELEMENTS; ++e) {
+        if (elements.unit(e) >= D || elements.sequence(e) > last) continue;
+        float* to = last_states + (first + elements.sequence(e)) * width + n * D + elements.unit(e);
+#pragma unroll
+        for (int s = 0; s < S; ++s) to[s * B * width] = carried[s][e];
+    }
+}
+
+}  // namespace single_cta

@@ -1,0 +1,151 @@
+// A warp's part of a head's R as the left operand of tensor cores, and its product with h.
+//
+// A fragment holds 16 rows of the matrix by 32 bytes of the summed dimension. Row i of a fragment is
+// unit 2 i of the warp for i < 8, unit 2 (i - 8) + 1 otherwise: this gives a lane the sums of two
+// neighbouring units. Of a warp's FRAGMENTS the first IN_REGISTERS stay in registers; the others lie in
+// shared memory, where each lane stores and reads its own 16 bytes of them.
+
+#include "common/mma.cuh"
+#include "single_cta/tile.cuh"
+
+namespace single_cta {
+
+// Instructions that sum over a row.
+constexpr int STEPS = BLOCK_D * sizeof(Element) / 32;
+constexpr int FRAGMENTS = GR * STEPS;
+constexpr int IN_SHARED = FRAGMENTS - IN_REGISTERS;
+constexpr int FRAGMENT_BYTES = COMPUTING * IN_SHARED * 32 * sizeof(Fragment);
+
+// The lane's part of fragment f, that of recurrent gate f % GR and step f / GR. FORWARD: its rows are
+// units that R produces, and the sum runs over units that R reads; backward the other way round.
+template <bool FORWARD>
+__device__ inline Fragment fragment(int f, const Element* R, int n, int N,
+                                    const ThreadElements& elements) {
+    const Element* matrix = R + (static_cast<long long>(f % GR) * N + n) * D * D;
+    Fragment fragment;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        constexpr int WORD = 4 / sizeof(Element);
+        const int unit = elements.first_unit + 2 * elements.i + w % 2;
+        const int summed = f / GR * 2 * VECTOR + w / 2 * VECTOR + elements.j * WORD;
+        Element word[WORD] = {};
+#pragma unroll
+        for (int k = 0; k < WORD; ++k) {
+            if (unit < D && summed + k < D) {
+                word[k] = FORWARD ? matrix[unit * D + summed + k] : matrix[(summed + k) * D + unit];
+            }
+        }
+        memcpy(&fragment.words[w], word, 4);
+        fragment.words[w] = prepare(fragment.words[w], Operand{});
+        // Otherwise the compiler loads the elements of all words first, and registers spill.
+        materialize(fragment.words[w]);
+    }
+    return fragment;
+}
+
+// The warp's fragments.
+struct Matrix {
+    Fragment in_registers[IN_REGISTERS];
+    const Fragment* in_shared;
+
+    template <bool FORWARD>
+    __device__ void load(const Element* R, int n, int N, const ThreadElements& elements,
+                         Fragment* shared) {
+        unsigned offset = threadIdx.x / 32 * IN_SHARED * 32 + threadIdx.x % 32;
+        materialize(offset);
+        Fragment* own = shared + offset;
+        in_shared = own;
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+            const Fragment loaded = fragment<FORWARD>(f, R, n, N, elements);
+            if (f < IN_REGISTERS) in_registers[f < IN_REGISTERS ? f : 0] = loaded;
+            else own[(f - IN_REGISTERS) * 32] = loaded;
+        }
+    }
+
+    __device__ Fragment operator[](int f) const {
+        return f < IN_REGISTERS ? in_registers[f < IN_REGISTERS ? f : 0]
+                                : in_shared[(f - IN_REGISTERS) * 32];
+    }
+};
+
+// The shared address that the lane passes to ldmatrix for the first n-tile of the lines.
+__device__ inline unsigned matrix_line(const Element* lines, int pitch) {
+    const int lane = threadIdx.x % 32;
+    return shared_address(lines + lane % COLUMNS * pitch + lane / 8 * VECTOR);
+}
+
+// One pass of the fragment's products with all n-tiles; `half` says which of the two steps in `right`.
+template <typename Number>
+__device__ inline void multiply(int pass, float (&sums)[N_TILES][4], const Fragment& a,
+                                const unsigned (&right)[N_TILES][4], int half, Number) {
+#pragma unroll
+    for (int tile = 0; tile < N_TILES; ++tile) {
+        mma_pass(pass, sums[tile], a.words[0], a.words[1], a.words[2], a.words[3],
+                 right[tile][2 * half], right[tile][2 * half + 1], Number{});
+    }
+}
+
+// An mma waits for the one before that adds to the same sum. So sums are split into chains, which are
+// added at the end, and consecutive instructions belong to different chains, gates or n-tiles.
+constexpr int CHAINS_FORWARD = GR * N_TILES < 3 ? 2 : 1;
+
+// For each recurrent gate, the product of R and the first row of the lines, which is h. `line` is
+// matrix_line()'s result.
+__device__ inline void recurrent_product(float (&sums)[GR][N_TILES][4], const Matrix& matrix,
+                                         unsigned line, int pitch) {
+    float chains[CHAINS_FORWARD][GR][N_TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step += 2) {
+        unsigned right[N_TILES][4];
+#pragma unroll
+        for (int tile = 0; tile < N_TILES; ++tile) {
+            ldmatrix(right[tile], line + 8 * tile * pitch * sizeof(Element) + step * 32);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (step + half == STEPS) break;
+#pragma unroll
+            for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+#pragma unroll
+                for (int s = 0; s < GR; ++s) {
+                    const Fragment a = matrix[(step + half) * GR + s];
+                    multiply(pass, chains[half % CHAINS_FORWARD][s], a, right, half, Operand{});
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int s = 0; s < GR; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4 * N_TILES; ++i) {
+            sums[s][i / 4][i % 4] = chains[0][s][i / 4][i % 4];
+            if (CHAINS_FORWARD > 1) {
+                sums[s][i / 4][i % 4] += chains[CHAINS_FORWARD - 1][s][i / 4][i % 4];
+            }
+        }
+    }
+}
+
+// One element of either direction's product, in scalar float32 arithmetic and with R from global
+// memory: where the tensor cores' split factors gave NaN (NEEDS_CARE). FORWARD: what R produces for
+// recurrent gate s at the unit; backward: the gradient of what R reads there, of all gates. `line` is
+// the sequence's line. Not inlined, it stays out of the loop over time.
+template <bool FORWARD>
+__device__ __noinline__ float scalar_product(const Element* R, int n, int N, int s, int unit,
+                                             const Element* line) {
+    float sum = 0.0f;
+    if (unit >= D) return sum;
+#pragma unroll
+    for (int gate = FORWARD ? s : 0; gate < (FORWARD ? s + 1 : GR); ++gate) {
+        const Element* matrix = R + (static_cast<long long>(gate) * N + n) * D * D;
+        const Element* factors = line + (FORWARD ? 0 : RECURRENT[gate] * BLOCK_D);
+#pragma unroll 1
+        for (int j = 0; j < D; ++j) {
+            sum += to_float(matrix[FORWARD ? unit * D + j : j * D + unit]) * to_float(factors[j]);
+        }
+    }
+    return sum;
+}
+
+}  // namespace single_cta

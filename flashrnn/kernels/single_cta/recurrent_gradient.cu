@@ -1,0 +1,237 @@
+// The gradient of R of heads that one CTA owns:
+//
+//     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
+//
+// A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
+// the GATES recurrent gates from group * GATES on. The host adds the parts afterwards, in a fixed
+// order. The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
+// unit of h (BLOCK_D). The number of all rows may exceed 32 bits; that of a part does not.
+//
+// What lives where:
+//
+// - registers: the sums. Warp w has the lines 16 w to 16 w + 15 of every 16 * WARPS, in all columns;
+// - shared memory: a ring of STAGES chunks of CHUNK rows, as they lie in global memory. All threads copy
+//   them there; operands of the tensor cores are read transposed;
+// - global memory: d_gates and h are read once for each group of gates, parts are written once.
+//
+// One barrier orders each chunk: before it each thread has waited for its own copies of the chunk, and
+// has read the one before, into whose slot the copies issued after the barrier go.
+
+#include "problem.cuh"
+#include "common/mma.cuh"
+
+namespace single_cta {
+
+constexpr int BLOCK_D = (D + 15) / 16 * 16;
+// Elements in 16 bytes.
+constexpr int VECTOR = 16 / sizeof(Element);
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNK = 64 / sizeof(Element);
+constexpr int LINES = GATES * BLOCK_D;
+constexpr int TILES = (LINES / 16 + WARPS - 1) / WARPS;
+constexpr bool ALL_TILES = LINES % (16 * WARPS) == 0;
+// Rows have a padding of 8 elements, against bank conflicts: with it rows of 16-bit elements are an odd
+// number of 16 bytes apart, and rows of 4-byte elements begin 8 banks apart.
+constexpr int LINES_PITCH = LINES + 8, COLUMNS_PITCH = BLOCK_D + 8;
+constexpr int SLOT = CHUNK * (LINES_PITCH + COLUMNS_PITCH);
+static_assert(STAGES * SLOT * sizeof(Element) == SHARED_MEMORY, "as the plan computes it");
+constexpr int PIECE = ALIGNED ? VECTOR : 1;
+constexpr int PIECES = D / PIECE;
+
+// Copies a piece of a row of D elements to shared memory; zeros if there is no such row.
+__device__ inline void fetch_pieces(Element* to, const Element* from, bool exists, int piece) {
+    to += piece * PIECE;
+    from += piece * PIECE;
+    if (!exists) {
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) round_to(to[i], 0.0f);
+    } else if constexpr (ALIGNED) {
+        cp_async(to, from);
+    } else {
+        *to = *from;
+    }
+}
+
+// A left operand of mma() with 16 lines, from rows in shared memory: the summed dimension runs over
+// rows.
+__device__ inline void load_left(unsigned (&words)[4], const Element* corner, int pitch) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(Element) == 2) {
+        const int row = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
+        ldmatrix_transposed(words, shared_address(corner + row * pitch + column));
+    } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const int row = lane % 4 + w / 2 * 4, column = lane / 4 + w % 2 * 8;
+            words[w] = __float_as_uint(to_float(corner[row * pitch + column]));
+            words[w] = prepare(words[w], Operand{});
+        }
+    }
+}
+
+// Two right operands of mma() with 8 columns each: words 0 and 1, and 2 and 3.
+__device__ inline void load_right(unsigned (&words)[4], const Element* corner, int pitch) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(Element) == 2) {
+        const int row = lane % 16, column = lane / 16 * 8;
+        ldmatrix_transposed(words, shared_address(corner + row * pitch + column));
+    } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const int row = lane % 4 + w % 2 * 4, column = lane / 4 + w / 2 * 8;
+            words[w] = __float_as_uint(to_float(corner[row * pitch + column]));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+recurrent_gradient(CALL) {
+    Element* ring = reinterpret_cast<Element*>(shared_memory());
+    constexpr int GROUPS = (GR + GATES - 1) / GATES;
+    const int n = blockIdx.x % N, group = blockIdx.x / N % GROUPS, part = blockIdx.x / N / GROUPS;
+    const long long width = static_cast<long long>(N) * D;
+    // The part's first row and how many rows follow; from here on rows are counted within the part.
+    const long long begin = static_cast<long long>(part) * rows_a_part, left = B * T - begin;
+    const int rows = left < rows_a_part ? left : rows_a_part, chunks = (rows + CHUNK - 1) / CHUNK;
+    // The sequence and step of a row. That of the next chunk's first row is kept and moved on, since a
+    // division takes longer than the rest of an address's computation.
+    struct Position {
+        long long sequence;
+        unsigned step;
+
+        __device__ void advance(int rows, unsigned T) {
+            step += rows;
+            if (step < T) return;
+            sequence += step / T;
+            step %= T;
+        }
+    } next = {begin / T, static_cast<unsigned>(begin % T)};
+    const Element* gates_of_part = d_gates + begin * G * width + n * D;
+    // h before a row's step: that of the row before, except at step 0.
+    const Element* h_of_part = h + (begin - 1) * width + n * D;
+
+    const auto fetch = [&](int chunk) {
+        Element* lines = ring + chunk % STAGES * SLOT;
+        Element* columns = lines + CHUNK * LINES_PITCH;
+        const int first = chunk * CHUNK;
+        // All threads take the same number of iterations, so that loops can be unrolled. Unrolled by
+        // more than two, registers spill.
+        constexpr int GATE_PIECES = CHUNK * GATES * PIECES, H_PIECES = CHUNK * PIECES;
+#pragma unroll 2
+        for (int round = 0; round < (GATE_PIECES + THREADS - 1) / THREADS; ++round) {
+            const int i = threadIdx.x + round * THREADS;
+            if (GATE_PIECES % THREADS && i >= GATE_PIECES) break;
+            const int piece = i % PIECES, s = i / PIECES % GATES, row = i / PIECES / GATES;
+            int gate = 0;
+#pragma unroll
+            for (int k = 0; k < GR; ++k) {
+                if (k == group * GATES + s) gate = RECURRENT[k];
+            }
+            const int line = (first + row) * G + gate;
+            const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
+            fetch_pieces(lines + row * LINES_PITCH + s * BLOCK_D, from, first + row < rows, piece);
+        }
+#pragma unroll 2
+        for (int round = 0; round < (H_PIECES + THREADS - 1) / THREADS; ++round) {
+            const int i = threadIdx.x + round * THREADS;
+            if (H_PIECES % THREADS && i >= H_PIECES) break;
+            const int piece = i % PIECES, row = i / PIECES;
+            Position position = next;
+            position.advance(row, T);
+            const Element* from = position.step
+                                      ? h_of_part + static_cast<long long>(first + row) * (N * D)
+                                      : h_initial + position.sequence * width + n * D;
+            fetch_pieces(columns + row * COLUMNS_PITCH, from, first + row < rows, piece);
+        }
+        next.advance(CHUNK, T);
+    };
+    for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
+        if (chunk < chunks) fetch(chunk);
+        cp_async_commit();
+    }
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sums[TILES][BLOCK_D / 8][4] = {};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
+        cp_async_commit();
+        const Element* lines = ring + chunk % STAGES * SLOT;
+        const Element* columns = lines + CHUNK * LINES_PITCH;
+#pragma unroll
+        for (int row = 0; row < CHUNK; row += 2 * VECTOR) {
+            unsigned left[TILES][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                const int line = 16 * (warp + tile * WARPS);
+                if (ALL_TILES || line < LINES) {
+                    load_left(left[tile], lines + row * LINES_PITCH + line, LINES_PITCH);
+                }
+            }
+#pragma unroll
+            for (int pair = 0; pair < BLOCK_D / 16; ++pair) {
+                unsigned right[4];
+                load_right(right, columns + row * COLUMNS_PITCH + 16 * pair, COLUMNS_PITCH);
+#pragma unroll
+                for (int pass = 0; pass < PASSES<Operand>; ++pass) {
+#pragma unroll
+                    for (int tile = 0; tile < TILES; ++tile) {
+                        if (!ALL_TILES && 16 * (warp + tile * WARPS) >= LINES) continue;
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            mma_pass(pass, sums[tile][2 * pair + half], left[tile][0], left[tile][1],
+                                     left[tile][2], left[tile][3], right[2 * half],
+                                     right[2 * half + 1], Operand{});
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    bool any_nan = false;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int n_tile = 0; n_tile < BLOCK_D / 8; ++n_tile) {
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+                const int line = 16 * (warp + tile * WARPS) + lane / 4 + v / 2 * 8;
+                const int s = group * GATES + line / BLOCK_D, d = line % BLOCK_D;
+                const int p = 8 * n_tile + 2 * (lane % 4) + v % 2;
+                if (line < LINES && s < GR && d < D && p < D) {
+                    const long long matrix = (static_cast<long long>(part) * GR + s) * N + n;
+                    const float sum = sums[tile][n_tile][v];
+                    parts[(matrix * D + d) * D + p] = sum;
+                    any_nan |= sum != sum;
+                }
+            }
+        }
+    }
+    // Sums that came out as NaN or infinite are computed once more, in scalar float32 (NEEDS_CARE).
+    if (!NEEDS_CARE<Operand> || !__syncthreads_or(any_nan)) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < GATES * D * D; i += THREADS) {
+        const int s = group * GATES + i / (D * D), d = i / D % D, p = i % D;
+        if (s >= GR) break;
+        float& result = parts[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p];
+        if (is_finite(result)) continue;
+        int gate = 0;
+#pragma unroll
+        for (int k = 0; k < GR; ++k) {
+            if (k == s) gate = RECURRENT[k];
+        }
+        float sum = 0.0f;
+#pragma unroll 1
+        for (long long row = begin; row < begin + rows; ++row) {
+            const Element* before = row % T ? h + (row - 1) * width : h_initial + row / T * width;
+            sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) *
+                   to_float(before[n * D + p]);
+        }
+        result = sum;
+    }
+}
+
+}  // namespace single_cta

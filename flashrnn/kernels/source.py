@@ -1,0 +1,157 @@
+"""The text of a CUDA program: a kernel's file, what it includes, and what the host writes for it.
+
+A ``.cu`` or ``.cuh`` file includes what it uses, by its path from this folder. NVRTC gets one text,
+in which each file stands once, before those that include it. Two files are written here for each
+problem: ``types.cuh``, with the types of elements, and ``problem.cuh``, with the constants of the
+plan, the cell, and the record of the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+from flashrnn.cells.bounds import bound_of_h
+from flashrnn.cells.render import render_cuda
+from flashrnn.cells.traced import TracedCell
+from flashrnn.kernels.call import Record
+from flashrnn.problem import tf32_allowed
+
+PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
+"""How products are computed, and the type ``Operand`` in CUDA that selects it."""
+
+_INCLUDE = re.compile(r'^#include "(.*)"$', re.MULTILINE)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of a dtype are computed; of float32, as PyTorch is set to compute its own."""
+    if dtype == torch.float32 and tf32_allowed():
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def itemsize_of(precision: str) -> int:
+    """Bytes of an element of the tensors."""
+    return 2 if precision in ("float16", "bfloat16") else 4
+
+
+def program(
+    kernel: str,
+    cell: TracedCell,
+    precision: str,
+    constants: Mapping[str, bool | int],
+    record: Record,
+    generated: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """A kernel's program in parts, in order, each under the name that an error gives it.
+
+    Args:
+        kernel: the path of its file from this folder.
+        cell: its numbers and functions go in as :func:`flashrnn.cells.render.render_cuda` says.
+        precision: out of ``PRECISIONS``; sets the types ``Element``, of the tensors, ``Bits``, an
+            integer of the same size, and ``Operand``, which selects the product.
+        constants: what else is compiled in.
+        record: the call's.
+        generated: further files that are written by the host.
+    """
+    of_cell = "cell " + cell.name.replace('"', "")
+    element = "float" if precision == "tf32" else PRECISIONS[precision]
+    bits = "unsigned short" if itemsize_of(precision) == 2 else "unsigned"
+    types = [
+        '#include "common/ptx.cuh"',
+        f"using Element = {element};",
+        f"using Bits = {bits};",
+        f"using Operand = {PRECISIONS[precision]};",
+    ]
+    problem = [
+        '#include "types.cuh"',
+        '#include "common/clips.cuh"',
+        '#include "common/pointwise.cuh"',
+        f'#include "{of_cell}"',
+        *map(_constant, constants, constants.values()),
+        record.struct,
+        # What the host packs, and allocates for it.
+        f"static_assert(sizeof({record.name}) == {8 * record.size});",
+        record.parameters,
+    ]
+    texts = {
+        "types.cuh": "\n".join(types),
+        "problem.cuh": "\n".join(problem),
+        of_cell: render_cuda(cell),
+        **(generated or {}),
+    }
+    parts: dict[str, str] = {}
+    _add(kernel, texts, parts)
+    return parts
+
+
+def _add(name: str, generated: Mapping[str, str], parts: dict[str, str]) -> None:
+    """Add a file to the parts, behind what it includes."""
+    if name in parts:
+        return
+    text = generated[name] if name in generated else read(name)
+    for included in _INCLUDE.findall(text):
+        _add(included, generated, parts)
+    # An include leaves an empty line, so that the other lines keep their numbers.
+    parts[name] = _INCLUDE.sub("", text)
+
+
+def h_is_never_large(cell: TracedCell) -> bool:
+    """Whether each new h is NaN or less than 2^60 in size: see ``common/mma.cuh``."""
+    bound = bound_of_h(cell.graphs.forward)
+    return bound is not None and bound < 2**60
+
+
+Options = tuple[tuple[str, bool], ...]
+"""Constants of a call, which are compiled in."""
+
+
+def forward_options(save_gates: bool) -> Options:
+    """The constants of every forward scan.
+
+    Args:
+        save_gates: whether pre-activations are saved for the backward scan.
+    """
+    return (("SAVE_GATES", save_gates),)
+
+
+def backward_options(cut: bool, clip: bool) -> Options:
+    """The constants of every backward scan.
+
+    Args:
+        cut: whether no gradient flows through R.
+        clip: whether that gradient is clipped at each step.
+    """
+    return ("CUT", cut), ("CLIP", clip)
+
+
+@lru_cache(maxsize=1024)
+def clips(gradient: float | None, forward: float | None) -> int:
+    """The field ``clips`` of a call, two float32 numbers.
+
+    Values beyond float32 become infinity, which clips nothing. For ``None`` the value is arbitrary:
+    no kernel reads it.
+
+    Args:
+        gradient: what the gradient that reaches h through R is clipped to.
+        forward: what h is clipped to.
+    """
+    values = (ctypes.c_float * 2)(gradient or 0.0, forward or 0.0)
+    return int.from_bytes(bytes(values), sys.byteorder, signed=True)
+
+
+def _constant(name: str, value: bool | int) -> str:
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"constexpr {type(value).__name__} {name} = {text};"
+
+
+@cache
+def read(name: str) -> str:
+    """The text of a file in this folder."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")

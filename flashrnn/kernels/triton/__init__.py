@@ -1,0 +1,1 @@
+"""The whole scan as one Triton kernel."""

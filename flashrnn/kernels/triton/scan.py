@@ -1,0 +1,546 @@
+"""The scan over time as two Triton kernels, forward and backward, for any cell.
+
+A program computes one head for BLOCK_B sequences and all T steps, so no program waits for another.
+A tile's rows are units and its columns are sequences. A product needs 16 rows but only 8 columns,
+so BLOCK_B may be 8, and twice as many programs share the work as with sequences in rows. The gates
+of a step are one tile [BLOCK_G · BLOCK_D, BLOCK_B], gate by gate, and the states are one tile
+[BLOCK_S · BLOCK_D, BLOCK_B]. So a step has one product, and one load and one store of each of these
+tiles. The reason is that a change of a tile's thread layout costs more than anything else in a
+step, since it takes shared memory and barriers. To split such a tile into gates and to join it
+again moves nothing between threads, as long as a warp has 16 units of every gate.
+
+BLOCK_D is D's next power of two, at least 16. BLOCK_G and BLOCK_S are the next powers of two of the
+numbers of gates and states, at least 2: the compiler copies such tiles asynchronously, and smaller
+ones not always.
+
+What lives where:
+
+- registers: R, if R_IN_REGISTERS, as the product's operand; the bias; the carried states in
+  float32;
+- shared memory: the inputs of the next STAGES steps, copied asynchronously; h (forward) or the
+  gates' gradients (backward) while they change from the thread layout of the cell's step to that of
+  a product's operand;
+- global memory: everything else, each element read or written once. Unless R_IN_REGISTERS, R is
+  read again at every step, in slices, from the L2 cache.
+
+What orders the steps is the loop over t within a program, with the barriers that the compiler puts
+in.
+
+The first product of the forward scan, and the last one of the backward scan, stand outside the
+loop. That keeps R in registers: with a single product, in the loop, the compiler would move the
+copy of R from shared memory to registers into the loop too. In the forward scan the product of the
+next step comes before the stores of this step, since the next step needs it and nothing waits for
+the stores.
+
+Padding is masked, never computed away. A cell is not always finite where its inputs are 0, and zero
+times inf is NaN. So both operands of a product, R and what it multiplies, are masked in the summed
+dimension. A product also has rows for gates that R does not feed, and their results are dropped.
+Columns, which are sequences, are not summed over.
+
+A gate that a tensor does not feed has position -1 in that tensor's FED_... tuple. OPERAND is the
+dtype of a product's operands: that of the tensors, except in Triton's interpreter, whose product
+does not know bfloat16. Strides are given in units of ..._ALIGN elements, so that the compiler knows
+a divisor of them whatever T and B are. Numbers below 2³¹ are passed as 32 bits; offsets that are
+made of them are computed in 64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _unpack(tile, SLOTS: tl.constexpr, COUNT: tl.constexpr):
+    """The first COUNT of the SLOTS tiles that a tile consists of, one below another."""
+    tiles = (tile,)
+    for _ in tl.static_range(SLOTS.bit_length() - 1):
+        halves = ()
+        for k in tl.static_range(len(tiles)):
+            whole = tiles[k]
+            pairs = tl.reshape(whole, [2, whole.shape[0] // 2, whole.shape[1]])
+            upper, lower = tl.split(tl.permute(pairs, (1, 2, 0)))
+            halves = halves + (upper, lower)
+        tiles = halves
+    wanted = ()
+    for k in tl.static_range(COUNT):
+        wanted = wanted + (tiles[k],)
+    return wanted
+
+
+@triton.jit
+def _pack(tiles, SLOTS: tl.constexpr):
+    """One tile of all, one below another; slots beyond them have arbitrary values."""
+    for _ in tl.static_range(SLOTS - len(tiles)):
+        tiles = tiles + (tiles[0],)
+    for _ in tl.static_range(SLOTS.bit_length() - 1):
+        joined = ()
+        for k in tl.static_range(len(tiles) // 2):
+            upper, lower = tiles[2 * k], tiles[2 * k + 1]
+            pairs = tl.permute(tl.join(upper, lower), (2, 0, 1))
+            joined = joined + (tl.reshape(pairs, [2 * upper.shape[0], upper.shape[1]]),)
+        tiles = joined
+    return tiles[0]
+
+
+@triton.jit
+def _positions(slots, FED: tl.constexpr):
+    """``FED[slot]`` for every slot, -1 beyond FED's end."""
+    positions = tl.full(slots.shape, -1, tl.int32)
+    for k in tl.static_range(len(FED)):
+        positions = tl.where(slots == k, FED[k], positions)
+    return positions
+
+
+@triton.jit
+def _offsets(slot, row, n, unit, slot_stride, row_stride, n_stride, unit_stride):
+    """Where the elements of a tile lie, in 64 bits whatever the strides are."""
+    return (
+        slot.to(tl.int64) * slot_stride + row * row_stride
+        + n * n_stride + unit.to(tl.int64) * unit_stride
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_R(R, n, gates, produced, summed, N, D: tl.constexpr, OPERAND: tl.constexpr):
+    """``R[gates, n, produced, summed]``; 0.0 where a gate is -1 or a unit beyond D."""
+    offsets = ((gates.to(tl.int64) * N + n) * D + produced) * D + summed
+    mask = (gates >= 0) & (produced < D) & (summed < D)
+    # By `where`, not by the load's argument `other`: with that one the compiler moves the load into
+    # the loop.
+    return tl.where(mask, tl.load(R + offsets, mask=mask), 0.0).to(OPERAND)
+
+
+@triton.jit
+def _of_units(tile, unit, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The tile with 0.0 for units beyond D, whatever the cell made of them."""
+    if D < BLOCK_D:
+        tile = tl.where(unit < D, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def _only_fed(product, inputs, gate, FED: tl.constexpr):
+    """The product with the inputs added; for gates that R does not feed, the inputs alone."""
+    for k in tl.static_range(len(FED)):
+        if FED[k] < 0:
+            product = tl.where(gate == k, inputs, product)
+    return product
+
+
+@triton.jit
+def _clamped(tile, bound):
+    """The tile clipped to ±bound; NaN stays."""
+    tile = tl.maximum(tile, -bound, tl.PropagateNan.ALL)
+    return tl.minimum(tile, bound, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _in_range(d_gates, CLIP: tl.constexpr):
+    """Gates' gradients as a product's operand.
+
+    If the gradient through R is clipped, infinite gradients count as the largest number of float16,
+    in which finite ones may have become infinite. An infinite operand could make the product NaN,
+    which no clip undoes.
+    """
+    if CLIP and d_gates.dtype == tl.float16:
+        d_gates = _clamped(d_gates, 65504.0)
+    return d_gates
+
+
+@triton.jit
+def _in_product_layout(tiles, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """The tiles themselves, in the thread layout in which products come out.
+
+    It adds a product of zeros. That costs less than a change of layout later, where values that are
+    computed from a loaded tile meet values that are computed from a product.
+    """
+    moved = ()
+    for k in tl.static_range(len(tiles)):
+        left = tl.zeros([tiles[k].shape[0], 16], OPERAND)
+        right = tl.zeros([16, tiles[k].shape[1]], OPERAND)
+        moved = moved + (tl.dot(left, right, tiles[k], input_precision=PRECISION),)
+    return moved
+
+
+@triton.jit
+def _add_product_from_memory(
+    accumulator,
+    h,
+    stride,
+    row_mask,
+    dtype: tl.constexpr,
+    R,
+    n,
+    gates,
+    produced,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``accumulator + R @ h``, both read from memory; ``h`` points at each row's first unit."""
+    for first in tl.range(0, BLOCK_D, 16, num_stages=3):
+        summed = first + tl.arange(0, 16)
+        R_tile = _load_R(R, n, gates, produced, summed[None, :], N, D, OPERAND)
+        mask = (summed < D)[:, None] & row_mask
+        offsets = summed[:, None].to(tl.int64) * stride
+        part = tl.load(h + offsets, mask=mask, other=0.0).to(dtype).to(OPERAND)
+        accumulator = tl.dot(R_tile, part, accumulator, input_precision=PRECISION)
+    return accumulator
+
+
+def scan_forward(
+    Wx,
+    R,
+    b,
+    states_initial,
+    states,
+    last_states,
+    gates,
+    forward_clipval,
+    T,
+    B,
+    wx_stride_b,
+    wx_stride_t,
+    wx_stride_g,
+    wx_stride_n,
+    wx_stride_d,
+    initial_stride_s,
+    initial_stride_b,
+    initial_stride_n,
+    initial_stride_d,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    S: tl.constexpr,
+    FED_WX: tl.constexpr,
+    FED_R: tl.constexpr,
+    FED_B: tl.constexpr,
+    WX_ALIGN: tl.constexpr,
+    WX_WIDE: tl.constexpr,
+    STORE_GATES: tl.constexpr,
+    R_IN_REGISTERS: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    step: tl.constexpr,
+):
+    """T steps of one head for BLOCK_B sequences.
+
+    Wx [B, T, Gw, N, D] and states_initial [S, B, 1, N, D] have any strides, R [Gr, N, D, D] and
+    b [Gb, N, D] are contiguous; writes states [S, B, T, N, D], last_states [S, B, 1, N, D] and,
+    if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous.
+    WX_WIDE: offsets within one step of a sequence of Wx may need more than 32 bits.
+    """
+    G: tl.constexpr = len(FED_WX)
+    width: tl.constexpr = N * D
+    dtype = Wx.dtype.element_ty
+    length = tl.cast(T, tl.int64)
+    wx_stride_t = tl.cast(wx_stride_t, tl.int64) * WX_ALIGN
+    n = (tl.program_id(0) % N).to(tl.int64)
+    row = (tl.program_id(0) // N).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    gate_line = tl.arange(0, BLOCK_G * BLOCK_D)[:, None]
+    gate, gate_unit = gate_line // BLOCK_D, gate_line % BLOCK_D
+    state_line = tl.arange(0, BLOCK_S * BLOCK_D)[:, None]
+    state, state_unit = state_line // BLOCK_D, state_line % BLOCK_D
+    gates_mask = (gate < G) & (gate_unit < D) & (row < B)
+    states_mask = (state < S) & (state_unit < D) & (row < B)
+
+    unit = tl.arange(0, BLOCK_D)[:, None]
+
+    initial_offsets = _offsets(
+        state, row, n, state_unit,
+        initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
+    )  # fmt: skip
+    initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
+    carried = _unpack(initial.to(tl.float32), BLOCK_S, S)
+    fed_b, fed_r, fed_wx = (
+        _positions(gate, FED_B),
+        _positions(gate, FED_R),
+        _positions(gate, FED_WX),
+    )
+    bias = tl.load(
+        b + (fed_b.to(tl.int64) * N + n) * D + gate_unit,
+        mask=(fed_b >= 0) & (gate_unit < D),
+        other=0.0,
+    ).to(tl.float32)
+    if R_IN_REGISTERS:
+        R_tile = _load_R(R, n, fed_r, gate_unit, tl.arange(0, BLOCK_D)[None, :], N, D, OPERAND)
+
+    wx_mask = gates_mask & (fed_wx >= 0)
+    # In 64 bits only where they must be: with those, the assembler makes the products wait for the
+    # stores.
+    if WX_WIDE:
+        wx_offsets = _offsets(
+            fed_wx, row, n, gate_unit,
+            tl.cast(wx_stride_g, tl.int64) * WX_ALIGN, tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
+            tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
+        )  # fmt: skip
+    else:
+        wx_offsets = (
+            row * (wx_stride_b * WX_ALIGN) + n * (wx_stride_n * WX_ALIGN)
+            + fed_wx * (wx_stride_g * WX_ALIGN) + gate_unit * wx_stride_d
+        )  # fmt: skip
+    states_offsets = _offsets(
+        state, row, n, state_unit, length * width * B, length * width, D, 1
+    )  # fmt: skip
+    gates_offsets = _offsets(gate, row, n, gate_unit, width, length * (G * width), D, 1)
+
+    # The product of the first step; each step in the loop computes that of the next step.
+    inputs = tl.load(Wx + wx_offsets, mask=tl.where(T > 0, wx_mask, False), other=0.0)
+    inputs = inputs.to(tl.float32) + bias
+    if R_IN_REGISTERS:
+        # h is rounded before it multiplies R: the same numbers as the stored h.
+        h = _of_units(carried[0], unit, D, BLOCK_D).to(dtype).to(OPERAND)
+        preactivations = tl.dot(R_tile, h, inputs, input_precision=PRECISION)
+    else:
+        preactivations = _add_product_from_memory(
+            inputs, states_initial + row * initial_stride_b + n * initial_stride_n,
+            initial_stride_d, row < B, dtype,
+            R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
+        )  # fmt: skip
+    preactivations = _only_fed(preactivations, inputs, gate, FED_R)
+    for t in tl.range(0, T, num_stages=STAGES):
+        wx_offsets += wx_stride_t
+        inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
+        carried = step(carried, _unpack(preactivations, BLOCK_G, G), forward_clipval)
+        # After the cell's step, which does not need them.
+        inputs = inputs.to(tl.float32) + bias
+        if R_IN_REGISTERS:
+            h = _of_units(carried[0], unit, D, BLOCK_D).to(dtype).to(OPERAND)
+            following = tl.dot(R_tile, h, inputs, input_precision=PRECISION)
+        tl.store(states + states_offsets, _pack(carried, BLOCK_S).to(dtype), mask=states_mask)
+        if not R_IN_REGISTERS:
+            tl.debug_barrier()
+            following = _add_product_from_memory(
+                inputs, states + (row * length + t) * width + n * D,
+                1, row < B, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
+            )  # fmt: skip
+        if STORE_GATES:
+            tl.store(gates + gates_offsets, preactivations.to(dtype), mask=gates_mask)
+        states_offsets += width
+        gates_offsets += G * width
+        preactivations = _only_fed(following, inputs, gate, FED_R)
+    last_offsets = _offsets(state, row, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1)
+    tl.store(last_states + last_offsets, _pack(carried, BLOCK_S), mask=states_mask)
+
+
+@triton.jit
+def _product_from_memory(
+    d_gates,
+    row_mask,
+    R,
+    n,
+    unit,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FED_R: tl.constexpr,
+    CLIP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``Rᵀ @ d_gates``, both read from memory; ``d_gates`` points at each row's first element."""
+    total = tl.zeros([BLOCK_D, row_mask.shape[1]], tl.float32)
+    for first in tl.range(0, len(FED_R) * BLOCK_D, 16, num_stages=3):
+        summed = first + tl.arange(0, 16)
+        gate, produced = summed // BLOCK_D, summed % BLOCK_D
+        fed = _positions(gate, FED_R)
+        R_tile = _load_R(R, n, fed[None, :], produced[None, :], unit, N, D, OPERAND)
+        offsets = (gate.to(tl.int64) * (N * D) + produced)[:, None]
+        mask = ((fed >= 0) & (produced < D))[:, None] & row_mask
+        part = _in_range(tl.load(d_gates + offsets, mask=mask, other=0.0), CLIP).to(OPERAND)
+        total = tl.dot(R_tile, part, total, input_precision=PRECISION)
+    return total
+
+
+def scan_backward(
+    R,
+    states_initial,
+    states,
+    gates,
+    d_states,
+    d_last_states,
+    d_gates,
+    d_states_initial,
+    clipval,
+    forward_clipval,
+    T,
+    B,
+    initial_stride_s,
+    initial_stride_b,
+    initial_stride_n,
+    initial_stride_d,
+    d_states_stride_s,
+    d_states_stride_b,
+    d_states_stride_t,
+    d_states_stride_n,
+    d_states_stride_d,
+    d_last_stride_s,
+    d_last_stride_b,
+    d_last_stride_n,
+    d_last_stride_d,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    S: tl.constexpr,
+    FED_R: tl.constexpr,
+    D_STATES_ALIGN: tl.constexpr,
+    CUT: tl.constexpr,
+    CLIP: tl.constexpr,
+    R_IN_REGISTERS: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    derivative: tl.constexpr,
+):
+    """The scan backwards, from the residuals states and gates that the forward one wrote.
+
+    Writes d_gates [B, T, G, N, D], the gradients of the pre-activations, and d_states_initial
+    [S, B, 1, N, D], both contiguous. The gradients of R, b and Wx follow from d_gates outside.
+    CUT: no gradient through R. CLIP: that gradient is clipped to ±clipval at every step.
+    """
+    G: tl.constexpr = len(FED_R)
+    width: tl.constexpr = N * D
+    dtype = R.dtype.element_ty
+    length = tl.cast(T, tl.int64)
+    d_states_stride_t = tl.cast(d_states_stride_t, tl.int64) * D_STATES_ALIGN
+    n = (tl.program_id(0) % N).to(tl.int64)
+    row = (tl.program_id(0) // N).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+    unit = tl.arange(0, BLOCK_D)[:, None]
+    gate_line = tl.arange(0, BLOCK_G * BLOCK_D)[:, None]
+    gate, gate_unit = gate_line // BLOCK_D, gate_line % BLOCK_D
+    state_line = tl.arange(0, BLOCK_S * BLOCK_D)[:, None]
+    state, state_unit = state_line // BLOCK_D, state_line % BLOCK_D
+    gates_mask = (gate < G) & (gate_unit < D) & (row < B)
+    states_mask = (state < S) & (state_unit < D) & (row < B)
+
+    initial_offsets = _offsets(
+        state, row, n, state_unit,
+        initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
+    )  # fmt: skip
+    initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
+    initial = _in_product_layout(_unpack(initial.to(tl.float32), BLOCK_S, S), OPERAND, PRECISION)
+    d_last_offsets = _offsets(
+        state, row, n, state_unit,
+        d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d
+    )  # fmt: skip
+    d_last = tl.load(d_last_states + d_last_offsets, mask=states_mask, other=0.0)
+    d_carried = _unpack(d_last.to(tl.float32), BLOCK_S, S)
+    if R_IN_REGISTERS:
+        # R transposed: columns are gates' units, as the rows of d_gates are.
+        summed = tl.arange(0, BLOCK_G * BLOCK_D)[None, :]
+        fed = _positions(summed // BLOCK_D, FED_R)
+        R_tile = _load_R(R, n, fed, summed % BLOCK_D, unit, N, D, OPERAND)
+
+    last = length - 1
+    # `states` is read one step earlier than the rest: the states before the step.
+    states_offsets = (last - 1) * width + _offsets(
+        state, row, n, state_unit, length * width * B, length * width, D, 1
+    )
+    gates_offsets = last * (G * width) + _offsets(
+        gate, row, n, gate_unit, width, length * (G * width), D, 1
+    )
+    d_states_offsets = last * d_states_stride_t + _offsets(
+        state, row, n, state_unit,
+        tl.cast(d_states_stride_s, tl.int64) * D_STATES_ALIGN,
+        tl.cast(d_states_stride_b, tl.int64) * D_STATES_ALIGN,
+        tl.cast(d_states_stride_n, tl.int64) * D_STATES_ALIGN, d_states_stride_d
+    )  # fmt: skip
+
+    # Every step begins with the product that gives h's gradient from the gates' gradients of the
+    # step after it. The last step has no step after it; the initial h's gradient takes a product
+    # behind the loop.
+    operand = tl.zeros([BLOCK_G * BLOCK_D, BLOCK_B], OPERAND)
+    for i in tl.range(0, T, num_stages=STAGES):
+        before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
+        preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
+        d_given = tl.load(d_states + d_states_offsets, mask=states_mask, other=0.0)
+        before = _in_product_layout(_unpack(before.to(tl.float32), BLOCK_S, S), OPERAND, PRECISION)
+        preactivations = _in_product_layout(
+            _unpack(preactivations.to(tl.float32), BLOCK_G, G), OPERAND, PRECISION
+        )
+        d_given = _unpack(d_given.to(tl.float32), BLOCK_S, S)
+
+        if not CUT:
+            if R_IN_REGISTERS:
+                d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
+            else:
+                tl.debug_barrier()
+                d_h = _product_from_memory(
+                    d_gates + (row * length + last - i + 1) * (G * width) + n * D,
+                    tl.where(i > 0, row < B, False),
+                    R, n, unit, N, D, BLOCK_D, FED_R, CLIP, OPERAND, PRECISION
+                )  # fmt: skip
+            if CLIP:
+                d_h = _clamped(d_h, clipval)
+            # Chosen, not multiplied: zeros times an infinite R are NaN.
+            d_carried = (d_carried[0] + tl.where(i > 0, d_h, 0.0),) + d_carried[1:]
+        values = ()
+        gradients = ()
+        for s in tl.static_range(S):
+            values = values + (tl.where(i + 1 == T, initial[s], before[s]),)
+            gradients = gradients + (d_carried[s] + d_given[s],)
+        d_inputs = derivative(values, preactivations, gradients, forward_clipval)
+
+        d_carried = d_inputs[:S]
+        d_preactivations = ()
+        fed_by_R = ()
+        for k in tl.static_range(G):
+            d_gate = _of_units(d_inputs[S + k], unit, D, BLOCK_D).to(dtype)
+            d_preactivations = d_preactivations + (d_gate,)
+            fed_by_R = fed_by_R + (
+                (d_gate if FED_R[k] >= 0 else tl.zeros([BLOCK_D, BLOCK_B], dtype)),
+            )
+        for _ in tl.static_range(BLOCK_G - G):
+            # Zeros, not arbitrary values: in the product these slots are multiplied by R's zeros.
+            d_preactivations = d_preactivations + (tl.zeros([BLOCK_D, BLOCK_B], dtype),)
+            fed_by_R = fed_by_R + (tl.zeros([BLOCK_D, BLOCK_B], dtype),)
+        operand = _in_range(_pack(fed_by_R, BLOCK_G), CLIP).to(OPERAND)
+        tl.store(d_gates + gates_offsets, _pack(d_preactivations, BLOCK_G), mask=gates_mask)
+        states_offsets -= width
+        gates_offsets -= G * width
+        d_states_offsets -= d_states_stride_t
+    if not CUT:
+        if R_IN_REGISTERS:
+            d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
+        else:
+            tl.debug_barrier()
+            d_h = _product_from_memory(
+                d_gates + row * length * (G * width) + n * D,
+                tl.where(T > 0, row < B, False),
+                R, n, unit, N, D, BLOCK_D, FED_R, CLIP, OPERAND, PRECISION
+            )  # fmt: skip
+        if CLIP:
+            d_h = _clamped(d_h, clipval)
+        d_carried = (d_carried[0] + tl.where(T > 0, d_h, 0.0),) + d_carried[1:]
+    d_initial_offsets = _offsets(
+        state, row, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1
+    )
+    tl.store(d_states_initial + d_initial_offsets, _pack(d_carried, BLOCK_S), mask=states_mask)
+
+
+# Arguments that Triton must not compile kernels of their own for (those that are 1, or divisible by
+# 16). The innermost strides are not among them: where one is 1, loads are vectors.
+_ONLY_AT_RUN_TIME = [
+    *("clipval", "forward_clipval", "T", "B"),
+    *("wx_stride_b", "wx_stride_t", "wx_stride_g", "wx_stride_n"),
+    *("initial_stride_s", "initial_stride_b", "initial_stride_n"),
+    *("d_states_stride_s", "d_states_stride_b", "d_states_stride_t", "d_states_stride_n"),
+    *("d_last_stride_s", "d_last_stride_b", "d_last_stride_n"),
+]
+
+
+def new_kernels():
+    """``scan_forward`` and ``scan_backward`` as kernels of their own.
+
+    They hold what was compiled for them. It is unloaded with them.
+    """
+    forward = triton.jit(scan_forward, do_not_specialize=_ONLY_AT_RUN_TIME)
+    return forward, triton.jit(scan_backward, do_not_specialize=_ONLY_AT_RUN_TIME)

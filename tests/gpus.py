@@ -1,0 +1,59 @@
+"""GPUs that plans are made for, without one, and what they are made of."""
+
+from __future__ import annotations
+
+import torch
+
+from flashrnn import Cell
+from flashrnn.cells import resolve
+from flashrnn.kernels.gpu import GPU
+from flashrnn.problem import Problem
+
+
+def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
+    """How many clusters of each size run at once, as a driver says it of an H200.
+
+    A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
+    """
+    groups = multiprocessors * 7 // 8 // 16
+    of_the_last = min(14, multiprocessors - 16 * groups)
+    sizes = range(2, largest + 1)
+    return (0, 0, *(groups * (16 // size) + of_the_last // size for size in sizes))
+
+
+def _gpu(multiprocessors: int, shared_memory: int, hopper: bool, clusters: int = 0) -> GPU:
+    return GPU(
+        multiprocessors=multiprocessors,
+        shared_memory=shared_memory,
+        shifts_registers=hopper,
+        multiplies_by_groups=hopper,
+        clusters=clusters_of(multiprocessors, clusters) if clusters else (),
+    )
+
+
+A100 = _gpu(108, 166912, hopper=False)
+RTX_4090 = _gpu(128, 101376, hopper=False)
+H200 = _gpu(132, 232448, hopper=True, clusters=16)
+B200 = _gpu(148, 232448, hopper=False, clusters=16)
+GPUS = {
+    "sm_80": A100,
+    "sm_86": RTX_4090,
+    "sm_89": RTX_4090,
+    "sm_90a": H200,
+    "sm_100": B200,
+    "sm_120": RTX_4090,
+}
+"""One of each architecture that kernels are compiled for."""
+
+SMALL = _gpu(6, 232448, hopper=True, clusters=4)
+"""Few multiprocessors: the emulation of CTAs that run at once takes time."""
+LARGER = _gpu(20, 232448, hopper=True, clusters=16)
+"""One with clusters of every size."""
+
+
+def planned(
+    kind: str | Cell, B: int, N: int, D: int, dtype: torch.dtype, needs_gradient: bool = True
+) -> Problem:
+    """A problem on a GPU, as plans are asked for."""
+    device = torch.device("cuda")
+    return Problem(resolve(kind), B, 64, N, D, dtype, device, needs_gradient=needs_gradient)

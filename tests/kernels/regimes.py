@@ -1,0 +1,244 @@
+"""The regimes of kernels as ``test_regimes.py`` runs them: emulated, each by its own plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from flashrnn import Cell
+from flashrnn.backends import cuda_fused
+from flashrnn.kernels import cluster, grid, registry, single_cta
+from flashrnn.kernels.cluster import mma_plan, wgmma_plan
+from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.plan import Counts, Plan
+from flashrnn.problem import Problem
+from tests.fused import DTYPES, poison
+from tests.gpus import H200, LARGER, SMALL, planned
+from tests.problems import BUILT_IN, sparse, wide
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A regime, and sizes at which all of it is used but little is computed.
+
+    Attributes:
+        name: of a test's parameter.
+        backend: whose kernels they are.
+        forward: plans the forward scan.
+        backward: plans the backward scan.
+        gpu: for which GPU.
+        dtypes: that it takes.
+        cells: that it is held to ``vanilla`` with.
+        B: sequences of which some tile is not full.
+        D: a head's units, of which some tile is not full.
+        sizes: B, T, N and D of further problems.
+    """
+
+    name: str
+    backend: str = "cuda_fused"
+    forward: registry.Regime | None = None
+    backward: registry.Regime | None = None
+    gpu: GPU = SMALL
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
+    cells: tuple[str | Cell, ...] = (*BUILT_IN, sparse)
+    B: int = 3
+    D: int = 131
+    sizes: tuple[tuple[int, int, int, int], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    def plans(self, problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        """The regime's plan of a direction."""
+        plan = self.backward if backward else self.forward
+        assert plan is not None
+        return plan(problem, gpu, backward)
+
+
+def _cluster_mma(size: int, n_tiles: int) -> registry.Regime:
+    """Plans of clusters of so many CTAs that own so many n-tiles, or of the next best."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        if isinstance(found := cluster.plan_mma_forward(problem, gpu, backward), str):
+            return found
+        plans = mma_plan.possible_plans(Counts.of(problem.cell), problem.D, gpu)
+        return min(plans, key=lambda plan: (plan.size != size, plan.n_tiles != n_tiles))
+
+    return plan
+
+
+def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regime:
+    """Plans of such a shape; with one buffer some of R lies in shared memory too."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        if isinstance(found := cluster.plan_wgmma_forward(problem, gpu, backward), str):
+            return found
+        for plan in wgmma_plan.possible_plans(Counts.of(problem.cell), problem.D, gpu):
+            if (plan.warpgroups, plan.n_tiles) != (warpgroups, n_tiles):
+                continue
+            if buffers == plan.buffers:
+                return plan
+            kept = plan.size * plan.units // 16 // 3
+            plan = replace(plan, buffers=buffers, in_registers=kept)
+            memory = wgmma_plan.shared_memory_of(plan, Counts.of(problem.cell))
+            return replace(plan, shared_memory=memory)
+        return "one CTA has all units"
+
+    return plan
+
+
+PER_STEP = Regime(
+    "per_step",
+    backend="cuda",
+    cells=(*BUILT_IN, sparse, wide),
+    B=7,
+    D=40,
+    sizes=(
+        (1, 1, 1, 1),
+        (2, 5, 3, 17),
+        (25, 2, 1, 41),
+        # A warp's chunks are more than it keeps on their way.
+        (2, 2, 1, 420),
+        (2, 2, 1, 840),
+        # Several n-tiles in a tile of sequences; many tiles.
+        (70, 2, 1, 136),
+        # More steps than the longest recording.
+        (1, 130, 1, 8),
+        # Five tiles of sequences by the launch for six.
+        (33, 2, 2, 8),
+    ),
+)
+SINGLE_CTA = Regime(
+    "single_cta",
+    forward=single_cta.plan_scan,
+    backward=single_cta.plan_scan,
+    gpu=H200,
+    cells=(*BUILT_IN, sparse, wide),
+    B=7,
+    D=40,
+    sizes=(
+        (1, 1, 1, 1),
+        # Rows that begin anywhere.
+        (2, 5, 3, 17),
+        # Tiles of 4, of 8, and more steps than the ring has stages.
+        (70, 2, 12, 16),
+        (200, 12, 12, 16),
+        # The largest head.
+        (3, 2, 1, 128),
+    ),
+)
+_LARGE_SIZES = (
+    (3, 2, 1, 200),
+    # A single step, and the smallest of these heads.
+    (2, 1, 1, 129),
+    # More heads and sequences than CTA groups at once.
+    (20, 2, 3, 131),
+)
+GRID = Regime(
+    "grid", forward=grid.plan_scan, backward=grid.plan_scan, B=9, D=131, sizes=_LARGE_SIZES
+)
+GRID_WGMMA = Regime(
+    "grid_wgmma",
+    forward=grid.plan_wgmma_forward,
+    backward=grid.plan_scan,
+    # Its only group has all tiles of a batch that is not so large.
+    gpu=SMALL._replace(multiprocessors=7),
+    dtypes=tuple(SIXTEEN_BITS),
+    B=33,
+    D=130,
+    sizes=(
+        # A single step; all sequences exist, and all units.
+        (64, 1, 1, 144),
+        # Another head after the first, whose last tiles lack most sequences; few units of a CTA.
+        (65, 3, 2, 130),
+        # One head for several times, its last sequences fewer.
+        (130, 2, 1, 146),
+    ),
+)
+CLUSTER_MMA = [
+    Regime(
+        f"cluster_mma-{size}x{n_tiles}",
+        forward=_cluster_mma(size, n_tiles),
+        backward=cluster.plan_backward,
+        dtypes=tuple(SIXTEEN_BITS),
+        B=9,
+        D=136,
+        sizes=(
+            # A single step, and the smallest of these heads.
+            (2, 1, 1, 136),
+            # All units and sequences exist.
+            (16, 3, 1, 192),
+            # The last CTA lacks some of its units, and sequences.
+            (20, 2, 3, 152),
+        ),
+    )
+    for size, n_tiles in [(4, 2), (2, 1), (2, 2), (4, 1)]
+]
+CLUSTER_WGMMA = [
+    Regime(
+        f"cluster_wgmma-{warpgroups}x{n_tiles}x{buffers}",
+        forward=_cluster_wgmma(warpgroups, n_tiles, buffers),
+        backward=cluster.plan_backward,
+        gpu=LARGER,
+        dtypes=tuple(SIXTEEN_BITS),
+        B=17,
+        D=136,
+        sizes=(
+            # A single step, and few sequences.
+            (2, 1, 1, 136),
+            # All units exist, and the last cluster's sequences are fewer.
+            (41, 3, 1, 192),
+            # The last CTA lacks some of its units.
+            (20, 2, 3, 152),
+        ),
+    )
+    for warpgroups, n_tiles, buffers in [(2, 2, 2), (1, 4, 2), (2, 3, 1), (3, 5, 1)]
+]
+CLUSTER_BACKWARD = Regime(
+    "cluster_backward",
+    forward=grid.plan_scan,
+    backward=cluster.plan_backward,
+    B=9,
+    D=131,
+    sizes=_LARGE_SIZES,
+)
+REGIMES = [
+    *[PER_STEP, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0], CLUSTER_BACKWARD]
+]
+VARIANTS = [*CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:]]
+"""The same kernels with other constants."""
+
+
+def has_plans(regime: Regime, kind: str | Cell, *sizes: int, dtype: torch.dtype) -> bool:
+    """Whether the regime takes a problem; not all shapes exist for each cell."""
+    if regime.backend != "cuda_fused":
+        return True
+    B, _, N, D = sizes
+    problem = planned(kind, B, N, D, dtype)
+    return not any(isinstance(regime.plans(problem, regime.gpu, x), str) for x in (False, True))
+
+
+@pytest.fixture
+def take(
+    fused_emulation: None, emulation: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Regime], Regime]:
+    """``take(regime)`` has the backends emulated, by this regime's plans and no other's.
+
+    What a backend allocates is NaN.
+    """
+    poison(monkeypatch)
+
+    def take(regime: Regime) -> Regime:
+        plans = (regime.plans,)
+        monkeypatch.setattr(registry, "SMALL_HEADS", plans)
+        monkeypatch.setattr(registry, "LARGE_HEADS", plans)
+        monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: regime.gpu)
+        registry.best_plan.cache_clear()
+        return regime
+
+    return take

@@ -1,0 +1,152 @@
+"""Heads that clusters of CTAs own. What all regimes share is in ``test_regimes.py``."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashrnn.cells import resolve
+from flashrnn.kernels import cluster, source
+from flashrnn.kernels.cluster import ClusterBackwardPlan, backward_plan, mma_plan
+from flashrnn.kernels.plan import Counts
+from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import hold_to_vanilla
+from tests.gpus import GPUS, H200, LARGER, planned
+from tests.kernels.regimes import CLUSTER_BACKWARD, CLUSTER_MMA, take  # noqa: F401
+from tests.kernels.test_grid import with_little_in_registers
+from tests.machine_code import needs_nvrtc, spills_in_a_loop, spills_in_the_loop_of_products
+
+OPTIONS = {False: source.forward_options(True), True: source.backward_options(False, False)}
+
+# ---- the machine code
+
+
+def quick(cases, *chosen):
+    """Parameters, of which a quick run has the chosen ones."""
+    return [pytest.param(*case, marks=[] if case in chosen else pytest.mark.slow) for case in cases]
+
+
+MMA = [("lstm", 256), ("lstm", 512), ("slstm", 384), ("gru", 256), ("elman", 768)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "D", "arch"),
+    quick([(*x, arch) for x in MMA for arch in ("sm_90a", "sm_100")], ("gru", 256, "sm_90a")),
+)
+def test_mma_compiles_without_spills(kind, D, arch):
+    cell = resolve(kind)
+    plans = list(mma_plan.possible_plans(Counts.of(cell), D, GPUS[arch]))
+    assert plans
+    for plan in plans:
+        parts = plan.source(cell, "bfloat16", OPTIONS[False], aligned=True)
+        assert not spills_in_the_loop_of_products(parts, arch), plan
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "D"),
+    quick(list(itertools.product(["lstm", "gru", "slstm"], [136, 192, 256])), ("lstm", 192)),
+)
+def test_producer_threads_keep_their_addresses(kind, D):
+    """A warp of many units, and two n-tiles, are many pieces for a producer thread."""
+    for N, B in itertools.product([1, 6], [16, 256]):
+        plan = cluster.plan_mma_forward(planned(kind, B, N, D, torch.bfloat16), H200, False)
+        parts = plan.source(resolve(kind), "bfloat16", OPTIONS[False], aligned=True)
+        assert not spills_in_a_loop(parts, "sm_90a"), (B, N)
+
+
+WGMMA = [("lstm", 256), ("lstm", 512), ("lstm", 768)]
+WGMMA += [("slstm", 768), ("gru", 768), ("elman", 768)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("kind", "D"), quick(WGMMA, ("lstm", 256)))
+def test_wgmma_compiles_without_spills(kind, D):
+    plans = {
+        cluster.plan_wgmma_forward(planned(kind, B, N, D, torch.bfloat16), H200, False)
+        for B, N in itertools.product((64, 128, 256, 512), (1, 3))
+    }
+    for plan in plans:
+        parts = plan.source(resolve(kind), "bfloat16", OPTIONS[False], aligned=True)
+        assert not spills_in_a_loop(parts, "sm_90a"), plan
+
+
+BACKWARD = [("lstm", 256), ("slstm", 384), ("gru", 512)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "D", "arch"),
+    quick([(*x, arch) for x in BACKWARD for arch in ("sm_90a", "sm_100")], ("lstm", 256, "sm_90a")),
+)
+def test_backward_compiles_without_spills(kind, D, arch):
+    plan = cluster.plan_backward(planned(kind, 16, 1, D, torch.bfloat16), GPUS[arch], True)
+    parts = plan.source(resolve(kind), "bfloat16", OPTIONS[True], aligned=True)
+    assert "cluster/reduce_scatter.cuh" in parts
+    assert not spills_in_the_loop_of_products(parts, arch)
+
+
+# ---- the kernels
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
+def test_sixteen_ctas(take, kind):  # noqa: F811
+    """Each lane that makes up a packet sends it to two of them."""
+
+    def largest(problem, gpu, backward):
+        plans = mma_plan.possible_plans(Counts.of(problem.cell), problem.D, gpu)
+        return max(plans, key=lambda plan: (plan.size, plan.n_tiles))
+
+    regime = take(replace(CLUSTER_MMA[0], forward=largest, gpu=LARGER))
+    assert regime.plans(planned(kind, 9, 1, 248, torch.bfloat16), LARGER, False).size == 16
+    hold_to_vanilla("cuda_fused", kind, 9, 3, 1, 248, torch.bfloat16)
+
+
+def backward_by(rank):
+    """A function that plans the backward scan by the plan whose rank is least."""
+
+    def plan(problem, gpu, backward):
+        values = backward_plan.Values.of(problem, backward=True)
+        choices = backward_plan._choices(values, 8 * -(-problem.B // 8), problem.D, gpu)
+        plans = [backward_plan._plan(choice, gpu) for choice in choices]
+        return min((plan for plan in plans if plan), key=rank)
+
+    return plan
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("rank", "chosen", "D"),
+    [
+        pytest.param(*case, D, id=f"{name}-{D}", marks=marks)
+        for name, case in {
+            "n_tiles": (lambda plan: -plan.n_tiles, lambda plan: plan.n_tiles > 1),
+            "small clusters": (lambda plan: plan.size, lambda plan: plan.size == 2),
+            "large clusters": (lambda plan: -plan.size, lambda plan: plan.size == 4),
+            # Lanes own several units and sequences, or not all warps own some.
+            "few warps": (lambda plan: (plan.warps, -plan.units), lambda plan: plan.warps == 4),
+            "many warps": (lambda plan: (-plan.warps, plan.units), lambda plan: plan.warps == 16),
+        }.items()
+        for D, marks in ((134, ()), (140, pytest.mark.slow))
+    ],
+)
+def test_any_tiles_of_the_backward_scan(take, rank, chosen, D):  # noqa: F811
+    regime = take(replace(CLUSTER_BACKWARD, backward=backward_by(rank)))
+    plan = regime.plans(planned("lstm", 20, 1, D, torch.bfloat16), regime.gpu, True)
+    assert isinstance(plan, ClusterBackwardPlan) and chosen(plan), plan
+    hold_to_vanilla("cuda_fused", "lstm", 20, 3, 1, D, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fragments_wherever_there_is_room(take, dtype):  # noqa: F811
+    def changed(problem, gpu, backward):
+        return with_little_in_registers(cluster.plan_backward(problem, gpu, backward))
+
+    regime = take(replace(CLUSTER_BACKWARD, backward=changed))
+    plan = regime.plans(planned("lstm", 9, 2, 140, dtype), regime.gpu, True)
+    assert plan.in_shared and plan.in_memory
+    hold_to_vanilla("cuda_fused", "lstm", 9, 2, 2, 140, dtype)

@@ -1,0 +1,307 @@
+"""What is asked of every plan, without a kernel that runs."""
+
+import itertools
+
+import pytest
+import torch
+
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.kernels import cluster, grid, registry, single_cta
+from flashrnn.kernels.cluster import ClusterBackwardPlan, ClusterMmaPlan, ClusterWgmmaPlan
+from flashrnn.kernels.grid import GridPlan, GridWgmmaPlan
+from flashrnn.kernels.per_step.plan import plan_step
+from flashrnn.kernels.plan import Plan
+from flashrnn.kernels.single_cta import GradientPlan, SingleCtaPlan
+from flashrnn.kernels.sizes import tiles_of
+from tests.emulation import plan_taken
+from tests.gpus import A100, B200, H200, RTX_4090, SMALL, clusters_of, planned
+from tests.problems import BUILT_IN, sparse, wide
+
+CELLS = [*BUILT_IN, sparse, wide]
+PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
+DTYPES = [torch.bfloat16, torch.float32]
+directions = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+gpus = pytest.mark.parametrize("gpu", [A100, RTX_4090, H200], ids=["A100", "RTX 4090", "H200"])
+
+
+def check(plan, gpu, B, N, D, given):
+    """Hold a plan to the GPU and to the problem, as far as all regimes have it in common."""
+    assert plan.D == D and plan.shared_memory <= gpu.shared_memory, given
+    assert plan.threads % 32 == 0 and 32 <= plan.threads <= 1024, given
+    ctas, size = plan.grid(B, N, gpu), plan.cluster_size
+    if size:
+        assert gpu.clusters[size] and ctas % size == 0, given
+        assert ctas == plan.groups(B, N, gpu) * size, given
+    if plan.COOPERATIVE:
+        assert 1 <= ctas <= gpu.multiprocessors or B == 0, given
+    scratch = plan.scratch(B, N, gpu)
+    assert scratch.packets >= 0 and scratch.R_in_memory >= 0, given
+    if isinstance(plan, SingleCtaPlan):
+        assert plan.sequences * ctas >= B * N and plan.stages >= 3, given
+        return
+    units = plan.UNITS if isinstance(plan, GridWgmmaPlan) else plan.units
+    assert (plan.size - 1) * units < D <= plan.size * units, given
+    if isinstance(plan, GridPlan):
+        assert 8 * plan.n_tiles * plan.interleaved * plan.work_tiles(B, N) >= B * N, given
+        assert plan.groups(B, N, gpu) <= plan.work_tiles(B, N), given
+    elif isinstance(plan, GridWgmmaPlan):
+        assert 3 <= plan.batch_tiles <= 4, given
+    else:
+        # Clusters wait for no other, so there is one for each tile.
+        assert 8 * plan.n_tiles * plan.groups(B, N, gpu) >= B * N, given
+    if isinstance(plan, (GridPlan, ClusterBackwardPlan)):
+        in_memory = (plan.in_shared, plan.in_memory)
+        assert plan.in_registers >= 1 and min(in_memory) >= 0, given
+    if isinstance(plan, ClusterMmaPlan):
+        assert plan.units % plan.warps == 0 and plan.size in (2, 4, 8, 16), given
+    if isinstance(plan, ClusterWgmmaPlan):
+        assert 2 <= plan.size <= 16 and plan.threads <= 512, given
+        computing = 128 * plan.warpgroups * plan.registers
+        registers = computing + plan.PRODUCERS * plan.PRODUCER_REGISTERS
+        # As the launch has them; threads share out among them no more than those.
+        of_a_thread = min(255, 64 * 1024 // plan.threads // 8 * 8)
+        assert registers <= of_a_thread * plan.threads or plan.warpgroups == 1, given
+        assert plan.registers % 8 == 0 and plan.in_registers >= 1, given
+
+
+def fragments(kind, dtype, plan):
+    """A warp's fragments of R, out of what a CTA sends and what it computes."""
+    recurrent = len(resolve(kind).fed_by("R"))
+    if isinstance(plan, ClusterBackwardPlan):
+        row_tiles = tiles_of(tiles_of(plan.size * tiles_of(plan.units, 2), 8), plan.warps)
+        return row_tiles * 2 * tiles_of(plan.units * recurrent * dtype.itemsize, 64)
+    sent, produced = (recurrent, 1) if plan.backward else (1, recurrent)
+    packets = plan.size * sent * tiles_of(plan.units, 12 // dtype.itemsize)
+    return tiles_of(packets, 8 * plan.warps) * 3 * tiles_of(plan.units * produced, 16)
+
+
+@directions
+@gpus
+def test_plans_of_small_heads(gpu, backward):
+    for kind, D in itertools.product(CELLS, [1, 16, 40, 41, 96, 127, 128]):
+        for B, N, dtype in itertools.product([1, 7, 16, 64, 300], [1, 12], DTYPES):
+            plan = single_cta.plan_scan(planned(kind, B, N, D, dtype), gpu, backward)
+            given = (kind, B, N, D, dtype)
+            if isinstance(plan, str):
+                # A large head's matrix is more than a multiprocessor holds: of a built-in cell on
+                # an H200 never, elsewhere in float32.
+                assert D > 64 and "shared memory" in plan, given
+                assert kind is wide or (gpu != H200 and dtype == torch.float32), given
+                continue
+            check(plan, gpu, B, N, D, given)
+
+
+@pytest.mark.slow
+@directions
+@gpus
+def test_plans_of_large_heads(gpu, backward):
+    heads = [129, 200, 256, 320, 511, 768, 1024, 1536, 2048]
+    for kind, D, dtype, B, N in itertools.product(
+        CELLS, heads, DTYPES, [1, 7, 16, 64, 300], [1, 3]
+    ):
+        hold_to_grid(kind, B, N, D, dtype, gpu, backward)
+
+
+@directions
+@gpus
+def test_some_plans_of_large_heads(gpu, backward):
+    heads = [129, 320, 768, 2048]
+    for kind, D, dtype, B in itertools.product(["gru", wide], heads, DTYPES, [1, 300]):
+        hold_to_grid(kind, B, 3, D, dtype, gpu, backward)
+
+
+def hold_to_grid(kind, B, N, D, dtype, gpu, backward):
+    given = (kind, D, dtype, B, N)
+    problem = planned(kind, B, N, D, dtype)
+    plan = grid.plan_scan(problem, gpu, backward)
+    if isinstance(plan, str):
+        assert plan.startswith(f"a head of {D} units;"), plan
+        assert D > 768, given
+    else:
+        check(plan, gpu, B, N, D, given)
+        have = plan.in_registers + plan.in_shared + plan.in_memory
+        assert have == fragments(kind, dtype, plan), given
+    plan = cluster.plan_backward(problem, gpu, backward)
+    if isinstance(plan, ClusterBackwardPlan):
+        assert backward and gpu.clusters
+        check(plan, gpu, B, N, D, given)
+        have = plan.in_registers + plan.in_shared + plan.in_memory
+        assert have == fragments(kind, dtype, plan), given
+
+
+# How many of the problems have a plan at least.
+FORWARD = {
+    cluster.plan_mma_forward: ([136, 160, 200, 256, 384, 520], [0, 1, 16, 300], 100),
+    cluster.plan_wgmma_forward: ([136, 200, 256, 512, 768, 1000], [0, 64, 256, 777], 150),
+    grid.plan_wgmma_forward: ([130, 256, 510, 768, 1024, 2048, 3168], [48, 256, 777], 40),
+}
+
+
+@pytest.mark.parametrize("plan_forward", FORWARD, ids=["mma", "cluster wgmma", "grid wgmma"])
+def test_plans_of_forward_scans_in_16_bits(plan_forward):
+    found = 0
+    heads, batches, least = FORWARD[plan_forward]
+    for kind, D, B, N in itertools.product(CELLS, heads, batches, [1, 3]):
+        plan = plan_forward(planned(kind, B, N, D, torch.bfloat16), H200, False)
+        if isinstance(plan, Plan):
+            found += 1
+            check(plan, H200, B, N, D, (kind, B, N, D))
+            assert plan.estimated_cycles > 0
+    assert found > least
+
+
+def none(plan_forward, kind, B, N, D, gpu=H200, dtype=torch.bfloat16, backward=False):
+    """Whether there is no plan, and a reason."""
+    plan = plan_forward(planned(kind, B, N, D, dtype), gpu, backward)
+    return isinstance(plan, str) and len(plan) > 10
+
+
+@pytest.mark.parametrize(
+    ("plan_forward", "sizes", "type_of_plan"),
+    [
+        (cluster.plan_mma_forward, (16, 3, 256), ClusterMmaPlan),
+        (cluster.plan_wgmma_forward, (256, 1, 768), ClusterWgmmaPlan),
+        (grid.plan_wgmma_forward, (256, 1, 768), GridWgmmaPlan),
+    ],
+    ids=["mma", "cluster wgmma", "grid wgmma"],
+)
+def test_forward_scans_in_16_bits_have_no_other_plans(plan_forward, sizes, type_of_plan):
+    plan = plan_forward(planned("lstm", *sizes, torch.bfloat16), H200, False)
+    assert isinstance(plan, type_of_plan)
+    assert none(plan_forward, "lstm", *sizes, dtype=torch.float32)
+    assert none(plan_forward, "lstm", *sizes, backward=True)
+    others = (A100, RTX_4090) if type_of_plan is ClusterMmaPlan else (A100, RTX_4090, B200)
+    assert all(none(plan_forward, "lstm", *sizes, gpu=other) for other in others)
+
+
+def test_plans_only_where_it_is_possible_and_pays():
+    assert none(cluster.plan_mma_forward, "lstm", 16, 1, 772)
+    assert none(cluster.plan_mma_forward, wide, 16, 3, 256)
+    assert none(cluster.plan_wgmma_forward, "lstm", 256, 1, 772)
+    assert none(cluster.plan_wgmma_forward, "lstm", 256, 1, 1024)
+    assert none(cluster.plan_wgmma_forward, wide, 256, 3, 256)
+    small_clusters = H200._replace(clusters=clusters_of(132, 4))
+    assert none(cluster.plan_wgmma_forward, "lstm", 256, 1, 768, gpu=small_clusters)
+    assert none(grid.plan_wgmma_forward, "lstm", 64, 1, 768)
+    assert none(grid.plan_wgmma_forward, "lstm", 256, 1, 767)
+    assert none(grid.plan_wgmma_forward, "lstm", 256, 1, 2048)
+    assert none(cluster.plan_backward, "lstm", 16, 3, 256)
+    assert none(cluster.plan_backward, "lstm", 16, 3, 256, gpu=A100, backward=True)
+
+
+def test_no_larger_clusters_than_run():
+    few = SMALL._replace(multiprocessors=7, clusters=clusters_of(7, 8))
+    plan = cluster.plan_mma_forward(planned("lstm", 16, 3, 256, torch.bfloat16), few, False)
+    assert isinstance(plan, str) or plan.size < 8
+    plan = cluster.plan_mma_forward(planned("lstm", 16, 3, 136, torch.bfloat16), few, False)
+    assert isinstance(plan, ClusterMmaPlan)
+
+
+@pytest.mark.slow
+@directions
+@gpus
+def test_sequences_and_heads_do_not_decide_whether_there_is_a_plan(gpu, backward):
+    """A graph of torch.compile holds for all batch sizes."""
+    # Those next to the largest are the ones that may depend on it.
+    hold_for_all_batches(CELLS, [200, 1024, *range(1260, 2400, 60), 4096], DTYPES, gpu, backward)
+
+
+@directions
+@gpus
+def test_sequences_and_heads_do_not_decide_of_some(gpu, backward):
+    hold_for_all_batches(["lstm"], range(1260, 2400, 120), [torch.bfloat16], gpu, backward)
+
+
+def hold_for_all_batches(kinds, heads, dtypes, gpu, backward):
+    many = [(0, 1), (1, 1), (9, 3), (64, 1), (300, 12)]
+    for kind, D, dtype in itertools.product(kinds, heads, dtypes):
+        exist = [
+            isinstance(grid.plan_scan(planned(kind, B, N, D, dtype), gpu, backward), GridPlan)
+            for B, N in many
+        ]
+        assert len(set(exist)) == 1, (kind, D, dtype, exist)
+
+
+def test_the_batch_does_not_decide_for_any_regime(monkeypatch):
+    """Where a batch that is small has no plan, one that is large has none either."""
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    for D in (768, 1024, 3168, 4096):
+        refused = [
+            isinstance(registry.best_plan(problem, H200, False), str)
+            for problem in (planned("elman", B, 1, D, torch.bfloat16) for B in (1, 300))
+        ]
+        assert len(set(refused)) == 1, D
+
+
+def test_few_sequences_make_small_tiles_and_many_do_not():
+    tiles = [
+        single_cta.plan_scan(planned("lstm", B, 12, 64, torch.bfloat16), H200, False).sequences
+        for B in (1, 16, 64, 256)
+    ]
+    assert tiles == [2, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"),
+    [
+        *[((B, 1, 768), B >= 128) for B in (1, 16, 64, 128, 256)],
+        *[((B, 1, 512), B >= 128) for B in (16, 128, 256)],
+        *[((B, 3, 256), B >= 256) for B in (16, 64, 72, 128, 136, 256)],
+        *[((64, 12, 192), False), ((256, 2, 384), True), ((256, 1, 1024), False)],
+    ],
+    ids=str,
+)
+def test_clusters_multiply_by_wgmma_where_it_is_fastest(monkeypatch, sizes, chosen):
+    """As measured on an H200; at B = 72 and 136 others are estimated to take half the rounds."""
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), False)
+    assert isinstance(plan, ClusterWgmmaPlan) == chosen
+
+
+@pytest.mark.parametrize("gpu", [RTX_4090, H200], ids=["RTX 4090", "H200"])
+@pytest.mark.parametrize("D", [1, 24, 64, 100, 128])
+def test_gradient_plans_fit_the_gpu_and_cover_every_row_once(gpu, D):
+    rows_and_heads = itertools.product((1, 31, 1000, 260_000, 10**10), (1, 12))
+    for (rows, N), recurrent in itertools.product(rows_and_heads, (1, 3, 4, 7, 16, 70)):
+        for itemsize in (2, 4):
+            plan = single_cta.plan_gradient(recurrent, rows, N, D, itemsize, gpu)
+            assert isinstance(plan, GradientPlan)
+            assert plan.gates * plan.groups >= recurrent
+            assert (plan.parts - 1) * plan.rows < rows <= plan.parts * plan.rows
+            assert plan.rows <= 2**14
+            assert plan.shared_memory <= gpu.shared_memory
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_plans_of_a_step_cover_every_problem(precision, backward):
+    problems = itertools.product(
+        CELLS, (1, 7, 8, 9, 24, 64, 300), (1, 5), (1, 16, 40, 41, 96, 320, 4096)
+    )
+    for kind, B, N, D in problems:
+        plan = plan_step(resolve(kind), B, N, D, precision, backward)
+        assert plan.grid(B, N, D) * plan.units * 8 * plan.n_tiles >= B * N * D
+        partial = plan.threads // 32 * 8 * plan.n_tiles * (16 * plan.tiles + 4) * 4
+        assert 32 <= plan.threads <= 1024 and plan.depth >= 1 and partial <= 48 * 1024
+
+
+# ---- reasons
+
+
+def test_a_plan_says_why_there_is_none():
+    assert "128" in single_cta.plan_scan(planned("lstm", 1, 1, 129, torch.bfloat16), H200, False)
+
+
+def test_the_backend_says_why_it_cannot(monkeypatch):
+    if not torch.cuda.is_available():
+        assert "NVIDIA GPU" in cuda_fused.unavailable(torch.device("cuda"))
+    assert "cpu" in cuda_fused.unavailable(torch.device("cpu"))
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: RTX_4090)
+    assert "float64" in cuda_fused.unsupported(planned("lstm", 1, 1, 16, torch.float64))
+    assert "2048 units" in cuda_fused.unsupported(planned("lstm", 1, 1, 2048, torch.float32))
+    assert "shared memory" in cuda_fused.unsupported(planned("lstm", 1, 1, 128, torch.float32))
+    assert cuda_fused.unsupported(planned("lstm", 1, 1, 64, torch.bfloat16)) is None
+    assert cuda_fused.unsupported(planned("lstm", 1, 1, 129, torch.bfloat16)) is None
+    reason = cuda_fused.unsupported(planned("lstm", 1, 1, 4096, torch.bfloat16))
+    assert reason.startswith("a head of 4096 units;")

@@ -1,0 +1,134 @@
+"""Heads that one CTA owns. What all regimes share is in ``test_regimes.py``."""
+
+import pytest
+import torch
+
+from flashrnn.backends import cuda_fused
+from flashrnn.backends.gradients import select
+from flashrnn.cells import resolve
+from flashrnn.kernels import registry, source
+from flashrnn.kernels.single_cta import SingleCtaPlan, plan_gradient, plan_scan
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
+from tests.gpus import GPUS, H200, planned
+from tests.machine_code import needs_nvrtc, spills_in_a_loop
+from tests.patterns import bounded_follows_vanilla
+from tests.problems import call, gradients, random_inputs, relative_error, wide
+
+# ---- the machine code
+
+
+def programs(kind, B, N, D, precision, gpu):
+    cell = resolve(kind)
+    dtype = getattr(torch, precision.replace("tf32", "float32"))
+    plans = [plan_scan(planned(kind, B, N, D, dtype), gpu, backward) for backward in (False, True)]
+    assert all(isinstance(plan, SingleCtaPlan) for plan in plans), plans
+    gradient = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
+    return [
+        plans[0].source(cell, precision, source.forward_options(True), aligned=True),
+        plans[1].source(cell, precision, source.backward_options(False, False), aligned=True),
+        gradient.source(cell, precision, aligned=True),
+    ]
+
+
+# Those that a quick run compiles.
+QUICK = {("lstm", "sm_90a"), ("slstm", "sm_80"), (wide, "sm_90a")}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [
+        pytest.param(kind, arch, marks=[] if (kind, arch) in QUICK else pytest.mark.slow)
+        for kind in ("lstm", "slstm", wide)
+        for arch in GPUS
+    ],
+    ids=str,
+)
+def test_compiles_for_every_architecture_without_spills(kind, arch):
+    for parts in programs(kind, 16, 12, 64, "bfloat16", GPUS[arch]):
+        assert not spills_in_a_loop(parts, arch), list(parts)[-1]
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "precision"),
+    [
+        *(
+            (sizes, "bfloat16")
+            for sizes in [(1, 1, 16), (256, 12, 64), (16, 6, 128), (300, 6, 128), (64, 8, 96)]
+        ),
+        *((sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
+        ((16, 12, 64), "tf32"),
+    ],
+    ids=str,
+)
+def test_compiles_for_every_plan_without_spills(sizes, precision):
+    for parts in programs("lstm", *sizes, precision, H200):
+        assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
+
+
+# ---- around the kernels
+
+
+def test_gates_are_selected_without_asking_the_host(monkeypatch):
+    """A CUDA graph records no copy of indices from the host."""
+    gates = torch.randn(2, 4, 3)
+    expected = gates.index_select(1, torch.tensor([0, 2, 3]))
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(select(gates, 1, (0, 2, 3)), expected)
+    assert select(gates, 1, (1, 2)).data_ptr() == gates[:, 1].data_ptr()
+    assert select(gates, 1, ()).shape == (2, 0, 3)
+
+
+# ---- the kernels
+
+
+@pytest.fixture
+def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
+    """Backend ``cuda_fused`` is emulated, and what it allocates is NaN."""
+
+
+@needs_compiler
+def test_fragments_in_shared_memory(on_the_cpu):
+    # A gate's rows are 14 fragments.
+    plan = plan_scan(planned("lstm", 2, 1, 112, torch.float32), H200, False)
+    assert plan.in_registers < 4 * 14
+    hold_to_vanilla("cuda_fused", "lstm", 2, 3, 1, 112, torch.float32)
+
+
+@needs_compiler
+def test_no_kernel_of_its_own_for_a_length(on_the_cpu):
+    for T in (2, 40):
+        inputs = random_inputs("elman", 1, T, 1, 16, torch.bfloat16)
+        gradients(call("elman", inputs, backend="cuda_fused"), inputs)
+    assert cuda_fused._scan_kernel.cache_info().currsize == 2
+    assert cuda_fused._gradient_kernel.cache_info().currsize == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("forward_clipval", [None, 0.5, 1e39], ids="clipped to {}".format)
+@pytest.mark.parametrize("kind", ["elman", "lstm"])
+def test_bounded_h_takes_care_where_it_must(on_the_cpu, kind, forward_clipval):
+    bounded_follows_vanilla("cuda_fused", kind, 3, 4, 2, 20, forward_clipval=forward_clipval)
+
+
+@needs_compiler
+def test_a_schedule_of_clips_compiles_once(on_the_cpu):
+    for clipval in (0.1, 0.2, 1e39, 1e-50):
+        check_clipped("cuda_fused", clipval)
+    assert cuda_fused._scan_kernel.cache_info().currsize == 2
+    assert registry.best_plan.cache_info().currsize == 2
+
+
+@needs_compiler
+def test_a_gradient_of_the_last_states_alone(on_the_cpu):
+    inputs = random_inputs("lstm", 3, 4, 2, 24, torch.float32)
+    weights = [torch.randn(2, 3, 1, 2, 24, generator=torch.Generator().manual_seed(0))]
+    leaves = list(inputs.tensors().values())
+    found = [
+        torch.autograd.grad(call("lstm", inputs, backend=name)[1], leaves, weights)
+        for name in ("cuda_fused", "vanilla")
+    ]
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(*found, strict=True))

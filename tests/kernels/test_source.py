@@ -1,0 +1,348 @@
+"""The text of a CUDA program: what it includes, the record of a call, the cell."""
+
+import ctypes
+import math
+import re
+import struct
+
+import pytest
+import torch
+
+from flashrnn.cells import resolve
+from flashrnn.jit import nvrtc
+from flashrnn.kernels import call, source
+from flashrnn.kernels.per_step.plan import plan_step
+from tests.emulation import Library, emulated, needs_compiler
+from tests.gpus import GPUS, planned
+from tests.kernels.regimes import REGIMES
+from tests.machine_code import (
+    needs_nvrtc,
+    spills_in_a_loop,
+    spills_in_the_loop_of_products,
+)
+from tests.problems import BUILT_IN, relative_error, sparse
+from tests.test_graphs import TABLES, check_table, everything, more, table_inputs
+
+
+def cell_alone(cell, record=call.FORWARD):
+    """A program without a kernel."""
+    kernel = {"alone.cu": '#include "problem.cuh"'}
+    return source.program("alone.cu", cell, "float32", {}, record, kernel)
+
+
+RECORDS = [call.FORWARD, call.BACKWARD, call.RECURRENT_GRADIENT]
+# Of which a quick run compiles for one.
+ARCHITECTURES = [x if x == "sm_90a" else pytest.param(x, marks=pytest.mark.slow) for x in GPUS]
+records = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+
+# ---- what a program includes
+
+
+def programs(regime, kind="lstm"):
+    """The regime's programs, as ``(entry, parts)``."""
+    cell, dtype, B = resolve(kind), torch.bfloat16, max(64, regime.B)
+    for backward in (False, True):
+        options = source.backward_options(True, True) if backward else source.forward_options(True)
+        if regime.backend == "cuda":
+            plan = plan_step(cell, B, 1, regime.D, "bfloat16", backward)
+            yield plan.entry, plan.source(cell, "bfloat16", options)
+        else:
+            problem = planned(cell, B, 1, regime.D, dtype)
+            plan = regime.plans(problem, regime.gpu, backward)
+            yield plan.entry, plan.source(cell, "bfloat16", options, aligned=True)
+
+
+@pytest.mark.parametrize("regime", REGIMES, ids=str)
+def test_a_part_stands_once_and_before_those_that_include_it(regime):
+    for entry, parts in programs(regime):
+        names = list(parts)
+        assert (names[-1].endswith(".cu") and f"{entry}(CALL)" in parts[names[-1]]) or (
+            regime.backend == "cuda" and entry in parts[names[-1]]
+        )
+        assert "common/ptx.cuh" in parts and "problem.cuh" in parts
+        for place, (name, text) in enumerate(parts.items()):
+            assert "#include" not in text, name
+            if not name.endswith((".cu", ".cuh")) or name in ("types.cuh", "problem.cuh"):
+                continue
+            original = source.read(name) if name != "common/wgmma.cuh" else text
+            included = re.findall(r'^#include "(.*)"$', original, re.MULTILINE)
+            assert all(names.index(other) < place for other in included), name
+            # All lines keep their numbers.
+            assert text.count("\n") == original.count("\n"), name
+
+
+@needs_nvrtc
+def test_an_error_names_the_file_and_its_line(monkeypatch):
+    read = source.read
+
+    def broken(name):
+        text = read(name)
+        return (
+            text.replace("#include", "int broken = no_such_name;\n#include", 1)
+            if (name == "single_cta/forward.cu")
+            else text
+        )
+
+    monkeypatch.setattr(source, "read", broken)
+    single_cta = next(regime for regime in REGIMES if regime.name == "single_cta")
+    _, parts = next(programs(single_cta))
+    line = broken("single_cta/forward.cu").split("int broken")[0].count("\n") + 1
+    with pytest.raises(Exception, match=re.escape("single_cta/forward.cu")) as error:
+        nvrtc.compile_program(parts, "sm_90a")
+    assert f"({line})" in str(error.value) and "no_such_name" in str(error.value)
+
+
+def test_a_file_that_does_not_exist_is_named(monkeypatch):
+    read = source.read
+    monkeypatch.setattr(
+        source,
+        "read",
+        lambda name: '#include "no/such.cuh"\n' if name == "grid/forward.cu" else read(name),
+    )
+    record = call.FORWARD
+    with pytest.raises(FileNotFoundError, match=r"no/such\.cuh"):
+        source.program("grid/forward.cu", resolve("lstm"), "bfloat16", {}, record)
+
+
+# ---- the record of a call
+
+
+@records
+def test_struct_parameters_and_packing_have_the_same_fields(record):
+    parameters = [part.split()[-1].lstrip("*") for part in record.parameters.split(", ")]
+    members = [line.split()[-1].rstrip(";") for line in record.struct.splitlines()[1:-1]]
+    assert parameters == members and len(parameters) == record.size == len(record.pack({}))
+    assert len(set(parameters)) == len(parameters)
+
+
+@records
+def test_a_tensor_is_packed_as_its_address_and_strides(record):
+    names = [part.split()[-1].lstrip("*") for part in record.parameters.split(", ")]
+    tensors = {}
+    for operand in record.operands:
+        sizes = [1 if dim == "1" else 2 + i for i, dim in enumerate(operand.dims or "xyz")]
+        tensors[operand.name] = torch.empty(sizes[::-1]).permute(*reversed(range(len(sizes))))
+    numbers = {name: 100 + i for i, name in enumerate(record.numbers)}
+    packed = dict(zip(names, record.pack(tensors, **numbers), strict=True))
+    for operand in record.operands:
+        tensor = tensors[operand.name]
+        assert packed.pop(operand.name) == tensor.data_ptr()
+        for dim, stride in zip(operand.dims, tensor.stride(), strict=False):
+            if dim != "1":
+                assert packed.pop(f"{operand.name}_{dim}") == stride
+    assert packed == numbers
+
+
+@records
+def test_what_is_not_given_is_0(record):
+    assert set(record.pack({})) == {0}
+
+
+@needs_compiler
+@pytest.mark.parametrize("record", RECORDS[:2], ids=lambda record: record.name)
+def test_the_struct_lies_in_memory_as_it_is_packed(record):
+    """Every field has 8 bytes, in the order of the numbers."""
+    members = [line.split()[-1].rstrip(";") for line in record.struct.splitlines()[1:-1]]
+    offsets = ", ".join(f"__builtin_offsetof({record.name}, {member})" for member in members)
+    text = emulated(cell_alone(resolve("lstm"), record))
+    text += f"""
+    extern "C" int size() {{ return sizeof({record.name}); }}
+    extern "C" int offset(int i) {{ const int all[] = {{{offsets}}}; return all[i]; }}
+    """
+    functions = Library(text).functions
+    assert functions.size() == 8 * record.size
+    assert [functions.offset(i) for i in range(record.size)] == list(range(0, functions.size(), 8))
+
+
+def test_clips_are_two_float32_numbers():
+    for gradient, forward in ((0.5, 2.0), (None, 1.0), (1.0, None), (1e39, 1e-50)):
+        given = struct.unpack("=ff", struct.pack("=q", source.clips(gradient, forward)))
+        expected = [torch.tensor(x or 0.0, dtype=torch.float32).item() for x in (gradient, forward)]
+        assert list(given) == expected
+
+
+# ---- precisions
+
+
+@pytest.fixture
+def tf32_setting():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("PyTorch has only the older setting, allow_tf32")
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.allow_tf32 = False
+    matmul.fp32_precision = before
+
+
+def test_tf32_may_be_allowed_by_either_setting(tf32_setting):
+    for name, value, precision in [
+        ("fp32_precision", "tf32", "tf32"),
+        ("fp32_precision", "ieee", "float32"),
+        ("allow_tf32", True, "tf32"),
+        ("allow_tf32", False, "float32"),
+    ]:
+        setattr(tf32_setting, name, value)
+        assert source.precision_of(torch.float32) == precision, name
+    assert source.precision_of(torch.bfloat16) == "bfloat16"
+
+
+# ---- the cell's text
+
+
+@pytest.fixture(scope="module")
+def cell_text():
+    """``apply(kind, name, inputs) -> outputs`` of a cell's rendered functions."""
+    libraries = {}
+
+    def library(kind):
+        if kind not in libraries:
+            text = emulated(cell_alone(resolve(kind)))
+            text += """
+            extern "C" void run_step(int units, const float* in, float* out) {
+                for (int i = 0; i < units; ++i) {
+                    step(*(const float(*)[S])(in + i * (S + G)),
+                         *(const float(*)[G])(in + i * (S + G) + S), *(float(*)[S])(out + i * S),
+                         0.0f);
+                }
+            }
+            extern "C" void run_derivative(int units, const float* in, float* out) {
+                for (int i = 0; i < units; ++i) {
+                    const float* mine = in + i * (2 * S + G);
+                    derivative(*(const float(*)[S])mine, *(const float(*)[G])(mine + S),
+                               *(const float(*)[S])(mine + S + G),
+                               *(float(*)[S])(out + i * (S + G)),
+                               *(float(*)[G])(out + i * (S + G) + S), 0.0f);
+                }
+            }
+            """
+            libraries[kind] = Library(text).functions
+        return libraries[kind]
+
+    def apply(kind, name, inputs):
+        S, G = len(resolve(kind).states), len(resolve(kind).gates)
+        rows = torch.stack(inputs, dim=1).float().contiguous()
+        out = torch.full((len(rows), S if name == "step" else S + G), math.nan)
+        function = getattr(library(kind), f"run_{name}")
+        function(len(rows), *(ctypes.c_void_p(x.data_ptr()) for x in (rows, out)))
+        return out.T
+
+    return apply
+
+
+def reference(kind, inputs):
+    """The step and its derivative by PyTorch, in the inputs' dtype."""
+    kind = resolve(kind)
+    S, G = len(kind.states), len(kind.gates)
+    leaves = [x.clone().requires_grad_() for x in inputs[: S + G]]
+    new = kind.step(tuple(leaves[:S]), tuple(leaves[S:]))
+    used = [(y, d) for y, d in zip(new, inputs[S + G :], strict=True) if y.requires_grad]
+    found = torch.autograd.grad(
+        [y for y, _ in used],
+        leaves,
+        [d for _, d in used],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.stack([y.detach() for y in new]), torch.stack(found)
+
+
+def some_inputs(kind, units, scale):
+    """Float32 numbers as float64: states, gates, gradients of the new states."""
+    kind = resolve(kind)
+    generator = torch.Generator().manual_seed(0)
+    count = 2 * len(kind.states) + len(kind.gates)
+    inputs = [scale * torch.randn(units, generator=generator) for _ in range(count)]
+    if "n" in kind.states:
+        inputs[kind.states.index("n")].abs_().add_(1)
+    return [x.double() for x in inputs]
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 4.0])
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, everything, more], ids=str)
+def test_cell_text_is_the_cell_to_float32_accuracy(cell_text, kind, scale):
+    inputs = some_inputs(kind, 4096, scale)
+    S, G = len(resolve(kind).states), len(resolve(kind).gates)
+    new, derivative = reference(kind, inputs)
+    given = cell_text(kind, "step", inputs[: S + G]), cell_text(kind, "derivative", inputs)
+    for mine, truth in zip([*given[0], *given[1]], [*new, *derivative], strict=True):
+        assert relative_error(mine, truth) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_cell_text_gives_nan_only_where_pytorch_does(cell_text, kind):
+    extremes = torch.tensor([0.0, -0.0, 1e-30, 1.0, -1.0, 20.0, 100.0, -100.0, 3e38])
+    extremes = torch.cat([extremes, torch.tensor([math.inf, -math.inf, math.nan])])
+    kind = resolve(kind)
+    S, G = len(kind.states), len(kind.gates)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(extremes), (2 * S + G, 20_000), generator=generator)
+    inputs = list(extremes[draws])
+    new, derivative = reference(kind, inputs)
+    given = cell_text(kind, "step", inputs[: S + G]), cell_text(kind, "derivative", inputs)
+    for mine, theirs in zip([*given[0], *given[1]], [*new, *derivative], strict=True):
+        wrong = mine.isnan() & ~theirs.isnan()
+        assert not wrong.any(), [x[wrong][0].item() for x in inputs]
+
+
+@needs_compiler
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_operations_are_right_to_float32_accuracy(cell_text, table):
+    gates = table_inputs()
+    states = [torch.zeros_like(gates[0])] * len(table.states)
+    check_table(table, gates, cell_text(table, "step", [*states, *gates]))
+
+
+# ---- that a spill would be noticed
+
+
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x, int n) {
+    float y[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) y[i] = x[1024 * i + threadIdx.x];
+    for (int t = 0; t < n; ++t) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) y[i] = y[i] * y[(i + 17) % 64] + x[t];
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[1024 * i + threadIdx.x] = y[i];
+}
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "arch",
+    [arch if arch == "sm_90a" else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS],
+)
+def test_a_spill_would_be_noticed(arch):
+    assert spills_in_a_loop({"spilling": SPILLING}, arch)
+
+
+SPILLING_PRODUCTS = """
+extern "C" __global__ void __launch_bounds__(1024, 1) spilling(unsigned* x, float* y, int n) {
+    float sums[24][4] = {};
+    for (int t = 0; t < n; ++t) {
+#pragma unroll
+        for (int i = 0; i < 24; ++i) mma(sums[i], x[i], 1, 2, 3, x[t], x[n - t], bfloat16{});
+    }
+#pragma unroll
+    for (int i = 0; i < 24; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) y[(4 * i + k) * 1024 + threadIdx.x] = sums[i][k];
+    }
+}
+"""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "arch",
+    [arch if arch == "sm_90a" else pytest.param(arch, marks=pytest.mark.slow) for arch in GPUS],
+)
+def test_a_spill_in_the_loop_of_products_would_be_noticed(arch):
+    parts = {"ptx": source.read("common/ptx.cuh"), "spilling": SPILLING_PRODUCTS}
+    assert spills_in_the_loop_of_products(parts, arch)
