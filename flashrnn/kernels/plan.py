@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import source
 from flashrnn.kernels.gpu import GPU
+from flashrnn.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +107,40 @@ class Counts(NamedTuple):
         """Those of a cell."""
         recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
         return Counts(recurrent, inputs, len(cell.states), len(cell.gates))
+
+
+class Values(NamedTuple):
+    """How many numbers of a unit and sequence a step has of each kind.
+
+    Attributes:
+        backward: the direction.
+        sent: values that its CTA sends to the group.
+        produced: sums that the product has.
+        kept: numbers that its thread has in registers.
+        carried: those among them that pass from step to step.
+        itemsize: bytes of a value.
+        passes: tensor core instructions that a product of two operands takes.
+    """
+
+    backward: bool
+    sent: int
+    produced: int
+    kept: int
+    carried: int
+    itemsize: int
+    passes: int
+
+    @staticmethod
+    def of(problem: Problem, backward: bool) -> Values:
+        """Those of a problem."""
+        cell = problem.cell
+        S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
+        return Values(
+            backward=backward,
+            sent=recurrent if backward else 1,
+            produced=1 if backward else recurrent,
+            kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
+            carried=S,
+            itemsize=problem.dtype.itemsize,
+            passes=3 if problem.dtype.itemsize == 4 else 1,
+        )

@@ -11,8 +11,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.grid.plan import Values
-from flashrnn.kernels.plan import Scratch
+from flashrnn.kernels.plan import Scratch, Values
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 

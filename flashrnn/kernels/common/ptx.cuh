@@ -255,8 +255,8 @@ __device__ inline void nanosleep(unsigned nanoseconds) {
 
 // What CTAs send each other through global memory: 12 bytes of data and a flag that says which step
 // they belong to. One 16-byte instruction stores or loads a packet, so a reader that sees the flag sees
-// the data. (PTX promises this of a .b128 access; of .v4.u32 it does not. Both become the same machine
-// instruction, but around .b128 the assembler adds moves between registers.)
+// the data. PTX promises this of a .b128 access, and not of .v4.u32, which Hopper has for two of these
+// functions all the same.
 struct alignas(16) Packet {
     unsigned words[3];
     unsigned flag;

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch
+from flashrnn.kernels.plan import Plan, Scratch, Values
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -123,43 +123,6 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> GridPlan | str:
         return plan
     taken, estimated = (_rounds(plan, size, N, gpu) for size in (max(1, problem.B), B))
     return replace(plan, estimated_cycles=plan.estimated_cycles * taken / estimated)
-
-
-class Values(NamedTuple):
-    """How many numbers of a unit and sequence a step has of each kind.
-
-    Attributes:
-        backward: the direction.
-        sent: values that its CTA sends to the group.
-        produced: sums that the product has.
-        kept: numbers that its thread has in registers.
-        carried: those among them that pass from step to step.
-        itemsize: bytes of a value.
-        passes: tensor core instructions that a product of two operands takes.
-    """
-
-    backward: bool
-    sent: int
-    produced: int
-    kept: int
-    carried: int
-    itemsize: int
-    passes: int
-
-    @staticmethod
-    def of(problem: Problem, backward: bool) -> Values:
-        """Those of a problem."""
-        cell = problem.cell
-        S, G, recurrent = len(cell.states), len(cell.gates), len(cell.fed_by("R"))
-        return Values(
-            backward=backward,
-            sent=recurrent if backward else 1,
-            produced=1 if backward else recurrent,
-            kept=2 * G + 3 * S if backward else 2 * G + len(cell.fed_by("Wx")) + S,
-            carried=S,
-            itemsize=problem.dtype.itemsize,
-            passes=3 if problem.dtype.itemsize == 4 else 1,
-        )
 
 
 @lru_cache(maxsize=1024)
