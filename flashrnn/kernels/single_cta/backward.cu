@@ -229,12 +229,13 @@ single_cta_backward(CALL) {
         record_infinity(preactivations, done + 1);
         named_barrier<THREADS>();
     };
-    // The step computed first has no gradient through R. It stands before the loop rather than
-    // multiplying zeros, which times an infinite R are NaN, and rather than in a branch of the loop,
-    // which would delay every step.
-    run_step(0);
-    for (int done = 1; done < T; ++done) {
-        add_recurrent_gradient(done);
+    // The step computed first has no gradient through R: zeros times an infinite R are NaN. It stands
+    // before the loop, in which a branch would delay every step, unless R takes so many registers that
+    // addresses, kept for both copies of the step, would be spilled in the loop.
+    constexpr bool PEELED = COMPUTING < 8;
+    if (PEELED) run_step(0);
+    for (int done = PEELED; done < T; ++done) {
+        if (PEELED || done > 0) add_recurrent_gradient(done);
         run_step(done);
     }
     add_recurrent_gradient(T);
