@@ -56,11 +56,11 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=["cuda_fused", "cuda_fused-teams", "triton", "cuda"])
+@pytest.fixture(params=["cuda_fused", "cuda_fused-groups", "triton", "cuda"])
 def where(request):
     """A backend, and how much wider its heads are: several thread blocks share a wide one."""
-    backend, _, teams = request.param.partition("-")
-    return backend, 8 if teams else 1
+    backend, _, groups = request.param.partition("-")
+    return backend, 8 if groups else 1
 
 
 def run(backend, kind, inputs):

@@ -22,7 +22,7 @@ from tests.problems import Inputs, call, random_inputs, relative_error
 
 pytestmark = pytest.mark.gpu
 
-# Of a head's one thread block, of clusters, of teams, of many sequences; units that no tile has.
+# For single CTAs, clusters, CTA groups of the grid and many sequences; D that tiles do not divide.
 SIZES = [(3, 3, 2, 20), (3, 3, 2, 64), (9, 3, 3, 200), (5, 3, 1, 771), (70, 3, 1, 768)]
 MANY = [(200, 2, 1, 770), (130, 2, 1, 520)]
 
