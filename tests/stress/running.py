@@ -89,9 +89,13 @@ class Child:
         theirs.close()
 
     def _gone(self, what: str) -> tuple[str, None]:
+        if self._process.is_alive():
+            # It hangs: it prints where each of its threads is.
+            os.kill(self._process.pid, signal.SIGUSR1)
+            time.sleep(1)
         printed = self._printed.read_text(encoding="utf-8", errors="replace").strip()
         self._end()
-        return "\n".join([what, *printed.splitlines()[-12:]]), None
+        return "\n".join([what, *printed.splitlines()[-40:]]), None
 
     def _end(self) -> None:
         if self._process is None:
@@ -114,6 +118,7 @@ def _serve(connection: Connection, printed: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     while True:
         connection.send("ready")
