@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashrnn import backends
 from flashrnn.backends import autograd
+from flashrnn.backends.autograd import FusedBackend
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
@@ -77,6 +78,101 @@ def flashrnn(
     if not isinstance(backend, str):
         raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
     cell = resolve(function)
+    given = (Wx, R, b) if states is None else (Wx, R, b, states)
+    key = _key(cell, Wx, R, b, states, config, dtype) if backends.is_direct(*given) else None
+    problem = None if key is None else _problems.get(key)
+    if problem is None:
+        problem = _problem(cell, Wx, R, b, states, config, dtype)
+        if key is not None:
+            _remember(key, problem)
+    chosen = backends.choose(backend, problem)
+    if states is None:
+        states = _initial_states(problem, config)
+    computed_in = problem.dtype
+    arguments = (
+        _cast(Wx, computed_in),
+        _cast(R, computed_in),
+        _cast(b, computed_in),
+        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
+        _cast(states, carry_dtype(computed_in)),
+    )
+    if not autograd.is_fused(chosen):
+        problem = problem._replace(step=cell.step)
+    elif key is not None:
+        # None of its operations depends on autocast.
+        return autograd.run_directly(cast(FusedBackend, chosen), problem, *arguments)
+    if not _autocast_enabled(problem.device.type):
+        return autograd.run(chosen, problem, *arguments)
+    with torch.autocast(problem.device.type, enabled=False):
+        return autograd.run(chosen, problem, *arguments)
+
+
+_DEFAULT = FlashRNNConfig()
+
+# The problems of calls that have been found to fit, by all that they follow from. To check a call
+# takes longer than to launch its kernel.
+_problems: dict[tuple[object, ...], Problem] = {}
+_MOST_PROBLEMS = 1024
+
+
+def _key(
+    cell: Cell,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> tuple[object, ...] | None:
+    """What the problem of a call follows from; ``None`` for a dtype that is none.
+
+    :func:`flashrnn.backends.is_direct` holds for the tensors.
+    """
+    if not (dtype is None or isinstance(dtype, (torch.dtype, str))):
+        return None
+    kind = "cuda" if Wx.is_cuda else Wx.device.type
+    requires_grad = Wx.requires_grad or R.requires_grad or b.requires_grad
+    of_states, of_config = None, None
+    if states is not None:
+        requires_grad = requires_grad or states.requires_grad
+        of_states = states.shape, states.dtype, states.device
+    if config is not _DEFAULT:
+        of_config = (
+            config.gradient_recurrent_cut,
+            config.gradient_recurrent_clipval,
+            config.forward_clipval,
+            config.enable_automatic_mixed_precision,
+            config.dtype,
+        )
+    return (
+        cell.traced,
+        torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else None,
+        requires_grad and torch.is_grad_enabled(),
+        dtype,
+        *(Wx.shape, R.shape, b.shape),
+        *(Wx.dtype, R.dtype, b.dtype),
+        *(Wx.device, R.device, b.device),
+        of_states,
+        of_config,
+    )
+
+
+def _remember(key: tuple[object, ...], problem: Problem) -> None:
+    if len(_problems) >= _MOST_PROBLEMS:
+        _problems.clear()
+    _problems[key] = problem
+
+
+def _problem(
+    cell: Cell,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> Problem:
+    """The problem of a call, without the cell's step, once all of the call is found to fit."""
     tensors = {"Wx": Wx, "R": R, "b": b}
     if states is not None:
         tensors["states"] = states
@@ -93,10 +189,8 @@ def flashrnn(
         needs_gradient = needs_gradient or tensor.requires_grad
     B, T, N, D = _sizes(cell, Wx, R, b, states)
     device = _device(tensors)
-    autocast = _autocast_enabled(device.type)
-    computed_in = _dtype(tensors, config, dtype, autocast)
-
-    problem = Problem(
+    computed_in = _dtype(tensors, config, dtype, _autocast_enabled(device.type))
+    return Problem(
         # A graph of torch.compile needs the names alone, and finds the rest by the handle.
         cast(TracedCell, cell) if torch.compiler.is_compiling() else cell.traced,
         B,
@@ -109,25 +203,7 @@ def flashrnn(
         config.gradient_recurrent_cut,
         config.gradient_recurrent_clipval,
         config.forward_clipval,
-        cell.step,
     )
-    chosen = backends.choose(backend, problem)
-    if states is None:
-        states = _initial_states(problem, config)
-    arguments = (
-        _cast(Wx, computed_in),
-        _cast(R, computed_in),
-        _cast(b, computed_in),
-        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
-        _cast(states, carry_dtype(computed_in)),
-    )
-    if not autocast:
-        return autograd.run(chosen, problem, *arguments)
-    with torch.autocast(device.type, enabled=False):
-        return autograd.run(chosen, problem, *arguments)
-
-
-_DEFAULT = FlashRNNConfig()
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,32 +214,43 @@ def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
     dtype, device = carry_dtype(problem.dtype), problem.device
     values = config.initial_values(problem.cell.states)
-    if values == (0.0,) * len(values):
-        return _zero(dtype, device).expand(len(values), problem.B, 1, problem.N, problem.D)
+    sizes = (len(values), problem.B, 1, problem.N, problem.D)
+    if not any(values):
+        return _zeros_of(sizes, dtype, device)
     values = tuple(as_dtype_has_it(value, dtype) for value in values)
     if len(set(values)) == 1:
         # Filled where it is needed: no copy from the host, none to wait for.
         start = torch.full((), values[0], dtype=dtype, device=device)
     else:
         start = torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1, 1)
-    return start.expand(len(values), problem.B, 1, problem.N, problem.D)
+    return start.expand(sizes)
 
 
-# A number for each dtype on each device.
+# A number for each dtype on each device; and such numbers expanded, by their sizes.
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_expanded_zeros: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+_MOST_EXPANDED = 1024
 
 
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zero, the same one for as long as it may be shared."""
+def _zeros_of(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, one number in memory, the same for as long as they may be shared."""
     if backends.recorded():
-        return torch.zeros((), dtype=dtype, device=device)
+        return torch.zeros((), dtype=dtype, device=device).expand(sizes)
+    found = _expanded_zeros.get((sizes, dtype, device))
+    if found is not None:
+        return found
     if (dtype, device) not in _zeros:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros((), dtype=dtype, device=device)  # The graph's own.
+            return torch.zeros((), dtype=dtype, device=device).expand(sizes)  # The graph's own.
         with torch.inference_mode(False):
             # Copied from the host, which waits for it: every stream then sees it.
             _zeros[dtype, device] = torch.tensor(0.0, dtype=dtype, device=device)
-    return _zeros[dtype, device]
+    with torch.inference_mode(False):
+        found = _zeros[dtype, device].expand(sizes)
+    if len(_expanded_zeros) >= _MOST_EXPANDED:
+        _expanded_zeros.clear()
+    _expanded_zeros[sizes, dtype, device] = found
+    return found
 
 
 def _sizes(
@@ -242,8 +329,12 @@ def _device(tensors: dict[str, Tensor]) -> torch.device:
 
 
 def _autocast_enabled(device_type: str) -> bool:
-    # Dynamo knows the second question only.
-    has_it = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    # Dynamo knows the last question only.
+    has_it = (
+        device_type in ("cuda", "cpu")
+        or torch.compiler.is_compiling()
+        or torch.amp.is_autocast_available(device_type)
+    )
     return has_it and torch.is_autocast_enabled(device_type)
 
 

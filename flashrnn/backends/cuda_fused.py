@@ -5,11 +5,10 @@ The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import call, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan
+from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem
 
 
@@ -32,12 +31,13 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
+    return _refused(problem, _gpu(problem))
+
+
+@lru_cache(maxsize=1024)
+def _refused(problem: Problem, gpu: GPU) -> str | None:
     # Whether there is a plan does not depend on B.
-    return (
-        refusal(problem)
-        or too_large(problem)
-        or _without_plan(_planned(problem, B=1), _gpu(problem))
-    )
+    return refusal(problem) or too_large(problem) or _without_plan(_planned(problem, B=1), gpu)
 
 
 @lru_cache(maxsize=1024)
@@ -49,33 +49,23 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
 
 def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    gpu = _gpu(problem)
-    plan = _plan(problem, False, gpu)
-    Wx, R = (_rows_aligned(x, plan.ROW_ALIGNMENT) for x in (Wx, R.contiguous()))
     tensors = {
         "Wx": Wx,
-        "R": R,
+        "R": R.contiguous(),
         "b": b.contiguous(),
         "initial": states,
         "states": every_state,
         "last_states": last_states,
-        "gates": gates,
     }
+    if gates is not None:
+        tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
-    _scan(
-        problem,
-        gpu,
-        plan,
-        call.FORWARD,
-        tensors,
-        options,
-        _aligned(problem.D, Wx, every_state, gates),
-    )
+    _scan(problem, _gpu(problem), False, tensors, options)
     return every_state, last_states, gates
 
 
@@ -109,9 +99,8 @@ def backward(
     }
     clips = problem.gradient_recurrent_clipval is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips)
-    aligned = _aligned(D, states, gates, d_states, d_gates)
     gpu = _gpu(problem)
-    _scan(problem, gpu, _plan(problem, True, gpu), call.BACKWARD, tensors, options, aligned)
+    _scan(problem, gpu, True, tensors, options)
     h_initial, h = states_initial[0], states[0]
     if registry.is_small(D):
         d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
@@ -124,56 +113,143 @@ def backward(
 def _scan(
     problem: Problem,
     gpu: GPU,
-    plan: Plan,
-    record: call.Record,
+    backward: bool,
     tensors: dict[str, Tensor],
     options: source.Options,
-    aligned: bool,
 ) -> None:
     """Launch a direction's kernel.
 
     Args:
         problem: what is computed.
-        gpu: the GPU, or the part of it, that the plan is for.
-        plan: how it is computed.
-        record: the direction's record.
-        tensors: those of the record.
+        gpu: the GPU, or the part of it, that it is computed on.
+        backward: the direction.
+        tensors: those of the direction's record, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
-        aligned: whether the tensors are, as :func:`_aligned` says.
     """
-    B, T, N = problem.B, problem.T, problem.N
-    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    record = call.BACKWARD if backward else call.FORWARD
     precision = source.precision_of(problem.dtype)
-    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
-    scratch = plan.scratch(B, N, gpu)
-    memory = next(iter(tensors.values())).new_empty
+    addresses, layout = record.read(tensors)
+    prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
+    if prepared.copied:
+        for name in prepared.copied:
+            # A copy also of a contiguous tensor that begins at an unaligned address.
+            tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
+        addresses, layout = record.read(tensors)
+        prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
+    scratch, R = prepared.scratch, tensors["R"]
     if scratch.packets:
         # Flags count from 1: a zero is no packet's.
-        tensors["packets"] = memory(scratch.packets, 4, dtype=torch.int32).zero_()
+        packets = R.new_zeros(scratch.packets, 4, dtype=torch.int32)
+        addresses[record.names.index("packets")] = packets.data_ptr()
     if scratch.R_in_memory:
-        tensors["R_in_memory"] = memory(scratch.R_in_memory, 4, dtype=torch.int32)
-    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    fields = record.pack(tensors, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu))
-    kernel.launch(plan.grid(B, N, gpu), fields)
+        R_in_memory = R.new_empty(scratch.R_in_memory, 4, dtype=torch.int32)
+        addresses[record.names.index("R_in_memory")] = R_in_memory.data_ptr()
+    prepared.launch(addresses)
 
 
 def _recurrent_gradient(
     problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
 ) -> Tensor:
     """:func:`flashrnn.backends.gradients.recurrent_gradient` by a kernel of this package."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    recurrent = len(cell.fed_by("R"))
     # Rounded, as the forward scan's product had it.
     h_initial = h_initial.to(h.dtype).contiguous()
-    plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
-    aligned = _aligned(D, d_gates, h_initial, h)
+    record = call.RECURRENT_GRADIENT
+    addresses, layout = record.read({"d_gates": d_gates, "h_initial": h_initial, "h": h})
     precision = source.precision_of(problem.dtype)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
-    parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
-    tensors = {"d_gates": d_gates, "h_initial": h_initial, "h": h, "parts": parts}
-    fields = call.RECURRENT_GRADIENT.pack(tensors, rows_a_part=plan.rows, T=T, B=B, N=N)
-    kernel.launch(plan.grid(N), fields)
+    prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
+    parts = d_gates.new_empty(shape, dtype=torch.float32)
+    addresses[record.names.index("parts")] = parts.data_ptr()
+    prepared.launch(addresses)
     return parts.sum(0).to(h.dtype)
+
+
+class _Prepared(NamedTuple):
+    """A launch that lacks only its tensors' addresses.
+
+    Attributes:
+        kernel: the kernel.
+        grid: CTAs.
+        packing: of the record's fields.
+        scratch: global memory that it needs for itself.
+        copied: the tensors that are to be copied first, since the kernel cannot read their rows.
+    """
+
+    kernel: _Kernel
+    grid: int
+    packing: call.Packing
+    scratch: Scratch = Scratch(0, 0)
+    copied: tuple[str, ...] = ()
+
+    def launch(self, addresses: list[int]) -> None:
+        """Enqueue it on PyTorch's current stream."""
+        self.kernel.launch(self.grid, self.packing(addresses))
+
+
+# Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
+_IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates", "h_initial", "h")
+
+
+# What a launch depends on is all here, but for addresses, stream and context.
+@lru_cache(maxsize=512)
+def _prepared_scan(
+    problem: Problem,
+    gpu: GPU,
+    backward: bool,
+    precision: str,
+    options: source.Options,
+    layout: call.Layout,
+) -> _Prepared:
+    B, T, N = problem.B, problem.T, problem.N
+    record = call.BACKWARD if backward else call.FORWARD
+    plan = _plan(problem, backward, gpu)
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    return _Prepared(
+        _scan_kernel(cell, precision, plan, options, aligned, problem.device),
+        plan.grid(B, N, gpu),
+        record.packing(layout, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
+        plan.scratch(B, N, gpu),
+        tuple(
+            name
+            for name in ("Wx", "R")
+            if plan.ROW_ALIGNMENT > 1
+            and not _aligned(problem, record, layout, (name,), plan.ROW_ALIGNMENT)
+        ),
+    )
+
+
+@lru_cache(maxsize=256)
+def _prepared_gradient(
+    problem: Problem, gpu: GPU, precision: str, layout: call.Layout
+) -> tuple[_Prepared, tuple[int, ...]]:
+    """The launch, and the shape of the parts of the sum that it gives."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
+    plan = single_cta.plan_gradient(recurrent, B * T, N, D, problem.dtype.itemsize, gpu)
+    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    prepared = _Prepared(
+        _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device),
+        plan.grid(N),
+        record.packing(layout, rows_a_part=plan.rows, T=T, B=B, N=N),
+    )
+    return prepared, (plan.parts, recurrent, N, D, D)
+
+
+def _aligned(
+    problem: Problem,
+    record: call.Record,
+    layout: call.Layout,
+    names: tuple[str, ...],
+    multiple: int,
+) -> bool:
+    """Whether the rows of those tensors that the record has begin at multiples of some bytes."""
+    D, size = problem.D, problem.dtype.itemsize
+    return all(
+        record.rows_begin_at(multiple, name, layout, D, size)
+        for name in names
+        if name in record.names
+    )
 
 
 @dataclass(frozen=True)
@@ -192,27 +268,6 @@ class _Kernel:
             stream = context.current_stream(device)
             shape = launch.Shape(grid, *self.shape[1:])
             launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
-
-
-def _rows_aligned(x: Tensor, alignment: int) -> Tensor:
-    """The tensor if its rows are contiguous and aligned to so many bytes; else a copy."""
-    if alignment == 1 or _begins_at_multiples(x, alignment):
-        return x
-    # A copy also of a contiguous tensor that begins at an unaligned address.
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _begins_at_multiples(x: Tensor, alignment: int) -> bool:
-    *strides, unit = x.stride()
-    least = alignment // x.element_size()
-    return unit == 1 and x.data_ptr() % alignment == 0 and math.gcd(least, *strides) == least
-
-
-def _aligned(D: int, *tensors: Tensor) -> bool:
-    """Whether rows of D elements are contiguous and begin and end at multiples of 16 bytes."""
-    if D * tensors[0].element_size() % 16:
-        return False
-    return all(_begins_at_multiples(x, 16) for x in tensors if x.numel())
 
 
 def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
@@ -309,3 +364,7 @@ def _kernel(
 ) -> _Kernel:
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
     return _Kernel(launch.Program(cubin, (entry,), _index(device), shape.shared_memory), shape)
+
+
+KERNELS = (_prepared_scan, _prepared_gradient, _scan_kernel, _gradient_kernel)
+"""The caches that hold kernels."""
