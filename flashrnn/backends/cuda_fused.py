@@ -140,10 +140,10 @@ def _scan(
     if scratch.packets:
         # Flags count from 1: a zero is no packet's.
         packets = R.new_zeros(scratch.packets, 4, dtype=torch.int32)
-        addresses[record.names.index("packets")] = packets.data_ptr()
+        addresses.append(packets.data_ptr())
     if scratch.R_in_memory:
         R_in_memory = R.new_empty(scratch.R_in_memory, 4, dtype=torch.int32)
-        addresses[record.names.index("R_in_memory")] = R_in_memory.data_ptr()
+        addresses.append(R_in_memory.data_ptr())
     prepared.launch(addresses)
 
 
@@ -158,8 +158,7 @@ def _recurrent_gradient(
     precision = source.precision_of(problem.dtype)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
     parts = d_gates.new_empty(shape, dtype=torch.float32)
-    addresses[record.names.index("parts")] = parts.data_ptr()
-    prepared.launch(addresses)
+    prepared.launch([*addresses, parts.data_ptr()])
     return parts.sum(0).to(h.dtype)
 
 
@@ -168,21 +167,21 @@ class _Prepared(NamedTuple):
 
     Attributes:
         kernel: the kernel.
-        grid: CTAs.
+        shape: the launch's.
         packing: of the record's fields.
         scratch: global memory that it needs for itself.
         copied: the tensors that are to be copied first, since the kernel cannot read their rows.
     """
 
     kernel: _Kernel
-    grid: int
+    shape: launch.Shape
     packing: call.Packing
     scratch: Scratch = Scratch(0, 0)
     copied: tuple[str, ...] = ()
 
     def launch(self, addresses: list[int]) -> None:
         """Enqueue it on PyTorch's current stream."""
-        self.kernel.launch(self.grid, self.packing(addresses))
+        self.kernel.launch(self.shape, self.packing(addresses))
 
 
 # Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
@@ -205,11 +204,15 @@ def _prepared_scan(
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
+    scratch = plan.scratch(B, N, gpu)
+    others = [name for name, size in scratch._asdict().items() if size]
+    groups = plan.groups(B, N, gpu)
     return _Prepared(
-        _scan_kernel(cell, precision, plan, options, aligned, problem.device),
-        plan.grid(B, N, gpu),
-        record.packing(layout, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
-        plan.scratch(B, N, gpu),
+        kernel,
+        kernel.shape._replace(grid=plan.grid(B, N, gpu)),
+        record.packing(layout, *others, T=T, B=B, N=N, clips=clips, groups=groups),
+        scratch,
         tuple(
             name
             for name in ("Wx", "R")
@@ -228,10 +231,11 @@ def _prepared_gradient(
     recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, problem.dtype.itemsize, gpu)
     aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     prepared = _Prepared(
-        _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device),
-        plan.grid(N),
-        record.packing(layout, rows_a_part=plan.rows, T=T, B=B, N=N),
+        kernel,
+        kernel.shape._replace(grid=plan.grid(N)),
+        record.packing(layout, "parts", rows_a_part=plan.rows, T=T, B=B, N=N),
     )
     return prepared, (plan.parts, recurrent, N, D, D)
 
@@ -248,7 +252,7 @@ def _aligned(
     return all(
         record.rows_begin_at(multiple, name, layout, D, size)
         for name in names
-        if name in record.names
+        if name in layout.names
     )
 
 
@@ -259,14 +263,13 @@ class _Kernel:
     program: launch.Program
     shape: launch.Shape
 
-    def launch(self, grid: int, fields: Sequence[int]) -> None:
+    def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
             if torch.cuda.is_current_stream_capturing():
                 self.program.keep_for_graphs()
             stream = context.current_stream(device)
-            shape = launch.Shape(grid, *self.shape[1:])
             launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from operator import itemgetter
+from functools import cached_property, reduce
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -44,10 +44,12 @@ class Layout(NamedTuple):
     """What a launch depends on of its tensors, besides their addresses.
 
     Attributes:
-        strides: those of each operand whose strides the record has; of none, if it is not given.
-        offsets: how many bytes behind a multiple of 16 each operand begins.
+        names: the operands that are given.
+        strides: those of the given operands whose strides the record has.
+        offsets: how many bytes behind a multiple of 16 each of them begins; empty if none does.
     """
 
+    names: tuple[str, ...]
     strides: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]
 
@@ -56,7 +58,7 @@ class Packing(NamedTuple):
     """The values of a record's fields, but for the addresses.
 
     Attributes:
-        constants: the strides and numbers.
+        constants: a zero, the strides and the numbers.
         order: puts addresses and constants into the order of the fields.
     """
 
@@ -83,33 +85,37 @@ class Record:
     numbers: Mapping[str, str]
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[list[int], Layout]:
-        """The tensors' addresses, and all else of them that a launch depends on.
+        """The addresses of tensors, in their order, and all else of them that a launch depends on.
 
         Args:
             tensors: by the operands' names; those that a call lacks are missing.
         """
-        get = tensors.get
-        found = [get(name) for name in self.names]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in found]
-        strides = [() if (x := get(name)) is None else x.stride() for name in self._strided]
-        return addresses, Layout((*strides,), (*[address % 16 for address in addresses],))
+        addresses = [*map(Tensor.data_ptr, tensors.values())]
+        strides = [tensors[name].stride() for name in self._strided if name in tensors]
+        offsets = [address % 16 for address in addresses] if reduce(or_, addresses) % 16 else ()
+        return addresses, Layout((*tensors,), (*strides,), (*offsets,))
 
-    def packing(self, layout: Layout, **numbers: int) -> Packing:
-        """How the values follow from the addresses of tensors of one layout; 0 for what is not
-        given."""
-        strides = dict(zip(self._strided, layout.strides, strict=True))
+    def packing(self, layout: Layout, *others: str, **numbers: int) -> Packing:
+        """How the fields' values follow from the addresses of tensors of one layout.
+
+        Args:
+            layout: the tensors'.
+            others: operands whose addresses follow those of the tensors.
+            numbers: the other fields; 0 for those that are not given.
+        """
+        strides = self._strides(layout)
+        given = (*layout.names, *others)
+        constants = [0]
         # Indices into the addresses and, behind them, the constants.
-        count = len(self.operands)
         order: list[int] = []
-        constants: list[int] = []
 
         def add(constant: int) -> None:
-            order.append(count + len(constants))
+            order.append(len(given) + len(constants))
             constants.append(constant)
 
-        for k, operand in enumerate(self.operands):
-            order.append(k)
-            of_dims = strides.get(operand.name) or (0,) * len(operand.dims)
+        for operand in self.operands:
+            order.append(given.index(operand.name) if operand.name in given else len(given))
+            of_dims = strides.get(operand.name, (0,) * len(operand.dims))
             for dim, stride in zip(operand.dims, of_dims, strict=True):
                 if dim != "1":
                     add(stride)
@@ -122,24 +128,20 @@ class Record:
 
         Args:
             multiple: up to 16 bytes.
-            name: the operand.
-            layout: of the call's tensors.
+            name: the operand, which is given.
+            layout: the tensors'.
             D: elements of a row.
             size: bytes of an element.
         """
-        k = self.names.index(name)
-        strides: tuple[int, ...] = ()
-        if name in self._strided:
-            strides = layout.strides[self._strided.index(name)]
-        *outer, unit = strides or (D, 1)
+        offset = layout.offsets[layout.names.index(name)] if layout.offsets else 0
+        *outer, unit = self._strides(layout).get(name, (D, 1))
         return unit == 1 and not any(
-            count % multiple for count in (layout.offsets[k], *(size * n for n in (D, *outer)))
+            count % multiple for count in (offset, *(size * n for n in (D, *outer)))
         )
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The operands' names."""
-        return tuple(operand.name for operand in self.operands)
+    def _strides(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        names = (name for name in self._strided if name in layout.names)
+        return dict(zip(names, layout.strides, strict=True))
 
     @cached_property
     def _strided(self) -> tuple[str, ...]:
