@@ -202,7 +202,8 @@ def _prepared_scan(
     record = call.BACKWARD if backward else call.FORWARD
     plan = _plan(problem, backward, gpu)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    D, size = problem.D, problem.dtype.itemsize
+    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
     kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
     scratch = plan.scratch(B, N, gpu)
@@ -217,7 +218,7 @@ def _prepared_scan(
             name
             for name in ("Wx", "R")
             if plan.ROW_ALIGNMENT > 1
-            and not _aligned(problem, record, layout, (name,), plan.ROW_ALIGNMENT)
+            and not record.rows_begin_at(plan.ROW_ALIGNMENT, (name,), layout, D, size)
         ),
     )
 
@@ -229,8 +230,9 @@ def _prepared_gradient(
     """The launch, and the shape of the parts of the sum that it gives."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
-    plan = single_cta.plan_gradient(recurrent, B * T, N, D, problem.dtype.itemsize, gpu)
-    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    size = problem.dtype.itemsize
+    plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
+    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
     kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     prepared = _Prepared(
         kernel,
@@ -238,22 +240,6 @@ def _prepared_gradient(
         record.packing(layout, "parts", rows_a_part=plan.rows, T=T, B=B, N=N),
     )
     return prepared, (plan.parts, recurrent, N, D, D)
-
-
-def _aligned(
-    problem: Problem,
-    record: call.Record,
-    layout: call.Layout,
-    names: tuple[str, ...],
-    multiple: int,
-) -> bool:
-    """Whether the rows of those tensors that the record has begin at multiples of some bytes."""
-    D, size = problem.D, problem.dtype.itemsize
-    return all(
-        record.rows_begin_at(multiple, name, layout, D, size)
-        for name in names
-        if name in layout.names
-    )
 
 
 @dataclass(frozen=True)

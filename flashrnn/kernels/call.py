@@ -10,9 +10,10 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
+from math import gcd
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ class Record:
         """
         addresses = [*map(Tensor.data_ptr, tensors.values())]
         strides = [tensors[name].stride() for name in self._strided if name in tensors]
-        offsets = [address % 16 for address in addresses] if reduce(or_, addresses) % 16 else ()
+        offsets = [address % 16 for address in addresses] if reduce(or_, addresses, 0) % 16 else ()
         return addresses, Layout((*tensors,), (*strides,), (*offsets,))
 
     def packing(self, layout: Layout, *others: str, **numbers: int) -> Packing:
@@ -103,45 +104,55 @@ class Record:
             others: operands whose addresses follow those of the tensors.
             numbers: the other fields; 0 for those that are not given.
         """
-        strides = self._strides(layout)
-        given = (*layout.names, *others)
         constants = [0]
-        # Indices into the addresses and, behind them, the constants.
+        for strides in layout.strides:
+            constants += strides
+        constants += [numbers.get(name, 0) for name in self.numbers]
+        return Packing((*constants,), self._orders((*layout.names, *others)))
+
+    @cached_property
+    def _orders(self) -> Callable[[tuple[str, ...]], itemgetter[Any]]:
+        return cache(self._order)
+
+    def _order(self, given: tuple[str, ...]) -> itemgetter[Any]:
+        """What puts the given operands' addresses and a packing's constants in order."""
+        zero = len(given)
+        place = zero + 1
         order: list[int] = []
-
-        def add(constant: int) -> None:
-            order.append(len(given) + len(constants))
-            constants.append(constant)
-
         for operand in self.operands:
-            order.append(given.index(operand.name) if operand.name in given else len(given))
-            of_dims = strides.get(operand.name, (0,) * len(operand.dims))
-            for dim, stride in zip(operand.dims, of_dims, strict=True):
-                if dim != "1":
-                    add(stride)
-        for name in self.numbers:
-            add(numbers.get(name, 0))
-        return Packing((*constants,), itemgetter(*order))
+            is_given = operand.name in given
+            order.append(given.index(operand.name) if is_given else zero)
+            strides = [place + i if is_given else zero for i in range(len(operand.dims))]
+            order += [i for i, dim in zip(strides, operand.dims, strict=True) if dim != "1"]
+            place += len(operand.dims) if is_given else 0
+        return itemgetter(*order, *range(place, place + len(self.numbers)))
 
-    def rows_begin_at(self, multiple: int, name: str, layout: Layout, D: int, size: int) -> bool:
-        """Whether a tensor's rows are contiguous, and begin and end at multiples of some bytes.
+    def rows_begin_at(
+        self, multiple: int, names: Collection[str], layout: Layout, D: int, size: int
+    ) -> bool:
+        """Whether tensors' rows are contiguous, and begin and end at multiples of some bytes.
 
         Args:
             multiple: up to 16 bytes.
-            name: the operand, which is given.
-            layout: the tensors'.
+            names: of the operands that are asked for; those that are not given do not count.
+            layout: the given tensors'.
             D: elements of a row.
             size: bytes of an element.
         """
-        offset = layout.offsets[layout.names.index(name)] if layout.offsets else 0
-        *outer, unit = self._strides(layout).get(name, (D, 1))
-        return unit == 1 and not any(
-            count % multiple for count in (offset, *(size * n for n in (D, *outer)))
+        if D * size % multiple:
+            return False
+        if any(
+            offset % multiple
+            for name, offset in zip(layout.names, layout.offsets, strict=False)
+            if name in names
+        ):
+            return False
+        strided = (name for name in self._strided if name in layout.names)
+        return all(
+            strides[-1] == 1 and gcd(*strides[:-1]) * size % multiple == 0
+            for name, strides in zip(strided, layout.strides, strict=True)
+            if name in names
         )
-
-    def _strides(self, layout: Layout) -> dict[str, tuple[int, ...]]:
-        names = (name for name in self._strided if name in layout.names)
-        return dict(zip(names, layout.strides, strict=True))
 
     @cached_property
     def _strided(self) -> tuple[str, ...]:
