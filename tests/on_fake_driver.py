@@ -166,6 +166,27 @@ def a_part_of_a_gpu_has_plans_that_fit_it(driver):
     assert driver.count("bad_launches") == before
 
 
+def a_warm_call_goes_where_the_caller_is(driver):
+    """To the stream and the context of the time of the call, with the plan for its part."""
+    wide = {"N": 1, "D": 768, "B": 64}
+    stream, part = driver.stream_of(driver.primary(0)), driver.green_context(16)
+    for backend in (cuda, cuda_fused):
+        grids, before = [], driver.count("bad_launches")
+        for _ in range(3):
+            call(backend, **wide)
+            grids.append(driver.count("last_grid"))
+            launch._streams[0].discard(stream)
+            with driver.on_stream(stream):
+                call(backend, **wide)
+            assert stream in launch._streams[0]
+            with driver.within(part):
+                call(backend, **wide)
+                grids.append(driver.count("last_grid"))
+        assert driver.count("bad_launches") == before
+        if backend is cuda_fused:
+            assert len({*grids[::2]}) == len({*grids[1::2]}) == 1 and grids[0] != grids[1]
+
+
 def a_head_that_a_part_has_no_room_for_is_refused(driver):
     call(cuda_fused, D=2048)
     with driver.within(driver.green_context(8)), pytest.raises(ValueError, match="2048 units"):
@@ -318,6 +339,7 @@ TESTS = [
     a_launch_reaches_the_driver_whole,
     threads_may_launch_at_once,
     a_part_of_a_gpu_has_plans_that_fit_it,
+    a_warm_call_goes_where_the_caller_is,
     a_head_that_a_part_has_no_room_for_is_refused,
     no_clusters_where_none_fit,
     recordings_belong_to_a_context,

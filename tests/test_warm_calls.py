@@ -1,0 +1,329 @@
+"""A call is launched as if it were the first: what is looked up is what would be worked out."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashrnn import FlashRNNConfig, cell, flashrnn, functional
+from flashrnn.backends import cuda_fused
+from flashrnn.kernels import call, registry
+from tests.gpus import H200, SMALL
+
+
+class Launches:
+    """Stands in for kernels: keeps what would be launched."""
+
+    def __init__(self):
+        self.all = []
+        self.gpu = H200
+
+    def kernel(self, entry, parts, shape, device):
+        return LaunchedKernel(self, entry, "\n".join(parts.values()), shape)
+
+    def take(self):
+        found, self.all = self.all, []
+        return found
+
+
+class LaunchedKernel:
+    def __init__(self, launches, entry, text, shape):
+        self.launches, self.entry, self.text, self.shape = launches, entry, text, shape
+
+    def launch(self, shape, fields):
+        thread = threading.get_ident()
+        self.launches.all.append((self.entry, self.text, shape, fields, thread))
+
+
+RECORDS = {
+    **dict.fromkeys(("single_cta_forward", "cluster_mma_forward", "grid_forward"), call.FORWARD),
+    **dict.fromkeys(("single_cta_backward", "grid_backward"), call.BACKWARD),
+    "cluster_reduce_scatter_backward": call.BACKWARD,
+    "recurrent_gradient": call.RECURRENT_GRADIENT,
+}
+
+
+def named(launched):
+    """The fields of a launch by their names."""
+    entry, _, _, fields, _ = launched
+    parameters = RECORDS[entry].parameters
+    names = [part.split()[-1].lstrip("*") for part in parameters.split(", ")]
+    return dict(zip(names, fields, strict=True))
+
+
+def forget():
+    for cached in (*cuda_fused.KERNELS, cuda_fused._refused, registry.best_plan):
+        cached.cache_clear()
+    functional._problems.clear()
+    functional._expanded_zeros.clear()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Backend ``cuda_fused`` takes tensors on the CPU, and computes nothing."""
+    found = Launches()
+    forget()
+    monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: found.gpu)
+    monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
+    yield found
+    forget()
+
+
+def zeros(*sizes, dtype=torch.bfloat16, offset=0, extra=0, requires_grad=False):
+    """Zeros that begin so many elements behind an aligned address, their rows so much apart."""
+    *outer, D = sizes
+    rows = torch.zeros(*outer, D + extra, dtype=dtype)
+    if offset:
+        room = torch.zeros(rows.numel() + offset, dtype=dtype)[offset:]
+        rows = room.view(rows.shape)
+    return rows[..., :D].requires_grad_(requires_grad)
+
+
+CHOICES = st.fixed_dictionaries(
+    {
+        "B": st.sampled_from([1, 4, 9]),
+        "T": st.sampled_from([1, 8]),
+        "N": st.sampled_from([1, 2]),
+        "D": st.sampled_from([24, 64, 256]),
+        "dtype": st.sampled_from([torch.bfloat16, torch.float32]),
+        "offset": st.sampled_from([0, 0, 0, 1, 4]),
+        "extra": st.sampled_from([0, 0, 0, 4, 8]),
+        "expanded": st.booleans(),
+        "states": st.booleans(),
+        "requires_grad": st.booleans(),
+        "clipval": st.sampled_from([None, None, 0.5, 2.0]),
+        "function": st.sampled_from(["lstm", "gru"]),
+        "gpu": st.sampled_from([H200, SMALL]),
+    }
+)
+
+
+def made(launches, choice):
+    """What a call launches, forward and backward, but for where its results lie."""
+    launches.gpu = choice["gpu"]
+    B, T, N, D = (choice[name] for name in "BTND")
+    dtype, requires_grad = choice["dtype"], choice["requires_grad"]
+    Gw, Gr, Gb, S = (4, 4, 4, 2) if choice["function"] == "lstm" else (3, 3, 4, 1)
+    layout = {name: choice[name] for name in ("offset", "extra")}
+    Wx = zeros(1 if choice["expanded"] else B, T, Gw, N, D, dtype=dtype, **layout)
+    Wx = Wx.expand(B, T, Gw, N, D).requires_grad_(requires_grad)
+    R, b = zeros(Gr, N, D, D, dtype=dtype), zeros(Gb, N, D, dtype=dtype, **layout)
+    states = zeros(S, B, 1, N, D, dtype=torch.float32, **layout) if choice["states"] else None
+    clipval = choice["clipval"]
+    config = FlashRNNConfig(forward_clipval=clipval, gradient_recurrent_clipval=clipval)
+    try:
+        found, _ = flashrnn(
+            Wx, R, b, states, choice["function"], "cuda_fused", config=config if clipval else None
+        )
+    except ValueError as error:
+        assert launches.take() == []
+        return str(error)
+    if requires_grad:
+        found.sum().backward()
+    given = {x.data_ptr(): "given" for x in (Wx, R, b, states) if x is not None}
+    launched = launches.take()
+    fields = [named(one) for one in launched]
+    for one, values in zip(launched, fields, strict=True):
+        for operand in RECORDS[one[0]].operands:
+            # A copy, or what was allocated, may lie elsewhere the next time.
+            values[operand.name] = given.get(values[operand.name], bool(values[operand.name]))
+    return [(*one[:3], values) for one, values in zip(launched, fields, strict=True)]
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(choices=st.lists(CHOICES, min_size=2, max_size=4))
+def test_a_call_launches_what_it_would_if_it_were_the_first(launches, choices):
+    first = []
+    for choice in choices:
+        forget()
+        first.append(made(launches, choice))
+    forget()
+    for _ in range(2):
+        assert [made(launches, choice) for choice in choices] == first
+
+
+def inputs(D=64, dtype=torch.bfloat16, requires_grad=False, B=2):
+    sizes = (B, 3, 4, 1, D), (4, 1, D, D), (4, 1, D)
+    return [torch.zeros(*size, dtype=dtype, requires_grad=requires_grad) for size in sizes]
+
+
+def launched_by(launches, *tensors, **options):
+    flashrnn(*tensors, backend="cuda_fused", **options)
+    (one,) = launches.take()
+    return one
+
+
+def test_each_call_has_the_addresses_and_strides_of_its_tensors(launches):
+    for _ in range(3):
+        Wx, R, b = inputs()
+        states = torch.zeros(2, 2, 1, 1, 64)
+        fields = named(launched_by(launches, Wx, R, b, states))
+        for name, tensor in {"Wx": Wx, "R": R, "b": b, "initial": states}.items():
+            assert fields[name] == tensor.data_ptr()
+        strides = [fields[f"Wx_{dim}"] for dim in "btgnd"]
+        assert tuple(strides) == Wx.stride()
+        other = Wx.transpose(0, 1).contiguous().transpose(0, 1)
+        fields = named(launched_by(launches, other, R, b, states))
+        assert tuple(fields[f"Wx_{dim}"] for dim in "btgnd") == other.stride() != Wx.stride()
+
+
+def test_rows_that_begin_anywhere_have_a_kernel_of_their_own(launches):
+    """Whether they do is asked of each call: PyTorch gives views any address."""
+    Wx, R, b = inputs()
+    odd = torch.zeros(Wx.numel() + 1, dtype=Wx.dtype)[1:].view(Wx.shape)
+    texts = [launched_by(launches, x, R, b)[1] for x in (Wx, odd, Wx, odd)]
+    assert texts[0] == texts[2] != texts[1] == texts[3]
+
+
+def test_rows_that_a_kernel_cannot_read_are_copied_at_each_call(launches):
+    Wx, R, b = inputs(D=256)
+    odd = torch.zeros(Wx.numel() + 1, dtype=Wx.dtype)[1:].view(Wx.shape)
+    for x, is_copied in [(Wx, False), (odd, True), (Wx, False), (odd, True)]:
+        fields = named(launched_by(launches, x, R, b))
+        assert (fields["Wx"] != x.data_ptr()) == is_copied
+        assert fields["Wx"] % 16 == 0 and fields["R"] == R.data_ptr()
+
+
+def test_a_part_of_a_gpu_has_launches_of_its_own(launches):
+    shapes = []
+    for launches.gpu in (H200, SMALL, H200, SMALL):
+        shapes.append(launched_by(launches, *inputs(D=256, B=64))[2])
+    assert shapes[0] == shapes[2] != shapes[1] == shapes[3]
+
+
+def test_gates_are_saved_while_a_gradient_may_be_asked_for(launches):
+    x = inputs(requires_grad=True)
+    saved = []
+    for enabled in (True, False, True, False):
+        with torch.set_grad_enabled(enabled):
+            saved.append(bool(named(launched_by(launches, *x))["gates"]))
+    assert saved == [True, False, True, False]
+    assert named(launched_by(launches, *(one.detach() for one in x)))["gates"] == 0
+
+
+def test_autocast_dtypes_and_settings_are_asked_for_at_each_call(launches):
+    x = inputs(dtype=torch.float32)
+
+    def precision(**options):
+        return launched_by(launches, *x, **options)[1]
+
+    full = precision()
+    with torch.autocast("cpu", torch.bfloat16):
+        bfloat16 = precision()
+        ignored = precision(config=FlashRNNConfig(enable_automatic_mixed_precision=False))
+    with torch.autocast("cpu", torch.float16):
+        float16 = precision()
+    assert len({full, bfloat16, float16}) == 3 and ignored == full
+    assert precision(dtype="bfloat16") == precision(dtype=torch.bfloat16) == bfloat16
+    assert precision(config=FlashRNNConfig(dtype="float16")) == float16
+    assert precision() == full
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert precision() != full
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert precision() == full
+
+
+def test_what_a_cell_captures_is_asked_for_at_each_call(launches):
+    factor = [2.0]
+
+    @cell(states=("h",), gates=("a", "b", "c", "d"))
+    def scaled(states, gates):
+        a, b, c, d = gates
+        return (torch.tanh(factor[0] * a + b + c + d),)
+
+    texts = []
+    for factor[0] in (2.0, 3.0, 2.0):
+        texts.append(launched_by(launches, *inputs(), function=scaled)[1])
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_what_does_not_fit_is_refused_after_calls_that_did(launches):
+    Wx, R, b = inputs()
+    launched_by(launches, Wx, R, b)
+    bad = [
+        ((Wx, R[:3], b), {}, ValueError, "R holds 3 gates"),
+        ((Wx, R, b.float()), {}, TypeError, "accepted is one dtype"),
+        ((Wx, R, b), {"dtype": ["bfloat16"]}, TypeError, "dtype"),
+        ((Wx, R, b), {"dtype": torch.int32}, TypeError, "dtype"),
+        ((Wx, R, b.to("meta")), {}, ValueError, "one device"),
+        ((Wx, R, b), {"backend": "cuda_fast"}, ValueError, "unknown backend"),
+        ((Wx, R, b), {"function": "gru"}, ValueError, "gates"),
+        ((Wx, R.to_sparse(), b), {}, TypeError, "layout sparse_coo"),
+        ((Wx, [R], b), {}, TypeError, "R is list"),
+    ]
+    for tensors, options, error, message in bad:
+        with pytest.raises(error, match=message):
+            flashrnn(*tensors, **{"backend": "cuda_fused", **options})
+    assert launches.take() == []
+    launched_by(launches, Wx, R, b)
+
+
+@pytest.mark.slow
+def test_what_records_or_transforms_a_call_is_asked_for_at_each_call(launches):
+    Wx, R, b = inputs(dtype=torch.float32)
+    launched_by(launches, Wx, R, b)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flashrnn(Wx, R, b, backend="cuda_fused")
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="transform"):
+        flashrnn(Wx, R, b, backend="cuda_fused")
+    with pytest.raises(ValueError, match="transform"):
+        torch.func.vmap(lambda x: flashrnn(x, R, b, backend="cuda_fused"))(Wx.unsqueeze(0))
+    assert launches.take() == []
+    launched_by(launches, Wx, R, b)
+
+
+def test_caches_have_a_bound(launches, monkeypatch):
+    monkeypatch.setattr(functional, "_MOST_PROBLEMS", 5)
+    monkeypatch.setattr(functional, "_MOST_EXPANDED", 5)
+    for B in range(1, 20):
+        launched_by(launches, *inputs(B=B))
+        assert len(functional._problems) <= 5 and len(functional._expanded_zeros) <= 5
+    for cached in (*cuda_fused.KERNELS, cuda_fused._refused):
+        assert cached.cache_info().maxsize is not None
+
+
+def test_nothing_kept_holds_the_users_step(launches):
+    """Caches know a cell as traced; the function and what it refers to are the user's."""
+
+    @cell(states=("h",), gates=("a", "b", "c", "d"))
+    def own(states, gates):
+        return (torch.tanh(gates[0] + gates[1] + gates[2] + gates[3]),)
+
+    x = inputs()
+    for backend in ("cuda_fused", "vanilla"):
+        flashrnn(*x, function=own, backend=backend)
+    assert all(problem.step is None for problem in functional._problems.values())
+
+
+def test_threads_launch_each_its_own(launches):
+    """At once, with shapes of their own and with the same."""
+    barrier, wanted = threading.Barrier(4), {}
+
+    def work(k):
+        mine = []
+        wanted[threading.get_ident()] = mine
+        tensors = [inputs(B=B) for B in (1 + k % 2, 3 + k, 1 + k % 2)]
+        barrier.wait()
+        for Wx, R, b in itertools.chain.from_iterable([tensors] * 20):
+            flashrnn(Wx, R, b, backend="cuda_fused")
+            mine.append((Wx.data_ptr(), R.data_ptr(), b.data_ptr(), Wx.shape[0]))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {}
+    for one in launches.take():
+        fields = named(one)
+        found.setdefault(one[-1], []).append(tuple(fields[name] for name in ("Wx", "R", "b", "B")))
+    assert len(wanted) == 4 and found == wanted
