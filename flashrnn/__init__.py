@@ -7,6 +7,7 @@ from flashrnn.cells import Cell, available_functions, cell, register
 from flashrnn.cells.spec import CellError
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
+from flashrnn.layer import recurrent_layer
 
 # Its operators are what saved programs call.
 from flashrnn.backends import autograd as _operators  # isort: skip  # noqa: F401
@@ -20,5 +21,6 @@ __all__ = [
     "available_functions",
     "cell",
     "flashrnn",
+    "recurrent_layer",
     "register",
 ]

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from flashrnn import flashrnn
+from flashrnn import flashrnn, recurrent_layer
 from flashrnn.kernels import registry
 from flashrnn.kernels.cluster import wgmma_plan
 from tests.fused import (  # noqa: F401
@@ -465,3 +465,39 @@ def test_first_result_of_a_shape_is_there_soon(backend, tmp_path):
     assert seconds() < 3.0
     # From the disk; the first call of a process also imports and traces.
     assert min(seconds(), seconds()) < 1.5
+
+
+LAYERS = [
+    ("lstm", (16, 7, 33, 3, 64)),
+    ("gru", (5, 9, 20, 2, 128)),
+    ("slstm", (16, 3, 24, 1, 256)),
+    (sparse, (40, 4, 17, 1, 768)),
+]
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize(("kind", "sizes"), LAYERS, ids=str)
+def test_a_layer_has_the_bits_of_its_parts(kind, sizes, time_major):
+    """Of its results and gradients; where time comes first, its products sum in another order."""
+    B, T, features, N, D = sizes
+    others = random_inputs(kind, B, T, N, D, torch.bfloat16, "cuda")
+    x = torch.randn(B, T, features, device="cuda", dtype=torch.bfloat16)
+    if time_major:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    W = torch.randn(others.Wx.shape[2], N, D, features, device="cuda", dtype=torch.bfloat16)
+    W /= features**0.5
+    leaves = [x.requires_grad_(), W.requires_grad_(), others.R, others.b, others.states]
+    Wx = torch.nn.functional.linear(x, W.flatten(0, 2)).view(B, T, *W.shape[:3])
+    outputs = recurrent_layer(*leaves, function=kind, backend="cuda_fused")
+    expected = flashrnn(Wx, *leaves[2:], function=kind, backend="cuda_fused")
+    weights = [torch.randn_like(found) for found in outputs]
+    given = [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+    true = [*expected, *torch.autograd.grad(expected, leaves, weights)]
+    assert outputs[0].grad_fn.name() == "_LayerBackward"
+    for name, one, other in zip(
+        ["states", "last_states", "d_x", "d_W", "d_R", "d_b", "d_states"], given, true, strict=True
+    ):
+        if time_major:
+            assert relative_error(one, other) <= 1e-2, name
+        else:
+            assert torch.equal(one, other), name

@@ -91,7 +91,7 @@ def run(
         )
         return every_state, last_states
     if problem.needs_gradient:
-        return _Scan.apply(Wx, R, b, states, backend, problem)
+        return Scan.apply(Wx, R, b, states, backend, problem)
     every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
     return every_state, last_states
 
@@ -295,11 +295,11 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
 scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Scan(torch.autograd.Function):
+class Scan(torch.autograd.Function):
     """The same as :func:`scan`, at a fraction of its cost on the host."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any,
         Wx: Tensor,
         R: Tensor,
@@ -315,7 +315,9 @@ class _Scan(torch.autograd.Function):
         return states, last_states
 
     @staticmethod
-    def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # noqa: D102
+        ctx: Any, d_states: Tensor | None, d_last: Tensor | None
+    ) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
 
         def pull_back(*tensors: Tensor) -> Gradients:
