@@ -15,6 +15,14 @@ differentiable function of both:
 
     run(problem, Wx, R, b, states) -> (states, last_states)
 
+A backend may have a way of its own to compute a step at a time, for T = 1 and no gradients:
+
+    stepper(problem, R, b) -> run(wx, states, out) -> new states
+
+``problem`` has a B of 1, and stands for any. ``wx`` is ``[B, Gw, N, D]``, ``states``, ``out`` and
+the new states ``[S, B, N, D]``; ``out`` may be ``states``, or ``None``. Of one that has none,
+``forward`` is called.
+
 A module is imported when it is first asked for, so that ``import flashrnn`` loads none.
 """
 

@@ -6,10 +6,11 @@ The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import call, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan
+from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem
 
 
@@ -145,16 +146,135 @@ def _scan(
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = source.precision_of(problem.dtype)
     kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
-    scratch = plan.scratch(B, N, gpu)
+    _add_scratch(tensors, plan.scratch(B, N, gpu))
+    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    fields = record.pack(tensors, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu))
+    kernel.launch(plan.grid(B, N, gpu), fields)
+
+
+def _add_scratch(tensors: dict[str, Tensor], scratch: Scratch) -> None:
     memory = next(iter(tensors.values())).new_empty
     if scratch.packets:
         # Flags count from 1: a zero is no packet's.
         tensors["packets"] = memory(scratch.packets, 4, dtype=torch.int32).zero_()
     if scratch.R_in_memory:
         tensors["R_in_memory"] = memory(scratch.R_in_memory, 4, dtype=torch.int32)
-    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    fields = record.pack(tensors, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu))
-    kernel.launch(plan.grid(B, N, gpu), fields)
+
+
+def stepper(
+    problem: Problem, R: Tensor, b: Tensor
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """A step at a time; see :mod:`flashrnn.backends`."""
+    R = R.contiguous()
+    if R.data_ptr() % 16:
+        R = R.clone()
+    return _Steps(problem, R, b.contiguous())
+
+
+class _Steps:
+    """Launches of the scan's kernel for T = 1, each prepared once.
+
+    The new states may take the place of those before the step: in every kernel the thread that
+    writes an element of the last states is the only one that has read it for a result, and other
+    threads get h of it only from this thread.
+    """
+
+    def __init__(self, problem: Problem, R: Tensor, b: Tensor) -> None:
+        self._problem, self._R, self._b = problem, R, b
+        self._prepared: dict[tuple[object, ...], _Step] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
+        problem, B = self._problem, wx.shape[0]
+        if out is None:
+            out = states.new_empty(states.shape)
+        if B == 0:
+            return out
+        gpu, precision = _gpu(problem), source.precision_of(problem.dtype)
+        stream = _stream_unless_captured(problem.device)
+        if stream is None:
+            # Its scratch memory is the graph's.
+            found = self._prepare(gpu, precision, wx, states, out)
+        else:
+            # For each stream, since launches of two may overlap, with scratch memory of its own.
+            key = (B, wx.stride(), wx.data_ptr() % 16, states.stride(), gpu, precision, stream)
+            found = self._prepared.get(key) or self._remember(
+                key, self._prepare(gpu, precision, wx, states, out)
+            )
+        if found.copies_wx:
+            return self(wx.clone(memory_format=torch.contiguous_format), states, out)
+        with self._lock:
+            found.launch(wx, states, out)
+        return out
+
+    def _remember(self, key: tuple[object, ...], prepared: _Step) -> _Step:
+        with self._lock:
+            while len(self._prepared) >= _MOST_STEPS:
+                # Its scratch memory goes back to its stream, behind the launches that use it.
+                self._prepared.pop(next(iter(self._prepared)))
+            self._prepared[key] = prepared
+        return prepared
+
+    def _prepare(self, gpu: GPU, precision: str, wx: Tensor, states: Tensor, out: Tensor) -> _Step:
+        B, _, N, D = wx.shape
+        problem = self._problem._replace(B=B)
+        plan = _plan(problem, False, gpu)
+        Wx = wx.unsqueeze(1)
+        scratch = {"states": wx.new_empty(len(states), B, 1, N, D)}
+        _add_scratch(scratch, plan.scratch(B, N, gpu))
+        tensors = {
+            "Wx": Wx,
+            "R": self._R,
+            "b": self._b,
+            "initial": states.unsqueeze(2),
+            "last_states": out,
+            **scratch,
+        }
+        cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+        options, aligned = source.forward_options(False), _aligned(D, Wx, scratch["states"])
+        clips = source.clips(None, problem.forward_clipval)
+        return _Step(
+            _scan_kernel(cell, precision, plan, options, aligned, problem.device),
+            plan.grid(B, N, gpu),
+            call.FORWARD.pack(tensors, T=1, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
+            scratch,
+            plan.ROW_ALIGNMENT > 1 and not _begins_at_multiples(Wx, plan.ROW_ALIGNMENT),
+        )
+
+
+_MOST_STEPS = 64
+
+
+class _Step(NamedTuple):
+    """A launch that lacks the addresses of a step's tensors.
+
+    Attributes:
+        kernel: the kernel.
+        grid: CTAs.
+        fields: the record's.
+        scratch: memory that is this launch's own: packets, and the states in the problem's dtype.
+        copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.
+    """
+
+    kernel: _Kernel
+    grid: int
+    fields: list[int]
+    scratch: dict[str, Tensor]
+    copies_wx: bool
+
+    def launch(self, wx: Tensor, states: Tensor, out: Tensor) -> None:
+        fields = self.fields.copy()
+        fields[_WX], fields[_INITIAL], fields[_LAST_STATES] = (
+            wx.data_ptr(),
+            states.data_ptr(),
+            out.data_ptr(),
+        )
+        if "packets" in self.scratch:
+            self.scratch["packets"].zero_()
+        self.kernel.launch(self.grid, fields)
+
+
+_WX, _INITIAL, _LAST_STATES = map(call.FORWARD.place, ("Wx", "initial", "last_states"))
 
 
 def _recurrent_gradient(
@@ -264,6 +384,15 @@ def _gpu_of_context(device: torch.device, _: int) -> GPU:
         clusters = launch.clusters_at_once(index, stream, gpu.shared_memory)
     count = context.multiprocessors(stream, index)
     return gpu._replace(multiprocessors=count, clusters=clusters)
+
+
+def _stream_unless_captured(device: torch.device) -> int | None:
+    """PyTorch's current stream of a device; ``None`` while it is captured."""
+    index = _index(device)
+    with context.on_device(index):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return context.current_stream(index)
 
 
 def _index(device: torch.device) -> int:

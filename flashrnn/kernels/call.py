@@ -75,6 +75,12 @@ class Record:
             for operand in self.operands
         )
 
+    def place(self, name: str) -> int:
+        """Which field is a tensor's address."""
+        names = [name for name, _ in self._places]
+        k = names.index(name)
+        return sum(1 + len(strides) for _, strides in self._places[:k])
+
     @property
     def size(self) -> int:
         """How many fields it has."""
