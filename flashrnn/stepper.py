@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from flashrnn import backends, functional
-from flashrnn.backends import Backend, autograd
+from flashrnn.backends import Run, Runs, autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, carry_dtype
 
-# Of inputs: shapes, strides and dtypes.
-_Layout = tuple[object, ...]
-_MOST_LAYOUTS = 256
+# Of a call's tensors: shapes, strides, dtypes and devices.
+_Layouts = tuple[tuple[object, ...], ...]
+_MOST_LAYOUTS = 64
+
+
+class _Known(NamedTuple):
+    """What is known of calls whose tensors are laid out alike, which have been found to fit.
+
+    Attributes:
+        wx: bytes from its first element to the end of the last.
+        states: the same.
+        out: the same.
+        in_place: whether ``out`` may be ``states``, each element where its new value goes.
+        run: computes a step.
+    """
+
+    wx: int
+    states: int
+    out: int
+    in_place: bool
+    run: Run
+
+    def check_memory(self, wx: int, states: int, out: int) -> None:
+        """Raise an error if ``out``, given by its address, shares memory with what a step reads."""
+        end = out + self.out
+        shares_wx = wx < end and out < wx + self.wx
+        shares_states = states < end and out < states + self.states
+        if shares_wx or (shares_states and not (self.in_place and states == out)):
+            raise ValueError(
+                f"out shares a part of its memory with {'wx' if shares_wx else 'states'}; accepted "
+                "are memory of its own, and out=states, which is updated in place"
+            )
 
 
 class Stepper:
@@ -77,10 +105,7 @@ class Stepper:
         self._R, self._b = (functional.cast_to(x.detach(), self.dtype) for x in (R, b))
         self._chosen = backends.choose(backend, self._problem(1))
         self.backend = self._chosen.__name__.rpartition(".")[2]
-        self._traced = self.cell.traced
-        self._run = _run_of(self._chosen, self._problem(1), self._R, self._b)
-        # Layouts of inputs that have been found to fit, with the bytes from the first to the last.
-        self._fitting: dict[_Layout, tuple[int, int, int]] = {}
+        self._prepare()
 
     def __call__(
         self, wx: Tensor, states: Tensor | None = None, out: Tensor | None = None
@@ -107,26 +132,47 @@ class Stepper:
         """
         if states is None:
             states = self._initial_states(wx)
-        tensors = {"wx": wx, "states": states}
-        if out is not None:
-            tensors["out"] = out
-        if functional.checked_kinds(tensors) and torch.is_grad_enabled():
-            requiring = ", ".join(name for name, x in tensors.items() if x.requires_grad)
+        tensors = (wx, states) if out is None else (wx, states, out)
+        if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors):
             raise RuntimeError(
-                f"a gradient is required of {requiring}, and none flows through a step: call it "
-                "within torch.no_grad(), or take flashrnn() with T = 1"
+                "a gradient is required of wx, states or out, and none flows through a step: call "
+                "it within torch.no_grad(), or take flashrnn() with T = 1"
             )
-        if backends.recorded() or not all(map(backends.is_plain, tensors.values())):
-            self._check_layouts(wx, states, out)
+        if backends.recorded() or not all(map(backends.is_plain, tensors)):
+            self._check(wx, states, out)
             return self._by_flashrnn(wx, states, out)
-        extents = self._check(wx, states, out)
-        if out is not None:
-            _check_memory(wx, states, out, extents)
         if self.cell.traced is not self._traced:
             # It captures a Python value, which has changed.
-            self._traced = self.cell.traced
-            self._run = _run_of(self._chosen, self._problem(1), self._R, self._b)
-        return self._run(wx, functional.cast_to(states, self.carry_dtype), out)
+            self._prepare()
+        layouts = tuple([_layout(x) for x in tensors])
+        known = self._known.get(layouts) or self._know(layouts, wx, states, out)
+        if out is not None:
+            known.check_memory(wx.data_ptr(), states.data_ptr(), out.data_ptr())
+        return known.run(wx, functional.cast_to(states, self.carry_dtype), out)
+
+    def _prepare(self) -> None:
+        self._traced, problem = self.cell.traced, self._problem(1)
+        if hasattr(self._chosen, "stepper"):
+            self._runs = cast(Any, self._chosen).stepper(problem, self._R, self._b)
+        else:
+            fused = cast(autograd.FusedBackend, self._chosen)
+            self._runs = _by_scans(fused, problem, self._R, self._b)
+        # By the layouts of a call's tensors.
+        self._known: dict[_Layouts, _Known] = {}
+
+    def _know(self, layouts: _Layouts, wx: Tensor, states: Tensor, out: Tensor | None) -> _Known:
+        self._check(wx, states, out)
+        known = _Known(
+            _extent(wx),
+            _extent(states),
+            0 if out is None else _extent(out),
+            states.dtype == self.carry_dtype and states.is_contiguous(),
+            self._runs(wx.shape[0]),
+        )
+        if len(self._known) >= _MOST_LAYOUTS:
+            self._known.clear()
+        self._known[layouts] = known
+        return known
 
     def _initial_states(self, wx: Tensor) -> Tensor:
         B = wx.shape[0] if isinstance(wx, Tensor) and wx.ndim else 0
@@ -153,19 +199,10 @@ class Stepper:
             found = last_states.squeeze(2)
             return found if out is None else out.copy_(found)
 
-    def _check(self, wx: Tensor, states: Tensor, out: Tensor | None) -> tuple[int, int, int]:
-        """The extents of all three, once they are found to fit."""
-        key = (_layout(wx), _layout(states), None if out is None else _layout(out))
-        extents = self._fitting.get(key)
-        if extents is None:
-            self._check_layouts(wx, states, out)
-            extents = _extent(wx), _extent(states), 0 if out is None else _extent(out)
-            if len(self._fitting) >= _MOST_LAYOUTS:
-                self._fitting.clear()
-            self._fitting[key] = extents
-        return extents
-
-    def _check_layouts(self, wx: Tensor, states: Tensor, out: Tensor | None) -> None:
+    def _check(self, wx: Tensor, states: Tensor, out: Tensor | None) -> None:
+        """Raise an error unless all three fit."""
+        tensors = {"wx": wx, "states": states}
+        functional.checked_kinds(tensors if out is None else {**tensors, "out": out})
         cell, (N, D) = self.cell, self._sizes
         functional.check_rank("wx", wx.shape, "[B, Gw, N, D]")
         B = wx.shape[0]
@@ -253,8 +290,9 @@ def _sizes(cell: Cell, R: Tensor, b: Tensor) -> tuple[int, int]:
     return N, D
 
 
-def _layout(tensor: Tensor) -> _Layout:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    # An index takes less time than a device; on the CPU it is -1.
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
 def _extent(tensor: Tensor) -> int:
@@ -267,41 +305,17 @@ def _extent(tensor: Tensor) -> int:
     return tensor.element_size() * (1 + sum(steps))
 
 
-def _check_memory(wx: Tensor, states: Tensor, out: Tensor, extents: tuple[int, int, int]) -> None:
-    """Raise an error if ``out`` shares memory with what a step reads, but for its own elements."""
-    start = out.data_ptr()
-    end = start + extents[2]
-    for name, tensor, extent in (("wx", wx, extents[0]), ("states", states, extents[1])):
-        first = tensor.data_ptr()
-        if first < end and start < first + extent and not _same(tensor, out):
-            raise ValueError(
-                f"out shares a part of its memory with {name}; accepted are memory of its own, "
-                "and out=states, which is updated in place"
-            )
+def _by_scans(backend: autograd.FusedBackend, problem: Problem, R: Tensor, b: Tensor) -> Runs:
+    """Steps by a backend's forward scan, for one that has no other way to compute them."""
 
+    def run_of(B: int) -> Run:
+        of_batch = problem._replace(B=B)
 
-def _same(states: Tensor, out: Tensor) -> bool:
-    """Whether states are to be updated in place: each element is where its new value goes."""
-    return (
-        states.data_ptr() == out.data_ptr()
-        and states.shape == out.shape
-        and states.dtype == out.dtype
-        and states.is_contiguous()
-    )
+        def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
+            scanned = backend.forward(of_batch, wx.unsqueeze(1), R, b, states.unsqueeze(2))
+            found = scanned[1].squeeze(2)
+            return found if out is None else out.copy_(found)
 
+        return run
 
-def _run_of(
-    backend: Backend, problem: Problem, R: Tensor, b: Tensor
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """``run(wx, states, out)``: the backend's own stepper, or one that calls its scan for T = 1."""
-    if hasattr(backend, "stepper"):
-        return cast(Any, backend).stepper(problem, R, b)
-    fused = cast(autograd.FusedBackend, backend)
-
-    def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
-        of_batch = problem._replace(B=wx.shape[0])
-        _, last_states, _ = fused.forward(of_batch, wx.unsqueeze(1), R, b, states.unsqueeze(2))
-        found = last_states.squeeze(2)
-        return found if out is None else out.copy_(found)
-
-    return run
+    return run_of

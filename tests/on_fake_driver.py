@@ -317,7 +317,7 @@ def steps(B=4, N=1, D=64, cell: TracedCell = lstm.traced):
     problem = Problem(cell, 1, 1, N, D, torch.bfloat16, torch.device("cuda", 0))
     S, G = len(cell.states), len(cell.gates)
     R = torch.zeros(G, N, D, D, dtype=torch.bfloat16)
-    run = cuda_fused.stepper(problem, R, torch.zeros(G, N, D, dtype=torch.bfloat16))
+    run = cuda_fused.stepper(problem, R, torch.zeros(G, N, D, dtype=torch.bfloat16))(B)
     states = torch.zeros(S, B, N, D)
     return run, torch.zeros(B, G, N, D, dtype=torch.bfloat16), states, torch.empty_like(states)
 
@@ -378,22 +378,23 @@ def steps_in_a_graph_have_its_memory(driver):
     assert given == step_arguments(driver, run, *tensors)
 
 
-def steps_of_many_batches_level_off(driver):
-    run, wx, states, _ = steps(B=100, D=64)
-    for B in range(101):
-        run(wx[:B], states[:, :B], None)
+def steps_on_many_streams_level_off(driver):
+    run, *tensors = steps()
+    for _ in range(2 * cuda_fused._MOST_STEPS):
+        with driver.on_stream(driver.stream_of(driver.primary(0))):
+            run(*tensors)
     assert len(run._prepared) == cuda_fused._MOST_STEPS
-    run(wx[:0], states[:, :0], None)
 
 
 def unaligned_steps_are_copied_where_they_must_be(driver):
-    run, wx, states, out = steps(D=768)
-    memory = torch.zeros(wx.numel() + 1, dtype=wx.dtype)
-    odd = memory[1:].view_as(wx)
-    for _ in range(2):
-        given = step_arguments(driver, run, odd, states, out)
-        copies = given["Wx"] != odd.data_ptr()
-        assert copies == (given["Wx"] % 16 == 0)
+    for D in (64, 256, 768):
+        run, wx, states, out = steps(D=D)
+        odd = torch.zeros(wx.numel() + 1, dtype=wx.dtype)[1:].view_as(wx)
+        plan = cuda_fused._plan(run._problem, False, cuda_fused._gpu(run._problem))
+        copied = plan.ROW_ALIGNMENT > 1
+        for _ in range(2):
+            given = step_arguments(driver, run, odd, states, out)
+            assert (given["Wx"] != odd.data_ptr()) == copied == (given["Wx"] % 16 == 0)
 
 
 TESTS = [
@@ -415,7 +416,7 @@ TESTS = [
     steps_are_prepared_once,
     steps_on_two_streams_share_no_memory,
     steps_in_a_graph_have_its_memory,
-    steps_of_many_batches_level_off,
+    steps_on_many_streams_level_off,
     unaligned_steps_are_copied_where_they_must_be,
 ]
 

@@ -207,7 +207,7 @@ def replaced(**given):
         (
             {"wx": torch.zeros(3, 4, 2, D, requires_grad=True)},
             RuntimeError,
-            "a gradient is required of wx, and none flows through a step",
+            "a gradient is required of wx, states or out, and none flows through a step",
         ),
         (
             {"states": torch.zeros(2, 3, 2, D, requires_grad=True)},

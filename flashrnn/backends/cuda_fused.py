@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import autograd
+from flashrnn.backends import Runs, autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
@@ -161,18 +161,17 @@ def _add_scratch(tensors: dict[str, Tensor], scratch: Scratch) -> None:
         tensors["R_in_memory"] = memory(scratch.R_in_memory, 4, dtype=torch.int32)
 
 
-def stepper(
-    problem: Problem, R: Tensor, b: Tensor
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A step at a time; see :mod:`flashrnn.backends`."""
+def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
+    """Steps one at a time; see :mod:`flashrnn.backends`."""
     R = R.contiguous()
     if R.data_ptr() % 16:
         R = R.clone()
-    return _Steps(problem, R, b.contiguous())
+    b = b.contiguous()
+    return lambda B: _Steps(problem._replace(B=B), R, b)
 
 
 class _Steps:
-    """Launches of the scan's kernel for T = 1, each prepared once.
+    """Launches of the scan's kernel for T = 1 and tensors of one layout, each prepared once.
 
     The new states may take the place of those before the step: in every kernel the thread that
     writes an element of the last states is the only one that has read it for a result, and other
@@ -181,28 +180,30 @@ class _Steps:
 
     def __init__(self, problem: Problem, R: Tensor, b: Tensor) -> None:
         self._problem, self._R, self._b = problem, R, b
+        dtype = problem.dtype
+        self._precision = None if dtype == torch.float32 else source.precision_of(dtype)
         self._prepared: dict[tuple[object, ...], _Step] = {}
         self._lock = threading.Lock()
 
     def __call__(self, wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
-        problem, B = self._problem, wx.shape[0]
         if out is None:
             out = states.new_empty(states.shape)
-        if B == 0:
+        if not self._problem.B:
             return out
-        gpu, precision = _gpu(problem), source.precision_of(problem.dtype)
-        stream = _stream_unless_captured(problem.device)
-        if stream is None:
-            # Its scratch memory is the graph's.
-            found = self._prepare(gpu, precision, wx, states, out)
+        # Of float32, as PyTorch is set at this time.
+        precision = self._precision or source.precision_of(torch.float32)
+        where = _where(self._problem)
+        if where is None:
+            # The scratch memory of a launch in a graph is the graph's.
+            found = self._prepare(precision, wx, states, out)
         else:
-            # For each stream, since launches of two may overlap, with scratch memory of its own.
-            key = (B, wx.stride(), wx.data_ptr() % 16, states.stride(), gpu, precision, stream)
+            # Launches on two streams may overlap, so each stream has scratch memory of its own.
+            key = wx.data_ptr() % 16, precision, where
             found = self._prepared.get(key) or self._remember(
-                key, self._prepare(gpu, precision, wx, states, out)
+                key, self._prepare(precision, wx, states, out)
             )
         if found.copies_wx:
-            return self(wx.clone(memory_format=torch.contiguous_format), states, out)
+            wx = wx.clone(memory_format=torch.contiguous_format)
         with self._lock:
             found.launch(wx, states, out)
         return out
@@ -215,11 +216,11 @@ class _Steps:
             self._prepared[key] = prepared
         return prepared
 
-    def _prepare(self, gpu: GPU, precision: str, wx: Tensor, states: Tensor, out: Tensor) -> _Step:
-        B, _, N, D = wx.shape
-        problem = self._problem._replace(B=B)
+    def _prepare(self, precision: str, wx: Tensor, states: Tensor, out: Tensor) -> _Step:
+        problem, (B, _, N, D) = self._problem, wx.shape
+        gpu = _gpu(problem)
         plan = _plan(problem, False, gpu)
-        Wx = wx.unsqueeze(1)
+        Wx = _rows_aligned(wx.unsqueeze(1), plan.ROW_ALIGNMENT)
         scratch = {"states": wx.new_empty(len(states), B, 1, N, D)}
         _add_scratch(scratch, plan.scratch(B, N, gpu))
         tensors = {
@@ -238,11 +239,11 @@ class _Steps:
             plan.grid(B, N, gpu),
             call.FORWARD.pack(tensors, T=1, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
             scratch,
-            plan.ROW_ALIGNMENT > 1 and not _begins_at_multiples(Wx, plan.ROW_ALIGNMENT),
+            Wx.data_ptr() != wx.data_ptr(),
         )
 
 
-_MOST_STEPS = 64
+_MOST_STEPS = 16
 
 
 class _Step(NamedTuple):
@@ -386,13 +387,17 @@ def _gpu_of_context(device: torch.device, _: int) -> GPU:
     return gpu._replace(multiprocessors=count, clusters=clusters)
 
 
-def _stream_unless_captured(device: torch.device) -> int | None:
-    """PyTorch's current stream of a device; ``None`` while it is captured."""
-    index = _index(device)
+def _where(problem: Problem) -> tuple[int, int] | None:
+    """The current stream and, if the plan depends on it, the number of its context.
+
+    ``None`` while the stream is captured.
+    """
+    index = _index(problem.device)
     with context.on_device(index):
         if torch.cuda.is_current_stream_capturing():
             return None
-        return context.current_stream(index)
+        stream = context.current_stream(index)
+        return stream, 0 if registry.is_small(problem.D) else context.number(stream)
 
 
 def _index(device: torch.device) -> int:

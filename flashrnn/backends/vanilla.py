@@ -7,12 +7,12 @@ on the step before is computed for all steps at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashrnn.backends import Run, Runs
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem, as_dtype_has_it
 
@@ -53,22 +53,25 @@ def run(
     return every_state.to(dtype).contiguous(), last_states
 
 
-def stepper(
-    problem: Problem, R: Tensor, b: Tensor
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A step at a time; see :mod:`flashrnn.backends`."""
+def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
+    """Steps one at a time; see :mod:`flashrnn.backends`."""
     order, carry_dtype = _order(problem.cell), problem.carry_dtype
     recurrent_matrix, b = _recurrent_matrix(R, carry_dtype), b.to(carry_dtype)
 
-    @torch.no_grad()
-    def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
-        Wx, of_batch = wx.unsqueeze(1).to(carry_dtype), problem._replace(B=wx.shape[0])
-        inputs = _input_preactivations(of_batch, Wx, b, order).permute(1, 3, 0, 2, 4)
-        carried = tuple(state.transpose(0, 1).contiguous() for state in states.unbind(0))
-        carried = _next(of_batch, order, carried, inputs[0], recurrent_matrix)
-        return torch.stack([x.transpose(0, 1) for x in carried], out=out)
+    def run_of(B: int) -> Run:
+        of_batch = problem._replace(B=B)
 
-    return run
+        @torch.no_grad()
+        def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
+            Wx = wx.unsqueeze(1).to(carry_dtype)
+            inputs = _input_preactivations(of_batch, Wx, b, order).permute(1, 3, 0, 2, 4)
+            carried = tuple(state.transpose(0, 1).contiguous() for state in states.unbind(0))
+            carried = _next(of_batch, order, carried, inputs[0], recurrent_matrix)
+            return torch.stack([x.transpose(0, 1) for x in carried], out=out)
+
+        return run
+
+    return run_of
 
 
 def _order(cell: TracedCell) -> tuple[int, ...]:
