@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashrnn import backends
 from flashrnn.backends import autograd
+from flashrnn.backends.autograd import FusedBackend
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
@@ -73,20 +74,17 @@ def flashrnn(
     """
     config = checked_options(config, backend)
     cell = resolve(function)
-    tensors = {"Wx": Wx, "R": R, "b": b}
-    if states is not None:
-        tensors["states"] = states
-    needs_gradient = checked_kinds(tensors)
-    B, T, N, D = fitting_sizes(cell, Wx.shape, R, b, states)
-    device = common_device(tensors)
-    autocast = autocast_enabled(device.type)
-    computed_in = common_dtype(tensors, config, dtype, autocast)
-
-    needs_gradient = needs_gradient and torch.is_grad_enabled()
-    problem = problem_of(cell, (B, T, N, D), computed_in, device, needs_gradient, config)
+    given = (Wx, R, b) if states is None else (Wx, R, b, states)
+    key = key_of(cell, Wx, R, b, states, config, dtype) if backends.is_direct(*given) else None
+    problem = None if key is None else problems.get(key)
+    if problem is None:
+        problem = _problem(cell, Wx, R, b, states, config, dtype)
+        if key is not None:
+            remember(key, problem)
     chosen = backends.choose(backend, problem)
     if states is None:
         states = initial_states(problem, config)
+    computed_in = problem.dtype
     arguments = (
         cast_to(Wx, computed_in),
         cast_to(R, computed_in),
@@ -94,9 +92,14 @@ def flashrnn(
         # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
         cast_to(states, carry_dtype(computed_in)),
     )
-    if not autocast:
+    if not autograd.is_fused(chosen):
+        problem = problem._replace(step=cell.step)
+    elif key is not None:
+        # None of its operations depends on autocast.
+        return autograd.run_directly(cast(FusedBackend, chosen), problem, *arguments)
+    if not autocast_enabled(problem.device.type):
         return autograd.run(chosen, problem, *arguments)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(problem.device.type, enabled=False):
         return autograd.run(chosen, problem, *arguments)
 
 
@@ -112,6 +115,79 @@ def checked_options(config: FlashRNNConfig | None, backend: str) -> FlashRNNConf
     if not isinstance(backend, str):
         raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
     return config
+
+
+# The problems of calls that have been found to fit, by all that they follow from. To check a call
+# takes longer than to launch its kernel.
+problems: dict[tuple[object, ...], Problem] = {}
+_MOST_PROBLEMS = 1024
+
+
+def key_of(
+    cell: Cell,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> tuple[object, ...] | None:
+    """What the problem of a call follows from; ``None`` for a dtype that is none.
+
+    :func:`flashrnn.backends.is_direct` holds for the tensors.
+    """
+    if not (dtype is None or isinstance(dtype, (torch.dtype, str))):
+        return None
+    kind = "cuda" if Wx.is_cuda else Wx.device.type
+    requires_grad = Wx.requires_grad or R.requires_grad or b.requires_grad
+    of_states, of_config = None, None
+    if states is not None:
+        requires_grad = requires_grad or states.requires_grad
+        of_states = states.shape, states.dtype, states.device
+    if config is not _DEFAULT:
+        of_config = (
+            config.gradient_recurrent_cut,
+            config.gradient_recurrent_clipval,
+            config.forward_clipval,
+            config.enable_automatic_mixed_precision,
+            config.dtype,
+        )
+    return (
+        cell.traced,
+        torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None,
+        requires_grad and torch.is_grad_enabled(),
+        dtype,
+        *(Wx.shape, R.shape, b.shape),
+        *(Wx.dtype, R.dtype, b.dtype),
+        *(Wx.device, R.device, b.device),
+        of_states,
+        of_config,
+    )
+
+
+def remember(key: tuple[object, ...], problem: Problem) -> None:
+    """Keep the problem of a call that has been found to fit."""
+    if len(problems) >= _MOST_PROBLEMS:
+        problems.clear()
+    problems[key] = problem
+
+
+def _problem(
+    cell: Cell,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> Problem:
+    """The problem of a call, without the cell's step, once all of the call is found to fit."""
+    tensors = {"Wx": Wx, "R": R, "b": b}
+    if states is not None:
+        tensors["states"] = states
+    needs_gradient = checked_kinds(tensors)
+    sizes = fitting_sizes(cell, Wx.shape, R, b, states)
+    return problem_of(cell, sizes, tensors, needs_gradient, config, dtype)
 
 
 def checked_kinds(tensors: dict[str, Tensor]) -> bool:
@@ -133,23 +209,23 @@ def checked_kinds(tensors: dict[str, Tensor]) -> bool:
 def problem_of(
     cell: Cell,
     sizes: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
+    tensors: dict[str, Tensor],
     needs_gradient: bool,
     config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
 ) -> Problem:
-    """What a backend is asked to compute: ``sizes`` are B, T, N and D."""
+    """The problem of sizes B, T, N, D, once the tensors' devices and dtypes are found to fit."""
+    device = common_device(tensors)
     return Problem(
         # A graph of torch.compile needs the names alone, and finds the rest by the handle.
         cast(TracedCell, cell) if torch.compiler.is_compiling() else cell.traced,
         *sizes,
-        dtype,
+        common_dtype(tensors, config, dtype, autocast_enabled(device.type)),
         device,
-        needs_gradient,
+        needs_gradient and torch.is_grad_enabled(),
         config.gradient_recurrent_cut,
         config.gradient_recurrent_clipval,
         config.forward_clipval,
-        cell.step,
     )
 
 
@@ -162,32 +238,43 @@ def initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
     dtype, device = carry_dtype(problem.dtype), problem.device
     values = config.initial_values(problem.cell.states)
-    if values == (0.0,) * len(values):
-        return _zero(dtype, device).expand(len(values), problem.B, 1, problem.N, problem.D)
+    sizes = (len(values), problem.B, 1, problem.N, problem.D)
+    if not any(values):
+        return _zeros_of(sizes, dtype, device)
     values = tuple(as_dtype_has_it(value, dtype) for value in values)
     if len(set(values)) == 1:
         # Filled where it is needed: no copy from the host, none to wait for.
         start = torch.full((), values[0], dtype=dtype, device=device)
     else:
         start = torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1, 1, 1)
-    return start.expand(len(values), problem.B, 1, problem.N, problem.D)
+    return start.expand(sizes)
 
 
-# A number for each dtype on each device.
+# A number for each dtype on each device; and such numbers expanded, by their sizes.
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_expanded_zeros: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+_MOST_EXPANDED = 1024
 
 
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zero, the same one for as long as it may be shared."""
+def _zeros_of(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, one number in memory, the same for as long as they may be shared."""
     if backends.recorded():
-        return torch.zeros((), dtype=dtype, device=device)
+        return torch.zeros((), dtype=dtype, device=device).expand(sizes)
+    found = _expanded_zeros.get((sizes, dtype, device))
+    if found is not None:
+        return found
     if (dtype, device) not in _zeros:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros((), dtype=dtype, device=device)  # The graph's own.
+            return torch.zeros((), dtype=dtype, device=device).expand(sizes)  # The graph's own.
         with torch.inference_mode(False):
             # Copied from the host, which waits for it: every stream then sees it.
             _zeros[dtype, device] = torch.tensor(0.0, dtype=dtype, device=device)
-    return _zeros[dtype, device]
+    with torch.inference_mode(False):
+        found = _zeros[dtype, device].expand(sizes)
+    if len(_expanded_zeros) >= _MOST_EXPANDED:
+        _expanded_zeros.clear()
+    _expanded_zeros[sizes, dtype, device] = found
+    return found
 
 
 def fitting_sizes(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashrnn import backends, functional
-from flashrnn.backends import Backend, autograd
+from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, carry_dtype
@@ -75,23 +75,48 @@ def recurrent_layer(
     """
     config = functional.checked_options(config, backend)
     cell = resolve(function)
+    given = (x, W, R, b) if states is None else (x, W, R, b, states)
+    key = None
+    if backends.is_direct(*given):
+        key = functional.key_of(cell, x, R, b, states, config, dtype)
+    if key is not None:
+        key = *key, W.shape, W.dtype, W.device, W.requires_grad
+    problem = None if key is None else functional.problems.get(key)
+    if problem is None:
+        problem = _problem(cell, x, W, R, b, states, config, dtype)
+        if key is not None:
+            functional.remember(key, problem)
+    chosen = backends.choose(backend, problem)
+    if states is None:
+        states = functional.initial_states(problem, config)
+    if not autograd.is_fused(chosen):
+        problem = problem._replace(step=cell.step)
+    one_node = key is not None and autograd.is_fused(chosen) and problem.needs_gradient
+    with _without_autocast(problem.device.type):
+        if one_node:
+            outputs = _Layer.apply(x, W, R, b, states, chosen, problem)
+            return cast(tuple[Tensor, Tensor], outputs)
+        x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
+        return autograd.run(chosen, problem, _input_product(x, W), R, b, states)
+
+
+def _problem(
+    cell: Cell,
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> Problem:
+    """The problem of the scan, once all of the call is found to fit."""
     tensors = {"x": x, "W": W, "R": R, "b": b}
     if states is not None:
         tensors["states"] = states
     needs_gradient = functional.checked_kinds(tensors)
     sizes = _sizes(cell, x, W, R, b, states)
-    device = functional.common_device(tensors)
-    autocast = functional.autocast_enabled(device.type)
-    computed_in = functional.common_dtype(tensors, config, dtype, autocast)
-    needs_gradient = needs_gradient and torch.is_grad_enabled()
-    problem = functional.problem_of(cell, sizes, computed_in, device, needs_gradient, config)
-    chosen = backends.choose(backend, problem)
-    if states is None:
-        states = functional.initial_states(problem, config)
-    if not autocast:
-        return _run(chosen, problem, x, W, R, b, states)
-    with torch.autocast(device.type, enabled=False):
-        return _run(chosen, problem, x, W, R, b, states)
+    return functional.problem_of(cell, sizes, tensors, needs_gradient, config, dtype)
 
 
 def _sizes(
@@ -107,21 +132,6 @@ def _sizes(
             f"{W.shape[3]}; accepted are x [B, T, I] and W [Gw, N, D, I] with one I"
         )
     return functional.fitting_sizes(cell, (*x.shape[:2], *W.shape[:3]), R, b, states)
-
-
-def _run(
-    backend: Backend, problem: Problem, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor]:
-    tensors = x, W, R, b, states
-    if (
-        problem.needs_gradient
-        and hasattr(backend, "forward")
-        and not backends.recorded()
-        and all(map(backends.is_plain, tensors))
-    ):
-        return cast(tuple[Tensor, Tensor], _Layer.apply(*tensors, backend, problem))
-    x, W, R, b, states = _as_computed(problem, *tensors)
-    return autograd.run(backend, problem, _input_product(x, W), R, b, states)
 
 
 def _as_computed(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from flashrnn import backends, functional
 from flashrnn.backends import Run, Runs, autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
-from flashrnn.problem import Problem, carry_dtype
+from flashrnn.problem import Problem
 
 # Of a call's tensors: shapes, strides, dtypes and devices.
 _Layouts = tuple[tuple[object, ...], ...]
@@ -98,14 +98,18 @@ class Stepper:
         tensors = {"R": R, "b": b}
         functional.checked_kinds(tensors)
         self._sizes = _sizes(self.cell, R, b)
-        self.device = functional.common_device(tensors)
-        autocast = functional.autocast_enabled(self.device.type)
-        self.dtype = functional.common_dtype(tensors, self._config, dtype, autocast)
-        self.carry_dtype = carry_dtype(self.dtype)
+        problem = functional.problem_of(
+            self.cell, (1, 1, *self._sizes), tensors, False, self._config, dtype
+        )
+        self.dtype, self.carry_dtype, self.device = (
+            problem.dtype,
+            problem.carry_dtype,
+            problem.device,
+        )
         self._R, self._b = (functional.cast_to(x.detach(), self.dtype) for x in (R, b))
-        self._chosen = backends.choose(backend, self._problem(1))
+        self._chosen = backends.choose(backend, problem)
         self.backend = self._chosen.__name__.rpartition(".")[2]
-        self._prepare()
+        self._prepare(problem._replace(step=self.cell.step))
 
     def __call__(
         self, wx: Tensor, states: Tensor | None = None, out: Tensor | None = None
@@ -130,8 +134,9 @@ class Stepper:
             RuntimeError: a tensor requires a gradient, and gradients are enabled: none flows
                 through a step.
         """
-        if states is None:
-            states = self._initial_states(wx)
+        if states is None and isinstance(wx, Tensor):
+            of_batch = self._problem._replace(B=wx.shape[0])
+            states = functional.initial_states(of_batch, self._config).squeeze(2)
         tensors = (wx, states) if out is None else (wx, states, out)
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors):
             raise RuntimeError(
@@ -141,19 +146,20 @@ class Stepper:
         if backends.recorded() or not all(map(backends.is_plain, tensors)):
             self._check(wx, states, out)
             return self._by_flashrnn(wx, states, out)
-        if self.cell.traced is not self._traced:
+        traced = self.cell.traced
+        if traced is not self._problem.cell:
             # It captures a Python value, which has changed.
-            self._prepare()
+            self._prepare(self._problem._replace(cell=traced))
         layouts = tuple([_layout(x) for x in tensors])
         known = self._known.get(layouts) or self._know(layouts, wx, states, out)
         if out is not None:
             known.check_memory(wx.data_ptr(), states.data_ptr(), out.data_ptr())
         return known.run(wx, functional.cast_to(states, self.carry_dtype), out)
 
-    def _prepare(self) -> None:
-        self._traced, problem = self.cell.traced, self._problem(1)
+    def _prepare(self, problem: Problem) -> None:
+        self._problem = problem
         if hasattr(self._chosen, "stepper"):
-            self._runs = cast(Any, self._chosen).stepper(problem, self._R, self._b)
+            self._runs: Runs = cast(Any, self._chosen).stepper(problem, self._R, self._b)
         else:
             fused = cast(autograd.FusedBackend, self._chosen)
             self._runs = _by_scans(fused, problem, self._R, self._b)
@@ -173,15 +179,6 @@ class Stepper:
             self._known.clear()
         self._known[layouts] = known
         return known
-
-    def _initial_states(self, wx: Tensor) -> Tensor:
-        B = wx.shape[0] if isinstance(wx, Tensor) and wx.ndim else 0
-        return functional.initial_states(self._problem(B), self._config).squeeze(2)
-
-    def _problem(self, B: int) -> Problem:
-        N, D = self._sizes
-        sizes = (B, 1, N, D)
-        return functional.problem_of(self.cell, sizes, self.dtype, self.device, False, self._config)
 
     def _by_flashrnn(self, wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
         """The step as a call that graphs and transforms know."""

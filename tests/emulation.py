@@ -155,8 +155,8 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def forget() -> None:
         registry.best_plan.cache_clear()
-        cuda_fused._scan_kernel.cache_clear()
-        cuda_fused._gradient_kernel.cache_clear()
+        for cached in cuda_fused.KERNELS:
+            cached.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashrnn import flashrnn, recurrent_layer
+from flashrnn.backends import cuda_fused
 from flashrnn.kernels import registry
 from flashrnn.kernels.cluster import wgmma_plan
 from tests.fused import (  # noqa: F401
@@ -146,7 +147,7 @@ def many_sequences_in_clusters(request, monkeypatch):
         "estimated_cycles",
         lambda plan, *_: abs(plan.n_tiles - request.param) - plan.warpgroups,
     )
-    caches = (wgmma_plan.best_plan, registry.best_plan)
+    caches = (wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared_scan)
     for cache in caches:
         cache.cache_clear()
     yield

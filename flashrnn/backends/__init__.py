@@ -135,15 +135,22 @@ def recorded() -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's memory holds its values, so that a kernel can read them.
 
-    That of negated views, subclasses, and tensors that stand for others or for zeros does not.
+    That of negated views, subclasses, nested tensors, and tensors that stand for others or for
+    zeros does not.
     """
     kind = type(tensor)
-    if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
+    if (kind is not Tensor and kind is not Parameter) or tensor.is_nested or tensor.is_neg():
         return False
     try:
         return tensor.data_ptr() != 0 or tensor.numel() == 0
     except RuntimeError:  # It has no storage.
         return False
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
+    and the tensors' memory holds their values."""
+    return not (recorded() or _transformed()) and all(map(is_plain, tensors))
 
 
 def _transformed() -> bool:

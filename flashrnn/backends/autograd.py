@@ -31,8 +31,8 @@ class FusedBackend(Backend, Protocol):
 
     def forward(
         self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """States, last states, and the gates' pre-activations (empty without gradients)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States, last states, and, where a gradient is needed, the gates' pre-activations."""
 
     def backward(
         self,
@@ -73,10 +73,10 @@ def run(
         ``[S, B, T, N, D]`` of ``problem.dtype`` and ``[S, B, 1, N, D]`` of
         ``problem.carry_dtype``, both contiguous.
     """
-    if not hasattr(backend, "forward"):
+    if not is_fused(backend):
         return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states)
     backend = cast(FusedBackend, backend)
-    if recorded() or not (is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)):
+    if recorded() or not all(map(is_plain, (Wx, R, b, states))):
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -90,10 +90,22 @@ def run(
             problem.forward_clipval,
         )
         return every_state, last_states
+    return run_directly(backend, problem, Wx, R, b, states)
+
+
+def run_directly(
+    backend: FusedBackend, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for a fused backend where :func:`flashrnn.backends.is_direct` holds."""
     if problem.needs_gradient:
         return Scan.apply(Wx, R, b, states, backend, problem)
     every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
     return every_state, last_states
+
+
+def is_fused(backend: Backend) -> bool:
+    """Whether it has a scan in each direction; else PyTorch differentiates what it does."""
+    return hasattr(backend, "forward")
 
 
 def _name(backend: FusedBackend) -> str:
@@ -114,14 +126,14 @@ def _text(cell: TracedCell) -> str:
     return cell.text
 
 
-def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Memory for what a fused backend's forward returns."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    S, G = len(cell.states), len(cell.gates)
+    S = len(cell.states)
     return (
         Wx.new_empty(S, B, T, N, D),
         Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype),
-        Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,)),
+        Wx.new_empty(B, T, len(cell.gates), N, D) if problem.needs_gradient else None,
     )
 
 
@@ -144,7 +156,8 @@ def scan(
     clipval: float | None,
     forward_clipval: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every step's states, the last states as carried, and the gates' pre-activations."""
+    """Every step's states, the last states as carried, and the gates' pre-activations, of which
+    there are none if they are not to be saved."""
     B, T, _, N, D = Wx.shape
     problem = Problem(
         parsed(cell)[0],
@@ -162,7 +175,14 @@ def scan(
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
     _check_captures(cell)
-    return _named(backend).forward(problem, Wx, R, b, states)
+    return _for_graphs(*_named(backend).forward(problem, Wx, R, b, states))
+
+
+def _for_graphs(
+    states: Tensor, last_states: Tensor, gates: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator returns the same number of tensors whatever it is asked for."""
+    return states, last_states, states.new_empty(0) if gates is None else gates
 
 
 def _check_no_derivative_forward(backend: str) -> None:
@@ -209,7 +229,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, N, D = Wx.shape
     problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates)
-    return new_outputs(problem, Wx)
+    return _for_graphs(*new_outputs(problem, Wx))
 
 
 @torch.library.custom_op("flashrnn::scan_backward", mutates_args=())

@@ -34,7 +34,7 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     B, T = problem.B, problem.T
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
@@ -51,9 +51,10 @@ def forward(
         "h_initial": h,
         "states": every_state,
         "last_states": last_states,
-        "gates": gates,
     }
-    fields = _fields(call.FORWARD, problem, tensors)
+    if gates is not None:
+        tensors["gates"] = gates
+    fields = _fields(problem, False, tensors)
     options = source.forward_options(problem.needs_gradient)
     runs.run(_stepper(*_key(problem), False, options), fields, T)
     return every_state, last_states, gates
@@ -87,7 +88,7 @@ def backward(
         "d_gates": d_gates,
         "d_initial": d_initial,
     }
-    fields = _fields(call.BACKWARD, problem, tensors)
+    fields = _fields(problem, True, tensors)
     # The last launch adds what reaches the initial h through R.
     count = T if cut else T + 1
     clips = problem.gradient_recurrent_clipval is not None
@@ -102,10 +103,20 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _fields(record: call.Record, problem: Problem, tensors: dict[str, Tensor]) -> list[int]:
+def _fields(problem: Problem, backward: bool, tensors: dict[str, Tensor]) -> tuple[int, ...]:
     """The record's, but for the last one, ``done``."""
+    record = call.BACKWARD if backward else call.FORWARD
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    return record.pack(tensors, T=problem.T, B=problem.B, N=problem.N, clips=clips)[:-1]
+    addresses, layout = record.read(tensors)
+    return _packing(backward, layout, problem.T, problem.B, problem.N, clips)(addresses)[:-1]
+
+
+@lru_cache(maxsize=512)
+def _packing(
+    backward: bool, layout: call.Layout, T: int, B: int, N: int, clips: int
+) -> call.Packing:
+    record = call.BACKWARD if backward else call.FORWARD
+    return record.packing(layout, T=T, B=B, N=N, clips=clips)
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:

@@ -5,7 +5,6 @@ The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,12 +32,13 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
+    return _refused(problem, _gpu(problem))
+
+
+@lru_cache(maxsize=1024)
+def _refused(problem: Problem, gpu: GPU) -> str | None:
     # Whether there is a plan does not depend on B.
-    return (
-        refusal(problem)
-        or too_large(problem)
-        or _without_plan(_planned(problem, B=1), _gpu(problem))
-    )
+    return refusal(problem) or too_large(problem) or _without_plan(_planned(problem, B=1), gpu)
 
 
 @lru_cache(maxsize=1024)
@@ -50,33 +50,23 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
 
 def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
-    gpu = _gpu(problem)
-    plan = _plan(problem, False, gpu)
-    Wx, R = (_rows_aligned(x, plan.ROW_ALIGNMENT) for x in (Wx, R.contiguous()))
     tensors = {
         "Wx": Wx,
-        "R": R,
+        "R": R.contiguous(),
         "b": b.contiguous(),
         "initial": states,
         "states": every_state,
         "last_states": last_states,
-        "gates": gates,
     }
+    if gates is not None:
+        tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
-    _scan(
-        problem,
-        gpu,
-        plan,
-        call.FORWARD,
-        tensors,
-        options,
-        _aligned(problem.D, Wx, every_state, gates),
-    )
+    _scan(problem, _gpu(problem), False, tensors, options)
     return every_state, last_states, gates
 
 
@@ -110,9 +100,8 @@ def backward(
     }
     clips = problem.gradient_recurrent_clipval is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips)
-    aligned = _aligned(D, states, gates, d_states, d_gates)
     gpu = _gpu(problem)
-    _scan(problem, gpu, _plan(problem, True, gpu), call.BACKWARD, tensors, options, aligned)
+    _scan(problem, gpu, True, tensors, options)
     h_initial, h = states_initial[0], states[0]
     if registry.is_small(D):
         d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
@@ -125,40 +114,45 @@ def backward(
 def _scan(
     problem: Problem,
     gpu: GPU,
-    plan: Plan,
-    record: call.Record,
+    backward: bool,
     tensors: dict[str, Tensor],
     options: source.Options,
-    aligned: bool,
 ) -> None:
     """Launch a direction's kernel.
 
     Args:
         problem: what is computed.
-        gpu: the GPU, or the part of it, that the plan is for.
-        plan: how it is computed.
-        record: the direction's record.
-        tensors: those of the record.
+        gpu: the GPU, or the part of it, that it is computed on.
+        backward: the direction.
+        tensors: those of the direction's record, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
-        aligned: whether the tensors are, as :func:`_aligned` says.
     """
-    B, T, N = problem.B, problem.T, problem.N
-    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    record = call.BACKWARD if backward else call.FORWARD
     precision = source.precision_of(problem.dtype)
-    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
-    _add_scratch(tensors, plan.scratch(B, N, gpu))
-    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    fields = record.pack(tensors, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu))
-    kernel.launch(plan.grid(B, N, gpu), fields)
+    addresses, layout = record.read(tensors)
+    prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
+    if prepared.copied:
+        for name in prepared.copied:
+            # A copy also of a contiguous tensor that begins at an unaligned address.
+            tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
+        addresses, layout = record.read(tensors)
+        prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
+    scratch = _scratch(prepared, tensors["R"])
+    for name, memory in scratch.items():
+        addresses[record.names.index(name)] = memory.data_ptr()
+    prepared.launch(addresses)
 
 
-def _add_scratch(tensors: dict[str, Tensor], scratch: Scratch) -> None:
-    memory = next(iter(tensors.values())).new_empty
-    if scratch.packets:
+def _scratch(prepared: _Prepared, like: Tensor) -> dict[str, Tensor]:
+    """The memory that a launch needs for itself, by the operands' names."""
+    packets, R_in_memory = prepared.scratch
+    found = {}
+    if packets:
         # Flags count from 1: a zero is no packet's.
-        tensors["packets"] = memory(scratch.packets, 4, dtype=torch.int32).zero_()
-    if scratch.R_in_memory:
-        tensors["R_in_memory"] = memory(scratch.R_in_memory, 4, dtype=torch.int32)
+        found["packets"] = like.new_zeros(packets, 4, dtype=torch.int32)
+    if R_in_memory:
+        found["R_in_memory"] = like.new_empty(R_in_memory, 4, dtype=torch.int32)
+    return found
 
 
 def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
@@ -217,30 +211,27 @@ class _Steps:
         return prepared
 
     def _prepare(self, precision: str, wx: Tensor, states: Tensor, out: Tensor) -> _Step:
-        problem, (B, _, N, D) = self._problem, wx.shape
-        gpu = _gpu(problem)
-        plan = _plan(problem, False, gpu)
-        Wx = _rows_aligned(wx.unsqueeze(1), plan.ROW_ALIGNMENT)
-        scratch = {"states": wx.new_empty(len(states), B, 1, N, D)}
-        _add_scratch(scratch, plan.scratch(B, N, gpu))
+        problem = self._problem
+        every_state = wx.new_empty(len(states), problem.B, 1, problem.N, problem.D)
         tensors = {
-            "Wx": Wx,
+            "Wx": wx.unsqueeze(1),
             "R": self._R,
             "b": self._b,
             "initial": states.unsqueeze(2),
+            "states": every_state,
             "last_states": out,
-            **scratch,
         }
-        cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-        options, aligned = source.forward_options(False), _aligned(D, Wx, scratch["states"])
-        clips = source.clips(None, problem.forward_clipval)
-        return _Step(
-            _scan_kernel(cell, precision, plan, options, aligned, problem.device),
-            plan.grid(B, N, gpu),
-            call.FORWARD.pack(tensors, T=1, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
-            scratch,
-            Wx.data_ptr() != wx.data_ptr(),
-        )
+        options = source.forward_options(False)
+        addresses, layout = call.FORWARD.read(tensors)
+        prepared = _prepared_scan(problem, _gpu(problem), False, precision, options, layout)
+        if prepared.copied:
+            copy = wx.clone(memory_format=torch.contiguous_format)
+            step = self._prepare(precision, copy, states, out)
+            return step._replace(copies_wx=True)
+        scratch = _scratch(prepared, wx)
+        for name, memory in scratch.items():
+            addresses[call.FORWARD.names.index(name)] = memory.data_ptr()
+        return _Step(prepared, addresses, {"states": every_state, **scratch})
 
 
 _MOST_STEPS = 16
@@ -250,51 +241,134 @@ class _Step(NamedTuple):
     """A launch that lacks the addresses of a step's tensors.
 
     Attributes:
-        kernel: the kernel.
-        grid: CTAs.
-        fields: the record's.
+        prepared: what lacks all addresses.
+        addresses: those of the record's operands.
         scratch: memory that is this launch's own: packets, and the states in the problem's dtype.
         copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.
     """
 
-    kernel: _Kernel
-    grid: int
-    fields: list[int]
+    prepared: _Prepared
+    addresses: list[int]
     scratch: dict[str, Tensor]
-    copies_wx: bool
+    copies_wx: bool = False
 
     def launch(self, wx: Tensor, states: Tensor, out: Tensor) -> None:
-        fields = self.fields.copy()
-        fields[_WX], fields[_INITIAL], fields[_LAST_STATES] = (
-            wx.data_ptr(),
-            states.data_ptr(),
-            out.data_ptr(),
-        )
+        """Enqueue it on PyTorch's current stream."""
+        addresses = self.addresses.copy()
+        addresses[_WX] = wx.data_ptr()
+        addresses[_INITIAL] = states.data_ptr()
+        addresses[_LAST_STATES] = out.data_ptr()
         if "packets" in self.scratch:
             self.scratch["packets"].zero_()
-        self.kernel.launch(self.grid, fields)
+        self.prepared.launch(addresses)
 
 
-_WX, _INITIAL, _LAST_STATES = map(call.FORWARD.place, ("Wx", "initial", "last_states"))
+_WX, _INITIAL, _LAST_STATES = map(call.FORWARD.names.index, ("Wx", "initial", "last_states"))
 
 
 def _recurrent_gradient(
     problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
 ) -> Tensor:
     """:func:`flashrnn.backends.gradients.recurrent_gradient` by a kernel of this package."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    recurrent = len(cell.fed_by("R"))
     # Rounded, as the forward scan's product had it.
     h_initial = h_initial.to(h.dtype).contiguous()
-    plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
-    aligned = _aligned(D, d_gates, h_initial, h)
+    record = call.RECURRENT_GRADIENT
+    addresses, layout = record.read({"d_gates": d_gates, "h_initial": h_initial, "h": h})
     precision = source.precision_of(problem.dtype)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
-    parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
-    tensors = {"d_gates": d_gates, "h_initial": h_initial, "h": h, "parts": parts}
-    fields = call.RECURRENT_GRADIENT.pack(tensors, rows_a_part=plan.rows, T=T, B=B, N=N)
-    kernel.launch(plan.grid(N), fields)
+    prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
+    parts = d_gates.new_empty(shape, dtype=torch.float32)
+    addresses[record.names.index("parts")] = parts.data_ptr()
+    prepared.launch(addresses)
     return parts.sum(0).to(h.dtype)
+
+
+class _Prepared(NamedTuple):
+    """A launch that lacks only its tensors' addresses.
+
+    Attributes:
+        kernel: the kernel.
+        grid: CTAs.
+        packing: of the record's fields.
+        scratch: global memory that it needs for itself.
+        copied: the tensors that are to be copied first, since the kernel cannot read their rows.
+    """
+
+    kernel: _Kernel
+    grid: int
+    packing: call.Packing
+    scratch: Scratch = Scratch(0, 0)
+    copied: tuple[str, ...] = ()
+
+    def launch(self, addresses: list[int]) -> None:
+        """Enqueue it on PyTorch's current stream."""
+        self.kernel.launch(self.grid, self.packing(addresses))
+
+
+# Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
+_IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates", "h_initial", "h")
+
+
+# What a launch depends on is all here, but for addresses, stream and context.
+@lru_cache(maxsize=512)
+def _prepared_scan(
+    problem: Problem,
+    gpu: GPU,
+    backward: bool,
+    precision: str,
+    options: source.Options,
+    layout: call.Layout,
+) -> _Prepared:
+    B, T, N = problem.B, problem.T, problem.N
+    record = call.BACKWARD if backward else call.FORWARD
+    plan = _plan(problem, backward, gpu)
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    return _Prepared(
+        _scan_kernel(cell, precision, plan, options, aligned, problem.device),
+        plan.grid(B, N, gpu),
+        record.packing(layout, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
+        plan.scratch(B, N, gpu),
+        tuple(
+            name
+            for name in ("Wx", "R")
+            if plan.ROW_ALIGNMENT > 1
+            and not _aligned(problem, record, layout, (name,), plan.ROW_ALIGNMENT)
+        ),
+    )
+
+
+@lru_cache(maxsize=256)
+def _prepared_gradient(
+    problem: Problem, gpu: GPU, precision: str, layout: call.Layout
+) -> tuple[_Prepared, tuple[int, ...]]:
+    """The launch, and the shape of the parts of the sum that it gives."""
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
+    plan = single_cta.plan_gradient(recurrent, B * T, N, D, problem.dtype.itemsize, gpu)
+    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    prepared = _Prepared(
+        _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device),
+        plan.grid(N),
+        record.packing(layout, rows_a_part=plan.rows, T=T, B=B, N=N),
+    )
+    return prepared, (plan.parts, recurrent, N, D, D)
+
+
+def _aligned(
+    problem: Problem,
+    record: call.Record,
+    layout: call.Layout,
+    names: tuple[str, ...],
+    multiple: int,
+) -> bool:
+    """Whether the rows of those tensors that the record has begin at multiples of some bytes."""
+    D, size = problem.D, problem.dtype.itemsize
+    return all(
+        record.rows_begin_at(multiple, name, layout, D, size)
+        for name in names
+        if name in record.names
+    )
 
 
 @dataclass(frozen=True)
@@ -313,27 +387,6 @@ class _Kernel:
             stream = context.current_stream(device)
             shape = launch.Shape(grid, *self.shape[1:])
             launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
-
-
-def _rows_aligned(x: Tensor, alignment: int) -> Tensor:
-    """The tensor if its rows are contiguous and aligned to so many bytes; else a copy."""
-    if alignment == 1 or _begins_at_multiples(x, alignment):
-        return x
-    # A copy also of a contiguous tensor that begins at an unaligned address.
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _begins_at_multiples(x: Tensor, alignment: int) -> bool:
-    *strides, unit = x.stride()
-    least = alignment // x.element_size()
-    return unit == 1 and x.data_ptr() % alignment == 0 and math.gcd(least, *strides) == least
-
-
-def _aligned(D: int, *tensors: Tensor) -> bool:
-    """Whether rows of D elements are contiguous and begin and end at multiples of 16 bytes."""
-    if D * tensors[0].element_size() % 16:
-        return False
-    return all(_begins_at_multiples(x, 16) for x in tensors if x.numel())
 
 
 def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
@@ -443,3 +496,7 @@ def _kernel(
 ) -> _Kernel:
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
     return _Kernel(launch.Program(cubin, (entry,), _index(device), shape.shared_memory), shape)
+
+
+KERNELS = (_prepared_scan, _prepared_gradient, _scan_kernel, _gradient_kernel)
+"""The caches that hold kernels."""

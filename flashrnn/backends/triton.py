@@ -63,7 +63,7 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
@@ -80,7 +80,7 @@ def forward(
             states,
             every_state,
             last_states,
-            gates,
+            every_state if gates is None else gates,  # Which is then not written.
             problem.forward_clipval or 0.0,
             T,
             B,

@@ -10,9 +10,11 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +40,34 @@ class Operand:
         return tuple(f"{self.name}_{dim}" for dim in self.dims if dim != "1")
 
 
+class Layout(NamedTuple):
+    """What a launch depends on of its tensors, besides their addresses.
+
+    Attributes:
+        strides: those of each operand whose strides the record has; of none, if it is not given.
+        offsets: how many bytes behind a multiple of 16 each operand begins.
+    """
+
+    strides: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+
+
+class Packing(NamedTuple):
+    """The values of a record's fields, but for the addresses.
+
+    Attributes:
+        constants: the strides and numbers.
+        order: puts addresses and constants into the order of the fields.
+    """
+
+    constants: tuple[int, ...]
+    order: Callable[[Any], tuple[int, ...]]
+
+    def __call__(self, addresses: list[int]) -> tuple[int, ...]:
+        """The fields' values."""
+        return self.order((*addresses, *self.constants))
+
+
 @dataclass(frozen=True)
 class Record:
     """The fields of a call.
@@ -52,39 +82,74 @@ class Record:
     operands: tuple[Operand, ...]
     numbers: Mapping[str, str]
 
-    def pack(self, tensors: Mapping[str, Tensor], **numbers: int) -> list[int]:
-        """The fields' values; 0 for what is not given."""
-        values: list[int] = []
-        for name, strides in self._places:
-            tensor = tensors.get(name)
-            if tensor is None:
-                values += [0] * (1 + len(strides))
-                continue
-            values.append(tensor.data_ptr())
-            if strides:
-                of_dims = tensor.stride()
-                values += [of_dims[dim] for dim in strides]
-        values += [numbers.get(name, 0) for name in self.numbers]
-        return values
+    def read(self, tensors: Mapping[str, Tensor]) -> tuple[list[int], Layout]:
+        """The tensors' addresses, and all else of them that a launch depends on.
 
-    @cached_property
-    def _places(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """The name of each tensor, and the dimensions whose strides follow its address."""
-        return tuple(
-            (operand.name, tuple(i for i, dim in enumerate(operand.dims) if dim != "1"))
-            for operand in self.operands
+        Args:
+            tensors: by the operands' names; those that a call lacks are missing.
+        """
+        get = tensors.get
+        found = [get(name) for name in self.names]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in found]
+        strides = [() if (x := get(name)) is None else x.stride() for name in self._strided]
+        return addresses, Layout((*strides,), (*[address % 16 for address in addresses],))
+
+    def packing(self, layout: Layout, **numbers: int) -> Packing:
+        """How the values follow from the addresses of tensors of one layout; 0 for what is not
+        given."""
+        strides = dict(zip(self._strided, layout.strides, strict=True))
+        # Indices into the addresses and, behind them, the constants.
+        count = len(self.operands)
+        order: list[int] = []
+        constants: list[int] = []
+
+        def add(constant: int) -> None:
+            order.append(count + len(constants))
+            constants.append(constant)
+
+        for k, operand in enumerate(self.operands):
+            order.append(k)
+            of_dims = strides.get(operand.name) or (0,) * len(operand.dims)
+            for dim, stride in zip(operand.dims, of_dims, strict=True):
+                if dim != "1":
+                    add(stride)
+        for name in self.numbers:
+            add(numbers.get(name, 0))
+        return Packing((*constants,), itemgetter(*order))
+
+    def rows_begin_at(self, multiple: int, name: str, layout: Layout, D: int, size: int) -> bool:
+        """Whether a tensor's rows are contiguous, and begin and end at multiples of some bytes.
+
+        Args:
+            multiple: up to 16 bytes.
+            name: the operand.
+            layout: of the call's tensors.
+            D: elements of a row.
+            size: bytes of an element.
+        """
+        k = self.names.index(name)
+        strides: tuple[int, ...] = ()
+        if name in self._strided:
+            strides = layout.strides[self._strided.index(name)]
+        *outer, unit = strides or (D, 1)
+        return unit == 1 and not any(
+            count % multiple for count in (layout.offsets[k], *(size * n for n in (D, *outer)))
         )
 
-    def place(self, name: str) -> int:
-        """Which field is a tensor's address."""
-        names = [name for name, _ in self._places]
-        k = names.index(name)
-        return sum(1 + len(strides) for _, strides in self._places[:k])
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The operands' names."""
+        return tuple(operand.name for operand in self.operands)
+
+    @cached_property
+    def _strided(self) -> tuple[str, ...]:
+        """The operands whose strides it has."""
+        return tuple(operand.name for operand in self.operands if operand.dims)
 
     @property
     def size(self) -> int:
         """How many fields it has."""
-        return sum(1 + len(dims) for _, dims in self._places) + len(self.numbers)
+        return sum(1 + len(operand.strides) for operand in self.operands) + len(self.numbers)
 
     @property
     def parameters(self) -> str:

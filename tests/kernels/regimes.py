@@ -239,6 +239,7 @@ def take(
         monkeypatch.setattr(registry, "LARGE_HEADS", plans)
         monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: regime.gpu)
         registry.best_plan.cache_clear()
+        cuda_fused._prepared_scan.cache_clear()
         return regime
 
     return take

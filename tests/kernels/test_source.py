@@ -107,11 +107,16 @@ def test_a_file_that_does_not_exist_is_named(monkeypatch):
 # ---- the record of a call
 
 
+def pack(record, tensors, **numbers):
+    addresses, layout = record.read(tensors)
+    return record.packing(layout, **numbers)(addresses)
+
+
 @records
 def test_struct_parameters_and_packing_have_the_same_fields(record):
     parameters = [part.split()[-1].lstrip("*") for part in record.parameters.split(", ")]
     members = [line.split()[-1].rstrip(";") for line in record.struct.splitlines()[1:-1]]
-    assert parameters == members and len(parameters) == record.size == len(record.pack({}))
+    assert parameters == members and len(parameters) == record.size == len(pack(record, {}))
     assert len(set(parameters)) == len(parameters)
 
 
@@ -123,7 +128,7 @@ def test_a_tensor_is_packed_as_its_address_and_strides(record):
         sizes = [1 if dim == "1" else 2 + i for i, dim in enumerate(operand.dims or "xyz")]
         tensors[operand.name] = torch.empty(sizes[::-1]).permute(*reversed(range(len(sizes))))
     numbers = {name: 100 + i for i, name in enumerate(record.numbers)}
-    packed = dict(zip(names, record.pack(tensors, **numbers), strict=True))
+    packed = dict(zip(names, pack(record, tensors, **numbers), strict=True))
     for operand in record.operands:
         tensor = tensors[operand.name]
         assert packed.pop(operand.name) == tensor.data_ptr()
@@ -134,8 +139,54 @@ def test_a_tensor_is_packed_as_its_address_and_strides(record):
 
 
 @records
+def test_a_packing_serves_all_tensors_of_a_layout(record):
+    """Other addresses give other values at the places of addresses alone; other strides, and other
+    alignments, make another layout."""
+
+    def tensors(offset=0, last=1):
+        sizes = {operand.name: [2] * (len(operand.dims) or 1) for operand in record.operands}
+        return {
+            name: torch.empty(200)[offset:].as_strided(size, (*(16,) * (len(size) - 1), last))
+            for name, size in sizes.items()
+        }
+
+    first, second = tensors(), tensors()
+    (addresses, layout), (others, same) = record.read(first), record.read(second)
+    assert layout == same
+    packed = record.packing(layout)(others)
+    assert packed == pack(record, second)
+    differing = [x != y for x, y in zip(packed, record.packing(layout)(addresses), strict=True)]
+    assert sum(differing) == len(record.operands)
+    assert record.read(tensors(offset=1))[1] != layout
+    if any(operand.dims for operand in record.operands):
+        assert record.read(tensors(last=2))[1] != layout
+
+
+@pytest.mark.parametrize(
+    ("offset", "stride", "last", "D", "multiple", "expected"),
+    [
+        (0, 16, 1, 16, 16, True),
+        (0, 12, 1, 12, 16, False),
+        (0, 12, 1, 12, 4, True),
+        (1, 16, 1, 16, 4, False),
+        (4, 16, 1, 16, 16, False),
+        (4, 16, 1, 16, 4, True),
+        (0, 18, 1, 16, 16, False),
+        (0, 16, 2, 16, 4, False),
+    ],
+)
+def test_aligned_rows_are_told(offset, stride, last, D, multiple, expected):
+    """Of a tensor of 16 bits with so many elements from row to row, and from address to address."""
+    Wx = torch.empty(4096, dtype=torch.bfloat16)[offset:]
+    Wx = Wx.as_strided((2, 2, 2, 2, D), (8 * stride, 4 * stride, 2 * stride, stride, last))
+    record = call.FORWARD
+    _, layout = record.read({"Wx": Wx})
+    assert record.rows_begin_at(multiple, "Wx", layout, D, 2) == expected
+
+
+@records
 def test_what_is_not_given_is_0(record):
-    assert set(record.pack({})) == {0}
+    assert set(pack(record, {})) == {0}
 
 
 @needs_compiler
