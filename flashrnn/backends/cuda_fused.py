@@ -182,6 +182,9 @@ class _Steps:
     def __call__(self, wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
         if out is None:
             out = states.new_empty(states.shape)
+        else:
+            # So that autograd knows that its values change, as if an operation of PyTorch wrote it.
+            torch.autograd.graph.increment_version(out)
         if not self._problem.B:
             return out
         # Of float32, as PyTorch is set at this time.

@@ -179,8 +179,10 @@ def test_steps_in_place(take, regime):  # noqa: F811
     every, last = flashrnn(Wx, R, b, states, "slstm", backend)
     stepper, carried = Stepper(R, b, "slstm", backend), states.squeeze(2).clone()
     for t in range(3):
+        version = carried._version
         stepper(Wx[:, t], carried, out=carried)
         assert torch.equal(carried.to(dtype), every[:, :, t])
+        assert carried._version == version + 1
     assert torch.equal(carried, last.squeeze(2))
 
 
