@@ -91,13 +91,15 @@ def recurrent_layer(
         states = functional.initial_states(problem, config)
     if not autograd.is_fused(chosen):
         problem = problem._replace(step=cell.step)
-    one_node = key is not None and autograd.is_fused(chosen) and problem.needs_gradient
+    direct = key is not None and autograd.is_fused(chosen)
     with _without_autocast(problem.device.type):
-        if one_node:
+        if direct and problem.needs_gradient:
             outputs = _Layer.apply(x, W, R, b, states, chosen, problem)
             return cast(tuple[Tensor, Tensor], outputs)
         x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
-        return autograd.run(chosen, problem, _input_product(x, W), R, b, states)
+        Wx = _input_product(problem, x, W)
+        run = autograd.run_directly if direct else autograd.run
+        return run(cast(Any, chosen), problem, Wx, R, b, states)
 
 
 def _problem(
@@ -134,22 +136,30 @@ def _sizes(
     return functional.fitting_sizes(cell, (*x.shape[:2], *W.shape[:3]), R, b, states)
 
 
-def _as_computed(problem: Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _as_computed(
+    problem: Problem, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, W, R and b in the dtype of the computation, and the states in that of the carry."""
-    *operands, states = tensors
-    dtype = problem.dtype
-    # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
-    return *(functional.cast_to(x, dtype) for x in operands), functional.cast_to(
-        states, carry_dtype(dtype)
+    cast_to, dtype = functional.cast_to, problem.dtype
+    return (
+        cast_to(x, dtype),
+        cast_to(W, dtype),
+        cast_to(R, dtype),
+        cast_to(b, dtype),
+        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
+        cast_to(states, carry_dtype(dtype)),
     )
 
 
-def _input_product(x: Tensor, W: Tensor) -> Tensor:
+def _input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
     """``Wx`` ``[B, T, Gw, N, D]``: one product for all steps and gates."""
-    if not torch.compiler.is_compiling() and _is_time_major(x):
-        # The rows in the order in which they lie in memory. Kernels take Wx of any strides.
-        return _input_product(x.transpose(0, 1), W).transpose(0, 1)
-    return linear(x, W.flatten(0, 2)).view(*x.shape[:2], *W.shape[:3])
+    sizes = problem.B, problem.T, W.shape[0], problem.N, problem.D
+    rows_of_W = W.flatten(0, 2)
+    if torch.compiler.is_compiling() or x.is_contiguous() or not _is_time_major(x):
+        return linear(x, rows_of_W).view(sizes)
+    # The rows in the order in which they lie in memory. Kernels take Wx of any strides.
+    B, T, *of_step = sizes
+    return linear(x.transpose(0, 1), rows_of_W).view(T, B, *of_step).transpose(0, 1)
 
 
 def _is_time_major(x: Tensor) -> bool:
@@ -182,7 +192,8 @@ class _Layer(torch.autograd.Function):
         # Autograd casts the gradients back to the dtypes of what is given here.
         x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
         scan = _ScanContext()
-        outputs = autograd.Scan.forward(scan, _input_product(x, W), R, b, states, backend, problem)
+        Wx = _input_product(problem, x, W)
+        outputs = autograd.Scan.forward(scan, Wx, R, b, states, backend, problem)
         ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
         ctx.set_materialize_grads(False)
         ctx.scan = scan
