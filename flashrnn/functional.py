@@ -237,8 +237,10 @@ def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
     dtype, device = carry_dtype(problem.dtype), problem.device
+    sizes = (len(problem.cell.states), problem.B, 1, problem.N, problem.D)
+    if config is _DEFAULT:
+        return _zeros_of(sizes, dtype, device)
     values = config.initial_values(problem.cell.states)
-    sizes = (len(values), problem.B, 1, problem.N, problem.D)
     if not any(values):
         return _zeros_of(sizes, dtype, device)
     values = tuple(as_dtype_has_it(value, dtype) for value in values)

@@ -121,10 +121,10 @@ class EmulatedKernel:
     def __init__(self, library: Library, shape: launch.Shape):
         self.library, self.shape = library, shape
 
-    def launch(self, grid: int, fields: tuple[int, ...]) -> None:
-        call, shape = (ctypes.c_int64 * len(fields))(*fields), self.shape
-        at_once = grid if shape.cooperative else shape.cluster_size or 1
-        self.library.emulate(call, grid, shape.threads, shape.shared_memory, at_once)
+    def launch(self, shape: launch.Shape, fields: tuple[int, ...]) -> None:
+        call = (ctypes.c_int64 * len(fields))(*fields)
+        at_once = shape.grid if shape.cooperative else shape.cluster_size or 1
+        self.library.emulate(call, shape.grid, shape.threads, shape.shared_memory, at_once)
 
 
 def plan_taken(problem: Problem, backward: bool) -> Plan:

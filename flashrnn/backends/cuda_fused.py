@@ -138,20 +138,19 @@ def _scan(
         addresses, layout = record.read(tensors)
         prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
     scratch = _scratch(prepared, tensors["R"])
-    for name, memory in scratch.items():
-        addresses[record.names.index(name)] = memory.data_ptr()
+    addresses += [memory.data_ptr() for memory in scratch]
     prepared.launch(addresses)
 
 
-def _scratch(prepared: _Prepared, like: Tensor) -> dict[str, Tensor]:
-    """The memory that a launch needs for itself, by the operands' names."""
+def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
+    """The memory that a launch needs for itself, in the order of its addresses."""
     packets, R_in_memory = prepared.scratch
-    found = {}
+    found = []
     if packets:
         # Flags count from 1: a zero is no packet's.
-        found["packets"] = like.new_zeros(packets, 4, dtype=torch.int32)
+        found.append(like.new_zeros(packets, 4, dtype=torch.int32))
     if R_in_memory:
-        found["R_in_memory"] = like.new_empty(R_in_memory, 4, dtype=torch.int32)
+        found.append(like.new_empty(R_in_memory, 4, dtype=torch.int32))
     return found
 
 
@@ -217,24 +216,24 @@ class _Steps:
         problem = self._problem
         every_state = wx.new_empty(len(states), problem.B, 1, problem.N, problem.D)
         tensors = {
+            # What differs from step to step comes first.
             "Wx": wx.unsqueeze(1),
+            "initial": states.unsqueeze(2),
+            "last_states": out,
             "R": self._R,
             "b": self._b,
-            "initial": states.unsqueeze(2),
             "states": every_state,
-            "last_states": out,
         }
         options = source.forward_options(False)
         addresses, layout = call.FORWARD.read(tensors)
         prepared = _prepared_scan(problem, _gpu(problem), False, precision, options, layout)
         if prepared.copied:
             copy = wx.clone(memory_format=torch.contiguous_format)
-            step = self._prepare(precision, copy, states, out)
-            return step._replace(copies_wx=True)
+            return self._prepare(precision, copy, states, out)._replace(copies_wx=True)
         scratch = _scratch(prepared, wx)
-        for name, memory in scratch.items():
-            addresses[call.FORWARD.names.index(name)] = memory.data_ptr()
-        return _Step(prepared, addresses, {"states": every_state, **scratch})
+        others = [*addresses[3:], *(memory.data_ptr() for memory in scratch)]
+        packets = scratch[0] if prepared.scratch.packets else None
+        return _Step(prepared, others, packets, [every_state, *scratch])
 
 
 _MOST_STEPS = 16
@@ -245,28 +244,23 @@ class _Step(NamedTuple):
 
     Attributes:
         prepared: what lacks all addresses.
-        addresses: those of the record's operands.
+        others: the addresses behind those of ``Wx``, ``initial`` and ``last_states``.
+        packets: where CTAs send each other packets, if they do.
         scratch: memory that is this launch's own: packets, and the states in the problem's dtype.
         copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.
     """
 
     prepared: _Prepared
-    addresses: list[int]
-    scratch: dict[str, Tensor]
+    others: list[int]
+    packets: Tensor | None
+    scratch: list[Tensor]
     copies_wx: bool = False
 
     def launch(self, wx: Tensor, states: Tensor, out: Tensor) -> None:
         """Enqueue it on PyTorch's current stream."""
-        addresses = self.addresses.copy()
-        addresses[_WX] = wx.data_ptr()
-        addresses[_INITIAL] = states.data_ptr()
-        addresses[_LAST_STATES] = out.data_ptr()
-        if "packets" in self.scratch:
-            self.scratch["packets"].zero_()
-        self.prepared.launch(addresses)
-
-
-_WX, _INITIAL, _LAST_STATES = map(call.FORWARD.names.index, ("Wx", "initial", "last_states"))
+        if self.packets is not None:
+            self.packets.zero_()
+        self.prepared.launch([wx.data_ptr(), states.data_ptr(), out.data_ptr(), *self.others])
 
 
 def _recurrent_gradient(
@@ -280,8 +274,7 @@ def _recurrent_gradient(
     precision = source.precision_of(problem.dtype)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
     parts = d_gates.new_empty(shape, dtype=torch.float32)
-    addresses[record.names.index("parts")] = parts.data_ptr()
-    prepared.launch(addresses)
+    prepared.launch([*addresses, parts.data_ptr()])
     return parts.sum(0).to(h.dtype)
 
 
@@ -290,21 +283,21 @@ class _Prepared(NamedTuple):
 
     Attributes:
         kernel: the kernel.
-        grid: CTAs.
+        shape: the launch's.
         packing: of the record's fields.
         scratch: global memory that it needs for itself.
         copied: the tensors that are to be copied first, since the kernel cannot read their rows.
     """
 
     kernel: _Kernel
-    grid: int
+    shape: launch.Shape
     packing: call.Packing
     scratch: Scratch = Scratch(0, 0)
     copied: tuple[str, ...] = ()
 
     def launch(self, addresses: list[int]) -> None:
         """Enqueue it on PyTorch's current stream."""
-        self.kernel.launch(self.grid, self.packing(addresses))
+        self.kernel.launch(self.shape, self.packing(addresses))
 
 
 # Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
@@ -325,18 +318,23 @@ def _prepared_scan(
     record = call.BACKWARD if backward else call.FORWARD
     plan = _plan(problem, backward, gpu)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    D, size = problem.D, problem.dtype.itemsize
+    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
+    scratch = plan.scratch(B, N, gpu)
+    others = [name for name, size in scratch._asdict().items() if size]
+    groups = plan.groups(B, N, gpu)
     return _Prepared(
-        _scan_kernel(cell, precision, plan, options, aligned, problem.device),
-        plan.grid(B, N, gpu),
-        record.packing(layout, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu)),
-        plan.scratch(B, N, gpu),
+        kernel,
+        kernel.shape._replace(grid=plan.grid(B, N, gpu)),
+        record.packing(layout, *others, T=T, B=B, N=N, clips=clips, groups=groups),
+        scratch,
         tuple(
             name
             for name in ("Wx", "R")
             if plan.ROW_ALIGNMENT > 1
-            and not _aligned(problem, record, layout, (name,), plan.ROW_ALIGNMENT)
+            and not record.rows_begin_at(plan.ROW_ALIGNMENT, (name,), layout, D, size)
         ),
     )
 
@@ -348,30 +346,16 @@ def _prepared_gradient(
     """The launch, and the shape of the parts of the sum that it gives."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
-    plan = single_cta.plan_gradient(recurrent, B * T, N, D, problem.dtype.itemsize, gpu)
-    aligned = _aligned(problem, record, layout, _IN_PIECES, 16)
+    size = problem.dtype.itemsize
+    plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
+    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     prepared = _Prepared(
-        _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device),
-        plan.grid(N),
-        record.packing(layout, rows_a_part=plan.rows, T=T, B=B, N=N),
+        kernel,
+        kernel.shape._replace(grid=plan.grid(N)),
+        record.packing(layout, "parts", rows_a_part=plan.rows, T=T, B=B, N=N),
     )
     return prepared, (plan.parts, recurrent, N, D, D)
-
-
-def _aligned(
-    problem: Problem,
-    record: call.Record,
-    layout: call.Layout,
-    names: tuple[str, ...],
-    multiple: int,
-) -> bool:
-    """Whether the rows of those tensors that the record has begin at multiples of some bytes."""
-    D, size = problem.D, problem.dtype.itemsize
-    return all(
-        record.rows_begin_at(multiple, name, layout, D, size)
-        for name in names
-        if name in record.names
-    )
 
 
 @dataclass(frozen=True)
@@ -381,14 +365,13 @@ class _Kernel:
     program: launch.Program
     shape: launch.Shape
 
-    def launch(self, grid: int, fields: Sequence[int]) -> None:
+    def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
             if torch.cuda.is_current_stream_capturing():
                 self.program.keep_for_graphs()
             stream = context.current_stream(device)
-            shape = launch.Shape(grid, *self.shape[1:])
             launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
 
 

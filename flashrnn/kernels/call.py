@@ -10,10 +10,11 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from operator import itemgetter
+from functools import cache, cached_property, reduce
+from math import gcd
+from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -44,10 +45,12 @@ class Layout(NamedTuple):
     """What a launch depends on of its tensors, besides their addresses.
 
     Attributes:
-        strides: those of each operand whose strides the record has; of none, if it is not given.
-        offsets: how many bytes behind a multiple of 16 each operand begins.
+        names: the operands that are given.
+        strides: those of the given operands whose strides the record has.
+        offsets: how many bytes behind a multiple of 16 each of them begins; empty if none does.
     """
 
+    names: tuple[str, ...]
     strides: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]
 
@@ -56,7 +59,7 @@ class Packing(NamedTuple):
     """The values of a record's fields, but for the addresses.
 
     Attributes:
-        constants: the strides and numbers.
+        constants: a zero, the strides and the numbers.
         order: puts addresses and constants into the order of the fields.
     """
 
@@ -83,63 +86,73 @@ class Record:
     numbers: Mapping[str, str]
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[list[int], Layout]:
-        """The tensors' addresses, and all else of them that a launch depends on.
+        """The addresses of tensors, in their order, and all else of them that a launch depends on.
 
         Args:
             tensors: by the operands' names; those that a call lacks are missing.
         """
-        get = tensors.get
-        found = [get(name) for name in self.names]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in found]
-        strides = [() if (x := get(name)) is None else x.stride() for name in self._strided]
-        return addresses, Layout((*strides,), (*[address % 16 for address in addresses],))
+        addresses = [*map(Tensor.data_ptr, tensors.values())]
+        strides = [tensors[name].stride() for name in self._strided if name in tensors]
+        offsets = [address % 16 for address in addresses] if reduce(or_, addresses, 0) % 16 else ()
+        return addresses, Layout((*tensors,), (*strides,), (*offsets,))
 
-    def packing(self, layout: Layout, **numbers: int) -> Packing:
-        """How the values follow from the addresses of tensors of one layout; 0 for what is not
-        given."""
-        strides = dict(zip(self._strided, layout.strides, strict=True))
-        # Indices into the addresses and, behind them, the constants.
-        count = len(self.operands)
+    def packing(self, layout: Layout, *others: str, **numbers: int) -> Packing:
+        """How the fields' values follow from the addresses of tensors of one layout.
+
+        Args:
+            layout: the tensors'.
+            others: operands whose addresses follow those of the tensors.
+            numbers: the other fields; 0 for those that are not given.
+        """
+        constants = [0]
+        for strides in layout.strides:
+            constants += strides
+        constants += [numbers.get(name, 0) for name in self.numbers]
+        return Packing((*constants,), self._orders((*layout.names, *others)))
+
+    @cached_property
+    def _orders(self) -> Callable[[tuple[str, ...]], itemgetter[Any]]:
+        return cache(self._order)
+
+    def _order(self, given: tuple[str, ...]) -> itemgetter[Any]:
+        """What puts the given operands' addresses and a packing's constants in order."""
+        zero = len(given)
+        place = zero + 1
         order: list[int] = []
-        constants: list[int] = []
+        for operand in self.operands:
+            is_given = operand.name in given
+            order.append(given.index(operand.name) if is_given else zero)
+            strides = [place + i if is_given else zero for i in range(len(operand.dims))]
+            order += [i for i, dim in zip(strides, operand.dims, strict=True) if dim != "1"]
+            place += len(operand.dims) if is_given else 0
+        return itemgetter(*order, *range(place, place + len(self.numbers)))
 
-        def add(constant: int) -> None:
-            order.append(count + len(constants))
-            constants.append(constant)
-
-        for k, operand in enumerate(self.operands):
-            order.append(k)
-            of_dims = strides.get(operand.name) or (0,) * len(operand.dims)
-            for dim, stride in zip(operand.dims, of_dims, strict=True):
-                if dim != "1":
-                    add(stride)
-        for name in self.numbers:
-            add(numbers.get(name, 0))
-        return Packing((*constants,), itemgetter(*order))
-
-    def rows_begin_at(self, multiple: int, name: str, layout: Layout, D: int, size: int) -> bool:
-        """Whether a tensor's rows are contiguous, and begin and end at multiples of some bytes.
+    def rows_begin_at(
+        self, multiple: int, names: Collection[str], layout: Layout, D: int, size: int
+    ) -> bool:
+        """Whether tensors' rows are contiguous, and begin and end at multiples of some bytes.
 
         Args:
             multiple: up to 16 bytes.
-            name: the operand.
-            layout: of the call's tensors.
+            names: of the operands that are asked for; those that are not given do not count.
+            layout: the given tensors'.
             D: elements of a row.
             size: bytes of an element.
         """
-        k = self.names.index(name)
-        strides: tuple[int, ...] = ()
-        if name in self._strided:
-            strides = layout.strides[self._strided.index(name)]
-        *outer, unit = strides or (D, 1)
-        return unit == 1 and not any(
-            count % multiple for count in (layout.offsets[k], *(size * n for n in (D, *outer)))
+        if D * size % multiple:
+            return False
+        if any(
+            offset % multiple
+            for name, offset in zip(layout.names, layout.offsets, strict=False)
+            if name in names
+        ):
+            return False
+        strided = (name for name in self._strided if name in layout.names)
+        return all(
+            strides[-1] == 1 and gcd(*strides[:-1]) * size % multiple == 0
+            for name, strides in zip(strided, layout.strides, strict=True)
+            if name in names
         )
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The operands' names."""
-        return tuple(operand.name for operand in self.operands)
 
     @cached_property
     def _strided(self) -> tuple[str, ...]:

@@ -181,12 +181,30 @@ def test_aligned_rows_are_told(offset, stride, last, D, multiple, expected):
     Wx = Wx.as_strided((2, 2, 2, 2, D), (8 * stride, 4 * stride, 2 * stride, stride, last))
     record = call.FORWARD
     _, layout = record.read({"Wx": Wx})
-    assert record.rows_begin_at(multiple, "Wx", layout, D, 2) == expected
+    assert record.rows_begin_at(multiple, ["Wx"], layout, D, 2) == expected
 
 
 @records
 def test_what_is_not_given_is_0(record):
     assert set(pack(record, {})) == {0}
+
+
+@pytest.mark.parametrize("record", RECORDS[:2], ids=lambda record: record.name)
+def test_addresses_of_others_follow_those_of_the_tensors(record):
+    names = [part.split()[-1].lstrip("*") for part in record.parameters.split(", ")]
+    for others in (["packets"], ["packets", "R_in_memory"], ["R_in_memory"]):
+        tensors = {"R": torch.empty(1), "initial": torch.empty(2, 3, 1, 4, 5)}
+        addresses, layout = record.read(tensors)
+        behind = [*range(-1, -1 - len(others), -1)]
+        packed = record.packing(layout, *others, B=7)([*addresses, *behind])
+        found = {name: value for name, value in zip(names, packed, strict=True) if value}
+        strides = dict(zip(("s", "b", "1", "n", "d"), tensors["initial"].stride(), strict=True))
+        assert found == {
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+            **{f"initial_{dim}": strides[dim] for dim in "sbnd"},
+            **dict(zip(others, behind, strict=True)),
+            "B": 7,
+        }
 
 
 @needs_compiler
