@@ -12,7 +12,7 @@ TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/
   tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
 
 # Triton's interpreter, in place of its compiler, is chosen when a process starts.
-INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py
+INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/test_layer.py tests/test_stepper.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test test-all test-newest test-oldest check gpu-test gpu-stress clean .venv-newest

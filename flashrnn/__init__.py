@@ -7,6 +7,8 @@ from flashrnn.cells import Cell, available_functions, cell, register
 from flashrnn.cells.spec import CellError
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
+from flashrnn.layer import recurrent_layer
+from flashrnn.stepper import Stepper, step
 
 # Its operators are what saved programs call.
 from flashrnn.backends import autograd as _operators  # isort: skip  # noqa: F401
@@ -17,8 +19,11 @@ __all__ = [
     "Cell",
     "CellError",
     "FlashRNNConfig",
+    "Stepper",
     "available_functions",
     "cell",
     "flashrnn",
+    "recurrent_layer",
     "register",
+    "step",
 ]

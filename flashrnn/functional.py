@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn, cast
 
 import torch
@@ -71,37 +72,32 @@ def flashrnn(
         >>> states.shape, last_states.shape
         (torch.Size([2, 8, 32, 3, 16]), torch.Size([2, 8, 1, 3, 16]))
     """
-    if config is None:
-        config = _DEFAULT
-    elif not isinstance(config, FlashRNNConfig):
-        raise TypeError(f"config is {type(config).__name__}; accepted is a FlashRNNConfig")
-    if not isinstance(backend, str):
-        raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
+    config = checked_options(config, backend)
     cell = resolve(function)
     given = (Wx, R, b) if states is None else (Wx, R, b, states)
-    key = _key(cell, Wx, R, b, states, config, dtype) if backends.is_direct(*given) else None
-    problem = None if key is None else _problems.get(key)
+    key = key_of(cell, Wx, R, b, states, config, dtype) if backends.is_direct(*given) else None
+    problem = None if key is None else problems.get(key)
     if problem is None:
         problem = _problem(cell, Wx, R, b, states, config, dtype)
         if key is not None:
-            _remember(key, problem)
+            remember(key, problem)
     chosen = backends.choose(backend, problem)
     if states is None:
-        states = _initial_states(problem, config)
+        states = initial_states(problem, config)
     computed_in = problem.dtype
     arguments = (
-        _cast(Wx, computed_in),
-        _cast(R, computed_in),
-        _cast(b, computed_in),
+        cast_to(Wx, computed_in),
+        cast_to(R, computed_in),
+        cast_to(b, computed_in),
         # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
-        _cast(states, carry_dtype(computed_in)),
+        cast_to(states, carry_dtype(computed_in)),
     )
     if not autograd.is_fused(chosen):
         problem = problem._replace(step=cell.step)
     elif key is not None:
         # None of its operations depends on autocast.
         return autograd.run_directly(cast(FusedBackend, chosen), problem, *arguments)
-    if not _autocast_enabled(problem.device.type):
+    if not autocast_enabled(problem.device.type):
         return autograd.run(chosen, problem, *arguments)
     with torch.autocast(problem.device.type, enabled=False):
         return autograd.run(chosen, problem, *arguments)
@@ -109,13 +105,25 @@ def flashrnn(
 
 _DEFAULT = FlashRNNConfig()
 
+
+def checked_options(config: FlashRNNConfig | None, backend: str) -> FlashRNNConfig:
+    """The config, or the default one."""
+    if config is None:
+        config = _DEFAULT
+    elif not isinstance(config, FlashRNNConfig):
+        raise TypeError(f"config is {type(config).__name__}; accepted is a FlashRNNConfig")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
+    return config
+
+
 # The problems of calls that have been found to fit, by all that they follow from. To check a call
 # takes longer than to launch its kernel.
-_problems: dict[tuple[object, ...], Problem] = {}
+problems: dict[tuple[object, ...], Problem] = {}
 _MOST_PROBLEMS = 1024
 
 
-def _key(
+def key_of(
     cell: Cell,
     Wx: Tensor,
     R: Tensor,
@@ -146,7 +154,7 @@ def _key(
         )
     return (
         cell.traced,
-        torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else None,
+        torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None,
         requires_grad and torch.is_grad_enabled(),
         dtype,
         *(Wx.shape, R.shape, b.shape),
@@ -157,10 +165,11 @@ def _key(
     )
 
 
-def _remember(key: tuple[object, ...], problem: Problem) -> None:
-    if len(_problems) >= _MOST_PROBLEMS:
-        _problems.clear()
-    _problems[key] = problem
+def remember(key: tuple[object, ...], problem: Problem) -> None:
+    """Keep the problem of a call that has been found to fit."""
+    if len(problems) >= _MOST_PROBLEMS:
+        problems.clear()
+    problems[key] = problem
 
 
 def _problem(
@@ -176,6 +185,13 @@ def _problem(
     tensors = {"Wx": Wx, "R": R, "b": b}
     if states is not None:
         tensors["states"] = states
+    needs_gradient = checked_kinds(tensors)
+    sizes = fitting_sizes(cell, Wx.shape, R, b, states)
+    return problem_of(cell, sizes, tensors, needs_gradient, config, dtype)
+
+
+def checked_kinds(tensors: dict[str, Tensor]) -> bool:
+    """Whether any of the tensors requires a gradient, once all are found to be dense tensors."""
     needs_gradient = False
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -187,17 +203,24 @@ def _problem(
                 "torch.nested.to_padded_tensor() and .to_dense() make such"
             )
         needs_gradient = needs_gradient or tensor.requires_grad
-    B, T, N, D = _sizes(cell, Wx, R, b, states)
-    device = _device(tensors)
-    computed_in = _dtype(tensors, config, dtype, _autocast_enabled(device.type))
+    return needs_gradient
+
+
+def problem_of(
+    cell: Cell,
+    sizes: tuple[int, int, int, int],
+    tensors: dict[str, Tensor],
+    needs_gradient: bool,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> Problem:
+    """The problem of sizes B, T, N, D, once the tensors' devices and dtypes are found to fit."""
+    device = common_device(tensors)
     return Problem(
         # A graph of torch.compile needs the names alone, and finds the rest by the handle.
         cast(TracedCell, cell) if torch.compiler.is_compiling() else cell.traced,
-        B,
-        T,
-        N,
-        D,
-        computed_in,
+        *sizes,
+        common_dtype(tensors, config, dtype, autocast_enabled(device.type)),
         device,
         needs_gradient and torch.is_grad_enabled(),
         config.gradient_recurrent_cut,
@@ -206,11 +229,12 @@ def _problem(
     )
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without a call where it has that dtype."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
+def initial_states(problem: Problem, config: FlashRNNConfig) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state."""
     dtype, device = carry_dtype(problem.dtype), problem.device
     sizes = (len(problem.cell.states), problem.B, 1, problem.N, problem.D)
@@ -255,12 +279,12 @@ def _zeros_of(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return found
 
 
-def _sizes(
-    cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None
+def fitting_sizes(
+    cell: Cell, of_Wx: Sequence[int], R: Tensor, b: Tensor, states: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """B, T, N and D, once every shape is found to fit."""
-    if Wx.ndim == 5:
-        B, T, Gw, N, D = Wx.shape
+    """B, T, N and D, once every shape is found to fit that of ``Wx``."""
+    if len(of_Wx) == 5:
+        B, T, Gw, N, D = of_Wx
         if (
             (Gw == len(cell.fed_by("Wx")) and N > 0 and D > 0)
             and R.shape == (len(cell.fed_by("R")), N, D, D)
@@ -268,27 +292,29 @@ def _sizes(
             and (states is None or states.shape == (len(cell.states), B, 1, N, D))
         ):
             return B, T, N, D
-    _refuse_sizes(cell, Wx, R, b, states)
+    _refuse_sizes(cell, of_Wx, R, b, states)
 
 
-def _refuse_sizes(cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None) -> NoReturn:
+def _refuse_sizes(
+    cell: Cell, of_Wx: Sequence[int], R: Tensor, b: Tensor, states: Tensor | None
+) -> NoReturn:
     """Say which tensor does not fit: each is held to the sizes that ``Wx`` sets."""
-    _check_rank("Wx", Wx, "[B, T, Gw, N, D]", 5)
-    B, _, _, N, D = Wx.shape
+    check_rank("Wx", of_Wx, "[B, T, Gw, N, D]")
+    B, _, _, N, D = of_Wx
     if N == 0 or D == 0:
         raise ValueError(
-            f"Wx has shape {tuple(Wx.shape)}, {N} heads of {D} units; accepted are N and D ≥ 1"
+            f"Wx has shape {tuple(of_Wx)}, {N} heads of {D} units; accepted are N and D ≥ 1"
         )
-    _check_gates(cell, "Wx", Wx.shape[2])
-    _check_rank("R", R, "[Gr, N, D, D]", 4)
-    _check_gates(cell, "R", R.shape[0])
+    check_gates(cell, "Wx", of_Wx[2])
+    check_rank("R", R.shape, "[Gr, N, D, D]")
+    check_gates(cell, "R", R.shape[0])
     _check_shape("R", R, "[Gr, N, D, D]", (R.shape[0], N, D, D))
-    _check_rank("b", b, "[Gb, N, D]", 3)
-    _check_gates(cell, "b", b.shape[0])
+    check_rank("b", b.shape, "[Gb, N, D]")
+    check_gates(cell, "b", b.shape[0])
     _check_shape("b", b, "[Gb, N, D]", (b.shape[0], N, D))
     if states is not None:
         S = len(cell.states)
-        _check_rank("states", states, "[S, B, 1, N, D]", 5)
+        check_rank("states", states.shape, "[S, B, 1, N, D]")
         if states.shape[0] != S:
             raise ValueError(
                 f"states has shape {tuple(states.shape)}, {states.shape[0]} states; "
@@ -298,16 +324,19 @@ def _refuse_sizes(cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor |
     raise AssertionError("all shapes fit")
 
 
-def _check_rank(name: str, tensor: Tensor, layout: str, rank: int) -> None:
-    if tensor.ndim != rank:
+def check_rank(name: str, shape: Sequence[int], layout: str) -> None:
+    """Raise an error unless a shape has as many dimensions as the layout."""
+    rank = layout.count(",") + 1
+    if len(shape) != rank:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; accepted are {rank} dimensions, {layout}"
+            f"{name} has shape {tuple(shape)}; accepted are {rank} dimensions, {layout}"
         )
 
 
-def _check_gates(cell: Cell, name: str, given: int) -> None:
-    if given != len(cell.fed_by(name)):
-        expected = cell.gate_names(name)
+def check_gates(cell: Cell, name: str, given: int, source: str | None = None) -> None:
+    """Raise an error unless a tensor has the number of gates that a source feeds."""
+    expected = cell.gate_names(source or name)
+    if given != len(expected):
         raise ValueError(
             f"{name} holds {given} gates; {cell.name} takes {len(expected)} there: "
             f"{', '.join(expected) or 'none'}"
@@ -321,8 +350,9 @@ def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ..
         )
 
 
-def _device(tensors: dict[str, Tensor]) -> torch.device:
-    device = tensors["Wx"].device
+def common_device(tensors: dict[str, Tensor]) -> torch.device:
+    """The device of all tensors, once it is found to be one."""
+    device = next(iter(tensors.values())).device
     for tensor in tensors.values():
         if tensor.device != device:
             given = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
@@ -330,17 +360,14 @@ def _device(tensors: dict[str, Tensor]) -> torch.device:
     return device
 
 
-def _autocast_enabled(device_type: str) -> bool:
-    # Dynamo knows the last question only.
-    has_it = (
-        device_type in ("cuda", "cpu")
-        or torch.compiler.is_compiling()
-        or torch.amp.is_autocast_available(device_type)
-    )
+def autocast_enabled(device_type: str) -> bool:
+    """Whether ``torch.autocast`` is on, for devices that have it."""
+    # Dynamo knows the second question only.
+    has_it = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     return has_it and torch.is_autocast_enabled(device_type)
 
 
-def _dtype(
+def common_dtype(
     tensors: dict[str, Tensor],
     config: FlashRNNConfig,
     dtype: torch.dtype | str | None,
@@ -352,14 +379,15 @@ def _dtype(
             names = ", ".join(str(supported) for supported in SUPPORTED_DTYPES)
             raise TypeError(f"{_listed(tensors)}; accepted are {names}")
 
+    first = next(iter(tensors.values()))
     requested = dtype if dtype is not None else config.dtype
     if autocast and config.enable_automatic_mixed_precision:
-        default = torch.get_autocast_dtype(tensors["Wx"].device.type)
+        default = torch.get_autocast_dtype(first.device.type)
         return parse_dtype(default if requested is None else requested)
     if requested is not None:
         return parse_dtype(requested)
 
-    found = tensors["Wx"].dtype
+    found = first.dtype
     for name, tensor in tensors.items():
         if tensor.dtype != found and (name, tensor.dtype) != ("states", carry_dtype(found)):
             raise TypeError(

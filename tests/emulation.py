@@ -163,6 +163,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     monkeypatch.setattr(cuda_fused, "_kernel", kernel)
+    monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
     yield
     forget()
 

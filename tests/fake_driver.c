@@ -31,7 +31,7 @@ int replies_of_clusters = 1;
    its first arguments, as many as a test wants, two words each. */
 int last_grid, last_threads, last_shared, last_attributes, last_cluster;
 int arguments_wanted;
-long long last_arguments[16];
+long long last_arguments[64];
 
 void* fake_green_context(int device, int multiprocessors) {
     Context* made = calloc(1, sizeof *made);

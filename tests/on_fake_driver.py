@@ -21,6 +21,7 @@ from flashrnn.backends import cuda, cuda_fused
 from flashrnn.cells import elman, lstm
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch, nvrtc
+from flashrnn.kernels.call import FORWARD
 from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem
 from tests import fake_driver
@@ -332,6 +333,94 @@ def new_sizes_load_nothing(driver):
     assert driver.count("loads") == before
 
 
+def steps(B=4, N=1, D=64, cell: TracedCell = lstm.traced):
+    """A stepper of the backend, and the tensors of a step."""
+    problem = Problem(cell, 1, 1, N, D, torch.bfloat16, torch.device("cuda", 0))
+    S, G = len(cell.states), len(cell.gates)
+    R = torch.zeros(G, N, D, D, dtype=torch.bfloat16)
+    run = cuda_fused.stepper(problem, R, torch.zeros(G, N, D, dtype=torch.bfloat16))(B)
+    states = torch.zeros(S, B, N, D)
+    return run, torch.zeros(B, G, N, D, dtype=torch.bfloat16), states, torch.empty_like(states)
+
+
+def step_arguments(driver, *tensors):
+    """The addresses that a launch of ``run(*tensors)`` got, by their names."""
+    places, count = {}, 0
+    for operand in FORWARD.operands:
+        places[operand.name] = count
+        count += 1 + len(operand.strides)
+    driver.set("arguments_wanted", count)
+    run, *others = tensors
+    run(*others)
+    words = driver.arguments(count)[::2]
+    driver.set("arguments_wanted", 0)
+    return {name: words[place] for name, place in places.items()}
+
+
+def steps_are_prepared_once(driver):
+    """The next step allocates nothing, and its launch has the addresses of its own tensors."""
+    for D in (64, 256, 768):
+        run, wx, states, out = steps(D=D)
+        first = step_arguments(driver, run, wx, states, out)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("new_empty", "new_zeros", "clone", "contiguous"):
+                patch.setattr(torch.Tensor, name, None)
+            for to in (states, out):
+                launches = driver.count("launches")
+                other = wx + 1
+                given = step_arguments(driver, run, other, states, to)
+                assert driver.count("launches") == launches + 1
+                assert given == {
+                    **first,
+                    "Wx": other.data_ptr(),
+                    "initial": states.data_ptr(),
+                    "last_states": to.data_ptr(),
+                }
+
+
+def steps_on_two_streams_share_no_memory(driver):
+    run, *tensors = steps(D=768)
+    found = []
+    for stream in (0, driver.stream_of(driver.primary(0)), 0):
+        with driver.on_stream(stream):
+            found.append(step_arguments(driver, run, *tensors))
+    assert found[0] == found[2]
+    assert found[0]["states"] != found[1]["states"]
+    assert not found[0]["packets"] or found[0]["packets"] != found[1]["packets"]
+
+
+def steps_in_a_graph_have_its_memory(driver):
+    """A graph's steps may run beside others, and its kernels stay."""
+    (cell,) = some_cells(1, lstm.traced)
+    run, *tensors = steps(cell=cell)
+    given = step_arguments(driver, run, *tensors)
+    kept, driver.capturing = len(launch._in_graphs), True
+    first, second = (step_arguments(driver, run, *tensors) for _ in range(2))
+    driver.capturing = False
+    assert len(launch._in_graphs) == kept + 1
+    assert given["states"] not in (first["states"], second["states"])
+    assert given == step_arguments(driver, run, *tensors)
+
+
+def steps_on_many_streams_level_off(driver):
+    run, *tensors = steps()
+    for _ in range(2 * cuda_fused._MOST_STEPS):
+        with driver.on_stream(driver.stream_of(driver.primary(0))):
+            run(*tensors)
+    assert len(run._prepared) == cuda_fused._MOST_STEPS
+
+
+def unaligned_steps_are_copied_where_they_must_be(driver):
+    for D in (64, 256, 768):
+        run, wx, states, out = steps(D=D)
+        odd = torch.zeros(wx.numel() + 1, dtype=wx.dtype)[1:].view_as(wx)
+        plan = cuda_fused._plan(run._problem, False, cuda_fused._gpu(run._problem))
+        copied = plan.ROW_ALIGNMENT > 1
+        for _ in range(2):
+            given = step_arguments(driver, run, odd, states, out)
+            assert (given["Wx"] != odd.data_ptr()) == copied == (given["Wx"] % 16 == 0)
+
+
 TESTS = [
     a_callers_context_stays_current,
     a_thread_without_a_context_gets_the_primary_one,
@@ -349,6 +438,11 @@ TESTS = [
     what_a_graph_may_hold_stays,
     three_thousand_calls_level_off,
     new_sizes_load_nothing,
+    steps_are_prepared_once,
+    steps_on_two_streams_share_no_memory,
+    steps_in_a_graph_have_its_memory,
+    steps_on_many_streams_level_off,
+    unaligned_steps_are_copied_where_they_must_be,
 ]
 
 

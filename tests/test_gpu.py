@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from flashrnn import flashrnn
+from flashrnn import Stepper, flashrnn, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import registry
 from flashrnn.kernels.cluster import wgmma_plan
@@ -466,3 +466,115 @@ def test_first_result_of_a_shape_is_there_soon(backend, tmp_path):
     assert seconds() < 3.0
     # From the disk; the first call of a process also imports and traces.
     assert min(seconds(), seconds()) < 1.5
+
+
+LAYERS = [
+    ("lstm", (16, 7, 33, 3, 64)),
+    ("gru", (5, 9, 20, 2, 128)),
+    ("slstm", (16, 3, 24, 1, 256)),
+    (sparse, (40, 4, 17, 1, 768)),
+]
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize(("kind", "sizes"), LAYERS, ids=str)
+def test_a_layer_has_the_bits_of_its_parts(kind, sizes, time_major):
+    """Of its results and gradients; where time comes first, its products sum in another order."""
+    B, T, features, N, D = sizes
+    others = random_inputs(kind, B, T, N, D, torch.bfloat16, "cuda")
+    x = torch.randn(B, T, features, device="cuda", dtype=torch.bfloat16)
+    if time_major:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    W = torch.randn(others.Wx.shape[2], N, D, features, device="cuda", dtype=torch.bfloat16)
+    W /= features**0.5
+    leaves = [x.requires_grad_(), W.requires_grad_(), others.R, others.b, others.states]
+    Wx = torch.nn.functional.linear(x, W.flatten(0, 2)).view(B, T, *W.shape[:3])
+    outputs = recurrent_layer(*leaves, function=kind, backend="cuda_fused")
+    expected = flashrnn(Wx, *leaves[2:], function=kind, backend="cuda_fused")
+    weights = [torch.randn_like(found) for found in outputs]
+    given = [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+    true = [*expected, *torch.autograd.grad(expected, leaves, weights)]
+    assert outputs[0].grad_fn.name() == "_LayerBackward"
+    for name, one, other in zip(
+        ["states", "last_states", "d_x", "d_W", "d_R", "d_b", "d_states"], given, true, strict=True
+    ):
+        if time_major:
+            assert relative_error(one, other) <= 1e-2, name
+        else:
+            assert torch.equal(one, other), name
+
+
+STEPS = [
+    (1, 1, 256),
+    (16, 1, 768),
+    (16, 12, 64),
+    (3, 4, 128),
+    (5, 2, 41),
+    (200, 1, 768),
+    (2, 1, 2048),
+]
+
+
+def steps_of(kind, B, N, D, T=5, dtype=torch.bfloat16):
+    """Wx of T steps, R, b and states, nothing to differentiate."""
+    inputs = random_inputs(kind, B, T, N, D, dtype, "cuda")
+    return [x.detach() for x in inputs.tensors().values()]
+
+
+@pytest.mark.parametrize("sizes", STEPS, ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_steps_in_place_are_a_sequence(backend, kind, sizes):
+    if sizes[-1] > LARGEST_HEAD.get(backend, sizes[-1]):
+        pytest.skip("a head larger than this backend takes")
+    for dtype in (torch.bfloat16, torch.float32):
+        Wx, R, b, states = steps_of(kind, *sizes, dtype=dtype)
+        every, last = flashrnn(Wx, R, b, states, kind, backend)
+        stepper, carried = Stepper(R, b, kind, backend), states.squeeze(2).clone()
+        for t in range(Wx.shape[1]):
+            fresh = stepper(Wx[:, t], carried)
+            assert stepper(Wx[:, t], carried, out=carried) is carried
+            assert torch.equal(fresh, carried) and torch.equal(carried.to(dtype), every[:, :, t])
+        assert torch.equal(carried, last.squeeze(2))
+
+
+@pytest.mark.parametrize("sizes", [*STEPS, (2, 1, 2048)], ids=str)
+def test_steps_allocate_nothing_and_replay(sizes):
+    """Given memory, steps need no other; a graph of one is replayed with what the memory holds."""
+    Wx, R, b, states = steps_of("lstm", *sizes)
+    stepper, wx, start = Stepper(R, b, backend="cuda_fused"), Wx[:, 0].clone(), states.squeeze(2)
+    expected = start.clone()
+    for t in range(Wx.shape[1]):
+        expected = stepper(Wx[:, t], expected)
+    carried = start.clone()
+    stepper(wx, carried, out=carried)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(3):
+        stepper(wx, carried, out=carried)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stepper(wx, carried, out=carried)
+    carried.copy_(start)
+    for t in range(Wx.shape[1]):
+        wx.copy_(Wx[:, t])
+        graph.replay()
+    assert torch.equal(carried, expected)
+
+
+def test_steps_on_two_streams_do_not_meet():
+    """One stepper, whose scratch memory is each stream's own."""
+    Wx, R, b, states = steps_of("lstm", 16, 1, 768, T=64)
+    stepper = Stepper(R, b, backend="cuda_fused")
+    starts = [states.squeeze(2).clone(), states.squeeze(2).clone() / 2]
+    expected = [start.clone() for start in starts]
+    for carried in expected:
+        for t in range(Wx.shape[1]):
+            stepper(Wx[:, t], carried, out=carried)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for t in range(Wx.shape[1]):
+        for stream, carried in zip(streams, starts, strict=True):
+            with torch.cuda.stream(stream):
+                stepper(Wx[:, t], carried, out=carried)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, starts, expected))

@@ -31,7 +31,7 @@ def run(line: int, text: str) -> dict[str, object]:
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,8 @@ def test_block(line, text):
     torch.manual_seed(0)
     names = run(line, text)
     for name in ("states", "last_states"):
-        assert torch.isfinite(names[name]).all()
+        # A single step's states are the last ones.
+        assert torch.isfinite(names.get(name, names["states"])).all()
 
 
 @pytest.mark.gpu

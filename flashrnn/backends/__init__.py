@@ -15,12 +15,20 @@ differentiable function of both:
 
     run(problem, Wx, R, b, states) -> (states, last_states)
 
+A backend may have a way of its own to compute a step at a time, for T = 1 and no gradients:
+
+    stepper(problem, R, b) -> Runs
+
+``problem`` has a B of 1. ``stepper(...)(B)`` is a :data:`Run` for tensors of that batch size that
+are all laid out alike. Of a backend that has none, ``forward`` is called.
+
 A module is imported when it is first asked for, so that ``import flashrnn`` loads none.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol, cast
 
@@ -34,6 +42,15 @@ from flashrnn.problem import Problem
 
 PREFERENCE = ("cuda_fused", "triton", "cuda", "vanilla")
 _ALIASES = {"triton_fused": "triton"}
+
+
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A step: ``run(wx, states, out)`` gives the new states, in ``out`` unless that is ``None``.
+
+``wx`` is ``[B, Gw, N, D]``, all states are ``[S, B, N, D]``. ``out`` may be ``states``."""
+
+Runs = Callable[[int], Run]
+"""A step for each batch size."""
 
 
 class Backend(Protocol):

@@ -98,7 +98,7 @@ def run_directly(
 ) -> tuple[Tensor, Tensor]:
     """The same for a fused backend where :func:`flashrnn.backends.is_direct` holds."""
     if problem.needs_gradient:
-        return _Scan.apply(Wx, R, b, states, backend, problem)
+        return Scan.apply(Wx, R, b, states, backend, problem)
     every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
     return every_state, last_states
 
@@ -315,11 +315,11 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
 scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Scan(torch.autograd.Function):
+class Scan(torch.autograd.Function):
     """The same as :func:`scan`, at a fraction of its cost on the host."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any,
         Wx: Tensor,
         R: Tensor,
@@ -335,7 +335,9 @@ class _Scan(torch.autograd.Function):
         return states, last_states
 
     @staticmethod
-    def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # noqa: D102
+        ctx: Any, d_states: Tensor | None, d_last: Tensor | None
+    ) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
 
         def pull_back(*tensors: Tensor) -> Gradients:

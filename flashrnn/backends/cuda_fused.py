@@ -5,6 +5,7 @@ The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import autograd
+from flashrnn.backends import Runs, autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
@@ -136,15 +137,130 @@ def _scan(
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
         prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
-    scratch, R = prepared.scratch, tensors["R"]
-    if scratch.packets:
-        # Flags count from 1: a zero is no packet's.
-        packets = R.new_zeros(scratch.packets, 4, dtype=torch.int32)
-        addresses.append(packets.data_ptr())
-    if scratch.R_in_memory:
-        R_in_memory = R.new_empty(scratch.R_in_memory, 4, dtype=torch.int32)
-        addresses.append(R_in_memory.data_ptr())
+    scratch = _scratch(prepared, tensors["R"])
+    addresses += [memory.data_ptr() for memory in scratch]
     prepared.launch(addresses)
+
+
+def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
+    """The memory that a launch needs for itself, in the order of its addresses."""
+    packets, R_in_memory = prepared.scratch
+    found = []
+    if packets:
+        # Flags count from 1: a zero is no packet's.
+        found.append(like.new_zeros(packets, 4, dtype=torch.int32))
+    if R_in_memory:
+        found.append(like.new_empty(R_in_memory, 4, dtype=torch.int32))
+    return found
+
+
+def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
+    """Steps one at a time; see :mod:`flashrnn.backends`."""
+    R = R.contiguous()
+    if R.data_ptr() % 16:
+        R = R.clone()
+    b = b.contiguous()
+    return lambda B: _Steps(problem._replace(B=B), R, b)
+
+
+class _Steps:
+    """Launches of the scan's kernel for T = 1 and tensors of one layout, each prepared once.
+
+    The new states may take the place of those before the step: in every kernel the thread that
+    writes an element of the last states is the only one that has read it for a result, and other
+    threads get h of it only from this thread.
+    """
+
+    def __init__(self, problem: Problem, R: Tensor, b: Tensor) -> None:
+        self._problem, self._R, self._b = problem, R, b
+        dtype = problem.dtype
+        self._precision = None if dtype == torch.float32 else source.precision_of(dtype)
+        self._prepared: dict[tuple[object, ...], _Step] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
+        if out is None:
+            out = states.new_empty(states.shape)
+        else:
+            # So that autograd knows that its values change, as if an operation of PyTorch wrote it.
+            torch.autograd.graph.increment_version(out)
+        if not self._problem.B:
+            return out
+        # Of float32, as PyTorch is set at this time.
+        precision = self._precision or source.precision_of(torch.float32)
+        where = _where(self._problem)
+        if where is None:
+            # The scratch memory of a launch in a graph is the graph's.
+            found = self._prepare(precision, wx, states, out)
+        else:
+            # Launches on two streams may overlap, so each stream has scratch memory of its own.
+            key = wx.data_ptr() % 16, precision, where
+            found = self._prepared.get(key) or self._remember(
+                key, self._prepare(precision, wx, states, out)
+            )
+        if found.copies_wx:
+            wx = wx.clone(memory_format=torch.contiguous_format)
+        with self._lock:
+            found.launch(wx, states, out)
+        return out
+
+    def _remember(self, key: tuple[object, ...], prepared: _Step) -> _Step:
+        with self._lock:
+            while len(self._prepared) >= _MOST_STEPS:
+                # Its scratch memory goes back to its stream, behind the launches that use it.
+                self._prepared.pop(next(iter(self._prepared)))
+            self._prepared[key] = prepared
+        return prepared
+
+    def _prepare(self, precision: str, wx: Tensor, states: Tensor, out: Tensor) -> _Step:
+        problem = self._problem
+        every_state = wx.new_empty(len(states), problem.B, 1, problem.N, problem.D)
+        tensors = {
+            # What differs from step to step comes first.
+            "Wx": wx.unsqueeze(1),
+            "initial": states.unsqueeze(2),
+            "last_states": out,
+            "R": self._R,
+            "b": self._b,
+            "states": every_state,
+        }
+        options = source.forward_options(False)
+        addresses, layout = call.FORWARD.read(tensors)
+        prepared = _prepared_scan(problem, _gpu(problem), False, precision, options, layout)
+        if prepared.copied:
+            copy = wx.clone(memory_format=torch.contiguous_format)
+            return self._prepare(precision, copy, states, out)._replace(copies_wx=True)
+        scratch = _scratch(prepared, wx)
+        others = [*addresses[3:], *(memory.data_ptr() for memory in scratch)]
+        packets = scratch[0] if prepared.scratch.packets else None
+        return _Step(prepared, others, packets, [every_state, *scratch])
+
+
+_MOST_STEPS = 16
+
+
+class _Step(NamedTuple):
+    """A launch that lacks the addresses of a step's tensors.
+
+    Attributes:
+        prepared: what lacks all addresses.
+        others: the addresses behind those of ``Wx``, ``initial`` and ``last_states``.
+        packets: where CTAs send each other packets, if they do.
+        scratch: memory that is this launch's own: packets, and the states in the problem's dtype.
+        copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.
+    """
+
+    prepared: _Prepared
+    others: list[int]
+    packets: Tensor | None
+    scratch: list[Tensor]
+    copies_wx: bool = False
+
+    def launch(self, wx: Tensor, states: Tensor, out: Tensor) -> None:
+        """Enqueue it on PyTorch's current stream."""
+        if self.packets is not None:
+            self.packets.zero_()
+        self.prepared.launch([wx.data_ptr(), states.data_ptr(), out.data_ptr(), *self.others])
 
 
 def _recurrent_gradient(
@@ -308,6 +424,19 @@ def _gpu_of_context(device: torch.device, _: int) -> GPU:
         clusters = launch.clusters_at_once(index, stream, gpu.shared_memory)
     count = context.multiprocessors(stream, index)
     return gpu._replace(multiprocessors=count, clusters=clusters)
+
+
+def _where(problem: Problem) -> tuple[int, int] | None:
+    """The current stream and, if the plan depends on it, the number of its context.
+
+    ``None`` while the stream is captured.
+    """
+    index = _index(problem.device)
+    with context.on_device(index):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        stream = context.current_stream(index)
+        return stream, 0 if registry.is_small(problem.D) else context.number(stream)
 
 
 def _index(device: torch.device) -> int:

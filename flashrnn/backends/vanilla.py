@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashrnn.backends import Run, Runs
+from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem, as_dtype_has_it
 
 
@@ -30,36 +32,16 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`flashrnn.backends.autograd.run`."""
     cell, dtype, carry_dtype = problem.cell, problem.dtype, states.dtype
-    step = problem.step
-    assert step is not None, "flashrnn() hands it on"
     S, B, T, N, D = len(cell.states), problem.B, problem.T, problem.N, problem.D
-    recurrent = cell.fed_by("R")
-    G, Gr = len(cell.gates), len(recurrent)
-    # Gates that R feeds come first, so that the product adds to one slice; `declared` undoes it.
-    order = (*recurrent, *(k for k in range(G) if k not in recurrent))
-    declared = sorted(range(G), key=order.__getitem__)
-
+    order = _order(cell)
     inputs = _input_preactivations(problem, Wx.to(carry_dtype), b.to(carry_dtype), order)
-    recurrent_matrix = R.to(carry_dtype).permute(1, 3, 0, 2).reshape(N, D, Gr * D)
+    recurrent_matrix = _recurrent_matrix(R, carry_dtype)
     # [S, B, 1, N, D] to a contiguous [N, B, D] for each state, the layout of the cell's results.
     carried = tuple(state.transpose(0, 1).contiguous() for state in states.squeeze(2).unbind(0))
 
     trajectory: list[tuple[Tensor, ...]] = []
     for inputs_t in _unbound(inputs.permute(1, 3, 0, 2, 4), 0):
-        # h is rounded to dtype before it multiplies R: the same numbers as the returned h.
-        h = carried[0].to(dtype).to(carry_dtype)
-        if problem.gradient_recurrent_cut:
-            h = h.detach()
-        elif problem.gradient_recurrent_clipval is not None:
-            h = _ClipGradient.apply(
-                h, as_dtype_has_it(problem.gradient_recurrent_clipval, carry_dtype)
-            )
-        product = torch.baddbmm(inputs_t[:, :, :Gr].reshape(N, B, Gr * D), h, recurrent_matrix)
-        gates = (*product.view(N, B, Gr, D).unbind(2), *_unbound(inputs_t[:, :, Gr:], 2))
-        carried = tuple(step(carried, tuple(gates[k] for k in declared)))
-        if problem.forward_clipval is not None:
-            bound = as_dtype_has_it(problem.forward_clipval, carry_dtype)
-            carried = (carried[0].clamp(-bound, bound), *carried[1:])
+        carried = _next(problem, order, carried, inputs_t, recurrent_matrix)
         trajectory.append(carried)
 
     last_states = torch.stack(carried).transpose(1, 2).unsqueeze(2).contiguous()
@@ -69,6 +51,71 @@ def run(
     steps = torch.stack([after[s] for s in range(S) for after in trajectory])
     every_state = steps.view(S, T, N, B, D).permute(0, 3, 1, 2, 4)
     return every_state.to(dtype).contiguous(), last_states
+
+
+def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
+    """Steps one at a time; see :mod:`flashrnn.backends`."""
+    order, carry_dtype = _order(problem.cell), problem.carry_dtype
+    recurrent_matrix, b = _recurrent_matrix(R, carry_dtype), b.to(carry_dtype)
+
+    def run_of(B: int) -> Run:
+        of_batch = problem._replace(B=B)
+
+        @torch.no_grad()
+        def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
+            Wx = wx.unsqueeze(1).to(carry_dtype)
+            inputs = _input_preactivations(of_batch, Wx, b, order).permute(1, 3, 0, 2, 4)
+            carried = tuple(state.transpose(0, 1).contiguous() for state in states.unbind(0))
+            carried = _next(of_batch, order, carried, inputs[0], recurrent_matrix)
+            return torch.stack([x.transpose(0, 1) for x in carried], out=out)
+
+        return run
+
+    return run_of
+
+
+def _order(cell: TracedCell) -> tuple[int, ...]:
+    """All gates, first those that R feeds: a product then adds to one slice."""
+    recurrent = cell.fed_by("R")
+    return (*recurrent, *(k for k in range(len(cell.gates)) if k not in recurrent))
+
+
+def _recurrent_matrix(R: Tensor, carry_dtype: torch.dtype) -> Tensor:
+    """``[N, D, Gr · D]``: what h is multiplied by, of all gates that R feeds."""
+    Gr, N, D, _ = R.shape
+    return R.to(carry_dtype).permute(1, 3, 0, 2).reshape(N, D, Gr * D)
+
+
+def _next(
+    problem: Problem,
+    order: tuple[int, ...],
+    carried: tuple[Tensor, ...],
+    inputs: Tensor,
+    recurrent_matrix: Tensor,
+) -> tuple[Tensor, ...]:
+    """The states after a step, ``[N, B, D]`` each, of those before.
+
+    ``inputs`` are Wx and b of the step, ``[N, B, G, D]``, the gates in ``order``.
+    """
+    cell, dtype, carry_dtype = problem.cell, problem.dtype, carried[0].dtype
+    step = problem.step
+    assert step is not None, "flashrnn() hands it on"
+    B, N, D = problem.B, problem.N, problem.D
+    G, Gr = len(cell.gates), len(cell.fed_by("R"))
+    declared = sorted(range(G), key=order.__getitem__)
+    # h is rounded to dtype before it multiplies R: the same numbers as the returned h.
+    h = carried[0].to(dtype).to(carry_dtype)
+    if problem.gradient_recurrent_cut:
+        h = h.detach()
+    elif problem.gradient_recurrent_clipval is not None:
+        h = _ClipGradient.apply(h, as_dtype_has_it(problem.gradient_recurrent_clipval, carry_dtype))
+    product = torch.baddbmm(inputs[:, :, :Gr].reshape(N, B, Gr * D), h, recurrent_matrix)
+    gates = (*product.view(N, B, Gr, D).unbind(2), *_unbound(inputs[:, :, Gr:], 2))
+    after = tuple(step(carried, tuple(gates[k] for k in declared)))
+    if problem.forward_clipval is not None:
+        bound = as_dtype_has_it(problem.forward_clipval, carry_dtype)
+        after = (after[0].clamp(-bound, bound), *after[1:])
+    return after
 
 
 def _input_preactivations(

@@ -8,7 +8,7 @@ the tensor cores' own rounding nor all races of a GPU.
 import pytest
 import torch
 
-from flashrnn import Cell
+from flashrnn import Cell, Stepper, flashrnn
 from flashrnn.kernels import source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (
@@ -160,6 +160,30 @@ def test_tf32(take, regime, monkeypatch):  # noqa: F811
     truth = call("lstm", inputs.to(torch.float64), backend="vanilla")
     given = call("lstm", inputs, backend=take(regime).backend)
     assert 1e-6 < relative_error(given[0], truth[0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "regime",
+    cases(
+        [*REGIMES, *VARIANTS],
+        lambda _: [()],
+        lambda regime: regime.name in ("per_step", "single_cta", "grid", CLUSTER_MMA[0].name),
+    ),
+)
+def test_steps_in_place(take, regime):  # noqa: F811
+    """States that a step reads and overwrites: what CTAs read of each other is not of these."""
+    dtype = regime.dtypes[-1]
+    inputs = random_inputs("slstm", regime.B, 3, 2, regime.D, dtype)
+    Wx, R, b, states = (x.detach() for x in inputs.tensors().values())
+    backend = take(regime).backend
+    every, last = flashrnn(Wx, R, b, states, "slstm", backend)
+    stepper, carried = Stepper(R, b, "slstm", backend), states.squeeze(2).clone()
+    for t in range(3):
+        version = carried._version
+        stepper(Wx[:, t], carried, out=carried)
+        assert torch.equal(carried.to(dtype), every[:, :, t])
+        assert carried._version == version + 1
+    assert torch.equal(carried, last.squeeze(2))
 
 
 @every_regime

@@ -1,0 +1,237 @@
+"""``recurrent_layer()``: a layer's input product and its scan, as one node of autograd."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flashrnn import backends, functional
+from flashrnn.backends import autograd
+from flashrnn.cells.spec import Cell, resolve
+from flashrnn.config import FlashRNNConfig
+from flashrnn.problem import Problem, carry_dtype
+
+
+def recurrent_layer(
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None = None,
+    function: str | Cell = "lstm",
+    backend: str = "auto",
+    *,
+    config: FlashRNNConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrent layer: the input product ``Wx = x @ Wᵀ`` and :func:`flashrnn.flashrnn`.
+
+    It computes what ``flashrnn(linear(x, W), R, b, ...)`` does, with the same numbers, as one node
+    of autograd: the step of a short sequence is mostly what nodes cost. ``Wx`` is not kept for the
+    backward pass. Only the gradients of x and W that are asked for are computed.
+
+    Where one node cannot be (with ``vanilla``, under ``torch.compile`` and ``torch.export``, for
+    tensors that are no plain ones), the product and the scan are two, so that a compiler sees both.
+
+    Args:
+        x: ``[B, T, I]``, the inputs, of I features; any strides. The transposed view of a
+            ``[T, B, I]`` is not copied in the forward pass.
+        W: ``[Gw, N, D, I]``, the input matrix. A ``weight_ih`` of ``torch.nn.LSTM``, ``[4 * D,
+            I]``, is one as ``weight_ih.view(4, 1, D, I)``, which copies nothing.
+        R: ``[Gr, N, D, D]``, the recurrent matrix.
+        b: ``[Gb, N, D]``, the bias.
+        states: ``[S, B, 1, N, D]``, the initial states; ``None``: zeros, or ``config.initial_val``.
+        function: the cell or its name, as in :func:`flashrnn.flashrnn`.
+        backend: as in :func:`flashrnn.flashrnn`.
+        config: further options; see :class:`flashrnn.FlashRNNConfig`.
+        dtype: the dtype that ``x``, ``W``, ``R`` and ``b`` are cast to, and that the product is
+            computed in; takes the place of ``config.dtype``. ``None``: the inputs' dtype, which
+            must then be one; under ``torch.autocast`` autocast's.
+
+    Returns:
+        As :func:`flashrnn.flashrnn`: ``states`` ``[S, B, T, N, D]`` and ``last_states``
+        ``[S, B, 1, N, D]``. Gradients flow from both to ``x``, ``W``, ``R``, ``b`` and ``states``.
+
+    Raises:
+        TypeError: as :func:`flashrnn.flashrnn`.
+        ValueError: as :func:`flashrnn.flashrnn`, or an ``x`` or ``W`` whose shape does not fit.
+
+    Example:
+        >>> lstm = torch.nn.LSTM(20, 16, batch_first=True)
+        >>> x, D = torch.randn(8, 32, 20), lstm.hidden_size
+        >>> states, last_states = recurrent_layer(
+        ...     x,
+        ...     lstm.weight_ih_l0.view(4, 1, D, 20),
+        ...     lstm.weight_hh_l0.view(4, 1, D, D),
+        ...     (lstm.bias_ih_l0 + lstm.bias_hh_l0).view(4, 1, D),
+        ... )
+        >>> torch.allclose(states[0, :, :, 0], lstm(x)[0], atol=1e-6)
+        True
+    """
+    config = functional.checked_options(config, backend)
+    cell = resolve(function)
+    given = (x, W, R, b) if states is None else (x, W, R, b, states)
+    key = None
+    if backends.is_direct(*given):
+        key = functional.key_of(cell, x, R, b, states, config, dtype)
+    if key is not None:
+        key = *key, W.shape, W.dtype, W.device, W.requires_grad
+    problem = None if key is None else functional.problems.get(key)
+    if problem is None:
+        problem = _problem(cell, x, W, R, b, states, config, dtype)
+        if key is not None:
+            functional.remember(key, problem)
+    chosen = backends.choose(backend, problem)
+    if states is None:
+        states = functional.initial_states(problem, config)
+    if not autograd.is_fused(chosen):
+        problem = problem._replace(step=cell.step)
+    direct = key is not None and autograd.is_fused(chosen)
+    with _without_autocast(problem.device.type):
+        if direct and problem.needs_gradient:
+            outputs = _Layer.apply(x, W, R, b, states, chosen, problem)
+            return cast(tuple[Tensor, Tensor], outputs)
+        x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
+        Wx = _input_product(problem, x, W)
+        run = autograd.run_directly if direct else autograd.run
+        return run(cast(Any, chosen), problem, Wx, R, b, states)
+
+
+def _problem(
+    cell: Cell,
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> Problem:
+    """The problem of the scan, once all of the call is found to fit."""
+    tensors = {"x": x, "W": W, "R": R, "b": b}
+    if states is not None:
+        tensors["states"] = states
+    needs_gradient = functional.checked_kinds(tensors)
+    sizes = _sizes(cell, x, W, R, b, states)
+    return functional.problem_of(cell, sizes, tensors, needs_gradient, config, dtype)
+
+
+def _sizes(
+    cell: Cell, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor | None
+) -> tuple[int, int, int, int]:
+    """B, T, N and D, once every shape is found to fit."""
+    functional.check_rank("x", x.shape, "[B, T, I]")
+    functional.check_rank("W", W.shape, "[Gw, N, D, I]")
+    functional.check_gates(cell, "W", W.shape[0], "Wx")
+    if W.shape[3] != x.shape[2]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, {x.shape[2]} features, and W {tuple(W.shape)}, for "
+            f"{W.shape[3]}; accepted are x [B, T, I] and W [Gw, N, D, I] with one I"
+        )
+    return functional.fitting_sizes(cell, (*x.shape[:2], *W.shape[:3]), R, b, states)
+
+
+def _as_computed(
+    problem: Problem, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, W, R and b in the dtype of the computation, and the states in that of the carry."""
+    cast_to, dtype = functional.cast_to, problem.dtype
+    return (
+        cast_to(x, dtype),
+        cast_to(W, dtype),
+        cast_to(R, dtype),
+        cast_to(b, dtype),
+        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
+        cast_to(states, carry_dtype(dtype)),
+    )
+
+
+def _input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
+    """``Wx`` ``[B, T, Gw, N, D]``: one product for all steps and gates."""
+    sizes = problem.B, problem.T, W.shape[0], problem.N, problem.D
+    rows_of_W = W.flatten(0, 2)
+    if torch.compiler.is_compiling() or x.is_contiguous() or not _is_time_major(x):
+        return linear(x, rows_of_W).view(sizes)
+    # The rows in the order in which they lie in memory. Kernels take Wx of any strides.
+    B, T, *of_step = sizes
+    return linear(x.transpose(0, 1), rows_of_W).view(T, B, *of_step).transpose(0, 1)
+
+
+def _is_time_major(x: Tensor) -> bool:
+    """Whether ``[B, T, I]`` is a view of a ``[T, B, I]``."""
+    (B, T, _), (of_B, of_T, _) = x.shape, x.stride()
+    return B > 1 and T > 1 and of_T == B * of_B > 0
+
+
+class _Layer(torch.autograd.Function):
+    """The input product, and :class:`flashrnn.backends.autograd.Scan` within the same node.
+
+    A product is one for all steps and gates, in each direction: none of them depends on the step
+    before, and the larger a product, the nearer it is to what the GPU can do; of a short sequence
+    what counts is that there are few. In the backward pass ``d_Wx``, where a cell has gates that
+    ``Wx`` does not feed, is a part of each row of the gates' gradients. BLAS takes it as it lies,
+    by the distance from row to row: no copy, and no product with zeros for the other gates.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        backend: autograd.FusedBackend,
+        problem: Problem,
+    ) -> tuple[Tensor, Tensor]:
+        # Autograd casts the gradients back to the dtypes of what is given here.
+        x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
+        scan = _ScanContext()
+        Wx = _input_product(problem, x, W)
+        outputs = autograd.Scan.forward(scan, Wx, R, b, states, backend, problem)
+        ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
+        ctx.set_materialize_grads(False)
+        ctx.scan = scan
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
+        x, W, *saved = ctx.saved_tensors
+        needs_x, needs_W, *needs = ctx.needs_input_grad[:5]
+        scan = _ScanContext(
+            **vars(ctx.scan), saved_tensors=saved, needs_input_grad=(needs_x or needs_W, *needs)
+        )
+        with _without_autocast(x.device.type):
+            d_Wx, d_R, d_b, d_initial, *_ = autograd.Scan.backward(scan, d_states, d_last)
+            d_x = d_W = None
+            if needs_x or needs_W:
+                # Not by flatten(), which gradients of a batch (is_grads_batched) do not have.
+                B, T, Gw, N, D = d_Wx.shape
+                rows = d_Wx.reshape(B * T, Gw * N * D)
+            if needs_x:
+                d_x = (rows @ W.flatten(0, 2)).view(x.shape)
+            if needs_W:
+                d_W = (rows.t() @ x.flatten(0, 1)).view(W.shape)
+        return d_x, d_W, d_R, d_b, d_initial, None, None
+
+
+class _ScanContext(SimpleNamespace):
+    """What a node of :class:`autograd.Scan` would have as its context, within another node."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, _: bool) -> None:
+        """The node around it decides."""
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within it operands are multiplied in the dtype that they have."""
+    if functional.autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
