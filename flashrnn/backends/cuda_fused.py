@@ -19,10 +19,11 @@ from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient,
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
+from flashrnn.jit.background import compile_soon
 from flashrnn.kernels import call, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, as_compiled
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -32,12 +33,12 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
+    return _refused(problem, _gpu(problem))
+
+
+def _refused(problem: Problem, gpu: GPU) -> str | None:
     # Whether there is a plan does not depend on B.
-    return (
-        refusal(problem)
-        or too_large(problem)
-        or _without_plan(_planned(problem, B=1), _gpu(problem))
-    )
+    return refusal(problem) or too_large(problem) or _without_plan(_planned(problem, B=1), gpu)
 
 
 @lru_cache(maxsize=1024)
@@ -45,6 +46,36 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
     directions = (False, True) if problem.needs_gradient else (False,)
     plans = [registry.best_plan(problem, gpu, backward) for backward in directions]
     return next((plan for plan in plans if isinstance(plan, str)), None)
+
+
+def programs(
+    problem: Problem, gpu: GPU | None, precision: str, backward: bool
+) -> list[dict[str, str]]:
+    """The programs that a direction of a problem runs, if rows are aligned where D allows it.
+
+    Args:
+        problem: what is computed; T does not matter.
+        gpu: for which GPU; ``None``: the problem's device.
+        precision: out of ``source.PRECISIONS``.
+        backward: the direction.
+
+    Raises:
+        ValueError: it cannot do this problem; says why.
+    """
+    gpu = gpu or _gpu(problem)
+    if reason := _refused(problem, gpu):
+        raise ValueError(f"backend 'cuda_fused' cannot do this call: {reason}")
+    D, plan = problem.D, _plan(problem, backward, gpu)
+    aligned = D * problem.dtype.itemsize % 16 == 0
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    found = [plan.source(cell, precision, source.options_of(problem, backward), aligned)]
+    if backward and registry.is_small(D):
+        recurrent = len(problem.cell.fed_by("R"))
+        tiles = single_cta.plan_gradient(
+            recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
+        )
+        found.append(tiles.compiled.source(problem.cell, precision, aligned))
+    return found
 
 
 def forward(
@@ -144,6 +175,8 @@ def _scan(
     B, T, N = problem.B, problem.T, problem.N
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = source.precision_of(problem.dtype)
+    if record is call.FORWARD and problem.needs_gradient:
+        _begin_backward(as_compiled(problem), gpu, precision)
     kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
     scratch = plan.scratch(B, N, gpu)
     memory = next(iter(tensors.values())).new_empty
@@ -213,6 +246,13 @@ def _aligned(D: int, *tensors: Tensor) -> bool:
     if D * tensors[0].element_size() % 16:
         return False
     return all(_begins_at_multiples(x, 16) for x in tensors if x.numel())
+
+
+@lru_cache(maxsize=1024)
+def _begin_backward(problem: Problem, gpu: GPU, precision: str) -> None:
+    """Begin to compile what backward will need, while forward is compiled and runs; once."""
+    found = programs(problem, gpu, precision, backward=True)
+    compile_soon(found, launch.architecture(problem.device))
 
 
 def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
