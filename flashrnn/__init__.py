@@ -3,6 +3,7 @@
 Importing this package touches no GPU and compiles nothing.
 """
 
+from flashrnn.ahead import compile_ahead
 from flashrnn.cells import Cell, available_functions, cell, register
 from flashrnn.cells.spec import CellError
 from flashrnn.config import FlashRNNConfig
@@ -22,6 +23,7 @@ __all__ = [
     "Stepper",
     "available_functions",
     "cell",
+    "compile_ahead",
     "flashrnn",
     "recurrent_layer",
     "register",

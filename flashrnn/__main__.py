@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from flashrnn import __version__, info
+from flashrnn import __version__, ahead, info
 from flashrnn.bench import command as bench
 from flashrnn.demo import command as demo
 
@@ -22,6 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module, summary in (
         ("info", info, "say what is installed, and which backends run here or why not"),
+        ("compile", ahead, "compile kernels ahead of their first call, with no GPU"),
         ("demo", demo, "train a small network on a task that needs state, or on text"),
         ("bench", bench, "measure speed, memory and start-up time beside those of others"),
     ):

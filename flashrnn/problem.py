@@ -52,6 +52,17 @@ class Problem(NamedTuple):
         return carry_dtype(self.dtype)
 
 
+def as_compiled(problem: Problem) -> Problem:
+    """A problem without what no program of its has: T, and the values that it is clipped to."""
+    gradient, forward = (
+        None if value is None else 1.0
+        for value in (problem.gradient_recurrent_clipval, problem.forward_clipval)
+    )
+    return problem._replace(
+        T=1, gradient_recurrent_clipval=gradient, forward_clipval=forward, step=None
+    )
+
+
 def carry_dtype(dtype: torch.dtype) -> torch.dtype:
     """See :attr:`Problem.carry_dtype`."""
     return torch.float32 if dtype.itemsize == 2 else dtype

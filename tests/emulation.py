@@ -164,6 +164,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     monkeypatch.setattr(cuda_fused, "_kernel", kernel)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
+    monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield
     forget()
 
@@ -197,6 +198,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda, "_load", load)
+    monkeypatch.setattr(cuda, "_begin_backward", lambda *_: None)
     monkeypatch.setattr(cuda, "_shared_stepper", stepper)
     monkeypatch.setattr(runs, "run", lambda stepper, fields, count: stepper.run(fields, count))
     yield

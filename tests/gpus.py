@@ -6,19 +6,8 @@ import torch
 
 from flashrnn import Cell
 from flashrnn.cells import resolve
-from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.gpu import GPU, MODELS, clusters_of
 from flashrnn.problem import Problem
-
-
-def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
-    """How many clusters of each size run at once, as a driver says it of an H200.
-
-    A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
-    """
-    groups = multiprocessors * 7 // 8 // 16
-    of_the_last = min(14, multiprocessors - 16 * groups)
-    sizes = range(2, largest + 1)
-    return (0, 0, *(groups * (16 // size) + of_the_last // size for size in sizes))
 
 
 def _gpu(multiprocessors: int, shared_memory: int, hopper: bool, clusters: int = 0) -> GPU:
@@ -31,10 +20,7 @@ def _gpu(multiprocessors: int, shared_memory: int, hopper: bool, clusters: int =
     )
 
 
-A100 = _gpu(108, 166912, hopper=False)
-RTX_4090 = _gpu(128, 101376, hopper=False)
-H200 = _gpu(132, 232448, hopper=True, clusters=16)
-B200 = _gpu(148, 232448, hopper=False, clusters=16)
+A100, RTX_4090, H200, B200 = (MODELS[name].limits for name in ("A100", "RTX4090", "H200", "B200"))
 GPUS = {
     "sm_80": A100,
     "sm_86": RTX_4090,

@@ -16,10 +16,12 @@ from flashrnn.backends.gradients import Gradients, complete
 from flashrnn.backends.requirements import refusal, too_large, too_many_rows, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc
+from flashrnn.jit.background import compile_soon
 from flashrnn.kernels import call, source
+from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import plan as per_step
 from flashrnn.kernels.per_step import runs
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, as_compiled
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -30,6 +32,17 @@ def unavailable(device: torch.device) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
     return refusal(problem) or too_large(problem) or too_many_rows(problem)
+
+
+def programs(
+    problem: Problem, gpu: GPU | None, precision: str, backward: bool
+) -> list[dict[str, str]]:
+    """See :func:`flashrnn.backends.cuda_fused.programs`; those of every GPU are the same."""
+    if reason := unsupported(problem):
+        raise ValueError(f"backend 'cuda' cannot do this call: {reason}")
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    plan = per_step.plan_step(cell, problem.B, problem.N, problem.D, precision, backward)
+    return [plan.source(cell, precision, source.options_of(problem, backward))]
 
 
 def forward(
@@ -55,6 +68,8 @@ def forward(
     if gates is not None:
         tensors["gates"] = gates
     fields = _fields(problem, False, tensors)
+    if problem.needs_gradient:
+        _begin_backward(as_compiled(problem), source.precision_of(problem.dtype))
     options = source.forward_options(problem.needs_gradient)
     runs.run(_stepper(*_key(problem), False, options), fields, T)
     return every_state, last_states, gates
@@ -124,6 +139,13 @@ def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     precision = source.precision_of(problem.dtype)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
+
+
+@lru_cache(maxsize=1024)
+def _begin_backward(problem: Problem, precision: str) -> None:
+    """Begin to compile what backward will need, while forward is compiled and runs; once."""
+    found = programs(problem, None, precision, backward=True)
+    compile_soon(found, launch.architecture(problem.device))
 
 
 @lru_cache(maxsize=512)

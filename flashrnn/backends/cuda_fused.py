@@ -19,10 +19,11 @@ from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient,
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
+from flashrnn.jit.background import compile_soon
 from flashrnn.kernels import call, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan, Scratch
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, as_compiled
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -46,6 +47,36 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
     directions = (False, True) if problem.needs_gradient else (False,)
     plans = [registry.best_plan(problem, gpu, backward) for backward in directions]
     return next((plan for plan in plans if isinstance(plan, str)), None)
+
+
+def programs(
+    problem: Problem, gpu: GPU | None, precision: str, backward: bool
+) -> list[dict[str, str]]:
+    """The programs that a direction of a problem runs, if rows are aligned where D allows it.
+
+    Args:
+        problem: what is computed; T does not matter.
+        gpu: for which GPU; ``None``: the problem's device.
+        precision: out of ``source.PRECISIONS``.
+        backward: the direction.
+
+    Raises:
+        ValueError: it cannot do this problem; says why.
+    """
+    gpu = gpu or _gpu(problem)
+    if reason := _refused(problem, gpu):
+        raise ValueError(f"backend 'cuda_fused' cannot do this call: {reason}")
+    D, plan = problem.D, _plan(problem, backward, gpu)
+    aligned = D * problem.dtype.itemsize % 16 == 0
+    cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
+    found = [plan.source(cell, precision, source.options_of(problem, backward), aligned)]
+    if backward and registry.is_small(D):
+        recurrent = len(problem.cell.fed_by("R"))
+        tiles = single_cta.plan_gradient(
+            recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
+        )
+        found.append(tiles.compiled.source(problem.cell, precision, aligned))
+    return found
 
 
 def forward(
@@ -314,6 +345,8 @@ def _prepared_scan(
     options: source.Options,
     layout: call.Layout,
 ) -> _Prepared:
+    if problem.needs_gradient and not backward:
+        _begin_backward(as_compiled(problem), gpu, precision)
     B, T, N = problem.B, problem.T, problem.N
     record = call.BACKWARD if backward else call.FORWARD
     plan = _plan(problem, backward, gpu)
@@ -373,6 +406,13 @@ class _Kernel:
                 self.program.keep_for_graphs()
             stream = context.current_stream(device)
             launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
+
+
+@lru_cache(maxsize=1024)
+def _begin_backward(problem: Problem, gpu: GPU, precision: str) -> None:
+    """Begin to compile what backward will need, while forward is compiled and runs; once."""
+    found = programs(problem, gpu, precision, backward=True)
+    compile_soon(found, launch.architecture(problem.device))
 
 
 def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:

@@ -273,7 +273,9 @@ def _stream(handle: int, device: int) -> Any:
 _DEFAULT = 1
 
 
-_PROBE = 'extern "C" __global__ void probe() {}'
+PROBE = {"probe": 'extern "C" __global__ void probe() {}'}
+"""The program that :func:`clusters_at_once` asks about."""
+
 _LARGEST_CLUSTER = 16
 
 
@@ -285,7 +287,7 @@ def clusters_at_once(device: int, stream: int, shared_memory: int) -> tuple[int,
         stream: the stream.
         shared_memory: all that a CTA may have, so that no two CTAs share a multiprocessor.
     """
-    cubin = nvrtc.compile_program({"probe": _PROBE}, architecture(device))
+    cubin = nvrtc.compile_program(PROBE, architecture(device))
     program = Program(cubin, ["probe"], device, shared_memory)
     (function,) = program.kernels
     found = [0, 0]

@@ -16,7 +16,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -32,18 +32,37 @@ _importing = threading.RLock()
 _lock = threading.Lock()
 # By key. A lock exists for as long as a thread holds it or waits for it.
 _compiling: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+# The threads that are within NVRTC, and what says that one has left it.
+_within: set[int] = set()
+_left = threading.Condition()
+
+
+def _wait_for_compilers() -> None:
+    """Wait until no other thread is within NVRTC, and keep all others out.
+
+    NVRTC has locks of its own. One that is held when a process forks stays held in the child.
+    """
+    _left.acquire()
+    while _within - {threading.get_ident()}:
+        _left.wait()
 
 
 def _forget_locks() -> None:
     # Another thread of the parent process may have held them at the time of the fork.
-    global _importing, _lock
+    global _importing, _lock, _left
     _importing = threading.RLock()
     _lock = threading.Lock()
+    _left = threading.Condition()
+    _within.clear()
     _compiling.clear()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forget_locks)
+    os.register_at_fork(
+        before=_wait_for_compilers,
+        after_in_parent=lambda: _left.release(),
+        after_in_child=_forget_locks,
+    )
 
 
 class CompileError(RuntimeError):
@@ -90,12 +109,20 @@ def _cubin(key: str, source: str, arch: str, names: tuple[str, ...]) -> bytes:
     folder = cache_folder()
     if folder is None:
         return _compile(source, arch, names)
-    path = folder / f"{key}.cubin"
+    path = _path(folder, key)
     cubin = _read(path, key)
     if cubin is None:
         cubin = _compile(source, arch, names)
         _write(path, key, cubin)
     return cubin
+
+
+def kept_as(parts: Mapping[str, str], arch: str) -> Path | None:
+    """The file that the cache folder has of a program; ``None`` where it would be compiled."""
+    folder, key = cache_folder(), _key(join(parts), arch)
+    if folder is None or _read(_path(folder, key), key) is None:
+        return None
+    return _path(folder, key)
 
 
 def join(parts: Mapping[str, str]) -> str:
@@ -132,13 +159,32 @@ def _compile(source: str, arch: str, names: Iterable[str]) -> bytes:
     from cuda.core import Program, ProgramOptions
 
     try:
-        program = Program(source, "c++", ProgramOptions(arch=arch, std=_STANDARD))
-        return bytes(program.compile("cubin").code)
+        with _counted():
+            program = Program(source, "c++", ProgramOptions(arch=arch, std=_STANDARD))
+            return bytes(program.compile("cubin").code)
     except Exception as error:
         # The version in use: it may be PyTorch's NVRTC, not the one that this package requires.
         nvrtc = "NVRTC {}.{}".format(*_version())
         parts = ", ".join(names)
         raise CompileError(f"{nvrtc} could not compile ({parts}) for {arch}: {error}") from error
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    """This thread is within NVRTC."""
+    thread = threading.get_ident()
+    with _left:
+        _within.add(thread)
+    try:
+        yield
+    finally:
+        with _left:
+            _within.discard(thread)
+            _left.notify_all()
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.cubin"
 
 
 def _digest(key: str, cubin: bytes) -> bytes:

@@ -27,3 +27,50 @@ class GPU(NamedTuple):
 def clusters_at_once(size: int, gpu: GPU) -> int:
     """How many clusters of so many CTAs run at once."""
     return gpu.clusters[size] if size < len(gpu.clusters) else 0
+
+
+class Model(NamedTuple):
+    """A GPU that is not here.
+
+    Attributes:
+        architecture: what kernels are compiled for: ``"sm_90a"``.
+        limits: those of the whole GPU.
+    """
+
+    architecture: str
+    limits: GPU
+
+
+def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
+    """How many clusters of each size run at once, as a driver says it of an H200.
+
+    A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
+    """
+    groups = multiprocessors * 7 // 8 // 16
+    of_the_last = min(14, multiprocessors - 16 * groups)
+    sizes = range(2, largest + 1)
+    return (0, 0, *(groups * (16 // size) + of_the_last // size for size in sizes))
+
+
+def _model(architecture: str, multiprocessors: int, shared_memory: int) -> Model:
+    hopper = architecture == "sm_90a"
+    clusters = clusters_of(multiprocessors) if hopper or architecture == "sm_100" else ()
+    return Model(architecture, GPU(multiprocessors, shared_memory * 1024, hopper, hopper, clusters))
+
+
+MODELS = {
+    "A100": _model("sm_80", 108, 163),
+    "A10": _model("sm_86", 72, 99),
+    "RTX3090": _model("sm_86", 82, 99),
+    "L4": _model("sm_89", 58, 99),
+    "L40S": _model("sm_89", 142, 99),
+    "RTX4090": _model("sm_89", 128, 99),
+    "H100": _model("sm_90a", 132, 227),
+    "H200": _model("sm_90a", 132, 227),
+    "B200": _model("sm_100", 148, 227),
+    "RTX5090": _model("sm_120", 170, 99),
+}
+"""GPUs that plans can be made for where there is none.
+
+The numbers of clusters are those of an H200, and for B200 a guess from them.
+"""

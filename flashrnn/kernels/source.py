@@ -21,7 +21,7 @@ from flashrnn.cells.bounds import bound_of_h
 from flashrnn.cells.render import render_cuda
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels.call import Record
-from flashrnn.problem import tf32_allowed
+from flashrnn.problem import Problem, tf32_allowed
 
 PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
 """How products are computed, and the type ``Operand`` in CUDA that selects it."""
@@ -129,6 +129,14 @@ def backward_options(cut: bool, clip: bool) -> Options:
         clip: whether that gradient is clipped at each step.
     """
     return ("CUT", cut), ("CLIP", clip)
+
+
+def options_of(problem: Problem, backward: bool) -> Options:
+    """The constants of a problem's scan."""
+    if backward:
+        clip = problem.gradient_recurrent_clipval is not None
+        return backward_options(problem.gradient_recurrent_cut, clip)
+    return forward_options(problem.needs_gradient)
 
 
 @lru_cache(maxsize=1024)

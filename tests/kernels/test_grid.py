@@ -10,9 +10,10 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
 from flashrnn.kernels.grid import GridPlan
 from flashrnn.kernels.grid import plan as planning
+from flashrnn.kernels.sizes import tiles_of
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import hold_to_vanilla, others_keep_their_bits
-from tests.gpus import GPUS, H200, SMALL, planned
+from tests.gpus import GPUS, H200, LARGER, SMALL, planned
 from tests.kernels.regimes import GRID, take  # noqa: F401
 from tests.machine_code import instructions, needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, call, gradients, random_inputs
@@ -164,6 +165,29 @@ def test_fragments_wherever_there_is_room(take, dtype):  # noqa: F811
         plan = regime.plans(problem, regime.gpu, backward)
         assert plan.in_shared and plan.in_memory
     check("lstm", 9, 2, 2, 140, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("gpu", "units", "n_tiles", "D", "chains"),
+    [(SMALL, 44, 2, 260, 1), pytest.param(LARGER, 16, 2, 300, 2, marks=pytest.mark.slow)],
+    ids=["a slice a turn", "two slices a turn"],
+)
+def test_loops_over_slices(prefer, take, monkeypatch, gpu, units, n_tiles, D, chains):  # noqa: F811
+    """As in the widest heads in float32: backward has a loop for each kind of memory."""
+    monkeypatch.setattr(planning, "_MOST_UNROLLED", 0)
+    prefer(lambda plan: (plan.units != units, plan.n_tiles != n_tiles))
+
+    def changed(problem, gpu, backward):
+        return replace(with_little_in_registers(grid.plan_scan(problem, gpu, backward)), ahead=1)
+
+    regime = take(replace(GRID, forward=changed, backward=changed, gpu=gpu))
+    plan = regime.plans(planned("lstm", 9, 1, D, torch.float32), gpu, True)
+    row_tiles = tiles_of(plan.units, 16)
+    assert (2 if row_tiles * plan.n_tiles == 2 else 1) == chains, plan
+    # Of each kind more whole slices than one turn has.
+    assert min(plan.in_shared, plan.in_memory) // (3 * row_tiles) > chains, plan
+    check("lstm", 9, 2, 1, D, torch.float32)
 
 
 @needs_compiler

@@ -9,13 +9,14 @@ from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, grid, registry, single_cta
 from flashrnn.kernels.cluster import ClusterBackwardPlan, ClusterMmaPlan, ClusterWgmmaPlan
+from flashrnn.kernels.gpu import clusters_of
 from flashrnn.kernels.grid import GridPlan, GridWgmmaPlan
 from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.single_cta import GradientPlan, SingleCtaPlan
 from flashrnn.kernels.sizes import tiles_of
 from tests.emulation import plan_taken
-from tests.gpus import A100, B200, H200, RTX_4090, SMALL, clusters_of, planned
+from tests.gpus import A100, B200, H200, RTX_4090, SMALL, planned
 from tests.problems import BUILT_IN, sparse, wide
 
 CELLS = [*BUILT_IN, sparse, wide]

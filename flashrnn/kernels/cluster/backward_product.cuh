@@ -53,7 +53,7 @@ constexpr int CHAINS = ROW_TILES * N_TILES == 1 ? 4 : ROW_TILES * N_TILES == 2 ?
 // values.
 __device__ inline void careful_product(float (&sums)[ROW_TILES][N_TILES][4], const Exchange& exchange,
                                        const Element* R, int n, int N, int rank) {
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < ROW_TILES * N_TILES * 4; ++j) {
         const int tile = j / (4 * N_TILES), n_tile = j / 4 % N_TILES, i = j % 4;
         const Pair pair(tile, rank);
@@ -68,7 +68,11 @@ __device__ inline void careful_product(float (&sums)[ROW_TILES][N_TILES][4], con
                 sum += to_float(R_value) * __uint_as_float(words.words[word]);
             }
         }
-        if (!is_finite(sums[tile][n_tile][i])) sums[tile][n_tile][i] = sum;
+#pragma unroll
+        for (int k = 0; k < ROW_TILES * N_TILES * 4; ++k) {
+            float& fast = sums[k / (4 * N_TILES)][k / 4 % N_TILES][k % 4];
+            if (k == j && !is_finite(fast)) fast = sum;
+        }
     }
 }
 

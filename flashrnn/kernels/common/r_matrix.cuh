@@ -31,7 +31,12 @@ struct Matrix {
 
     __device__ Fragment operator[](int f) const {
         if (f < IN_REGISTERS) return in_registers[f < IN_REGISTERS ? f : 0];
-        return f < IN_REGISTERS + IN_SHARED ? in_shared[(f - IN_REGISTERS) * 32]
-                                            : in_memory[(f - IN_REGISTERS - IN_SHARED) * 32];
+        return f < IN_REGISTERS + IN_SHARED ? shared(f) : memory(f);
+    }
+
+    // Fragments of which is known where they lie.
+    __device__ Fragment shared(int f) const { return in_shared[(f - IN_REGISTERS) * 32]; }
+    __device__ Fragment memory(int f) const {
+        return in_memory[(f - IN_REGISTERS - IN_SHARED) * 32];
     }
 };

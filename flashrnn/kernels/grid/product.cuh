@@ -81,6 +81,28 @@ __device__ constexpr bool splits(int step) {
     return sizeof(Element) == 2 && PACKET_WORDS % 2 && step == PACKET_WORDS - 1;
 }
 
+// Unrolled, the product of a wide head in float32 takes many seconds to compile. So its slices are then
+// computed in loops, one over those with all fragments in shared memory and one over those with all
+// in global memory, but for some at the ends: a turn takes CHAINS slices, and behind the last slice
+// none is loaded.
+constexpr int FRAGMENTS_A_SLICE = PACKET_WORDS * ROW_TILES;
+constexpr int PRODUCTS = Order::SLICES_A_WARP * FRAGMENTS_A_SLICE * N_TILES * PASSES<Operand>;
+constexpr bool LOOPS = PASSES<Operand> > 1 && PRODUCTS > MOST_UNROLLED && AHEAD == 1;
+
+// A loop's slices, of those whose fragments are all from `first_fragment` to before `end_fragment`.
+struct SliceLoop {
+    int first, end;
+
+    __device__ constexpr SliceLoop(int first_fragment, int end_fragment)
+        : first((first_fragment + FRAGMENTS_A_SLICE - 1) / FRAGMENTS_A_SLICE), end(first) {
+        const int whole = end_fragment / FRAGMENTS_A_SLICE;
+        const int most = whole < Order::SLICES_A_WARP ? whole : Order::SLICES_A_WARP - 1;
+        if (LOOPS && most > first) end += (most - first) / CHAINS * CHAINS;
+    }
+
+    __device__ constexpr bool has(int i) const { return first <= i && i < end; }
+};
+
 // The row and column, in the CTA's product, of a lane's sum i of a tile of 16 rows and an n-tile.
 struct SumPlace {
     int row, column;
@@ -96,10 +118,9 @@ struct SumPlace {
 __device__ inline void careful_product(float (&sums)[ROW_TILES][N_TILES][4],
                                        const ReceivedPackets& received, const Element* R, int n, int N,
                                        int rank) {
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < ROW_TILES * N_TILES * 4; ++j) {
-        const int row_tile = j / (4 * N_TILES), n_tile = j / 4 % N_TILES;
-        const SumPlace place(row_tile, n_tile, j % 4);
+        const SumPlace place(j / (4 * N_TILES), j / 4 % N_TILES, j % 4);
         float sum = 0.0f;
 #pragma unroll 1
         for (int q = 0; q < 8 * Order::SLICES_A_WARP; ++q) {
@@ -111,8 +132,58 @@ __device__ inline void careful_product(float (&sums)[ROW_TILES][N_TILES][4],
                 sum += to_float(factor) * __uint_as_float(from.words[word]);
             }
         }
-        float& fast = sums[row_tile][n_tile][j % 4];
-        if (!is_finite(fast)) fast = sum;
+#pragma unroll
+        for (int k = 0; k < ROW_TILES * N_TILES * 4; ++k) {
+            float& fast = sums[k / (4 * N_TILES)][k / 4 % N_TILES][k % 4];
+            if (k == j && !is_finite(fast)) fast = sum;
+        }
+    }
+}
+
+// Receives and multiplies slice i of the warp. `fragment_of(f)` is the warp's fragment f. Its first step
+// adds to chain `chain` % CHAINS.
+template <typename Number, typename FragmentOf>
+__device__ inline void multiply_slice(float (&sums)[CHAINS][ROW_TILES][N_TILES][4], int i, int chain,
+                                      const FragmentOf& fragment_of, ReceivedPackets& received) {
+    unsigned words[N_TILES][2 * PACKET_WORDS];
+    received.receive(i, words);
+#pragma unroll
+    for (int step = 0; step < PACKET_WORDS; ++step) {
+#pragma unroll
+        for (int pass = 0; pass < (splits(step) ? 2 : PASSES<Operand>); ++pass) {
+#pragma unroll
+            for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {
+                const Fragment a = fragment_of((i * PACKET_WORDS + step) * ROW_TILES + row_tile);
+#pragma unroll
+                for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+                    const unsigned* b = &words[n_tile][2 * step];
+                    float(&sum)[4] = sums[(chain + step) % CHAINS][row_tile][n_tile];
+                    if constexpr (sizeof(Element) == 2) {
+                        if (splits(step)) {
+                            mma_half(sum, a.words[2 * pass], a.words[2 * pass + 1], b[pass],
+                                     Number{});
+                            continue;
+                        }
+                    }
+                    mma_pass(pass, sum, a.words[0], a.words[1], a.words[2], a.words[3], b[0],
+                             b[1], Number{});
+                }
+            }
+        }
+    }
+}
+
+template <typename Number, typename FragmentOf>
+__device__ inline void multiply_slices(float (&sums)[CHAINS][ROW_TILES][N_TILES][4],
+                                       const SliceLoop& slices, const FragmentOf& fragment_of,
+                                       ReceivedPackets& received) {
+#pragma unroll 1
+    for (int i = slices.first; i < slices.end; i += CHAINS) {
+#pragma unroll
+        for (int k = 0; k < CHAINS; ++k) {
+            multiply_slice<Number>(sums, i + k, (slices.first + k) * PACKET_WORDS, fragment_of,
+                                   received);
+        }
     }
 }
 
@@ -121,34 +192,24 @@ __device__ inline void careful_product(float (&sums)[ROW_TILES][N_TILES][4],
 template <typename Number>
 __device__ inline void multiply(Partial& partial, const Matrix& matrix, ReceivedPackets& received,
                                 const Element* R, int n, int N, int rank) {
+    constexpr SliceLoop in_shared(IN_REGISTERS, IN_REGISTERS + IN_SHARED);
+    constexpr SliceLoop in_memory(IN_REGISTERS + IN_SHARED, IN_REGISTERS + IN_SHARED + IN_MEMORY);
     float sums[CHAINS][ROW_TILES][N_TILES][4] = {};
 #pragma unroll
     for (int i = 0; i < Order::SLICES_A_WARP; ++i) {
-        unsigned words[N_TILES][2 * PACKET_WORDS];
-        received.receive(i, words);
-#pragma unroll
-        for (int step = 0; step < PACKET_WORDS; ++step) {
-#pragma unroll
-            for (int pass = 0; pass < (splits(step) ? 2 : PASSES<Operand>); ++pass) {
-#pragma unroll
-                for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {
-                    const Fragment a = matrix[(i * PACKET_WORDS + step) * ROW_TILES + row_tile];
-#pragma unroll
-                    for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
-                        const unsigned* b = &words[n_tile][2 * step];
-                        float(&sum)[4] = sums[(i * PACKET_WORDS + step) % CHAINS][row_tile][n_tile];
-                        if constexpr (sizeof(Element) == 2) {
-                            if (splits(step)) {
-                                mma_half(sum, a.words[2 * pass], a.words[2 * pass + 1], b[pass],
-                                         Number{});
-                                continue;
-                            }
-                        }
-                        mma_pass(pass, sum, a.words[0], a.words[1], a.words[2], a.words[3], b[0],
-                                 b[1], Number{});
-                    }
-                }
+        if (in_shared.has(i)) {
+            if (i == in_shared.first) {
+                multiply_slices<Number>(sums, in_shared, [&](int f) { return matrix.shared(f); },
+                                        received);
             }
+        } else if (in_memory.has(i)) {
+            if (i == in_memory.first) {
+                multiply_slices<Number>(sums, in_memory, [&](int f) { return matrix.memory(f); },
+                                        received);
+            }
+        } else {
+            multiply_slice<Number>(sums, i, i * PACKET_WORDS, [&](int f) { return matrix[f]; },
+                                   received);
         }
     }
 #pragma unroll
