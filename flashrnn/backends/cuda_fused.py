@@ -356,7 +356,7 @@ def _prepared_scan(
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
     kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
     scratch = plan.scratch(B, N, gpu)
-    others = [name for name, size in scratch._asdict().items() if size]
+    others = [name for name, size in zip(("packets", "R_in_memory"), scratch, strict=True) if size]
     groups = plan.groups(B, N, gpu)
     return _Prepared(
         kernel,
