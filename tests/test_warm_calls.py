@@ -58,7 +58,7 @@ def named(launched):
 def forget():
     for cached in (*cuda_fused.KERNELS, cuda_fused._refused, registry.best_plan):
         cached.cache_clear()
-    functional._problems.clear()
+    functional.problems.clear()
     functional._expanded_zeros.clear()
 
 
@@ -286,7 +286,7 @@ def test_caches_have_a_bound(launches, monkeypatch):
     monkeypatch.setattr(functional, "_MOST_EXPANDED", 5)
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))
-        assert len(functional._problems) <= 5 and len(functional._expanded_zeros) <= 5
+        assert len(functional.problems) <= 5 and len(functional._expanded_zeros) <= 5
     for cached in (*cuda_fused.KERNELS, cuda_fused._refused):
         assert cached.cache_info().maxsize is not None
 
@@ -301,7 +301,7 @@ def test_nothing_kept_holds_the_users_step(launches):
     x = inputs()
     for backend in ("cuda_fused", "vanilla"):
         flashrnn(*x, function=own, backend=backend)
-    assert all(problem.step is None for problem in functional._problems.values())
+    assert all(problem.step is None for problem in functional.problems.values())
 
 
 def test_threads_launch_each_its_own(launches):
