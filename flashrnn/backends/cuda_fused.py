@@ -168,8 +168,9 @@ def _scan(
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
         prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
-    scratch = _scratch(prepared, tensors["R"])
-    addresses += [memory.data_ptr() for memory in scratch]
+    if any(prepared.scratch):
+        scratch = _scratch(prepared, tensors["R"])
+        addresses += [memory.data_ptr() for memory in scratch]
     prepared.launch(addresses)
 
 

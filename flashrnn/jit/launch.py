@@ -11,6 +11,7 @@ import struct
 import threading
 import weakref
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -133,7 +134,7 @@ _in_graphs: set[Program] = set()
 _forgotten: dict[int, list[Any]] = {}
 # The streams that there were launches on, by device. Never emptied: PyTorch has a few dozen, and
 # the driver gives handles of destroyed streams to new ones.
-_streams: dict[int, set[int]] = {}
+_streams: defaultdict[int, set[int]] = defaultdict(set)
 _MOST_FORGOTTEN = 32
 
 
@@ -167,7 +168,7 @@ def _wait_for(stream: int) -> bool:
 
 def enqueue(launches: Iterable[Launch], stream: int, device: int) -> None:
     """Launch on a stream of a device, which is the current one, in order."""
-    _streams.setdefault(device, set()).add(stream or _DEFAULT)
+    _streams[device].add(stream or _DEFAULT)
     _enqueue(launches, stream or _DEFAULT)
 
 
@@ -257,7 +258,7 @@ class Recording:
 
     def replay(self, stream: int, device: int) -> None:
         """Enqueue the run on a stream of a device."""
-        _streams.setdefault(device, set()).add(stream or _DEFAULT)
+        _streams[device].add(stream or _DEFAULT)
         self._graph.launch(_stream(stream, device))
 
 
