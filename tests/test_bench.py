@@ -349,7 +349,7 @@ def test_lines_for_people():
     rows = [row(), row(None, measure=BOTH)]
     first, second = report.lines(rows)
     assert first.split(maxsplit=1) == [
-        "triton", "forward                         1.5 ms  (1.5 to 1.5)  goal 0.25  somebody: 3"
+        "triton", "forward                          1.5 ms  (1.5 to 1.5)  goal 0.25  somebody: 3"
     ]  # fmt: skip
     assert second.split(maxsplit=3)[-1] == "too wide"
     (only,) = report.lines([row(None), row(None, measure=BOTH)])

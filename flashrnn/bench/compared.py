@@ -37,7 +37,7 @@ def summary(tasks: Sequence[Sequence[Row]]) -> list[str]:
     pairs = [pair for rows in tasks for pair in _pairs(rows)]
     for suite, measure in dict.fromkeys((pair.ours.suite, pair.ours.measure) for pair in pairs):
         chosen = [p for p in pairs if (p.ours.suite, p.ours.measure) == (suite, measure)]
-        lines.append(f"{suite}, {measure}, beside torch.nn:")
+        lines.append(f"{suite}: {measure}, beside torch.nn")
         lines += [f"  {name:17}  {_said(group)}" for name, group in _groups(chosen) if group]
         told = sorted((p.ratio, k) for k, p in enumerate(chosen) if p.ratio is not None)
         lines += [f"  worst: {_worst(chosen[k])}" for _, k in told[:WORST]]

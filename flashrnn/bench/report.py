@@ -166,7 +166,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     if len({row.reason for row in rows}) == 1 and rows[0].reason:
         return [f"{name}  {rows[0].reason}"]
     return [
-        f"{name if k == 0 else ' ' * len(name)}  {row.measure:26}  {_cell(row)}"
+        f"{name if k == 0 else ' ' * len(name)}  {row.measure:27}  {_cell(row)}"
         for k, row in enumerate(rows)
     ]
 
