@@ -54,7 +54,7 @@ def wall(calls: Calls, device: torch.device) -> Sample:
         return _seconds([*ready, lambda: _finish(device)]) / count
 
     mean(1)
-    count = min(max(math.ceil(SECONDS / mean(2)), 1), MOST)
+    count = min(max(math.ceil(SECONDS / mean(1)), 1), MOST)
     return lambda: mean(count) * 1e6
 
 

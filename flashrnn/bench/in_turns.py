@@ -19,7 +19,8 @@ from flashrnn.bench.clocks import Call, Calls, Clock, Sample
 from flashrnn.bench.contender import Contender, Found, Work
 from flashrnn.bench.timing import Timing
 
-FEWEST, MOST = 5, 200
+# Rounds, however long they take, and however much time is left.
+FEWEST, MOST = 3, 200
 # Every contender draws its data from here, so that equal shapes get equal numbers.
 SEED = 0
 
