@@ -461,7 +461,9 @@ def test_a_python_without_its_reference_asks_for_a_text(tmp_path, monkeypatch, c
     assert "came without its reference" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(x, marks=pytest.mark.slow) for x in ("latin-1", "cp1252"))]
+)
 def test_a_terminal_that_cannot_show_the_text_gets_what_it_can(encoding, tmp_path):
     (tmp_path / "grüße.txt").write_text("Ein Löffel ≤ zwei Löffel. " * 50, encoding="utf-8")
     command = [sys.executable, "-m", "flashrnn", "demo", "--device=cpu", "--steps=1"]

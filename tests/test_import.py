@@ -12,14 +12,16 @@ torchs = set(sys.modules)
 before = time.perf_counter()
 import flashrnn
 seconds = time.perf_counter() - before
-loaded = [name for name in {*sys.modules} - torchs if name.split(".")[0] in ("triton", "cuda")]
+late = ("triton", "cuda", "flashrnn.bench")
+loaded = [x for x in {*sys.modules} - torchs if any(f"{x}.".startswith(f"{y}.") for y in late)]
 print(json.dumps([seconds, loaded, torch.cuda.is_initialized()]))
 """
 
 
-def test_import_takes_50_ms_beyond_torch_and_loads_no_gpu_code():
+def test_import_takes_50_ms_beyond_torch_and_loads_no_gpu_code_and_no_benchmark():
     seconds = []
-    for _ in range(3):
+    # Another try where the machine had something else to do.
+    while len(seconds) < 3 and min(seconds, default=1.0) >= 0.050:
         printed = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
         ).stdout

@@ -333,5 +333,9 @@ def test_trees_end_at_subclasses():
     assert mapped[0] == [1, {"a": shape}] and mapped[1][0].item() == 2.0
 
 
+def test_a_gpu_can_be_kept_busy():
+    assert list(inspect.signature(torch.cuda._sleep).parameters) == ["cycles"]
+
+
 def test_dynamo_is_there():
     assert importlib.util.find_spec("torch._dynamo") is not None

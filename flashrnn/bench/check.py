@@ -18,6 +18,9 @@ from torch import Tensor
 STEPS = 64
 # What a peer may be off by: it rounds as it likes, and a wrong order of gates is off by far more.
 PEERS = 0.05
+# The same where TF32 may be used: its operands have 10 bits after the point, and vanilla's products
+# need not have taken it.
+TF32 = 2**-9
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Verdict:
     reason: str | None
 
 
-def judge(given: Results, truth: Results, plain: Results | None) -> Verdict:
+def judge(given: Results, truth: Results, plain: Results | None, tf32: bool = False) -> Verdict:
     """Hold results to the truth.
 
     Args:
@@ -83,17 +86,20 @@ def judge(given: Results, truth: Results, plain: Results | None) -> Verdict:
         truth: in float64.
         plain: ours are held to twice the error of these, which are ``vanilla``'s in the same
             dtype, and a peer, for whom this is ``None``, to 5%.
+        tf32: whether products of float32 may be TF32.
     """
     output = _error(given.output, truth.output)
     gradients = _errors(given, truth)
     allowed_output, allowed_gradients = PEERS, [PEERS] * len(gradients)
     if plain is not None:
         dtype = plain.output.dtype
-        allowed_output = _allowed(_error(plain.output, truth.output), dtype, residual=0)
+        allowed_output = _allowed(_error(plain.output, truth.output), dtype, 0, tf32)
         # Gradients may be computed from what was rounded to 16 bits for them: half a unit in
         # the last place at most, half of that in the mean.
         residual = torch.finfo(dtype).eps / 4
-        allowed_gradients = [_allowed(e, dtype, residual) for e in _errors(plain, truth)]
+        allowed_gradients = [
+            _allowed(error, dtype, residual, tf32) for error in _errors(plain, truth)
+        ]
     wrong = [] if given.finite else ["something is not finite"]
     if not output <= allowed_output:
         wrong.append(f"the output is off by {output:.2g}, allowed is {allowed_output:.2g}")
@@ -106,10 +112,12 @@ def judge(given: Results, truth: Results, plain: Results | None) -> Verdict:
     return Verdict(output, max(gradients, default=None), reason)
 
 
-def _allowed(plain: float, dtype: torch.dtype, residual: float) -> float:
+def _allowed(plain: float, dtype: torch.dtype, residual: float, tf32: bool) -> float:
     if dtype.itemsize == 2:
         return 2 * plain + max(residual, 1e-6)
-    return max(2 * plain, 1e-5 if dtype == torch.float32 else 1e-12)
+    if dtype == torch.float32:
+        return max(2 * plain, TF32 if tf32 else 1e-5)
+    return max(2 * plain, 1e-12)
 
 
 def _errors(given: Results, truth: Results) -> list[float]:

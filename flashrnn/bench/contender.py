@@ -48,11 +48,11 @@ class Found:
     reason: str | None = None
 
     @staticmethod
-    def timed(taken: timing.Timing, verdict: Verdict) -> Found:
+    def timed(taken: timing.Timing, verdict: Verdict, unit: str = "ms") -> Found:
         """A time, and the errors of what took it."""
         return Found(
             taken.median,
-            "ms",
+            unit,
             taken.q1,
             taken.q3,
             taken.repetitions,
@@ -77,6 +77,7 @@ class Work:
         reference: the same in plain PyTorch, in any dtype and of any length.
         time: the axis of time of inputs and output.
         ours: held to ``vanilla``'s accuracy rather than to a peer's.
+        causal: whether the first steps of a longer sequence are those of one that ends with them.
     """
 
     inputs: tuple[Tensor, ...]
@@ -85,6 +86,7 @@ class Work:
     reference: Callable[..., Tensor]
     time: int
     ours: bool
+    causal: bool = True
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -93,14 +95,16 @@ class Work:
 
     def weights_of_loss(self) -> Tensor:
         """A gradient of the output's first steps, for :func:`check.results`."""
-        steps = min(STEPS, self.inputs[0].shape[self.time])
-        first = [x.detach().narrow(self.time, 0, steps) for x in self.inputs]
         with torch.no_grad():
-            return torch.randn_like(self.reference(*first, *self.weights))
+            return torch.randn_like(self.reference(*self._first(STEPS), *self.weights))
 
     def given(self, gradient: Tensor, backward: bool) -> Results:
-        """What ``run`` computes."""
-        return results(self.run, self.leaves, len(self.inputs), self.time, gradient, backward)
+        """What ``run`` computes, of the whole sequence where that tells its first steps."""
+        leaves = self.leaves
+        if not self.causal:
+            first = [x.requires_grad_() for x in self._first(gradient.shape[self.time])]
+            leaves = (*first, *self.weights)
+        return results(self.run, leaves, len(self.inputs), self.time, gradient, backward)
 
     def truths(self, gradient: Tensor, backward: bool) -> tuple[Results, Results | None]:
         """What the reference computes on the first steps: in float64, and in the same dtype.
@@ -110,12 +114,17 @@ class Work:
         steps, count = gradient.shape[self.time], len(self.inputs)
 
         def by_reference(dtype: torch.dtype) -> Results:
-            cut = [x.narrow(self.time, 0, steps) for x in self.inputs]
+            cut = self._first(steps)
             leaves = [x.detach().to(dtype).requires_grad_() for x in (*cut, *self.weights)]
             return results(self.reference, leaves, count, self.time, gradient, backward)
 
         plain = by_reference(self.inputs[0].dtype) if self.ours else None
         return by_reference(torch.float64), plain
+
+    def _first(self, steps: int) -> list[Tensor]:
+        """The first steps of the inputs, no more than there are."""
+        steps = min(steps, self.inputs[0].shape[self.time])
+        return [x.detach().narrow(self.time, 0, steps) for x in self.inputs]
 
 
 class Contender(ABC):

@@ -17,6 +17,11 @@ MODULES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU,
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def lacking(function: str) -> str | None:
+    """Why torch.nn cannot do a function; ``None`` where it can."""
+    return None if function in MODULES else f"torch.nn has no {function}"
+
+
 @dataclass(frozen=True)
 class TorchNN(Contender):
     """``torch.nn.LSTM``, ``GRU`` or ``RNN`` in a dtype of its own.
@@ -48,9 +53,7 @@ class TorchNN(Contender):
 
     def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
         """See :class:`Contender`."""
-        if case.function not in MODULES:
-            return f"torch.nn has no {case.function}"
-        return None
+        return lacking(case.function)
 
     def prepare(self, case: Case, device: torch.device) -> Work:
         """See :class:`Contender`."""
@@ -75,16 +78,24 @@ def as_flashrnn(
 
     The orders of its gates are in README.md.
     """
+    Wx = linear(x, W).unflatten(-1, (-1, 1, R.shape[1])).transpose(0, 1)
+    R, b = converted(function, R, b_input, b_recurrent)
+    states, _ = flashrnn(Wx, R, b, function=function, backend="vanilla")
+    return states[0].flatten(2).transpose(0, 1)
+
+
+def converted(
+    function: str, R: Tensor, b_input: Tensor, b_recurrent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``R`` and ``b`` as :func:`flashrnn.flashrnn` takes them, out of a module of ``torch.nn``."""
     D = R.shape[1]
-    Wx = linear(x, W).unflatten(-1, (-1, 1, D)).transpose(0, 1)
     R = R.view(-1, 1, D, D)
     b_input, b_recurrent = b_input.view(-1, 1, D), b_recurrent.view(-1, 1, D)
     b = b_input + b_recurrent
     if function == "gru":
         R = R.roll(1, 0)
         b = torch.stack([b_recurrent[2], b[0], b[1], b_input[2]])
-    states, _ = flashrnn(Wx, R, b, function=function, backend="vanilla")
-    return states[0].flatten(2).transpose(0, 1)
+    return R, b
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,11 @@ def headline(row: Row) -> str:
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """A contender's measures of a case, for people."""
-    name = f"  {rows[0].contender:30}"
+    name = f"  {rows[0].contender:36}"
     if len({row.reason for row in rows}) == 1 and rows[0].reason:
         return [f"{name}  {rows[0].reason}"]
     return [
-        f"{name if k == 0 else ' ' * len(name)}  {row.measure:24}  {_cell(row)}"
+        f"{name if k == 0 else ' ' * len(name)}  {row.measure:27}  {_cell(row)}"
         for k, row in enumerate(rows)
     ]
 
@@ -196,15 +197,19 @@ class Terminal:
         self._headline = ""
 
     def show(self, rows: Sequence[Row]) -> None:
-        """A contender's rows, below their case's headline."""
+        """A task's rows, below their case's headline."""
         above = headline(rows[0])
-        for line in [*([above] if above != self._headline else []), *lines(rows)]:
-            self._say(line)
+        if above != self._headline:
+            self.say(above)
+        for _, of_contender in groupby(rows, lambda row: row.contender):
+            for line in lines(list(of_contender)):
+                self.say(line)
         self._headline = above
         if self._bar is not None:
             self._bar.update()
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line above the bar."""
         if self._bar is None:
             print(line, flush=True)
         else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from flashrnn.bench import cold_start
+from flashrnn.bench import cold_start, in_turns
+from flashrnn.bench.case import Case
 from flashrnn.bench.contender import Contender, Found
 from flashrnn.bench.ours import DEFAULT, Ours
 from flashrnn.bench.peers import DTYPES, Attention, TorchNN
@@ -33,8 +35,13 @@ class Contestants:
     peers: tuple[str, ...] = PEERS
     upstream: Path | None = None
 
-    def of(self, suite: Suite, entry: Entry) -> list[Contender]:
-        """Those who are measured on an entry of a suite."""
+    def of(self, suite: Suite, entry: Entry) -> list[tuple[Contender, ...]]:
+        """Those who are measured on an entry of a suite, together those who are in turns."""
+        if entry.contenders:
+            return [entry.contenders]
+        return [(contender,) for contender in self._each_alone(suite, entry)]
+
+    def _each_alone(self, suite: Suite, entry: Entry) -> list[Contender]:
         chosen = self.backends or entry.backends or DEFAULT
         if entry.alone:
             chosen = tuple(name for name in chosen if name in (entry.backends or ()))
@@ -59,39 +66,67 @@ class Contestants:
 
 @dataclass(frozen=True)
 class Task:
-    """A contender on an entry of a suite."""
+    """Contenders on an entry of a suite: one, or all that are measured in turns."""
 
     suite: str
     entry: Entry
-    contender: Contender
+    contenders: tuple[Contender, ...]
 
 
 def plan(names: Sequence[str], selection: Selection, contestants: Contestants) -> list[Task]:
     """All tasks of some suites, in order."""
     return [
-        Task(name, entry, contender)
+        Task(name, entry, together)
         for name in names
         for entry in SUITES[name].entries(selection)
-        for contender in contestants.of(SUITES[name], entry)
+        for together in contestants.of(SUITES[name], entry)
     ]
 
 
-def measure(task: Task, quick: bool) -> list[Row]:
-    """Carry out a task: a row for each of its measures."""
-    suite, case, contender = SUITES[task.suite], task.entry.case, task.contender
-    device = torch.device(suite.device)
-    if suite.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    found: dict[str, Found]
-    if suite.kind == "memory":
-        found = contender.memory(case, device)
-    elif suite.kind == "cold start":
-        assert isinstance(contender, Ours)
-        found = cold_start.measure(contender, case, device, repetitions=1 if quick else 3)
+def device_of(suite: Suite) -> torch.device:
+    """Where a suite is measured on this machine."""
+    if suite.device == "cpu" or (suite.device == "any" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def measure(task: Task, quick: bool, seconds: float = math.inf) -> list[Row]:
+    """Carry out a task: a row for each of its measures.
+
+    Args:
+        task: the task.
+        quick: with fewer repetitions.
+        seconds: a case that is measured in turns takes no more, if more than ``quick`` says.
+    """
+    suite, case = SUITES[task.suite], task.entry.case
+    device = device_of(suite)
+    if suite.measures:
+        seconds = min(seconds, 1.0 if quick else 4.0)
+        found = in_turns.measure(task.contenders, case, device, suite.measures, seconds)
     else:
-        found = contender.times(case, device, seconds=0.1 if quick else 0.5)
-    includes = contender.includes(case, device)
+        found = [_alone(suite, each, case, device, quick) for each in task.contenders]
     return [
-        Row.of(task.suite, contender.name, case, includes, name, value, task.entry.marks.get(name))
-        for name, value in found.items()
+        Row.of(
+            task.suite,
+            contender.name,
+            case,
+            contender.includes(case, device),
+            name,
+            value,
+            task.entry.marks.get(name),
+        )
+        for contender, measured in zip(task.contenders, found, strict=True)
+        for name, value in measured.items()
     ]
+
+
+def _alone(
+    suite: Suite, contender: Contender, case: Case, device: torch.device, quick: bool
+) -> dict[str, Found]:
+    """What is found of one contender by itself."""
+    if suite.kind == "memory":
+        return contender.memory(case, device)
+    if suite.kind == "cold start":
+        assert isinstance(contender, Ours)
+        return cold_start.measure(contender, case, device, repetitions=1 if quick else 3)
+    return contender.times(case, device, seconds=0.1 if quick else 0.5)

@@ -10,10 +10,15 @@ from pathlib import Path
 import torch
 
 from flashrnn import available_functions
+from flashrnn.bench import arena
 from flashrnn.bench.case import Case
-from flashrnn.bench.contender import BOTH, FORWARD
+from flashrnn.bench.contender import BOTH, FORWARD, Contender
+from flashrnn.bench.in_turns import FORWARD_ALONE, GRAPH, HOST, WALL, Measure
+from flashrnn.bench.layers import OURS, THEIRS, Layer, Stack
 from flashrnn.bench.memory import HELD, MIB
-from flashrnn.bench.ours import WITH_PRODUCT
+from flashrnn.bench.ours import WITH_PRODUCT, Ours
+from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
+from flashrnn.bench.single_step import Stepping
 from flashrnn.cells import resolve
 from flashrnn.config import parse_dtype
 
@@ -29,15 +34,34 @@ MANY, ONE = (12, 64), (1, 768)
 
 @dataclass(frozen=True)
 class Selection:
-    """What the command line asks for; ``None``: the suite's own choice."""
+    """What the command line asks for; ``None``: the suite's own choice.
+
+    Attributes:
+        function: the cell.
+        dtype: of the inputs.
+        quick: fewer cases, or smaller ones.
+        device: ``"cuda"`` or ``"cpu"``, for the suites that run on either.
+        shapes: how many random ones.
+        seed: of the random ones.
+    """
 
     function: str | None = None
     dtype: torch.dtype | None = None
     quick: bool = False
+    device: str = "cuda"
+    shapes: int = arena.SHAPES
+    seed: int = 0
 
     def case(self, N: int, D: int, B: int = B, T: int = T) -> Case:
         """A case with the function and dtype that were asked for, or LSTM in bfloat16."""
         return Case(self.function or "lstm", B, T, N, D, self.dtype or torch.bfloat16)
+
+    def beside_torch(self, N: int, D: int, B: int, T: int) -> Case:
+        """The same, or LSTM in what torch.nn is fastest in; on the CPU never more than a little."""
+        usual = torch.float16 if self.device == "cuda" else torch.float32
+        if self.device == "cpu":
+            T, D = min(T, 8), min(D, 64)
+        return Case(self.function or "lstm", B, T, N, D, self.dtype or usual)
 
     @property
     def functions(self) -> tuple[str, ...]:
@@ -69,12 +93,14 @@ class Entry:
         backends: who is measured, where that is not all.
         alone: whether no peers are, nor other backends than these.
         marks: by measure.
+        contenders: in suites that measure in turns, who is measured: ours first, then peers.
     """
 
     case: Case
     backends: tuple[str, ...] | None = None
     alone: bool = False
     marks: Mapping[str, Mark] = field(default_factory=dict)
+    contenders: tuple[Contender, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +111,11 @@ class Suite:
         title: what it is, in a line.
         entries: its cases.
         kind: ``"time"``, ``"memory"`` or ``"cold start"``.
-        device: ``"cuda"`` or ``"cpu"``.
+        device: ``"cuda"`` or ``"cpu"``, or ``"any"``: the GPU where there is one.
         axis: what its figure has on the horizontal axis, a field of a case; ``None``: no figure.
+        measures: what is measured of the contenders of an entry in turns; then ``kind`` says
+            nothing.
+        shared_time: whether all its cases share the time that the command line gives.
     """
 
     title: str
@@ -94,6 +123,8 @@ class Suite:
     kind: str = "time"
     device: str = "cuda"
     axis: str | None = None
+    measures: tuple[Measure, ...] = ()
+    shared_time: bool = False
 
 
 def head_dim(selection: Selection) -> list[Entry]:
@@ -180,6 +211,60 @@ def cpu(selection: Selection) -> list[Entry]:
     return [Entry(Case(function, 32, T, 1, 128, dtype), own) for function in selection.functions]
 
 
+def host(selection: Selection) -> list[Entry]:
+    """Calls that are over on the GPU before the host has made them."""
+    entries = []
+    for N, D, B, T in ((2, 64, 4, 8),) if selection.quick else ((2, 64, 4, 8), (12, 64, 16, 8)):
+        case = selection.beside_torch(N, D, B, T)
+        entries.append(Entry(case, contenders=(Ours("auto"), TorchNN(case.dtype, False))))
+    case = selection.beside_torch(1, 120, 9, 1)
+    entries.append(Entry(case, contenders=(Layer(), TorchNN(case.dtype, False))))
+    return entries
+
+
+def short(selection: Selection) -> list[Entry]:
+    """Short sequences, where what comes before the first step and after the last counts."""
+    lengths = (1, 64) if selection.quick else (1, 2, 4, 8, 16, 32, 64)
+    cases = [selection.beside_torch(*shape, B=B, T=T) for shape in (MANY, ONE) for T in lengths]
+    return [Entry(case, contenders=(Ours("auto"), TorchNN(case.dtype, False))) for case in cases]
+
+
+def step(selection: Selection) -> list[Entry]:
+    """A step at a time, of one sequence and of several."""
+    shapes = (MANY,) if selection.quick else ((1, 256), ONE, MANY, (4, 128))
+    cases = [selection.beside_torch(*shape, B=B, T=1) for shape in shapes for B in (1, 16)]
+    return [
+        Entry(case, contenders=(Stepping(), Ours("auto"), TorchNN(case.dtype, False)))
+        for case in cases
+    ]
+
+
+def random_shapes(selection: Selection) -> list[Entry]:
+    """Shapes as nobody chose them."""
+    cases = arena.cases(
+        min(selection.shapes, 12) if selection.quick else selection.shapes,
+        selection.seed,
+        selection.device,
+        (selection.function,) if selection.function else tuple(MODULES),
+        (selection.dtype,) if selection.dtype else DTYPES,
+    )
+    return [Entry(case, contenders=(Layer(), TorchNN(case.dtype, False))) for case in cases]
+
+
+def layers(selection: Selection) -> list[Entry]:
+    """One layer and several, one direction and both."""
+    counts, widths = ((1, 2), (128,)) if selection.quick else ((1, 2, 4), (128, 512, 1024))
+    entries = []
+    for count in counts:
+        for directions in (1, 2):
+            for D in widths:
+                for B in (16,) if selection.quick else (16, 64):
+                    case = selection.beside_torch(1, D, B, T)
+                    stacks = tuple(Stack(name, count, directions) for name in (OURS, THEIRS))
+                    entries.append(Entry(case, contenders=stacks))
+    return entries
+
+
 SUITES = {
     "head-dim": Suite(
         f"over the head dimension: {WIDTH} units in all, and single heads beyond",
@@ -192,5 +277,36 @@ SUITES = {
     "goals": Suite("every row of the table of goals, by the backend that has the goal", goals),
     "memory": Suite("GPU memory of a training step", memory, kind="memory"),
     "cold-start": Suite("first results of fresh processes", cold_start, kind="cold start"),
+    "host": Suite(
+        "host time of a call beside torch.nn, small shapes",
+        host,
+        device="any",
+        measures=(*HOST, *WALL),
+    ),
+    "short": Suite(
+        "short sequences beside torch.nn, T from 1 to 64",
+        short,
+        device="any",
+        measures=(*GRAPH, *WALL),
+    ),
+    "step": Suite(
+        "a single step of flashrnn.Stepper, beside calls of T = 1",
+        step,
+        device="any",
+        measures=FORWARD_ALONE,
+    ),
+    "arena": Suite(
+        "random shapes, whole layers beside torch.nn",
+        random_shapes,
+        device="any",
+        measures=WALL,
+        shared_time=True,
+    ),
+    "layers": Suite(
+        "1 to 4 layers of flashrnn.nn beside torch.nn, one direction and both",
+        layers,
+        device="any",
+        measures=WALL,
+    ),
     "cpu": Suite("vanilla and torch.nn on the CPU", cpu, device="cpu", axis="function"),
 }

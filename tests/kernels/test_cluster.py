@@ -141,7 +141,9 @@ def test_any_tiles_of_the_backward_scan(take, rank, chosen, D):  # noqa: F811
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 def test_fragments_wherever_there_is_room(take, dtype):  # noqa: F811
     def changed(problem, gpu, backward):
         return with_little_in_registers(cluster.plan_backward(problem, gpu, backward))

@@ -154,7 +154,9 @@ def with_little_in_registers(plan):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 def test_fragments_wherever_there_is_room(take, dtype):  # noqa: F811
     def changed(problem, gpu, backward):
         return with_little_in_registers(grid.plan_scan(problem, gpu, backward))
