@@ -11,6 +11,7 @@ from flashrnn import backends
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
+from flashrnn.compat.order import by_position
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
 from flashrnn.problem import Problem, as_dtype_has_it, carry_dtype
 
@@ -21,8 +22,8 @@ def flashrnn(
     b: Tensor,
     states: Tensor | None = None,
     function: str | Cell = "lstm",
+    *further: FlashRNNConfig | torch.dtype | str | None,
     backend: str = "auto",
-    *,
     config: FlashRNNConfig | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -39,14 +40,18 @@ def flashrnn(
         Wx: ``[B, T, Gw, N, D]``, input pre-activations, computed outside by a linear layer.
         R: ``[Gr, N, D, D]``, the recurrent matrix: the last dimension is the one that is
             summed over.
-        b: ``[Gb, N, D]``, the bias.
+        b: ``[Gb, N, D]``, the bias; of float32 beside 16 bits, it is cast to those. Gates that
+            ``Wx`` does not feed (the GRU's g) may be left out: their bias is 0 then.
         states: ``[S, B, 1, N, D]``, the initial states, ``h`` first; ``None``: zeros, or
             ``config.initial_val``. Of the inputs' dtype, or float32 where that has 16 bits.
         function: ``"lstm"``, ``"gru"``, ``"elman"``, ``"slstm"``, another name out of
             :func:`flashrnn.available_functions`, or a cell made by :func:`flashrnn.cell`.
+        further: ``backend`` by position; or ``config``, ``backend`` and ``dtype``, in the order
+            of the upstream package.
         backend: ``"auto"``, the fastest that supports the call; or a backend's name, which is
             then used or an error says why it cannot be.
-        config: further options; see :class:`flashrnn.FlashRNNConfig`.
+        config: further options; see :class:`flashrnn.FlashRNNConfig`. With one that sets fields
+            of upstream's, layouts among them, the call is :func:`flashrnn.compat.call.call`.
         dtype: the dtype that ``Wx``, ``R`` and ``b`` are cast to; takes the place of
             ``config.dtype``. ``None``: the inputs' dtype, which must then be one.
 
@@ -70,10 +75,14 @@ def flashrnn(
         >>> states.shape, last_states.shape
         (torch.Size([2, 8, 32, 3, 16]), torch.Size([2, 8, 1, 3, 16]))
     """
+    if further:
+        config, backend, dtype = by_position(further, config, backend, dtype)
     if config is None:
         config = _DEFAULT
-    elif not isinstance(config, FlashRNNConfig):
-        raise TypeError(f"config is {type(config).__name__}; accepted is a FlashRNNConfig")
+    elif getattr(config, "of_upstream", True):
+        from flashrnn.compat.call import call
+
+        return call(Wx, R, b, states, function, backend, config, dtype)
     if not isinstance(backend, str):
         raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
     cell = resolve(function)
@@ -91,7 +100,11 @@ def flashrnn(
                 "torch.nested.to_padded_tensor() and .to_dense() make such"
             )
         needs_gradient = needs_gradient or tensor.requires_grad
-    B, T, N, D = _sizes(cell, Wx, R, b, states)
+    sizes = _sizes(cell, Wx, R, b, states)
+    if sizes is None:
+        b = _whole_bias(cell, b)
+        sizes = _sizes(cell, Wx, R, b, states) or _refuse_sizes(cell, Wx, R, b, states)
+    B, T, N, D = sizes
     device = _device(tensors)
     autocast = _autocast_enabled(device.type)
     computed_in = _dtype(tensors, config, dtype, autocast)
@@ -128,6 +141,15 @@ def flashrnn(
 
 
 _DEFAULT = FlashRNNConfig()
+
+
+def _whole_bias(cell: Cell, b: Tensor) -> Tensor:
+    """A bias with zeros for gates that ``Wx`` does not feed, where those were left out."""
+    present, wanted = cell.fed_by("Wx"), cell.fed_by("b")
+    if b.ndim != 3 or b.shape[0] != len(present) or not set(present) < set(wanted):
+        return b
+    given = dict(zip(present, b.unbind(0), strict=True))
+    return torch.stack([given.get(k, torch.zeros_like(b[0])) for k in wanted])
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,8 +190,8 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _sizes(
     cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None
-) -> tuple[int, int, int, int]:
-    """B, T, N and D, once every shape is found to fit."""
+) -> tuple[int, int, int, int] | None:
+    """B, T, N and D; ``None`` where a shape does not fit."""
     if Wx.ndim == 5:
         B, T, Gw, N, D = Wx.shape
         if (
@@ -179,7 +201,7 @@ def _sizes(
             and (states is None or states.shape == (len(cell.states), B, 1, N, D))
         ):
             return B, T, N, D
-    _refuse_sizes(cell, Wx, R, b, states)
+    return None
 
 
 def _refuse_sizes(cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None) -> NoReturn:
@@ -268,10 +290,11 @@ def _dtype(
 
     found = tensors["Wx"].dtype
     for name, tensor in tensors.items():
-        if tensor.dtype != found and (name, tensor.dtype) != ("states", carry_dtype(found)):
+        may_be_wider = name in ("b", "states") and tensor.dtype == carry_dtype(found)
+        if tensor.dtype != found and not may_be_wider:
             raise TypeError(
-                f"{_listed(tensors)}; accepted is one dtype for all (states may be float32 beside "
-                "16 bits). Cast them, or let dtype=... do it"
+                f"{_listed(tensors)}; accepted is one dtype for all (b and states may be float32 "
+                "beside 16 bits). Cast them, or let dtype=... do it"
             )
     return found
 
