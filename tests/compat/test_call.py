@@ -76,7 +76,9 @@ def test_inputs_reach_the_call_as_views(monkeypatch):
     monkeypatch.setattr(compat.functional, "flashrnn", spy)
     inputs = random_inputs("lstm", B, T, N, D)
     letters = {"Wx": "TBHDG", "R": "HPGD", "b": "HGD", "states": "SBHTD"}
-    names = dict(zip(letters, ("input_shape", "recurrent_shape", "bias_shape", "output_shape")))
+    names = dict(
+        zip(letters, ("input_shape", "recurrent_shape", "bias_shape", "output_shape"), strict=True)
+    )
     given = {name: in_layout(getattr(inputs, name), names[name], letters[name]) for name in letters}
     config = FlashRNNConfig(**{names[name]: letters[name] for name in letters})
     flashrnn(**given, config=config)
@@ -145,9 +147,9 @@ def test_function_and_backend_come_from_the_config_or_the_call():
         {"config": FlashRNNConfig(backend="vanilla"), "function": "gru", "backend": "vanilla"},
     ):
         assert all(map(torch.equal, flashrnn(**tensors, **options), expected))
-    with pytest.raises(ValueError, match="function='slstm' and config.function='gru'"):
+    with pytest.raises(ValueError, match=r"function='slstm' and config\.function='gru'"):
         flashrnn(**tensors, function="slstm", config=FlashRNNConfig(function="gru"))
-    with pytest.raises(ValueError, match="backend='cuda' and config.backend='vanilla'"):
+    with pytest.raises(ValueError, match=r"backend='cuda' and config\.backend='vanilla'"):
         flashrnn(**tensors, backend="cuda", config=FlashRNNConfig(backend="vanilla"))
     with pytest.raises(ValueError, match="backend 'triton_fused' cannot do this call"):
         flashrnn(**tensors, config=FlashRNNConfig(function="gru", backend="triton_fused"))
@@ -273,9 +275,9 @@ def test_compiled_with_upstreams_config():
 
 
 def test_permute_to():
-    for given, wanted in itertools.product(("BTGHD", "TBNDG"), ("HBTGD", "BTGND")):
-        order = compat.permute_to(given, wanted)
-        found = given if order is None else "".join(given[k] for k in order)
+    for letters, wanted in itertools.product(("BTGHD", "TBNDG"), ("HBTGD", "BTGND")):
+        order = compat.permute_to(letters, wanted)
+        found = letters if order is None else "".join(letters[k] for k in order)
         assert found.replace("N", "H") == wanted.replace("N", "H")
     assert compat.permute_to("GHD", "GND") is None
     with pytest.raises(ValueError, match="layouts 'GHD' and 'GHP'"):

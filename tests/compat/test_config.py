@@ -97,11 +97,11 @@ def test_subclasses():
     assert wider.note == "own attribute" and wider.of_upstream
     assert all(map(torch.equal, flashrnn(**inputs.tensors(), config=wider), expected))
     assert Own(width=8).head_dim == 8
-    with pytest.raises(TypeError, match="field of Wider 'factr'. Did you mean 'factor'"):
+    with pytest.raises(TypeError, match=r"field of Wider 'factr'\. Did you mean 'factor'"):
         Wider(factr=3.0)
-    with pytest.raises(TypeError, match="field of Own 'widht'. Did you mean 'width'"):
+    with pytest.raises(TypeError, match=r"field of Own 'widht'\. Did you mean 'width'"):
         Own(widht=8)
-    with pytest.raises(ValueError, match="config.num_heads=2; Wx has num_heads 3"):
+    with pytest.raises(ValueError, match=r"config\.num_heads=2; Wx has num_heads 3"):
         flashrnn(**random_inputs("lstm", 2, 3, 3, 4).tensors(), config=wider)
 
 
