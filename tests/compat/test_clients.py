@@ -280,3 +280,72 @@ def test_tirex2_layer_calls_ours():
     torch.testing.assert_close(layer.group_norm(h), y)
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(x), y)
+
+
+def slstm_step_by_step(Wx, R, b, states):
+    """xLSTM's equations (Beck et al., 2024), in TiRex-2's layouts, in the tensors' dtype."""
+    h, c, n, m = states.squeeze(2)
+    every = []
+    for Wx_t in Wx.unbind(1):
+        gates = Wx_t + torch.einsum("bhp,hpgd->bghd", h, R) + b.transpose(0, 1)
+        i, f, z, o = gates.unbind(1)
+        decayed = torch.nn.functional.logsigmoid(f) + m
+        m = torch.where(n == 0, i, torch.maximum(i, decayed))
+        c = torch.exp(decayed - m) * c + torch.exp(i - m) * torch.tanh(z)
+        n = torch.exp(decayed - m) * n + torch.exp(i - m)
+        h = torch.sigmoid(o) * c / n
+        every.append(torch.stack([h, c, n, m]))
+    return torch.stack(every, dim=2), torch.stack([h, c, n, m]).unsqueeze(2)
+
+
+@tirex2
+def test_tirex2_forecast(monkeypatch):
+    from tirex2 import TimeseriesType
+    from tirex2.api_adapter.forecast import ForecastModel
+    from tirex2.model.component import flashrnn_slstm
+    from tirex2.model.tirex2 import TiRex2
+
+    torch.manual_seed(0)
+    sizes = {"embedding_dim": 32, "num_heads": 2}
+    block = {
+        "time_mixer": {"model_type": "bi-slstm", "num_slstm_heads": 2, **sizes},
+        "variate_mixer": sizes,
+        "dropout": 0.0,
+        "eps": 1e-6,
+    }
+    patches = {"input_patch_size": 8, "output_patch_size": 8}
+    model = TiRex2(
+        stack_config={"templates": {"block": block}, "recipe": ["block", "block"]},
+        num_blocks=2,
+        embedding_dim=32,
+        quantiles=[0.1, 0.5, 0.9],
+        tokenizer_cfg={"input_patch_stride": 8, **patches},
+        scaler_cfg={},
+        h_expand=2,
+        context_len=64,
+        future_len=16,
+        input_ff_dim=32,
+        act_func="SiLU",
+        dropout=0.0,
+        device="cpu",
+        **patches,
+    )
+    with_random_weights(model).eval()
+    series = TimeseriesType(
+        target=torch.randn(2, 64).cumsum(1), past_covariates=None, future_covariates=None
+    )
+
+    def forecast():
+        found = ForecastModel(model).forecast([series], prediction_length=16, output_type="torch")
+        return found[0]
+
+    given = forecast()
+    calls = []
+
+    def plain(self, Wx, R, b, config, states=None):
+        calls.append(Wx.shape)
+        zeros = self.zero_state(Wx.shape[0], Wx)
+        return slstm_step_by_step(Wx, R, b, zeros if states is None else states)
+
+    monkeypatch.setattr(flashrnn_slstm._FlashRNNLayer, "slstm_flashrnn", plain)
+    assert relative_error(given, forecast()) <= 1e-6 and len(calls) >= 2
