@@ -262,6 +262,7 @@ def test_gru_with_three_biases(dtype):
         flashrnn(**{**whole, "b": three.detach()[:2]}, function="gru")
 
 
+@pytest.mark.slow
 def test_compiled_with_upstreams_config():
     inputs = random_inputs("lstm", B, T, N, D)
     config = FlashRNNConfig(num_heads=N, input_shape="TBGHD", function="lstm", backend="vanilla")

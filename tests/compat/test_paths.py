@@ -39,7 +39,14 @@ assert type(flashrnn.functional).__name__ == "module"
 """
 
 
-@pytest.mark.parametrize("first", [None, "flashrnn.flashrnn.flashrnn", "flashrnn.flashrnn.vanilla"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        None,
+        pytest.param("flashrnn.flashrnn.flashrnn", marks=pytest.mark.slow),
+        pytest.param("flashrnn.flashrnn.vanilla", marks=pytest.mark.slow),
+    ],
+)
 def test_every_path_in_a_new_process(first):
     """Whatever is imported first, ``flashrnn.flashrnn`` is the function."""
     before = f"import {first}\n" if first else ""
@@ -132,10 +139,13 @@ def test_upstreams_files_among_ours_are_told(monkeypatch, tmp_path):
 def test_upstreams_package_cannot_run_among_our_files(tmp_path):
     """Installed over this one, it finds our package of the name of a module of its own."""
     ours = Path(flashrnn.__file__).parent
-    (tmp_path / "flashrnn").mkdir()
-    for name in ("compat", "config.py", "cells", "flashrnn"):
-        (tmp_path / "flashrnn" / name).symlink_to(ours / name)
-    (tmp_path / "flashrnn" / "__init__.py").write_text("from .flashrnn.cuda_init import load\n")
+    both = tmp_path / "flashrnn"
+    (both / "flashrnn").mkdir(parents=True)
+    for name in ("compat", "flashrnn/cuda_init"):
+        (both / name).symlink_to(ours / name)
+    (both / "__init__.py").write_text("from .flashrnn import load\n")
+    (both / "flashrnn" / "__init__.py").write_text("from .cuda_init import load\n")
+    (both / "flashrnn" / "cuda_init.py").write_text("load = print\n")
     done = subprocess.run(
         [sys.executable, "-c", "import flashrnn"], cwd=tmp_path, capture_output=True, text=True
     )
