@@ -14,8 +14,11 @@ TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/
 # Triton's interpreter, in place of its compiler, is chosen when a process starts.
 INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/test_layer.py tests/test_stepper.py
 
+# What tests/compat/test_clients.py is written for.
+CLIENTS := xlstm==2.0.6 tirex-ts==1.4.2 tirex-2==0.4.0
+
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-all test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
+.PHONY: help demo bench test test-all test-clients test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
 
 help:
 	@echo 'make demo         train a small network on the CPU or the GPU; ARGS="--task text" for another task'
@@ -24,6 +27,7 @@ help:
 	@echo 'make test-all     run all tests, the slow ones too'
 	@echo 'make gpu-test     run the tests that need a GPU, and only those'
 	@echo 'make gpu-stress   random calls, foreign kernels, full memory and more; ARGS="fuzz --seconds 600"'
+	@echo 'make test-clients run the tests with xlstm, TiRex and TiRex-2, in an environment that has them'
 	@echo 'make test-newest  run the telling part of the tests with the newest version of every dependency'
 	@echo 'make test-oldest  the same with the oldest version that pyproject.toml allows (Python 3.10 or 3.11)'
 	@echo 'make check        lint, format and types, all without changing a file'
@@ -48,6 +52,9 @@ test-all: $(INSTALLED)
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
+test-clients: .venv-clients/installed
+	.venv-clients/bin/python -m pytest -rs -m clients tests/compat $(ARGS)
+
 test-newest: .venv-newest
 test-oldest: .venv-oldest/installed
 test-newest test-oldest: test-%:
@@ -65,7 +72,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-clients .venv-newest .venv-oldest
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -90,6 +97,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(call install,.venv-oldest,-c constraints-oldest.txt)
+	@touch $@
+
+# The name flashrnn comes first: TiRex-2 asks for flashrnn>=1.0.8.
+.venv-clients/installed: pyproject.toml constraints.txt packaging/flashrnn/pyproject.toml
+	$(call install,.venv-clients,-c constraints.txt)
+	.venv-clients/bin/python $(PIP_INSTALL) --no-build-isolation ./packaging/flashrnn
+	.venv-clients/bin/python $(PIP_INSTALL) -c constraints.txt $(CLIENTS)
 	@touch $@
 
 # Whenever it is asked for: what is newest changes.

@@ -6,13 +6,18 @@ Importing this package touches no GPU and compiles nothing.
 from flashrnn.ahead import compile_ahead
 from flashrnn.cells import Cell, available_functions, cell, register
 from flashrnn.cells.spec import CellError
-from flashrnn.config import FlashRNNConfig
-from flashrnn.functional import flashrnn
+from flashrnn.compat import installed as _installed
+
+# From there, so that the folder of upstream's import paths is loaded before the function takes its
+# name.
+from flashrnn.flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.layer import recurrent_layer
 from flashrnn.stepper import Stepper, step
 
 # Its operators are what saved programs call.
 from flashrnn.backends import autograd as _operators  # isort: skip  # noqa: F401
+
+_installed.check()
 
 __version__ = "0.1.0"
 

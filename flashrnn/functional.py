@@ -13,6 +13,7 @@ from flashrnn.backends import autograd
 from flashrnn.backends.autograd import FusedBackend
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
+from flashrnn.compat.order import by_position
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
 from flashrnn.problem import Problem, as_dtype_has_it, carry_dtype
 
@@ -23,8 +24,8 @@ def flashrnn(
     b: Tensor,
     states: Tensor | None = None,
     function: str | Cell = "lstm",
+    *further: FlashRNNConfig | torch.dtype | str | None,
     backend: str = "auto",
-    *,
     config: FlashRNNConfig | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,14 +42,18 @@ def flashrnn(
         Wx: ``[B, T, Gw, N, D]``, input pre-activations, computed outside by a linear layer.
         R: ``[Gr, N, D, D]``, the recurrent matrix: the last dimension is the one that is
             summed over.
-        b: ``[Gb, N, D]``, the bias.
+        b: ``[Gb, N, D]``, the bias; of float32 beside 16 bits, it is cast to those. Gates that
+            ``Wx`` does not feed (the GRU's g) may be left out: their bias is 0 then.
         states: ``[S, B, 1, N, D]``, the initial states, ``h`` first; ``None``: zeros, or
             ``config.initial_val``. Of the inputs' dtype, or float32 where that has 16 bits.
         function: ``"lstm"``, ``"gru"``, ``"elman"``, ``"slstm"``, another name out of
             :func:`flashrnn.available_functions`, or a cell made by :func:`flashrnn.cell`.
+        further: ``backend`` by position; or ``config``, ``backend`` and ``dtype``, in the order
+            of the upstream package.
         backend: ``"auto"``, the fastest that supports the call; or a backend's name, which is
             then used or an error says why it cannot be.
-        config: further options; see :class:`flashrnn.FlashRNNConfig`.
+        config: further options; see :class:`flashrnn.FlashRNNConfig`. With one that sets fields
+            of upstream's, layouts among them, the call is :func:`flashrnn.compat.call.call`.
         dtype: the dtype that ``Wx``, ``R`` and ``b`` are cast to; takes the place of
             ``config.dtype``. ``None``: the inputs' dtype, which must then be one.
 
@@ -72,12 +77,23 @@ def flashrnn(
         >>> states.shape, last_states.shape
         (torch.Size([2, 8, 32, 3, 16]), torch.Size([2, 8, 1, 3, 16]))
     """
+    if further:
+        config, backend, dtype = by_position(further, config, backend, dtype)
+    if config is not None and getattr(config, "of_upstream", True):
+        from flashrnn.compat.call import call
+
+        return call(Wx, R, b, states, function, backend, config, dtype)
     config = checked_options(config, backend)
     cell = resolve(function)
     given = (Wx, R, b) if states is None else (Wx, R, b, states)
     key = key_of(cell, Wx, R, b, states, config, dtype) if backends.is_direct(*given) else None
     problem = None if key is None else problems.get(key)
     if problem is None:
+        whole = _whole_bias(cell, b)
+        if whole is not b:
+            return flashrnn(
+                Wx, R, whole, states, function, backend=backend, config=config, dtype=dtype
+            )
         problem = _problem(cell, Wx, R, b, states, config, dtype)
         if key is not None:
             remember(key, problem)
@@ -112,6 +128,11 @@ def checked_options(config: FlashRNNConfig | None, backend: str) -> FlashRNNConf
         config = _DEFAULT
     elif not isinstance(config, FlashRNNConfig):
         raise TypeError(f"config is {type(config).__name__}; accepted is a FlashRNNConfig")
+    elif config.of_upstream:
+        raise ValueError(
+            "config sets fields of the upstream package, layouts or sizes among them; only "
+            "flashrnn() takes such ones"
+        )
     if not isinstance(backend, str):
         raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
     return config
@@ -227,6 +248,17 @@ def problem_of(
         config.gradient_recurrent_clipval,
         config.forward_clipval,
     )
+
+
+def _whole_bias(cell: Cell, b: Tensor) -> Tensor:
+    """A bias with zeros for gates that ``Wx`` does not feed, where those were left out."""
+    present, wanted = cell.fed_by("Wx"), cell.fed_by("b")
+    if not isinstance(b, Tensor) or b.ndim != 3 or b.shape[0] != len(present):
+        return b
+    if not set(present) < set(wanted):
+        return b
+    given = dict(zip(present, b.unbind(0), strict=True))
+    return torch.stack([given.get(k, torch.zeros_like(b[0])) for k in wanted])
 
 
 def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -389,10 +421,11 @@ def common_dtype(
 
     found = first.dtype
     for name, tensor in tensors.items():
-        if tensor.dtype != found and (name, tensor.dtype) != ("states", carry_dtype(found)):
+        may_be_wider = name in ("b", "states") and tensor.dtype == carry_dtype(found)
+        if tensor.dtype != found and not may_be_wider:
             raise TypeError(
-                f"{_listed(tensors)}; accepted is one dtype for all (states may be float32 beside "
-                "16 bits). Cast them, or let dtype=... do it"
+                f"{_listed(tensors)}; accepted is one dtype for all (b and states may be float32 "
+                "beside 16 bits). Cast them, or let dtype=... do it"
             )
     return found
 

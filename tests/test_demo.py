@@ -503,7 +503,7 @@ def test_missing_packages_are_named_before_the_training(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--device=cpu"]) == 2
     printed = capsys.readouterr().err
-    assert "needs matplotlib, which is not installed" in printed and "flashrnn[demo]" in printed
+    assert "needs matplotlib, which is not installed" in printed and "flashrnn-jit[demo]" in printed
 
 
 @pytest.mark.slow

@@ -562,7 +562,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch, missing):
         # None in sys.modules makes an import fail.
         monkeypatch.setitem(sys.modules, missing, None)
     reason = nvrtc.unavailable()
-    assert reason is not None and 'pip install "flashrnn[cuda]"' in reason
+    assert reason is not None and 'pip install "flashrnn-jit[cuda]"' in reason
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 127, 128, 129, 255, 777, 1024, 100_003])

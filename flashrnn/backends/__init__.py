@@ -41,7 +41,7 @@ from flashrnn.cells.spec import Cell, unknown_name
 from flashrnn.problem import Problem
 
 PREFERENCE = ("cuda_fused", "triton", "cuda", "vanilla")
-_ALIASES = {"triton_fused": "triton"}
+_ALIASES = {"triton_fused": "triton", "vanilla_fwbw": "vanilla"}
 
 
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]

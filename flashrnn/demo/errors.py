@@ -20,5 +20,5 @@ def optional(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise DemoError(
-            f'the demo needs {error.name}, which is not installed: pip install "flashrnn[demo]"'
+            f'the demo needs {error.name}, which is not installed: pip install "flashrnn-jit[demo]"'
         ) from error

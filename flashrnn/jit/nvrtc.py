@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from flashrnn.jit.folder import cache_folder, read_trusted
 
-INSTALL = 'pip install "flashrnn[cuda]"'
+INSTALL = 'pip install "flashrnn-jit[cuda]"'
 
 _STANDARD = "c++17"
 _DIGEST_SIZE = hashlib.sha256().digest_size

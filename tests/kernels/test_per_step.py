@@ -95,7 +95,7 @@ def test_the_compiler_that_is_missing_is_named_with_the_command(monkeypatch):
     compiler = requirements._unavailable_compiler.__wrapped__
     monkeypatch.setattr(requirements, "_unavailable_compiler", compiler)
     monkeypatch.setattr(nvrtc, "_version", lambda: 1 / 0)
-    with pytest.raises(ValueError, match=r'pip install "flashrnn\[cuda\]"'):
+    with pytest.raises(ValueError, match=r'pip install "flashrnn-jit\[cuda\]"'):
         call("lstm", random_inputs("lstm", 1, 1, 1, 1, torch.float32), backend="cuda")
 
 

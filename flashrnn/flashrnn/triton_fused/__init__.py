@@ -1,0 +1,1 @@
+"""``flashrnn.flashrnn.triton_fused``, upstream's package."""

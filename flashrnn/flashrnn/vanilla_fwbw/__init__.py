@@ -1,0 +1,1 @@
+"""``flashrnn.flashrnn.vanilla_fwbw``, upstream's package."""
