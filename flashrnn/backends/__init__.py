@@ -129,14 +129,23 @@ def is_plain(tensor: Tensor) -> bool:
         return False
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether derivatives are taken forward, or a transform of torch.func is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def fused_on(device: torch.device) -> bool:
+    """Whether a fused backend runs on a device: else ``"auto"`` can only take ``vanilla``."""
+    if torch.compiler.is_compiling():
+        from flashrnn.backends import constants
+
+        return constants.fused_on(device)
+    return any(not loaded(name).unavailable(device) for name in PREFERENCE if name != "vanilla")
+
+
 def best(name: str, problem: Problem) -> str:
     """The name of the backend that :func:`choose` gives."""
-    if _transformed():
+    if transformed():
         if name not in ("auto", "vanilla"):
             load(name)  # Raises if there is no such backend.
             raise ValueError(

@@ -39,3 +39,13 @@ def chosen(
     """See :func:`flashrnn.backends.best`. B, T and clip values decide nothing."""
     problem = Problem(_cell(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
     return backends.best(name, problem)
+
+
+@torch.compiler.assume_constant_result
+def fused_on(device: torch.device) -> bool:
+    """See :func:`flashrnn.backends.fused_on`."""
+    return any(
+        not backends.load(name).unavailable(device)
+        for name in backends.PREFERENCE
+        if name != "vanilla"
+    )
