@@ -134,6 +134,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def checked(name: str) -> str:
+    """The name of a backend, or ``"auto"``, once it is found to be one.
+
+    Raises:
+        ValueError: no such backend; names the nearest.
+    """
+    if name not in ("auto", *PREFERENCE, *_ALIASES):
+        raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
+    return name
+
+
 def fused_on(device: torch.device) -> bool:
     """Whether a fused backend runs on a device: else ``"auto"`` can only take ``vanilla``."""
     if torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashrnn import backends
 from flashrnn.cells.library import elman, gru, lstm
 from flashrnn.cells.spec import Cell, cell
 
@@ -45,6 +46,23 @@ MODES = {
 def mode_of(cell: Cell) -> str:
     """torch.nn's name of a cell; the cell's own where torch.nn has none."""
     return next((name for name, mode in MODES.items() if mode.cell is cell), cell.name)
+
+
+def torchs_compute(mode: str, heads: int, backend: str, device: torch.device) -> bool:
+    """Whether PyTorch's own kernels compute a call."""
+    return (
+        backend == "auto"
+        and mode in MODES
+        and heads == 1
+        and not backends.fused_on(device)
+        # They fail within torch.func.vmap, and in training within a graph of torch.compile.
+        and not backends.transformed()
+        and not (
+            torch.compiler.is_compiling()
+            and not torch.compiler.is_exporting()
+            and torch.is_grad_enabled()
+        )
+    )
 
 
 def recurrent_matrix(mode: str, weight_hh: Tensor, N: int, D: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
-from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix
+from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 
 
@@ -103,8 +103,6 @@ class Recurrent(torch.nn.RNNBase):
             backend=(backend, str),
         )
         _check_values(input_size, hidden_size, num_layers, dropout, proj_size, heads)
-        if backend != "auto":
-            backends.load(backend)  # Raises if there is no such backend.
         cell = resolve(cell)
         self.mode = mode_of(cell)
         if self.mode not in MODES:
@@ -117,7 +115,7 @@ class Recurrent(torch.nn.RNNBase):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, proj_size
-        self.heads, self.backend = heads, backend
+        self.heads, self.backend = heads, backends.checked(backend)
 
         # RNNBase keeps both, and out of them `all_weights` and `_flat_weights`.
         self._all_weights: list[list[str]] = []
@@ -228,6 +226,54 @@ class Recurrent(torch.nn.RNNBase):
             last = [state.squeeze(1) for state in last]
         return output, self._returned(last)
 
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Run all layers one step further, as a decoder or an agent does.
+
+        The same as :meth:`forward` over a sequence of one step, at less cost.
+
+        Args:
+            x: the input of the step, ``[B, input_size]`` or ``[input_size]``.
+            state: what the last call returned, :meth:`forward`'s ``hx``; ``None``: zeros.
+
+        Returns:
+            h of the last layer, ``[B, hidden_size]`` (or ``proj_size``) or without B, and the
+            states after the step.
+
+        Raises:
+            ValueError: a layer with two directions, of which one begins at the end; an input of
+                other than one or two dimensions, or of another dtype than the weights.
+            RuntimeError: another shape that does not fit.
+            TypeError: ``state`` is no tensor, or no tuple of them.
+
+        Example:
+            >>> layer = Recurrent("lstm", 16, 32, num_layers=2)
+            >>> x, state = torch.randn(10, 4, 16), None
+            >>> for t in range(10):
+            ...     y, state = layer.step(x[t], state)
+        """
+        if self.bidirectional:
+            raise ValueError("bidirectional=True; accepted is one direction: a step has no end")
+        if x.dim() not in (1, 2):
+            raise ValueError(
+                f"{type(self).__name__}.step: Expected x to be 1D or 2D, got {x.dim()}D: accepted "
+                "are one row of features, [input_size], or a batch of rows"
+            )
+        if self.proj_size or not self._is_torchs(x.device):
+            time = 1 if self.batch_first and x.dim() == 2 else 0
+            output, state = self.forward(x.unsqueeze(time), state)
+            return output.squeeze(time), state
+        states = self._given(state, x.dim() + 1)
+        batched = x.dim() == 2
+        if not batched:
+            x = x.unsqueeze(0)
+            states = None if states is None else [state.unsqueeze(1) for state in states]
+        self._check_input(x, 2)
+        self._check_states(states, x, len(x))
+        y, last = self._step_torchs(x, states or self._zeros(x, len(x)))
+        if not batched:
+            y, last = y.squeeze(0), [state.squeeze(1) for state in last]
+        return y, self._returned(last)
+
     def _given(self, hx: Any, dim: int) -> list[Tensor] | None:
         """The states in ``hx``, once they are found to have ``dim`` dimensions."""
         if hx is None:
@@ -275,6 +321,12 @@ class Recurrent(torch.nn.RNNBase):
             if state.device != input.device:
                 raise RuntimeError(f"input is on {input.device}, hx on {state.device}: move one")
 
+    def _zeros(self, x: Tensor, B: int) -> list[Tensor]:
+        """States of a cell that torch.nn has."""
+        rows = len(self._all_weights)
+        h = x.new_zeros(rows, B, self.proj_size or self.hidden_size)
+        return [h, x.new_zeros(rows, B, self.hidden_size)] if self.mode == "LSTM" else [h]
+
     def _returned(self, states: Sequence[Tensor]) -> Any:
         """States as torch.nn hands them over: a tuple of several, or the one."""
         return tuple(states) if len(states) > 1 else states[0]
@@ -294,35 +346,14 @@ class Recurrent(torch.nn.RNNBase):
         return output.contiguous(), last
 
     def _is_torchs(self, device: torch.device) -> bool:
-        """Whether PyTorch's own kernels compute a call."""
-        return (
-            self.backend == "auto"
-            and self.mode in MODES
-            and self.heads == 1
-            and not backends.fused_on(device)
-            # They fail within torch.func.vmap, and in training within a graph of torch.compile.
-            and not backends.transformed()
-            and not (
-                torch.compiler.is_compiling()
-                and not torch.compiler.is_exporting()
-                and torch.is_grad_enabled()
-            )
-        )
+        return torchs_compute(self.mode, self.heads, self.backend, device)
 
     def _run_torchs(
         self, x: Tensor, states: list[Tensor] | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         if states is None:
-            rows = len(self._all_weights)
-            B = (
-                int(batch_sizes[0])
-                if batch_sizes is not None
-                else x.size(0 if self.batch_first else 1)
-            )
-            sizes = [self.proj_size or self.hidden_size] + [self.hidden_size] * (
-                self.mode == "LSTM"
-            )
-            states = [x.new_zeros(rows, B, size) for size in sizes]
+            batch = x.size(0 if self.batch_first else 1) if batch_sizes is None else batch_sizes[0]
+            states = self._zeros(x, int(batch))
         arguments = (
             self._returned(states),
             [getattr(self, name) for name in self._flat_weights_names],
@@ -338,6 +369,18 @@ class Recurrent(torch.nn.RNNBase):
         else:
             output, *last = layers(x, batch_sizes, *arguments)
         return output, last
+
+    def _step_torchs(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One step: PyTorch has a kernel that does without what a sequence needs."""
+        step, last = MODES[self.mode].step, []
+        for layer, names in enumerate(self._all_weights):
+            before = self._returned([state[layer] for state in states])
+            after = step(x, before, *(getattr(self, name) for name in names))
+            last.append(after if isinstance(after, tuple) else (after,))
+            x = last[-1][0]
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                x = dropout(x, self.dropout)
+        return x, [torch.stack(rows) for rows in zip(*last, strict=True)]
 
     def _run_ours(
         self, x: Tensor, states: list[Tensor] | None, packing: Packing | None

@@ -60,8 +60,7 @@ def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "
         >>> print(replace(model))
         encoder: LSTM(8, 16)
     """
-    if backend != "auto":
-        backends.load(backend)
+    backends.checked(backend)
     report = Replaced()
     for name, layer in _modules(model):
         if not isinstance(layer, torch.nn.RNNBase) or isinstance(layer, Recurrent):

@@ -65,7 +65,7 @@ def run(layer: Any, x: Tensor, hx: Any = None, lengths: Any = None) -> tuple[Any
     given = x
     if lengths is not None:
         given = pack_padded_sequence(x, lengths, layer.batch_first, enforce_sorted=False)
-    results = layer(given, hx)
+    results = layer(given) if hx is None else layer(given, hx)
     generator = torch.Generator().manual_seed(0)
     loss = sum(
         (y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in tensors(results)
