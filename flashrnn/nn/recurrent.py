@@ -16,6 +16,7 @@ from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
+from flashrnn.nn.segments import Segments, between_resets
 
 
 class Recurrent(torch.nn.RNNBase):
@@ -167,7 +168,14 @@ class Recurrent(torch.nn.RNNBase):
             text += f", backend={self.backend!r}"
         return text
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Any:
         """Run all layers over a batch of sequences.
 
         Args:
@@ -178,6 +186,13 @@ class Recurrent(torch.nn.RNNBase):
                 with two directions, those of a layer following each other. With
                 ``proj_size``, h has that size. A cell of several states takes a tuple,
                 ``(h, c)`` for LSTM, a cell of one state the tensor.
+            reset: bool or numbers, of the input's shape but its last dimension: where it is not 0,
+                the states start anew from zeros before that step, in both directions as if a
+                sequence ended there and another began. Its values are read on the host.
+            cu_seqlens: integers ``[B + 1]``, from 0 to the number of rows: ``input`` is then
+                ``[rows, input_size]``, B sequences one after the other, and sequence b has the rows
+                from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``, or none. ``hx`` and the last states
+                are those of a batch of B.
 
         Returns:
             h of the last layer at every step, in the form of ``input``, with ``hidden_size``
@@ -190,7 +205,13 @@ class Recurrent(torch.nn.RNNBase):
             RuntimeError: another shape that does not fit, or no steps.
             TypeError: ``hx`` is no tensor, or no tuple of them.
         """
+        if cu_seqlens is not None:
+            if reset is not None or isinstance(input, PackedSequence):
+                raise ValueError("cu_seqlens goes with a tensor as input, and without reset")
+            return self._forward_rows(input, hx, cu_seqlens)
         if isinstance(input, PackedSequence):
+            if reset is not None:
+                raise ValueError("reset goes with a tensor as input; cut a PackedSequence yourself")
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self._check_input(data, 2)
             states = self._given(hx, 3)
@@ -220,7 +241,10 @@ class Recurrent(torch.nn.RNNBase):
                 f"Expected sequence length to be larger than 0 in RNN, got {tuple(input.shape)}"
             )
         self._check_states(states, input, B)
-        output, last = self._run(input, states, None)
+        if reset is None:
+            output, last = self._run(input, states, None)
+        else:
+            output, last = self._run_reset(input, states, reset if batched else reset[:, None])
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             last = [state.squeeze(1) for state in last]
@@ -347,6 +371,67 @@ class Recurrent(torch.nn.RNNBase):
 
     def _is_torchs(self, device: torch.device) -> bool:
         return torchs_compute(self.mode, self.heads, self.backend, device)
+
+    def _run_reset(
+        self, x: Tensor, states: list[Tensor] | None, reset: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers over ``[T, B, ·]``, or ``[B, T, ·]``: each part between resets by itself."""
+        by_time = x.transpose(0, 1) if self.batch_first else x
+        T, B = by_time.shape[:2]
+        if reset.shape != x.shape[:2]:
+            raise RuntimeError(
+                f"reset has shape {tuple(reset.shape)}; accepted is {tuple(x.shape[:2])}, the "
+                "input's without its features"
+            )
+        reset = (reset.t() if self.batch_first else reset).ne(0).cpu()
+        if B == 0:
+            return self._run(x, states, None)
+        segments, first, last = between_resets(reset)
+        n = len(segments.order)
+        if states is not None:
+            kept = (first >= 0).nonzero().squeeze(1)
+            begun, kept = first[kept].to(x.device), kept.to(x.device)
+            states = [
+                state.new_zeros(len(state), n, state.shape[2]).index_copy(1, begun, state[:, kept])
+                for state in states
+            ]
+        output, ended = self._run_segments(by_time.flatten(0, 1), states, segments, n)
+        output, last = output.unflatten(0, (T, B)), last.to(x.device)
+        ended = [state.index_select(1, last) for state in ended]
+        return (output.transpose(0, 1) if self.batch_first else output), ended
+
+    def _forward_rows(self, input: Tensor, hx: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
+        self._check_input(input, 2)
+        bounds = cu_seqlens.cpu().long()
+        lengths = bounds.diff()
+        if bounds[0] != 0 or bounds[-1] != len(input) or (lengths < 0).any():
+            raise RuntimeError(
+                f"cu_seqlens is {bounds.tolist()} for {len(input)} rows; accepted are numbers that "
+                "do not fall, from 0 to the number of rows"
+            )
+        if len(input) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got no rows")
+        B = len(lengths)
+        states = self._given(hx, 3)
+        self._check_states(states, input, B)
+        segments = Segments.of(bounds[:-1], lengths, 1)
+        output, last = self._run_segments(input, states, segments, B)
+        return output, self._returned(last)
+
+    def _run_segments(
+        self, x: Tensor, states: list[Tensor] | None, segments: Segments, n: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers over n sequences in the rows of x; results in the order of both."""
+        rows, order = segments.rows.to(x.device), segments.order.to(x.device)
+        given = None if states is None else [state.index_select(1, order) for state in states]
+        packed, ended = self._run(x.index_select(0, rows), given, segments.batch_sizes)
+        output = torch.empty_like(packed).index_copy(0, rows, packed)
+        # A sequence of no steps ends as it begins.
+        before = states or [state.new_zeros(len(state), n, state.shape[2]) for state in ended]
+        return output, [
+            start.to(end.dtype).index_copy(1, order, end)
+            for start, end in zip(before, ended, strict=True)
+        ]
 
     def _run_torchs(
         self, x: Tensor, states: list[Tensor] | None, batch_sizes: Tensor | None
