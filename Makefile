@@ -9,13 +9,13 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 # What other versions of the dependencies may break: tracing, derivatives, every way of compiling.
 TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/test_graphs.py tests/test_import.py \
-  tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
+  tests/nn tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
 
 # Triton's interpreter, in place of its compiler, is chosen when a process starts.
-INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py
+INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/nn/test_fused_layers.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-all test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
+.PHONY: help demo bench test test-all test-newest test-oldest test-models check gpu-test gpu-stress clean .venv-newest
 
 help:
 	@echo 'make demo         train a small network on the CPU or the GPU; ARGS="--task text" for another task'
@@ -26,6 +26,7 @@ help:
 	@echo 'make gpu-stress   random calls, foreign kernels, full memory and more; ARGS="fuzz --seconds 600"'
 	@echo 'make test-newest  run the telling part of the tests with the newest version of every dependency'
 	@echo 'make test-oldest  the same with the oldest version that pyproject.toml allows (Python 3.10 or 3.11)'
+	@echo 'make test-models  compare models of other packages, their layers replaced by ours, with themselves'
 	@echo 'make check        lint, format and types, all without changing a file'
 	@echo 'make clean        remove the environments and what building and testing left behind'
 	@echo
@@ -56,6 +57,9 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pytest -n auto -k 'compiles' tests/kernels $(ARGS)
 	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto $(INTERPRETED) $(ARGS)
 
+test-models: .venv-models/installed
+	.venv-models/bin/python -m pytest -m models -rs $(ARGS) tests/nn/test_models.py
+
 gpu-stress: $(INSTALLED)
 	$(BIN)/python -m tests.stress $(ARGS)
 
@@ -65,7 +69,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-newest .venv-oldest .venv-models
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -90,6 +94,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(call install,.venv-oldest,-c constraints-oldest.txt)
+	@touch $@
+
+# What models of other packages are made with may be at odds with what constraints.txt pins.
+.venv-models/installed: pyproject.toml
+	$(call install,.venv-models,)
+	.venv-models/bin/python $(PIP_INSTALL) --no-build-isolation -e '.[models]'
 	@touch $@
 
 # Whenever it is asked for: what is newest changes.
