@@ -43,10 +43,12 @@ class FlashRNNConfig:
             are cast to and the states are returned in; ``None``: that of the inputs.
         initial_val: what the states start from when ``states`` is not given: one number, or
             one for each state.
+        allow_tf32: whether products of float32 with ``R`` may see 10 bits of its mantissa, as TF32
+            has them; ``None``: as ``torch.backends.cuda.matmul`` says.
 
     Raises:
         TypeError: a dtype other than float16, bfloat16, float32, float64; a clip or initial value
-            that is no number.
+            that is no number; an ``allow_tf32`` that is no bool.
         ValueError: a clip value that is not positive and finite.
     """
 
@@ -56,6 +58,7 @@ class FlashRNNConfig:
     enable_automatic_mixed_precision: bool = True
     dtype: torch.dtype | str | None = None
     initial_val: float | Sequence[float] = 0.0
+    allow_tf32: bool | None = None
 
     def __post_init__(self) -> None:
         for option in ("gradient_recurrent_clipval", "forward_clipval"):
@@ -78,6 +81,10 @@ class FlashRNNConfig:
             )
         if self.dtype is not None:
             parse_dtype(self.dtype)
+        if self.allow_tf32 is not None and not isinstance(self.allow_tf32, bool):
+            raise TypeError(
+                f"allow_tf32 is {type(self.allow_tf32).__name__}; accepted are True, False and None"
+            )
 
     def initial_values(self, states: Sequence[str]) -> tuple[float, ...]:
         """A starting value for each of a cell's states.

@@ -109,6 +109,7 @@ def flashrnn(
         config.gradient_recurrent_cut,
         config.gradient_recurrent_clipval,
         config.forward_clipval,
+        config.allow_tf32,
         cell.step,
     )
     chosen = backends.choose(backend, problem)

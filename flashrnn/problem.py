@@ -26,6 +26,7 @@ class Problem(NamedTuple):
         gradient_recurrent_cut: see :class:`flashrnn.FlashRNNConfig`, as the two below.
         gradient_recurrent_clipval: ...
         forward_clipval: ...
+        allow_tf32: see :class:`flashrnn.FlashRNNConfig`; :func:`tf32_allowed` resolves ``None``.
         step: the cell's own function, which only ``vanilla`` calls. What a cache keeps has none.
     """
 
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     gradient_recurrent_cut: bool = False
     gradient_recurrent_clipval: float | None = None
     forward_clipval: float | None = None
+    allow_tf32: bool | None = None
     step: Step | None = None
 
     @property
@@ -62,8 +64,19 @@ def as_dtype_has_it(value: float, dtype: torch.dtype) -> float:
     return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
-def tf32_allowed() -> bool:
-    """Whether PyTorch's settings let products of float32 see 10 bits of its mantissa."""
+def rnn_tf32_allowed() -> bool:
+    """Whether PyTorch's settings let torch.nn's recurrent layers use TF32 on a GPU."""
+    if hasattr(torch.backends.cudnn, "rnn"):
+        precision = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
+        if precision is not None:
+            return bool(precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def tf32_allowed(problem: Problem) -> bool:
+    """Whether products of float32 may see 10 bits of its mantissa: else PyTorch's setting says."""
+    if problem.allow_tf32 is not None:
+        return problem.allow_tf32
     matmul = torch.backends.cuda.matmul
     # PyTorch 2.9's setting; where it was used, asking for the older one is an error.
     precision = getattr(matmul, "fp32_precision", None)

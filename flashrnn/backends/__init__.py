@@ -95,7 +95,9 @@ def choose(name: str, problem: Problem) -> Backend:
         N, D = operator.index(problem.N), operator.index(problem.D)
         dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
         handle = cast(Cell, problem.cell).handle
-        chosen = constants.chosen(name, handle, N, D, dtype, device, needs_gradient)
+        chosen = constants.chosen(
+            name, handle, N, D, dtype, device, needs_gradient, problem.allow_tf32
+        )
         return load(chosen)
     return loaded(best(name, problem))
 

@@ -88,6 +88,7 @@ def run(
             problem.gradient_recurrent_cut,
             problem.gradient_recurrent_clipval,
             problem.forward_clipval,
+            problem.allow_tf32,
         )
         return every_state, last_states
     if problem.needs_gradient:
@@ -143,6 +144,7 @@ def scan(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every step's states, the last states as carried, and the gates' pre-activations."""
     B, T, _, N, D = Wx.shape
@@ -158,6 +160,7 @@ def scan(
         cut,
         clipval,
         forward_clipval,
+        allow_tf32,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
@@ -206,6 +209,7 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, N, D = Wx.shape
     problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates)
@@ -225,11 +229,23 @@ def scan_backward(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
     _, B, T, N, D = states.shape
     problem = Problem(
-        parsed(cell)[0], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
+        parsed(cell)[0],
+        B,
+        T,
+        N,
+        D,
+        R.dtype,
+        R.device,
+        True,
+        cut,
+        clipval,
+        forward_clipval,
+        allow_tf32,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
@@ -253,6 +269,7 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, N, D, _ = R.shape
     return (
@@ -277,19 +294,19 @@ scan_backward.register_autograd(_no_second_derivative, setup_context=_remember_b
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, R, _, states_initial, backend, cell, _, cut, clipval, forward_clipval = inputs
+    _, R, _, states_initial, backend, cell, _, *options = inputs
     states, _, gates = output
     ctx.save_for_backward(R, states_initial, states, gates)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
-    ctx.call = (backend, cell, cut, clipval, forward_clipval)
+    ctx.call = (backend, cell, *options)
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
     def pull_back(*tensors: Tensor) -> Gradients:
         return Gradients(*scan_backward(*tensors, *ctx.call))
 
-    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 6
+    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 7
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -330,6 +347,7 @@ class _Scan(torch.autograd.Function):
                         problem.gradient_recurrent_cut,
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
+                        problem.allow_tf32,
                     )
                 )
             return backend.backward(problem, *tensors)

@@ -111,7 +111,7 @@ def _fields(record: call.Record, problem: Problem, tensors: dict[str, Tensor]) -
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
     """What both directions' kernels and launches depend on."""
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    precision = source.precision_of(problem.dtype)
+    precision = source.precision_of(problem)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 

@@ -143,7 +143,7 @@ def _scan(
     """
     B, T, N = problem.B, problem.T, problem.N
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    precision = source.precision_of(problem.dtype)
+    precision = source.precision_of(problem)
     kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
     scratch = plan.scratch(B, N, gpu)
     memory = next(iter(tensors.values())).new_empty
@@ -167,7 +167,7 @@ def _recurrent_gradient(
     h_initial = h_initial.to(h.dtype).contiguous()
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(D, d_gates, h_initial, h)
-    precision = source.precision_of(problem.dtype)
+    precision = source.precision_of(problem)
     kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
     tensors = {"d_gates": d_gates, "h_initial": h_initial, "h": h, "parts": parts}

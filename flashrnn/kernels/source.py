@@ -21,7 +21,7 @@ from flashrnn.cells.bounds import bound_of_h
 from flashrnn.cells.render import render_cuda
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels.call import Record
-from flashrnn.problem import tf32_allowed
+from flashrnn.problem import Problem, tf32_allowed
 
 PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
 """How products are computed, and the type ``Operand`` in CUDA that selects it."""
@@ -29,11 +29,11 @@ PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "flo
 _INCLUDE = re.compile(r'^#include "(.*)"$', re.MULTILINE)
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How products of a dtype are computed; of float32, as PyTorch is set to compute its own."""
-    if dtype == torch.float32 and tf32_allowed():
+def precision_of(problem: Problem) -> str:
+    """How products are computed."""
+    if problem.dtype == torch.float32 and tf32_allowed(problem):
         return "tf32"
-    return str(dtype).removeprefix("torch.")
+    return str(problem.dtype).removeprefix("torch.")
 
 
 def itemsize_of(precision: str) -> int:

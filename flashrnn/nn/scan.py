@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashrnn.cells.spec import Cell
+from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
+from flashrnn.problem import rnn_tf32_allowed
 
 
 class Packing(NamedTuple):
@@ -96,8 +98,25 @@ def _steps(
     Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None, cell: Cell, backend: str
 ) -> tuple[Tensor, Tensor]:
     """h ``[T, B, N * D]`` and the last states, out of ``Wx`` ``[T, B, Gw, N, D]``."""
-    every_state, last_states = flashrnn(Wx.transpose(0, 1), R, b, states, cell, backend)
+    config = _config(Wx.device)
+    every_state, last_states = flashrnn(
+        Wx.transpose(0, 1), R, b, states, cell, backend, config=config
+    )
     return every_state[0].flatten(2).transpose(0, 1), last_states
+
+
+def _config(device: torch.device) -> FlashRNNConfig | None:
+    """On a GPU float32 follows the setting that torch.nn's layers follow there."""
+    if device.type != "cuda":
+        return None
+    if torch.compiler.is_compiling():
+        from flashrnn.backends import constants
+
+        return _CONFIGS[constants.rnn_tf32_allowed()]
+    return _CONFIGS[rnn_tf32_allowed()]
+
+
+_CONFIGS = tuple(FlashRNNConfig(allow_tf32=allowed) for allowed in (False, True))
 
 
 def _packed(

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import flashrnn.nn as ours
-from flashrnn import cell
+from flashrnn import cell, problem
+from flashrnn.nn import scan
 from tests.nn.against import (
     BACKENDS,
     KINDS,
@@ -434,6 +435,13 @@ class TestErrors:
             ours.GRU(5, 6)(torch.randn(4, 3, 5), (torch.randn(1, 3, 6),))
 
 
+class Cudnn:
+    """torch.backends.cudnn as it was before it had a setting for RNNs."""
+
+    def __init__(self, allow_tf32):
+        self.allow_tf32 = allow_tf32
+
+
 class TestMachinery:
     @every_kind
     def test_printed_form_and_arguments_by_position(self, kind):
@@ -518,6 +526,21 @@ class TestMachinery:
             torch.testing.assert_close(a.float(), e.float(), rtol=4e-2, atol=4e-2)
         loss.backward()
         assert all(weight.grad.dtype == torch.float32 for weight in mine.parameters())
+
+    def test_float32_on_a_gpu_follows_the_setting_of_torchs_layers(self, monkeypatch):
+        gpu = torch.device("cuda")
+        cudnn = torch.backends.cudnn
+        before = cudnn.rnn.fp32_precision
+        try:
+            for precision, allowed in (("tf32", True), ("ieee", False)):
+                cudnn.rnn.fp32_precision = precision
+                assert scan._config(gpu).allow_tf32 is allowed
+        finally:
+            cudnn.rnn.fp32_precision = before
+        for allowed in (False, True):  # PyTorch without that setting.
+            monkeypatch.setattr(problem.torch.backends, "cudnn", Cudnn(allowed))
+            assert scan._config(gpu).allow_tf32 is allowed
+        assert scan._config(torch.device("cpu")) is None
 
     @every_kind
     def test_hooks_and_training_mode(self, kind):
