@@ -9,16 +9,17 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 # What other versions of the dependencies may break: tracing, derivatives, every way of compiling.
 TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/test_graphs.py tests/test_import.py \
-  tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
+  tests/nn tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
 
 # Triton's interpreter, in place of its compiler, is chosen when a process starts.
-INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/test_layer.py tests/test_stepper.py
+INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/test_layer.py tests/test_stepper.py \
+  tests/nn/test_fused_layers.py
 
 # What tests/compat/test_clients.py is written for.
 CLIENTS := xlstm==2.0.6 tirex-ts==1.4.2 tirex-2==0.4.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-all test-clients test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
+.PHONY: help demo bench test test-all test-clients test-models test-newest test-oldest check gpu-test gpu-stress clean .venv-newest
 
 help:
 	@echo 'make demo         train a small network on the CPU or the GPU; ARGS="--task text" for another task'
@@ -30,6 +31,7 @@ help:
 	@echo 'make test-clients run the tests with xlstm, TiRex and TiRex-2, in an environment that has them'
 	@echo 'make test-newest  run the telling part of the tests with the newest version of every dependency'
 	@echo 'make test-oldest  the same with the oldest version that pyproject.toml allows (Python 3.10 or 3.11)'
+	@echo 'make test-models  compare models of other packages, their layers replaced by ours, with themselves'
 	@echo 'make check        lint, format and types, all without changing a file'
 	@echo 'make clean        remove the environments and what building and testing left behind'
 	@echo
@@ -63,6 +65,9 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pytest -n auto -k 'compiles' tests/kernels $(ARGS)
 	TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -n auto $(INTERPRETED) $(ARGS)
 
+test-models: .venv-models/installed
+	.venv-models/bin/python -m pytest -m models -rs $(ARGS) tests/nn/test_models.py
+
 gpu-stress: $(INSTALLED)
 	$(BIN)/python -m tests.stress $(ARGS)
 
@@ -72,7 +77,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-clients .venv-newest .venv-oldest
+	rm -rf .venv .venv-clients .venv-models .venv-newest .venv-oldest
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -104,6 +109,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(call install,.venv-clients,-c constraints.txt)
 	.venv-clients/bin/python $(PIP_INSTALL) --no-build-isolation ./packaging/flashrnn
 	.venv-clients/bin/python $(PIP_INSTALL) -c constraints.txt $(CLIENTS)
+	@touch $@
+
+# What models of other packages are made with may be at odds with what constraints.txt pins.
+.venv-models/installed: pyproject.toml
+	$(call install,.venv-models,)
+	.venv-models/bin/python $(PIP_INSTALL) --no-build-isolation -e '.[models]'
 	@touch $@
 
 # Whenever it is asked for: what is newest changes.

@@ -3,6 +3,8 @@
 Importing this package touches no GPU and compiles nothing.
 """
 
+from typing import Any
+
 from flashrnn.ahead import compile_ahead
 from flashrnn.cells import Cell, available_functions, cell, register
 from flashrnn.cells.spec import CellError
@@ -34,3 +36,12 @@ __all__ = [
     "register",
     "step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``flashrnn.nn``, imported when it is first asked for."""
+    if name == "nn":
+        import flashrnn.nn as nn
+
+        return nn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

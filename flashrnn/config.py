@@ -81,10 +81,10 @@ def _torch_dtype(*names: str) -> Any:
 class FlashRNNConfig:
     """Options of :func:`flashrnn.flashrnn`.
 
-    The fields are those of upstream's class of this name, in its order, so that one class serves
-    both. Six are options that change what is computed: ``gradient_recurrent_cut``,
+    The fields are those of upstream's class of this name, in its order, and ``allow_tf32``, so that
+    one class serves both. Seven change what is computed: ``gradient_recurrent_cut``,
     ``gradient_recurrent_clipval``, ``forward_clipval``, ``enable_automatic_mixed_precision``,
-    ``dtype`` and ``initial_val``. A config that sets any other field is one of upstream's:
+    ``dtype``, ``initial_val`` and ``allow_tf32``. A config that sets any other field is upstream's:
     :mod:`flashrnn.compat.call` has what follows for the call. Fields may be changed later and are
     checked whenever they are set.
 
@@ -131,10 +131,13 @@ class FlashRNNConfig:
         trainable_b: unused, as upstream has it: ``b.requires_grad`` decides.
         initial_val: what the states start from when ``states`` is not given: one number, or
             one for each state.
+        allow_tf32: whether products of float32 with ``R`` may see 10 bits of its mantissa, as TF32
+            has them; ``None``: as ``torch.backends.cuda.matmul`` says.
 
     Raises:
         TypeError: an unknown field (the message names the nearest), a dtype other than float16,
-            bfloat16, float32, float64; a clip or initial value that is no number.
+            bfloat16, float32, float64; a clip or initial value that is no number; an
+            ``allow_tf32`` that is no bool.
         ValueError: a clip value or a size that is not positive and finite, a layout of other
             letters, an unknown function.
     """
@@ -184,6 +187,7 @@ class FlashRNNConfig:
     trainable_r: bool | Sequence[bool] = True
     trainable_b: bool | Sequence[bool] = True
     initial_val: float | Sequence[float] = 0.0
+    allow_tf32: bool | None = None
 
     torch_dtype = _torch_dtype("dtype")
     torch_dtype_b = _torch_dtype("dtype_b", "dtype")
@@ -271,6 +275,11 @@ def _check_initial_val(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}; accepted is one number, or one for each state")
 
 
+def _check_allow_tf32(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} is {type(value).__name__}; accepted are True, False and None")
+
+
 def _check_dtype(name: str, value: Any) -> None:
     if value is not None:
         try:
@@ -326,6 +335,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "function": _check_function,
     "constants": _check_constants,
     "initial_val": _check_initial_val,
+    "allow_tf32": _check_allow_tf32,
     **dict.fromkeys(("gradient_recurrent_clipval", "forward_clipval"), _check_clipval),
     **dict.fromkeys(("dtype", *(f"dtype_{x}" for x in ("acc", *"brwgsa"))), _check_dtype),
     **dict.fromkeys((*_SIZES, "batch_size"), _check_size),

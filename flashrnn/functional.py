@@ -170,6 +170,7 @@ def key_of(
             config.gradient_recurrent_cut,
             config.gradient_recurrent_clipval,
             config.forward_clipval,
+            config.allow_tf32,
             config.enable_automatic_mixed_precision,
             config.dtype,
         )
@@ -247,6 +248,7 @@ def problem_of(
         config.gradient_recurrent_cut,
         config.gradient_recurrent_clipval,
         config.forward_clipval,
+        config.allow_tf32,
     )
 
 

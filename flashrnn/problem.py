@@ -26,6 +26,7 @@ class Problem(NamedTuple):
         gradient_recurrent_cut: see :class:`flashrnn.FlashRNNConfig`, as the two below.
         gradient_recurrent_clipval: ...
         forward_clipval: ...
+        allow_tf32: see :class:`flashrnn.FlashRNNConfig`; :func:`tf32_allowed` resolves ``None``.
         step: the cell's own function, which only ``vanilla`` calls. What a cache keeps has none.
     """
 
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     gradient_recurrent_cut: bool = False
     gradient_recurrent_clipval: float | None = None
     forward_clipval: float | None = None
+    allow_tf32: bool | None = None
     step: Step | None = None
 
     @property
@@ -53,13 +55,17 @@ class Problem(NamedTuple):
 
 
 def as_compiled(problem: Problem) -> Problem:
-    """A problem without what no program of its has: T, and the values that it is clipped to."""
+    """A problem without what no program of its has: T, values of clips, and how PyTorch is set."""
     gradient, forward = (
         None if value is None else 1.0
         for value in (problem.gradient_recurrent_clipval, problem.forward_clipval)
     )
     return problem._replace(
-        T=1, gradient_recurrent_clipval=gradient, forward_clipval=forward, step=None
+        T=1,
+        gradient_recurrent_clipval=gradient,
+        forward_clipval=forward,
+        allow_tf32=None,
+        step=None,
     )
 
 
@@ -73,8 +79,19 @@ def as_dtype_has_it(value: float, dtype: torch.dtype) -> float:
     return value if abs(value) <= torch.finfo(dtype).max else math.copysign(math.inf, value)
 
 
-def tf32_allowed() -> bool:
-    """Whether PyTorch's settings let products of float32 see 10 bits of its mantissa."""
+def rnn_tf32_allowed() -> bool:
+    """Whether PyTorch's settings let torch.nn's recurrent layers use TF32 on a GPU."""
+    if hasattr(torch.backends.cudnn, "rnn"):
+        precision = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
+        if precision is not None:
+            return bool(precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def tf32_allowed(problem: Problem) -> bool:
+    """Whether products of float32 may see 10 bits of its mantissa: else PyTorch's setting says."""
+    if problem.allow_tf32 is not None:
+        return problem.allow_tf32
     matmul = torch.backends.cuda.matmul
     # PyTorch 2.9's setting; where it was used, asking for the older one is an error.
     precision = getattr(matmul, "fp32_precision", None)

@@ -339,3 +339,14 @@ def test_a_gpu_can_be_kept_busy():
 
 def test_dynamo_is_there():
     assert importlib.util.find_spec("torch._dynamo") is not None
+
+
+def test_flat_weights_are_found_by_their_names():
+    layer = torch.nn.LSTM(2, 3)
+    layer._flat_weights_names = ["weight_hh_l0", "weight_ih_l0"]
+    layer._all_weights = [["weight_hh_l0"]]
+    layer._init_flat_weights()
+    assert layer._flat_weights[0] is layer.weight_hh_l0
+    assert layer.all_weights == [[layer.weight_hh_l0]]
+    layer.weight_ih_l0 = torch.nn.Parameter(torch.zeros(12, 2))
+    assert layer._flat_weights[1] is layer.weight_ih_l0

@@ -31,7 +31,7 @@ def run(line: int, text: str) -> dict[str, object]:
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,11 @@ def test_there_are_blocks():
 def test_block(line, text):
     torch.manual_seed(0)
     names = run(line, text)
-    for name in ("states", "last_states"):
-        # A single step's states are the last ones.
-        assert torch.isfinite(names.get(name, names["states"])).all()
+    # Of a call, of a step, whose states are the last ones, or of a layer.
+    results = [name for name in ("states", "last_states", "output", "y") if name in names]
+    assert results
+    for name in results:
+        assert torch.isfinite(names[name]).all()
 
 
 @pytest.mark.gpu

@@ -344,9 +344,10 @@ def test_clip_values_must_be_positive(option, value):
         ("initial_val", None, "initial_val=None; accepted is one number"),
         ("initial_val", 10**400, "accepted is one number"),
         ("initial_val", (0.0, None), r"initial_val=\(0.0, None\); accepted is one number"),
+        ("allow_tf32", 1, "allow_tf32 is int; accepted are True, False and None"),
     ],
 )
-def test_what_is_no_number_is_refused(option, value, words):
+def test_values_of_other_types_are_refused(option, value, words):
     with pytest.raises(TypeError, match=words):
         FlashRNNConfig(**{option: value})
 

@@ -112,7 +112,9 @@ def choose(name: str, problem: Problem) -> Backend:
         N, D = operator.index(problem.N), operator.index(problem.D)
         dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
         handle = cast(Cell, problem.cell).handle
-        chosen = constants.chosen(name, handle, N, D, dtype, device, needs_gradient)
+        chosen = constants.chosen(
+            name, handle, N, D, dtype, device, needs_gradient, problem.allow_tf32
+        )
         return load(chosen)
     return loaded(best(name, problem))
 
@@ -150,17 +152,37 @@ def is_plain(tensor: Tensor) -> bool:
 def is_direct(*tensors: Tensor) -> bool:
     """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
     and the tensors' memory holds their values."""
-    return not (recorded() or _transformed()) and all(map(is_plain, tensors))
+    return not (recorded() or transformed()) and all(map(is_plain, tensors))
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether derivatives are taken forward, or a transform of torch.func is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def checked(name: str) -> str:
+    """The name of a backend, or ``"auto"``, once it is found to be one.
+
+    Raises:
+        ValueError: no such backend; names the nearest.
+    """
+    if name not in ("auto", *PREFERENCE, *_ALIASES):
+        raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
+    return name
+
+
+def fused_on(device: torch.device) -> bool:
+    """Whether a fused backend runs on a device: else ``"auto"`` can only take ``vanilla``."""
+    if torch.compiler.is_compiling():
+        from flashrnn.backends import constants
+
+        return constants.fused_on(device)
+    return any(not loaded(name).unavailable(device) for name in PREFERENCE if name != "vanilla")
+
+
 def best(name: str, problem: Problem) -> str:
     """The name of the backend that :func:`choose` gives."""
-    if _transformed():
+    if transformed():
         if name not in ("auto", "vanilla"):
             load(name)  # Raises if there is no such backend.
             raise ValueError(

@@ -88,6 +88,7 @@ def run(
             problem.gradient_recurrent_cut,
             problem.gradient_recurrent_clipval,
             problem.forward_clipval,
+            problem.allow_tf32,
         )
         return every_state, last_states
     return run_directly(backend, problem, Wx, R, b, states)
@@ -155,6 +156,7 @@ def scan(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every step's states, the last states as carried, and the gates' pre-activations, of which
     there are none if they are not to be saved."""
@@ -171,6 +173,7 @@ def scan(
         cut,
         clipval,
         forward_clipval,
+        allow_tf32,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
@@ -226,6 +229,7 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _, N, D = Wx.shape
     problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates)
@@ -245,11 +249,23 @@ def scan_backward(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
     _, B, T, N, D = states.shape
     problem = Problem(
-        parsed(cell)[0], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
+        parsed(cell)[0],
+        B,
+        T,
+        N,
+        D,
+        R.dtype,
+        R.device,
+        True,
+        cut,
+        clipval,
+        forward_clipval,
+        allow_tf32,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
@@ -273,6 +289,7 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    allow_tf32: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, N, D, _ = R.shape
     return (
@@ -297,19 +314,19 @@ scan_backward.register_autograd(_no_second_derivative, setup_context=_remember_b
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, R, _, states_initial, backend, cell, _, cut, clipval, forward_clipval = inputs
+    _, R, _, states_initial, backend, cell, _, *options = inputs
     states, _, gates = output
     ctx.save_for_backward(R, states_initial, states, gates)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
-    ctx.call = (backend, cell, cut, clipval, forward_clipval)
+    ctx.call = (backend, cell, *options)
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
     def pull_back(*tensors: Tensor) -> Gradients:
         return Gradients(*scan_backward(*tensors, *ctx.call))
 
-    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 6
+    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 7
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -352,6 +369,7 @@ class Scan(torch.autograd.Function):
                         problem.gradient_recurrent_cut,
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
+                        problem.allow_tf32,
                     )
                 )
             return backend.backward(problem, *tensors)

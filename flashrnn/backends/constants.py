@@ -10,6 +10,7 @@ import torch
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.problem import Problem
+from flashrnn.problem import rnn_tf32_allowed as _rnn_tf32_allowed
 
 
 @torch.compiler.assume_constant_result
@@ -35,7 +36,25 @@ def chosen(
     dtype: torch.dtype,
     device: torch.device,
     needs_gradient: bool,
+    allow_tf32: bool | None,
 ) -> str:
     """See :func:`flashrnn.backends.best`. B, T and clip values decide nothing."""
-    problem = Problem(_cell(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
+    cell = _cell(handle).traced
+    problem = Problem(cell, 1, 1, N, D, dtype, device, needs_gradient, allow_tf32=allow_tf32)
     return backends.best(name, problem)
+
+
+@torch.compiler.assume_constant_result
+def fused_on(device: torch.device) -> bool:
+    """See :func:`flashrnn.backends.fused_on`."""
+    return any(
+        not backends.load(name).unavailable(device)
+        for name in backends.PREFERENCE
+        if name != "vanilla"
+    )
+
+
+@torch.compiler.assume_constant_result
+def rnn_tf32_allowed() -> bool:
+    """See :func:`flashrnn.problem.rnn_tf32_allowed`."""
+    return _rnn_tf32_allowed()

@@ -69,7 +69,7 @@ def forward(
         tensors["gates"] = gates
     fields = _fields(problem, False, tensors)
     if problem.needs_gradient:
-        _begin_backward(as_compiled(problem), source.precision_of(problem.dtype))
+        _begin_backward(as_compiled(problem), source.precision_of(problem))
     options = source.forward_options(problem.needs_gradient)
     runs.run(_stepper(*_key(problem), False, options), fields, T)
     return every_state, last_states, gates
@@ -137,7 +137,7 @@ def _packing(
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
     """What both directions' kernels and launches depend on."""
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    precision = source.precision_of(problem.dtype)
+    precision = source.precision_of(problem)
     return cell, problem.B, problem.N, problem.D, precision, problem.device
 
 

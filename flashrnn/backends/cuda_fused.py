@@ -159,7 +159,7 @@ def _scan(
         options: constants out of :mod:`flashrnn.kernels.source`.
     """
     record = call.BACKWARD if backward else call.FORWARD
-    precision = source.precision_of(problem.dtype)
+    precision = source.precision_of(problem)
     addresses, layout = record.read(tensors)
     prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
     if prepared.copied:
@@ -205,8 +205,8 @@ class _Steps:
 
     def __init__(self, problem: Problem, R: Tensor, b: Tensor) -> None:
         self._problem, self._R, self._b = problem, R, b
-        dtype = problem.dtype
-        self._precision = None if dtype == torch.float32 else source.precision_of(dtype)
+        self._is_float32 = problem.dtype == torch.float32
+        self._precision = source.precision_of(problem)
         self._prepared: dict[tuple[object, ...], _Step] = {}
         self._lock = threading.Lock()
 
@@ -219,7 +219,7 @@ class _Steps:
         if not self._problem.B:
             return out
         # Of float32, as PyTorch is set at this time.
-        precision = self._precision or source.precision_of(torch.float32)
+        precision = source.precision_of(self._problem) if self._is_float32 else self._precision
         where = _where(self._problem)
         if where is None:
             # The scratch memory of a launch in a graph is the graph's.
@@ -303,7 +303,7 @@ def _recurrent_gradient(
     h_initial = h_initial.to(h.dtype).contiguous()
     record = call.RECURRENT_GRADIENT
     addresses, layout = record.read({"d_gates": d_gates, "h_initial": h_initial, "h": h})
-    precision = source.precision_of(problem.dtype)
+    precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
     parts = d_gates.new_empty(shape, dtype=torch.float32)
     prepared.launch([*addresses, parts.data_ptr()])
@@ -429,7 +429,12 @@ def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
 def _planned(problem: Problem, B: int) -> Problem:
     """A problem without the fields that no plan depends on, as a key of caches of plans."""
     return problem._replace(
-        B=B, T=1, gradient_recurrent_clipval=None, forward_clipval=None, step=None
+        B=B,
+        T=1,
+        gradient_recurrent_clipval=None,
+        forward_clipval=None,
+        allow_tf32=None,
+        step=None,
     )
 
 

@@ -57,7 +57,7 @@ def unsupported(problem: Problem) -> str | None:
     reason = refusal(problem) or too_many_rows(problem)
     if reason:
         return reason
-    plan = _plan(problem, tf32_allowed())
+    plan = _plan(problem, tf32_allowed(problem))
     return plan if isinstance(plan, str) else None
 
 
@@ -213,7 +213,7 @@ def _fixed(problem: Problem) -> _Fixed:
         problem.dtype,
         problem.device,
         problem.forward_clipval is not None,
-        problem.dtype == torch.float32 and tf32_allowed(),
+        problem.dtype == torch.float32 and tf32_allowed(problem),
     )
     if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _recorded[id(fixed)] = fixed

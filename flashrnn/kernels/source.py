@@ -29,11 +29,11 @@ PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "flo
 _INCLUDE = re.compile(r'^#include "(.*)"$', re.MULTILINE)
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How products of a dtype are computed; of float32, as PyTorch is set to compute its own."""
-    if dtype == torch.float32 and tf32_allowed():
+def precision_of(problem: Problem) -> str:
+    """How products are computed."""
+    if problem.dtype == torch.float32 and tf32_allowed(problem):
         return "tf32"
-    return str(dtype).removeprefix("torch.")
+    return str(problem.dtype).removeprefix("torch.")
 
 
 def itemsize_of(precision: str) -> int:

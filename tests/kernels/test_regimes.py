@@ -169,7 +169,7 @@ def test_options(take, regime, options, kind, dtype):  # noqa: F811
     "regime", [regime for regime in REGIMES if torch.float32 in regime.dtypes], ids=str
 )
 def test_tf32(take, regime, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(source, "precision_of", lambda dtype: "tf32")
+    monkeypatch.setattr(source, "precision_of", lambda problem: "tf32")
     inputs = random_inputs("lstm", 3, 3, 1, regime.D + 9, torch.float32)
     truth = call("lstm", inputs.to(torch.float64), backend="vanilla")
     given = call("lstm", inputs, backend=take(regime).backend)

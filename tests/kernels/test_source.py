@@ -8,10 +8,11 @@ import struct
 import pytest
 import torch
 
-from flashrnn.cells import resolve
+from flashrnn.cells import lstm, resolve
 from flashrnn.jit import nvrtc
 from flashrnn.kernels import call, source
 from flashrnn.kernels.per_step.plan import plan_step
+from flashrnn.problem import Problem
 from tests.emulation import Library, emulated, needs_compiler
 from tests.gpus import GPUS, planned
 from tests.kernels.regimes import REGIMES
@@ -252,8 +253,20 @@ def test_tf32_may_be_allowed_by_either_setting(tf32_setting):
         ("allow_tf32", False, "float32"),
     ]:
         setattr(tf32_setting, name, value)
-        assert source.precision_of(torch.float32) == precision, name
-    assert source.precision_of(torch.bfloat16) == "bfloat16"
+        assert source.precision_of(problem_of(torch.float32)) == precision, name
+    assert source.precision_of(problem_of(torch.bfloat16)) == "bfloat16"
+
+
+def test_tf32_may_be_allowed_by_the_call(tf32_setting):
+    for setting in ("tf32", "ieee"):
+        tf32_setting.fp32_precision = setting
+        assert source.precision_of(problem_of(torch.float32, True)) == "tf32"
+        assert source.precision_of(problem_of(torch.float32, False)) == "float32"
+        assert source.precision_of(problem_of(torch.float16, True)) == "float16"
+
+
+def problem_of(dtype, allow_tf32=None):
+    return Problem(lstm.traced, 1, 1, 1, 8, dtype, torch.device("cpu"), allow_tf32=allow_tf32)
 
 
 # ---- the cell's text

@@ -1,0 +1,142 @@
+"""``replace`` and ``restore``: torch.nn's layers in a model become ours, and back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+
+from flashrnn import backends
+from flashrnn.nn.layers import GRU, LSTM, RNN
+from flashrnn.nn.modes import MODES
+from flashrnn.nn.recurrent import Recurrent
+
+_OURS: dict[type, type[Recurrent]] = {torch.nn.LSTM: LSTM, torch.nn.GRU: GRU, torch.nn.RNN: RNN}
+_TORCHS = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
+
+
+@dataclass
+class Replaced:
+    """What :func:`replace` or :func:`restore` did.
+
+    Attributes:
+        swapped: for each layer that was swapped, by its name in the model, what it now prints as.
+        left: for each that was not, why.
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{name or '(the model)'}: {now}" for name, now in self.swapped.items()]
+        lines += [f"{name or '(the model)'}: left, {why}" for name, why in self.left.items()]
+        return "\n".join(lines) or "no recurrent layer of torch.nn"
+
+
+def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "auto") -> Replaced:
+    """Make every ``torch.nn.LSTM``, ``GRU`` and ``RNN`` in a model one of this package, in place.
+
+    A layer stays the same object, with its parameters, hooks and mode, and changes its class alone.
+    So optimizers, tied weights and whoever refers to it need no care. :func:`restore` undoes it.
+
+    Args:
+        model: the model, or a layer itself.
+        keep_types: whether ``isinstance(layer, torch.nn.LSTM)`` holds afterwards, as initialisers
+            and wrappers of many libraries ask. ``False``: each becomes a :class:`Recurrent`, which
+            ``torch.compile`` traces with ``fullgraph=True``, as it does no ``torch.nn.LSTM``.
+        backend: for all of them; see :class:`Recurrent`.
+
+    Returns:
+        Which layers were swapped, and which were left and why: those of a subclass, whose
+        ``forward`` may be another one (the parametrizations of ``torch.nn.utils`` make such).
+
+    Raises:
+        TypeError: no module.
+        ValueError: no such backend.
+
+    Example:
+        >>> model = torch.nn.ModuleDict({"encoder": torch.nn.LSTM(8, 16)})
+        >>> print(replace(model))
+        encoder: LSTM(8, 16)
+    """
+    backends.checked(backend)
+    report = Replaced()
+    for name, layer in _modules(model):
+        if not isinstance(layer, torch.nn.RNNBase) or isinstance(layer, Recurrent):
+            continue
+        ours = _OURS.get(type(layer))
+        if ours is None:
+            report.left[name] = (
+                f"its class {type(layer).__qualname__} is not torch.nn's own but may compute "
+                "something else"
+            )
+            continue
+        layer.__class__ = ours if keep_types else Recurrent
+        if backend != "auto":
+            layer.backend = backend
+        report.swapped[name] = str(layer)
+    return report
+
+
+def restore(model: torch.nn.Module) -> Replaced:
+    """Make every layer of this package in a model torch.nn's again, in place, where there is one.
+
+    Returns:
+        Which layers were swapped, and which were left and why: torch.nn has no heads and no other
+        cells.
+
+    Raises:
+        TypeError: no module.
+    """
+    report = Replaced()
+    for name, layer in _modules(model):
+        if not isinstance(layer, Recurrent):
+            continue
+        reason = _own(layer)
+        if reason:
+            report.left[name] = reason
+            continue
+        _to_torchs(layer)
+        report.swapped[name] = str(layer)
+    return report
+
+
+def torchs(layer: Recurrent) -> torch.nn.Module:
+    """A layer of torch.nn with the parameters of one of ours.
+
+    Raises:
+        ValueError: torch.nn has none such.
+    """
+    reason = _own(layer)
+    if reason:
+        raise ValueError(f"{type(layer).__name__} cannot be torch.nn's: {reason}")
+    twin = copy.copy(layer)
+    _to_torchs(twin)
+    return twin
+
+
+def _own(layer: Recurrent) -> str | None:
+    """Why a layer is none of torch.nn."""
+    if layer.mode not in MODES:
+        return f"torch.nn has no cell {layer.cell.name!r}"
+    if layer.heads != 1:
+        return f"torch.nn has no heads, and it has {layer.heads}"
+    if type(layer) not in (*_OURS.values(), Recurrent):
+        return f"its class {type(layer).__qualname__} may compute something else"
+    return None
+
+
+def _to_torchs(layer: Recurrent) -> None:
+    if layer.mode in ("RNN_TANH", "RNN_RELU"):
+        # A Recurrent, which has no such argument, is not to lack it.
+        layer.nonlinearity = layer.mode.removeprefix("RNN_").lower()
+    layer.__dict__.pop("heads", None)
+    layer.__dict__.pop("backend", None)
+    layer.__class__ = _TORCHS.get(layer.mode, torch.nn.RNN)
+
+
+def _modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; accepted is a torch.nn.Module")
+    return list(model.named_modules())

@@ -1,0 +1,145 @@
+"""One direction of a layer: the input product and the recurrence, by this package's backends.
+
+All that the layers compute with these backends passes here. Two layouts come in: ``[T, B, I]``,
+sequences of one length; and rows ``[rows, I]`` of sequences of several lengths, in the order of
+:class:`torch.nn.utils.rnn.PackedSequence`, with a :class:`Packing` that says which row is which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flashrnn.cells.spec import Cell
+from flashrnn.config import FlashRNNConfig
+from flashrnn.functional import flashrnn
+from flashrnn.problem import rnn_tf32_allowed
+
+
+class Packing(NamedTuple):
+    """Which row is which in a packed batch, its sequences sorted by falling length.
+
+    Attributes:
+        batch_sizes: the number of sequences that have a step t, for every t. Their rows at step t
+            follow each other, and come after those of step t − 1.
+        reversal: ``[rows]``; the row that takes each row's place when every sequence is reversed.
+    """
+
+    batch_sizes: tuple[int, ...]
+    reversal: Tensor
+
+    @classmethod
+    def of(cls, batch_sizes: Tensor, device: torch.device) -> Packing:
+        """The packing with these batch sizes (int64, on the CPU) and the rows' device."""
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+        step = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes)
+        sequence = torch.arange(len(step)) - offsets[step]
+        lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+        reversal = offsets[lengths[sequence] - 1 - step] + sequence
+        return cls(tuple(batch_sizes.tolist()), reversal.to(device))
+
+
+def scan(
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    cell: Cell,
+    backend: str,
+    *,
+    reverse: bool = False,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One direction of a layer.
+
+    A reverse direction begins at each sequence's last step. What lies beyond the end of a shorter
+    sequence is not computed at all, so that nothing of it can reach a result or a gradient.
+
+    Args:
+        x: ``[T, B, I]``, or ``[rows, I]`` with ``packing``.
+        W: ``[Gw * N * D, I]``, the input matrix.
+        R: ``[Gr, N, D, D]``; see :func:`flashrnn.flashrnn`, as for ``b`` and ``cell``.
+        b: ``[Gb, N, D]``.
+        states: ``[S, B, 1, N, D]``, what each sequence starts from; ``None``: zeros.
+        cell: the cell.
+        backend: a backend's name, or ``"auto"``.
+        reverse: from the last step to the first.
+        packing: which row is which, for sequences of several lengths.
+
+    Returns:
+        h of every step, ``[T, B, N * D]`` or ``[rows, N * D]``, and the states after each
+        sequence's last step (with ``reverse``: its first), ``[S, B, 1, N, D]``.
+    """
+    _, N, D, _ = R.shape
+    Wx = _product(x, W).unflatten(-1, (-1, N, D))
+    if packing is not None:
+        Wx = Wx[packing.reversal] if reverse else Wx
+        h, last_states = _packed(Wx, R, b, states, cell, backend, packing.batch_sizes)
+        return (h[packing.reversal] if reverse else h), last_states
+    Wx = Wx.flip(0) if reverse else Wx
+    h, last_states = _steps(Wx, R, b, states, cell, backend)
+    return (h.flip(0) if reverse else h), last_states
+
+
+def _product(x: Tensor, W: Tensor) -> Tensor:
+    """``linear(x, W)``, which copies an x that is not contiguous."""
+    if x.ndim == 3 and not x.is_contiguous():
+        return linear(x.transpose(0, 1), W).transpose(0, 1)
+    return linear(x, W)
+
+
+def _steps(
+    Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None, cell: Cell, backend: str
+) -> tuple[Tensor, Tensor]:
+    """h ``[T, B, N * D]`` and the last states, out of ``Wx`` ``[T, B, Gw, N, D]``."""
+    config = _config(Wx.device)
+    every_state, last_states = flashrnn(
+        Wx.transpose(0, 1), R, b, states, cell, backend, config=config
+    )
+    return every_state[0].flatten(2).transpose(0, 1), last_states
+
+
+def _config(device: torch.device) -> FlashRNNConfig | None:
+    """On a GPU float32 follows the setting that torch.nn's layers follow there."""
+    if device.type != "cuda":
+        return None
+    if torch.compiler.is_compiling():
+        from flashrnn.backends import constants
+
+        return _CONFIGS[constants.rnn_tf32_allowed()]
+    return _CONFIGS[rnn_tf32_allowed()]
+
+
+_CONFIGS = tuple(FlashRNNConfig(allow_tf32=allowed) for allowed in (False, True))
+
+
+def _packed(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    cell: Cell,
+    backend: str,
+    batch_sizes: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The same of rows: a call for all steps that the same sequences have."""
+    rows: list[Tensor] = []
+    ended: list[Tensor] = []
+    first = 0
+    for B, steps in groupby(batch_sizes):
+        T = len(list(steps))
+        if rows and states is not None:
+            ended.insert(0, states[:, B:])
+            states = states[:, :B]
+        piece = Wx[first : first + T * B].unflatten(0, (T, B))
+        h, states = _steps(piece, R, b, states, cell, backend)
+        rows.append(h.flatten(0, 1))
+        first += T * B
+    assert states is not None, "a packed batch has a step"
+    return torch.cat(rows), torch.cat([states, *ended], 1)

@@ -1,0 +1,143 @@
+"""LSTMCell, GRUCell and RNNCell stand wherever torch.nn's stood, and layers go step by step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flashrnn.nn as ours
+from tests.nn.against import BACKENDS, KINDS, assert_same, leaf, pair, states, tensors
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_paths = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def cells(kind, *args, backend="auto", dtype=torch.float64, **options):
+    theirs = getattr(nn, f"{kind}Cell")(*args, dtype=dtype, **options)
+    mine = getattr(ours, f"{kind}Cell")(*args, dtype=dtype, backend=backend, **options)
+    mine.load_state_dict(theirs.state_dict())
+    return mine, theirs
+
+
+def hidden(kind, *shape):
+    h = torch.randn(shape, dtype=torch.float64)
+    return (h, torch.randn(shape, dtype=torch.float64)) if kind == "LSTM" else h
+
+
+class TestCells:
+    @every_kind
+    @both_paths
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("batch", [(), (1,), (4,), (0,)])
+    def test_states_and_gradients(self, kind, backend, bias, batch):
+        options = [{"nonlinearity": "tanh"}, {"nonlinearity": "relu"}] if kind == "RNN" else [{}]
+        for option in options:
+            mine, theirs = cells(kind, 3, 5, backend=backend, bias=bias, **option)
+            x = torch.randn(*batch, 3, dtype=torch.float64)
+            for hx in (None, hidden(kind, *batch, 5)):
+                found = []
+                for cell in (mine, theirs):
+                    cell.zero_grad()
+                    xi, hi = leaf(x), leaf(hx)
+                    results = cell(xi, hi)
+                    sum(y.square().sum() for y in tensors(results)).backward()
+                    leaves = (xi, *tensors(hi), *cell.parameters())
+                    found.append([*tensors(results), *(tensor.grad for tensor in leaves)])
+                assert_same(*found)
+
+    @every_kind
+    def test_numbers_names_and_form_are_torchs(self, kind):
+        torch.manual_seed(0)
+        mine = getattr(ours, f"{kind}Cell")(3, 5)
+        torch.manual_seed(0)
+        theirs = getattr(nn, f"{kind}Cell")(3, 5)
+        assert list(mine.state_dict()) == list(theirs.state_dict())
+        assert_same(list(mine.parameters()), list(theirs.parameters()), 0)
+        assert repr(mine) == repr(theirs) and isinstance(mine, type(theirs))
+        assert_same(copy.deepcopy(mine)(torch.ones(2, 3)), theirs(torch.ones(2, 3)), 0)
+
+    @every_kind
+    @both_paths
+    def test_a_loop_of_steps_is_the_layer(self, kind, backend):
+        cell, _ = cells(kind, 3, 5, backend=backend)
+        layer, _ = pair(kind, 3, 5)
+        layer.load_state_dict({f"{name}_l0": w for name, w in cell.state_dict().items()})
+        x, hx = torch.randn(6, 2, 3, dtype=torch.float64), None
+        for x_t in x:
+            hx = cell(x_t, hx)
+        _, last = layer(x)
+        assert_same(tensors(hx), [state[0] for state in tensors(last)])
+
+    @every_kind
+    @both_paths
+    def test_errors(self, kind, backend):
+        mine, theirs = cells(kind, 3, 5, backend=backend)
+        for args in (
+            (torch.randn(2, 2, 3).double(),),
+            (torch.randn(2, 4).double(),),
+            (torch.randn(2, 3),),
+            (torch.randn(2, 3).double(), hidden(kind, 3, 5)),
+            (torch.randn(2, 3).double(), hidden(kind, 2, 4)),
+            (torch.randn(2, 3).double(), hidden(kind, 1, 2, 5)),
+        ):
+            with pytest.raises(Exception) as expected:  # noqa: PT011
+                theirs(*args)
+            with pytest.raises(expected.type):
+                mine(*args)
+
+    def test_an_unknown_backend(self):
+        with pytest.raises(ValueError, match="unknown backend 'tritom'"):
+            ours.LSTMCell(3, 4, backend="tritom")
+
+
+class TestSteps:
+    @every_kind
+    @both_paths
+    @pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}])
+    def test_they_are_the_sequence(self, kind, backend, options):
+        for extra in ({}, {"proj_size": 2} if kind == "LSTM" else {"num_layers": 1}):
+            layer, _ = pair(kind, 3, 5, backend=backend, **{"num_layers": 2, **options, **extra})
+            x, state = torch.randn(4, 2, 3, dtype=torch.float64), states(layer, 2)
+            expected = layer(x.transpose(0, 1) if layer.batch_first else x, state)
+            steps = []
+            for x_t in x:
+                y, state = layer.step(x_t, state)
+                steps.append(y)
+            assert_same((torch.stack(steps, int(layer.batch_first)), state), expected)
+
+    @every_kind
+    @both_paths
+    def test_of_one_sequence(self, kind, backend):
+        layer, _ = pair(kind, 3, 5, 2, backend=backend)
+        x = torch.randn(3, dtype=torch.float64)
+        y, state = layer.step(x)
+        output, last = layer(x[None])
+        assert_same((y, state), (output[0], last))
+
+    def test_of_another_cell(self):
+        layer = ours.Recurrent("slstm", 3, 4, 2, heads=2)
+        x = torch.randn(3, 2, 3)
+        y, state = layer.step(x[0])
+        y, state = layer.step(x[1], state)
+        assert_same((y, state), (layer(x[:2])[0][1], layer(x[:2])[1]), 1e-6)
+
+    @every_kind
+    def test_dropout_between_layers(self, kind):
+        layer, _ = pair(kind, 3, 5, 2, dropout=1.0)
+        x = torch.randn(2, 3, dtype=torch.float64)
+        assert_same(layer.step(x)[0], layer(x[None])[0][0])
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="a step has no end"):
+            ours.LSTM(3, 4, bidirectional=True).step(torch.randn(2, 3))
+        for backend in BACKENDS:
+            layer = ours.LSTM(3, 4, backend=backend)
+            with pytest.raises(ValueError, match="1D or 2D"):
+                layer.step(torch.randn(2, 2, 3))
+            with pytest.raises(RuntimeError, match="input_size"):
+                layer.step(torch.randn(2, 4))
+            with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+                layer.step(torch.randn(2, 3), (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)))
+            with pytest.raises(TypeError, match="tuple of tensors"):
+                layer.step(torch.randn(2, 3), torch.zeros(1, 2, 4))
