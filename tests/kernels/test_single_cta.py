@@ -12,7 +12,7 @@ from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
 from tests.gpus import GPUS, H200, planned
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
-from tests.patterns import bounded_follows_vanilla
+from tests.patterns import bounded_follows_vanilla, follows_vanilla
 from tests.problems import call, gradients, random_inputs, relative_error, wide
 
 # ---- the machine code
@@ -96,6 +96,13 @@ def test_fragments_in_shared_memory(on_the_cpu):
     plan = plan_scan(planned("lstm", 2, 1, 112, torch.float32), H200, False)
     assert plan.in_registers < 4 * 14
     hold_to_vanilla("cuda_fused", "lstm", 2, 3, 1, 112, torch.float32)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_large_heads_multiply_nothing_into_the_first_step(on_the_cpu):
+    """They multiply before there is a gradient to multiply, and an infinite R would show it."""
+    follows_vanilla("cuda_fused", 3, 3, 2, 120, dtype=torch.bfloat16)
 
 
 @needs_compiler

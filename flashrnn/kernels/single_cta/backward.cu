@@ -45,6 +45,12 @@ constexpr int GATES = SEQUENCES * GATE_PITCH;
 static_assert(FRAGMENT_BYTES + (RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES == SHARED_MEMORY,
               "plan.py computes the same layout");
 
+// The step computed first has no gradient through R. It stands before the loop, unless R takes so many
+// registers that addresses, kept for both copies of the step, would be spilled in the loop. Then it
+// multiplies what the other buffer happens to hold, and nothing is added: a branch around the product
+// would keep the compiler from moving the cell's work up beside it.
+constexpr bool FIRST_STEP_APART = COMPUTING < 8;
+
 // What the producer threads do, step after step, as the diagram says.
 __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Element>& input_gates,
                                              TiledCopy<CopyLayout, S, const Element>& input_states,
@@ -161,7 +167,7 @@ single_cta_backward(CALL) {
                 const Element* line = read + elements.sequence(e) * GATE_PITCH;
                 d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
             }
-            d_carried[0][e] += clipped(d_h, clips.gradient);
+            if (FIRST_STEP_APART || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
         }
     };
     // Called before the barrier that lets the next product start.
@@ -229,13 +235,9 @@ single_cta_backward(CALL) {
         record_infinity(preactivations, done + 1);
         named_barrier<THREADS>();
     };
-    // The step computed first has no gradient through R: zeros times an infinite R are NaN. It stands
-    // before the loop, in which a branch would delay every step, unless R takes so many registers that
-    // addresses, kept for both copies of the step, would be spilled in the loop.
-    constexpr bool PEELED = COMPUTING < 8;
-    if (PEELED) run_step(0);
-    for (int done = PEELED; done < T; ++done) {
-        if (PEELED || done > 0) add_recurrent_gradient(done);
+    if (FIRST_STEP_APART) run_step(0);
+    for (int done = FIRST_STEP_APART; done < T; ++done) {
+        add_recurrent_gradient(done);
         run_step(done);
     }
     add_recurrent_gradient(T);
