@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
+from flashrnn.backends.gradients import (
+    Gradients,
+    number_of,
+    of_no_steps,
+    recurrent_gradient,
+    select,
+)
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
@@ -85,15 +91,14 @@ def backward(
     states_initial: Tensor,
     states: Tensor,
     gates: Tensor,
-    d_states: Tensor,
-    d_last_states: Tensor,
+    d_states: Tensor | None,
+    d_last_states: Tensor | None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
-        d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-        return complete(problem, d_gates, d_initial, states_initial, states)
+        return of_no_steps(problem, d_gates, d_last_states, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
     tensors = {
@@ -101,14 +106,17 @@ def backward(
         "initial": states_initial,
         "states": states,
         "gates": gates,
-        "d_states": d_states,
-        "d_last": d_last_states,
         "d_gates": d_gates,
         "d_initial": d_initial,
         "d_bias": d_bias,
     }
     clips = problem.gradient_recurrent_clipval is not None
-    options = source.backward_options(problem.gradient_recurrent_cut, clips)
+    if d_states is not None:
+        tensors["d_states"] = d_states
+    if d_last_states is not None:
+        tensors["d_last"] = d_last_states
+    given = number_of(d_states), d_last_states is not None
+    options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
     aligned = _aligned(D, states, gates, d_states, d_gates)
     gpu = _gpu(problem)
     _scan(problem, gpu, _plan(problem, True, gpu), call.BACKWARD, tensors, options, aligned)
@@ -208,11 +216,12 @@ def _begins_at_multiples(x: Tensor, alignment: int) -> bool:
     return unit == 1 and x.data_ptr() % alignment == 0 and math.gcd(least, *strides) == least
 
 
-def _aligned(D: int, *tensors: Tensor) -> bool:
+def _aligned(D: int, *tensors: Tensor | None) -> bool:
     """Whether rows of D elements are contiguous and begin and end at multiples of 16 bytes."""
-    if D * tensors[0].element_size() % 16:
+    there = [x for x in tensors if x is not None]
+    if D * there[0].element_size() % 16:
         return False
-    return all(_begins_at_multiples(x, 16) for x in tensors if x.numel())
+    return all(_begins_at_multiples(x, 16) for x in there if x.numel())
 
 
 def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:

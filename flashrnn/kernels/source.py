@@ -108,7 +108,7 @@ def h_is_never_large(cell: TracedCell) -> bool:
     return bound is not None and bound < 2**60
 
 
-Options = tuple[tuple[str, bool], ...]
+Options = tuple[tuple[str, bool | int], ...]
 """Constants of a call, which are compiled in."""
 
 
@@ -121,14 +121,16 @@ def forward_options(save_gates: bool) -> Options:
     return (("SAVE_GATES", save_gates),)
 
 
-def backward_options(cut: bool, clip: bool) -> Options:
+def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Options:
     """The constants of every backward scan.
 
     Args:
         cut: whether no gradient flows through R.
         clip: whether that gradient is clipped at each step.
+        given: of how many states, from h on, every step's gradients are given.
+        given_last: whether the last states' gradients are given. What is not is zero.
     """
-    return ("CUT", cut), ("CLIP", clip)
+    return ("CUT", cut), ("CLIP", clip), ("GIVEN", given), ("GIVEN_LAST", given_last)
 
 
 @lru_cache(maxsize=1024)

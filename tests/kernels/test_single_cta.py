@@ -23,10 +23,14 @@ def programs(kind, B, N, D, precision, gpu):
     dtype = getattr(torch, precision.replace("tf32", "float32"))
     plans = [plan_scan(planned(kind, B, N, D, dtype), gpu, backward) for backward in (False, True)]
     assert all(isinstance(plan, SingleCtaPlan) for plan in plans), plans
+    backward = [
+        source.backward_options(False, False, *given)
+        for given in ((len(cell.states), True), (len(cell.states), False), (0, True))
+    ]
     gradient = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
         plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        plans[1].source(cell, precision, source.backward_options(False, False), aligned=True),
+        *(plans[1].source(cell, precision, options, aligned=True) for options in backward),
         gradient.source(cell, precision, aligned=True),
     ]
 

@@ -42,7 +42,9 @@ def programs(regime, kind="lstm"):
     """The regime's programs, as ``(entry, parts)``."""
     cell, dtype, B = resolve(kind), torch.bfloat16, max(64, regime.B)
     for backward in (False, True):
-        options = source.backward_options(True, True) if backward else source.forward_options(True)
+        options = source.forward_options(True)
+        if backward:
+            options = source.backward_options(True, True, len(cell.states), given_last=True)
         if regime.backend == "cuda":
             plan = plan_step(cell, B, 1, regime.D, "bfloat16", backward)
             yield plan.entry, plan.source(cell, "bfloat16", options)
