@@ -157,6 +157,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         registry.best_plan.cache_clear()
         cuda_fused._scan_kernel.cache_clear()
         cuda_fused._gradient_kernel.cache_clear()
+        cuda_fused._sums_kernel.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)

@@ -206,7 +206,7 @@ def test_unloading_does_not_disturb_another_threads_capture():
 
 def _forget():
     """Drop every kernel, and load so many that those before are unloaded."""
-    kept = [cuda_fused._scan_kernel, cuda_fused._gradient_kernel]
+    kept = [cuda_fused._scan_kernel, cuda_fused._gradient_kernel, cuda_fused._sums_kernel]
     for cached in (*kept, cuda._stepper, cuda._shared_stepper, cuda._program):
         cached.cache_clear()
     runs._steppers.clear()

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import (
-    Gradients,
-    number_of,
-    of_no_steps,
-    recurrent_gradient,
-    select,
-)
+from flashrnn.backends.gradients import Gradients, number_of, of_no_steps, recurrent_gradient
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
-from flashrnn.kernels import call, registry, single_cta, source
+from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
@@ -120,12 +114,12 @@ def backward(
     aligned = _aligned(D, states, gates, d_states, d_gates)
     gpu = _gpu(problem)
     _scan(problem, gpu, _plan(problem, True, gpu), call.BACKWARD, tensors, options, aligned)
-    h_initial, h = states_initial[0], states[0]
+    h_initial, h, parts = states_initial[0], states[0], None
     if registry.is_small(D):
-        d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
-    else:
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h)
+    d_R, d_b = _sums(problem, parts, d_bias)
+    if d_R is None:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
-    d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
     return Gradients(d_gates, d_initial, d_R, d_b)
 
 
@@ -165,23 +159,58 @@ def _scan(
     kernel.launch(plan.grid(B, N, gpu), fields)
 
 
-def _recurrent_gradient(
+def _recurrent_gradient_parts(
     problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
 ) -> Tensor:
-    """:func:`flashrnn.backends.gradients.recurrent_gradient` by a kernel of this package."""
+    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     recurrent = len(cell.fed_by("R"))
-    # Rounded, as the forward scan's product had it.
-    h_initial = h_initial.to(h.dtype).contiguous()
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
-    aligned = _aligned(D, d_gates, h_initial, h)
+    copied = None
+    if h.dtype == torch.float32:
+        # Copied as it is; in 16 bits each element is rounded.
+        h_initial = copied = h_initial.contiguous()
+    aligned = _aligned(D, d_gates, copied, h)
     precision = source.precision_of(problem.dtype)
     kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
     tensors = {"d_gates": d_gates, "h_initial": h_initial, "h": h, "parts": parts}
     fields = call.RECURRENT_GRADIENT.pack(tensors, rows_a_part=plan.rows, T=T, B=B, N=N)
     kernel.launch(plan.grid(N), fields)
-    return parts.sum(0).to(h.dtype)
+    return parts
+
+
+def _sums(problem: Problem, parts: Tensor | None, d_bias: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The gradient of R, if it is in parts, and that of the bias, in one launch.
+
+    Args:
+        problem: what was computed.
+        parts: ``[P, Gr, N, D, D]`` in float32, whose sum is R's gradient.
+        d_bias: ``[B, G, N, D]`` in float32; the bias's gradient is the sum over B.
+    """
+    dtype, fed = problem.dtype, len(problem.cell.fed_by("b"))
+    tensors = {"d_bias": d_bias, "d_b": d_bias.new_empty(fed, *d_bias.shape[2:], dtype=dtype)}
+    if parts is not None:
+        tensors |= {"parts": parts, "d_R": parts.new_empty(parts.shape[1:], dtype=dtype)}
+    d_R, d_b = tensors.get("d_R"), tensors["d_b"]
+    rows, columns = (0, 0) if parts is None or d_R is None else (len(parts), d_R.numel())
+    plan = gradient_sums.plan_sums(rows, columns, problem.B, d_b.numel())
+    if plan.grid:
+        kernel = _sums_kernel(problem.cell, source.precision_of(dtype), problem.device)
+        fields = call.GRADIENT_SUMS.pack(
+            tensors,
+            R_rows=rows,
+            R_columns=columns,
+            R_shares=plan.R_shares,
+            R_ctas=plan.R_ctas,
+            b_columns=d_b.numel(),
+            b_shares=plan.b_shares,
+            B=problem.B,
+            N=problem.N,
+            D=problem.D,
+        )
+        kernel.launch(plan.grid, fields)
+    return d_R, d_b
 
 
 @dataclass(frozen=True)
@@ -311,6 +340,13 @@ def _gradient_kernel(
 ) -> _Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
     return _kernel(plan.ENTRY, plan.source(cell, precision, aligned), shape, device)
+
+
+@lru_cache(maxsize=256)
+def _sums_kernel(cell: TracedCell, precision: str, device: torch.device) -> _Kernel:
+    plan = gradient_sums.SumsPlan
+    shape = launch.Shape(grid=0, threads=plan.THREADS)
+    return _kernel(plan.ENTRY, gradient_sums.program(cell, precision), shape, device)
 
 
 def _kernel(

@@ -30,7 +30,7 @@ def cell_alone(cell, record=call.FORWARD):
     return source.program("alone.cu", cell, "float32", {}, record, kernel)
 
 
-RECORDS = [call.FORWARD, call.BACKWARD, call.RECURRENT_GRADIENT]
+RECORDS = [call.FORWARD, call.BACKWARD, call.RECURRENT_GRADIENT, call.GRADIENT_SUMS]
 # Of which a quick run compiles for one.
 ARCHITECTURES = [x if x == "sm_90a" else pytest.param(x, marks=pytest.mark.slow) for x in GPUS]
 records = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
