@@ -126,7 +126,7 @@ def checked_options(config: FlashRNNConfig | None, backend: str) -> FlashRNNConf
     """The config, or the default one."""
     if config is None:
         config = _DEFAULT
-    elif not isinstance(config, FlashRNNConfig):
+    elif not hasattr(config, "of_upstream"):
         raise TypeError(f"config is {type(config).__name__}; accepted is a FlashRNNConfig")
     elif config.of_upstream:
         raise ValueError(

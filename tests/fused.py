@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from flashrnn import Cell, FlashRNNConfig
+from flashrnn.backends import autograd, load
+from flashrnn.cells import resolve
+from flashrnn.problem import Problem
 from tests.problems import (
     Inputs,
     call,
@@ -144,6 +147,34 @@ def gives_the_same_bits(backend: str, kind: str | Cell, *sizes: int) -> bool:
         outputs = call(kind, inputs, backend=backend)
         runs.append([*outputs, *gradients(outputs, inputs).values()])
     return all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def absent_gradients_are_zeros(backend: str, *sizes: int, device: str = "cpu") -> bool:
+    """Whether gradients of outputs that are not given count as zeros, to the bit.
+
+    They are absent of the last states, of every step's states, and of all these but ``h``.
+    """
+    module, (B, T, N, D) = cast(autograd.FusedBackend, load(backend)), sizes
+    inputs = random_inputs("lstm", *sizes, torch.bfloat16, device)
+    Wx, R, b, initial = (x.detach() for x in inputs.tensors().values())
+    problem = Problem(resolve("lstm").traced, B, T, N, D, Wx.dtype, Wx.device, needs_gradient=True)
+    states, last_states, gates = module.forward(problem, Wx, R, b, initial)
+    d_states, d_last = random_weights((states, last_states), seed=2)
+    none, h_alone = torch.zeros_like(d_states), d_states.clone()
+    h_alone[1:] = 0
+    runs = [
+        module.backward(problem, R, initial, states, gates, *asked)
+        for asked in (
+            *((d_states, torch.zeros_like(d_last)), (d_states, None)),
+            *((none, d_last), (None, d_last)),
+            *((h_alone, d_last), (d_states[:1], d_last)),
+        )
+    ]
+    pairs = zip(runs[::2], runs[1::2], strict=True)
+    return all(
+        torch.equal(given, expected)
+        for expected, given in (x for pair in pairs for x in zip(*pair, strict=True))
+    )
 
 
 def keeps_a_nan_to_its_sequence_and_head(backend: str, B: int, D: int) -> bool:

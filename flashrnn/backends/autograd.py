@@ -41,10 +41,14 @@ class FusedBackend(Backend, Protocol):
         states_initial: Tensor,
         states: Tensor,
         gates: Tensor,
-        d_states: Tensor,
-        d_last_states: Tensor,
+        d_states: Tensor | None,
+        d_last_states: Tensor | None,
     ) -> Gradients:
-        """The gradients of all that went in; Wx's is part of the pre-activations'."""
+        """The gradients of all that went in; Wx's is part of the pre-activations'.
+
+        ``d_states`` may have the first states only: ``[1, B, T, N, D]`` is of ``h`` alone. What is
+        not given is zero, and no kernel reads it.
+        """
 
 
 class DifferentiableBackend(Backend, Protocol):
@@ -208,9 +212,9 @@ def _check_captures(text: str) -> None:
         )
 
 
-def _check_memory(tensors: dict[str, Tensor]) -> None:
+def _check_memory(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
-        if tensor.numel() and not tensor.data_ptr():
+        if tensor is not None and tensor.numel() and not tensor.data_ptr():
             raise TypeError(
                 f"{name} is a {type(tensor).__name__} without memory of its own; accepted are "
                 "dense tensors. Convert it, or take backend='vanilla'"
@@ -242,8 +246,8 @@ def scan_backward(
     states_initial: Tensor,
     states: Tensor,
     gates: Tensor,
-    d_states: Tensor,
-    d_last_states: Tensor,
+    d_states: Tensor | None,
+    d_last_states: Tensor | None,
     backend: str,
     cell: str,
     cut: bool,
@@ -282,8 +286,8 @@ def _(
     states_initial: Tensor,
     states: Tensor,
     gates: Tensor,
-    d_states: Tensor,
-    d_last_states: Tensor,
+    d_states: Tensor | None,
+    d_last_states: Tensor | None,
     backend: str,
     cell: str,
     cut: bool,
@@ -323,7 +327,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
-    def pull_back(*tensors: Tensor) -> Gradients:
+    def pull_back(*tensors: Tensor | None) -> Gradients:
         return Gradients(*scan_backward(*tensors, *ctx.call))
 
     return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 7
@@ -357,10 +361,11 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
 
-        def pull_back(*tensors: Tensor) -> Gradients:
+        def pull_back(*tensors: Tensor | None) -> Gradients:
             # With a graph of the gradient: the operator's own derivative raises an error that says
             # that there is none.
-            if recorded() or torch.is_grad_enabled() or not all(map(is_plain, tensors)):
+            plain = all(x is None or is_plain(x) for x in tensors)
+            if recorded() or torch.is_grad_enabled() or not plain:
                 return Gradients(
                     *scan_backward(
                         *tensors,
@@ -388,11 +393,6 @@ def _gradients(
     R, states_initial, states, gates = ctx.saved_tensors
     # A hook on saved tensors may have changed their layout.
     states, gates = states.contiguous(), gates.contiguous()
-    # An output without a gradient: zeros, one row in memory that is read for all steps.
-    if d_states is None:
-        d_states = states.new_zeros(states.shape[-1]).expand_as(states)
-    if d_last is None:
-        d_last = states_initial.new_zeros(()).expand_as(states_initial)
     found = pull_back(R, states_initial, states, gates, d_states, d_last)
     needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
     return (

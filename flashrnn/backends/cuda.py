@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete
+from flashrnn.backends.gradients import Gradients, complete, number_of, of_no_steps
 from flashrnn.backends.requirements import refusal, too_large, too_many_rows, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc
@@ -81,15 +81,14 @@ def backward(
     states_initial: Tensor,
     states: Tensor,
     gates: Tensor,
-    d_states: Tensor,
-    d_last_states: Tensor,
+    d_states: Tensor | None,
+    d_last_states: Tensor | None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     d_gates = torch.empty_like(gates)
     T, cut = problem.T, problem.gradient_recurrent_cut
     if problem.B == 0 or T == 0:
-        d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-        return complete(problem, d_gates, d_initial, states_initial, states)
+        return of_no_steps(problem, d_gates, d_last_states, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # The step's product sums over the units that forward's product computes: [N, D, Gr, D].
     transposed = _aligned(R.permute(1, 3, 0, 2))
@@ -98,16 +97,19 @@ def backward(
         "initial": states_initial,
         "states": states,
         "gates": gates,
-        "d_states": d_states,
-        "d_last": d_last_states,
         "d_gates": d_gates,
         "d_initial": d_initial,
     }
-    fields = _fields(problem, True, tensors)
     # The last launch adds what reaches the initial h through R.
     count = T if cut else T + 1
     clips = problem.gradient_recurrent_clipval is not None
-    options = source.backward_options(cut, clips)
+    if d_states is not None:
+        tensors["d_states"] = d_states
+    if d_last_states is not None:
+        tensors["d_last"] = d_last_states
+    given = number_of(d_states), d_last_states is not None
+    options = source.backward_options(cut, clips, *given)
+    fields = _fields(problem, True, tensors)
     runs.run(_stepper(*_key(problem), True, options), fields, count)
     return complete(problem, d_gates, d_initial, states_initial, states)
 

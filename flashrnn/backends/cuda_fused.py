@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import Runs, autograd
-from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
+from flashrnn.backends.gradients import Gradients, number_of, of_no_steps, recurrent_gradient
 from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.jit.background import compile_soon
-from flashrnn.kernels import call, registry, single_cta, source
+from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
@@ -76,6 +76,8 @@ def programs(
             recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
         )
         found.append(tiles.compiled.source(problem.cell, precision, aligned))
+    if backward:
+        found.append(gradient_sums.program(problem.cell, precision))
     return found
 
 
@@ -107,15 +109,14 @@ def backward(
     states_initial: Tensor,
     states: Tensor,
     gates: Tensor,
-    d_states: Tensor,
-    d_last_states: Tensor,
+    d_states: Tensor | None,
+    d_last_states: Tensor | None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
-        d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-        return complete(problem, d_gates, d_initial, states_initial, states)
+        return of_no_steps(problem, d_gates, d_last_states, states_initial, states)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
     tensors = {
@@ -123,22 +124,25 @@ def backward(
         "initial": states_initial,
         "states": states,
         "gates": gates,
-        "d_states": d_states,
-        "d_last": d_last_states,
         "d_gates": d_gates,
         "d_initial": d_initial,
         "d_bias": d_bias,
     }
     clips = problem.gradient_recurrent_clipval is not None
-    options = source.backward_options(problem.gradient_recurrent_cut, clips)
+    if d_states is not None:
+        tensors["d_states"] = d_states
+    if d_last_states is not None:
+        tensors["d_last"] = d_last_states
+    given = number_of(d_states), d_last_states is not None
+    options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
     gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
-    h_initial, h = states_initial[0], states[0]
+    h_initial, h, parts = states_initial[0], states[0], None
     if registry.is_small(D):
-        d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
-    else:
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h)
+    d_R, d_b = _sums(problem, parts, d_bias)
+    if d_R is None:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
-    d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
     return Gradients(d_gates, d_initial, d_R, d_b)
 
 
@@ -295,19 +299,42 @@ class _Step(NamedTuple):
         self.prepared.launch([wx.data_ptr(), states.data_ptr(), out.data_ptr(), *self.others])
 
 
-def _recurrent_gradient(
+def _recurrent_gradient_parts(
     problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
 ) -> Tensor:
-    """:func:`flashrnn.backends.gradients.recurrent_gradient` by a kernel of this package."""
-    # Rounded, as the forward scan's product had it.
-    h_initial = h_initial.to(h.dtype).contiguous()
+    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
+    if h.dtype == torch.float32:
+        # Copied as it is; in 16 bits each element is rounded.
+        h_initial = h_initial.contiguous()
     record = call.RECURRENT_GRADIENT
     addresses, layout = record.read({"d_gates": d_gates, "h_initial": h_initial, "h": h})
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
     parts = d_gates.new_empty(shape, dtype=torch.float32)
     prepared.launch([*addresses, parts.data_ptr()])
-    return parts.sum(0).to(h.dtype)
+    return parts
+
+
+def _sums(problem: Problem, parts: Tensor | None, d_bias: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The gradient of R, if it is in parts, and that of the bias, in one launch.
+
+    Args:
+        problem: what was computed.
+        parts: ``[P, Gr, N, D, D]`` in float32, whose sum is R's gradient.
+        d_bias: ``[B, G, N, D]`` in float32; the bias's gradient is the sum over B.
+    """
+    dtype, fed = problem.dtype, len(problem.cell.fed_by("b"))
+    d_R, d_b = None, d_bias.new_empty(fed, problem.N, problem.D, dtype=dtype)
+    tensors = {"d_bias": d_bias, "d_b": d_b}
+    if parts is not None:
+        d_R = parts.new_empty(parts.shape[1:], dtype=dtype)
+        tensors |= {"parts": parts, "d_R": d_R}
+    addresses, layout = call.GRADIENT_SUMS.read(tensors)
+    rows = 0 if parts is None else len(parts)
+    prepared = _prepared_sums(problem, source.precision_of(problem), rows, layout)
+    if prepared is not None:
+        prepared.launch(addresses)
+    return d_R, d_b
 
 
 class _Prepared(NamedTuple):
@@ -382,7 +409,9 @@ def _prepared_gradient(
     recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
     size = problem.dtype.itemsize
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
-    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
+    # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
+    in_pieces = _IN_PIECES if size == 4 else tuple(x for x in _IN_PIECES if x != "h_initial")
+    aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
     kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
     prepared = _Prepared(
         kernel,
@@ -390,6 +419,33 @@ def _prepared_gradient(
         record.packing(layout, "parts", rows_a_part=plan.rows, T=T, B=B, N=N),
     )
     return prepared, (plan.parts, recurrent, N, D, D)
+
+
+@lru_cache(maxsize=256)
+def _prepared_sums(
+    problem: Problem, precision: str, rows: int, layout: call.Layout
+) -> _Prepared | None:
+    """The launch, if there is anything to sum; R's gradient is in so many parts."""
+    cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
+    R_columns = len(cell.fed_by("R")) * N * D * D if rows else 0
+    b_columns = len(cell.fed_by("b")) * N * D
+    plan = gradient_sums.plan_sums(rows, R_columns, B, b_columns)
+    if not plan.grid:
+        return None
+    kernel = _sums_kernel(cell, precision, problem.device)
+    packing = call.GRADIENT_SUMS.packing(
+        layout,
+        R_rows=rows,
+        R_columns=R_columns,
+        R_shares=plan.R_shares,
+        R_ctas=plan.R_ctas,
+        b_columns=b_columns,
+        b_shares=plan.b_shares,
+        B=B,
+        N=N,
+        D=D,
+    )
+    return _Prepared(kernel, kernel.shape._replace(grid=plan.grid), packing)
 
 
 @dataclass(frozen=True)
@@ -523,6 +579,13 @@ def _gradient_kernel(
     return _kernel(plan.ENTRY, plan.source(cell, precision, aligned), shape, device)
 
 
+@lru_cache(maxsize=256)
+def _sums_kernel(cell: TracedCell, precision: str, device: torch.device) -> _Kernel:
+    plan = gradient_sums.SumsPlan
+    shape = launch.Shape(grid=0, threads=plan.THREADS)
+    return _kernel(plan.ENTRY, gradient_sums.program(cell, precision), shape, device)
+
+
 def _kernel(
     entry: str, parts: dict[str, str], shape: launch.Shape, device: torch.device
 ) -> _Kernel:
@@ -530,5 +593,8 @@ def _kernel(
     return _Kernel(launch.Program(cubin, (entry,), _index(device), shape.shared_memory), shape)
 
 
-KERNELS = (_prepared_scan, _prepared_gradient, _scan_kernel, _gradient_kernel)
+KERNELS = (
+    *(_prepared_scan, _prepared_gradient, _prepared_sums),
+    *(_scan_kernel, _gradient_kernel, _sums_kernel),
+)
 """The caches that hold kernels."""

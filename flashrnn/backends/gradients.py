@@ -31,6 +31,25 @@ class Gradients(NamedTuple):
     b: Tensor
 
 
+def number_of(d_states: Tensor | None) -> int:
+    """Of how many states, from ``h`` on, every step's gradients are given."""
+    return 0 if d_states is None else len(d_states)
+
+
+def of_no_steps(
+    problem: Problem,
+    d_gates: Tensor,
+    d_last_states: Tensor | None,
+    states_initial: Tensor,
+    states: Tensor,
+) -> Gradients:
+    """The gradients of a call without sequences or without steps: states pass through it."""
+    if d_last_states is None:
+        d_last_states = torch.zeros_like(states_initial)
+    d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
+    return complete(problem, d_gates, d_initial, states_initial, states)
+
+
 def complete(
     problem: Problem,
     d_gates: Tensor,

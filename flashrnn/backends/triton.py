@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete
+from flashrnn.backends.gradients import Gradients, complete, number_of
 from flashrnn.backends.requirements import missing_gpu, refusal, too_many_rows
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.traced import TracedCell, clipped
@@ -113,8 +113,8 @@ def backward(
     states_initial: Tensor,
     states: Tensor,
     gates: Tensor,
-    d_states: Tensor,
-    d_last_states: Tensor,
+    d_states: Tensor | None,
+    d_last_states: Tensor | None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
@@ -123,7 +123,8 @@ def backward(
     if B == 0:
         return complete(problem, d_gates, d_initial, states_initial, states)
     clipval = problem.gradient_recurrent_clipval
-    alignment, d_states_strides = _aligned(d_states)
+    alignment, d_states_strides = (1, (0,) * 5) if d_states is None else _aligned(d_states)
+    d_last_strides = (0,) * 4 if d_last_states is None else autograd.state_strides(d_last_states)
     with _current(problem.device):
         fixed = _fixed(problem)
         plan = fixed.plan
@@ -142,7 +143,7 @@ def backward(
             B,
             *autograd.state_strides(states_initial),
             *d_states_strides,
-            *autograd.state_strides(d_last_states),
+            *d_last_strides,
             N,
             D,
             plan.BLOCK_D,
@@ -154,6 +155,7 @@ def backward(
             alignment,
             problem.gradient_recurrent_cut,
             clipval is not None,
+            number_of(d_states),
             plan.R_in_registers,
             plan.stages,
             fixed.operand,

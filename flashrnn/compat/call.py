@@ -27,6 +27,7 @@ class Options(NamedTuple):
     enable_automatic_mixed_precision: bool
     dtype: torch.dtype | str | None
     initial_val: Any
+    allow_tf32: bool | None
 
     @property
     def of_upstream(self) -> bool:
@@ -84,6 +85,7 @@ def call(
         config.enable_automatic_mixed_precision,
         None,
         config.initial_val,
+        config.allow_tf32,
     )
     every, last = functional.flashrnn(
         Wx,

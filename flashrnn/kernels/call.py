@@ -242,10 +242,32 @@ RECURRENT_GRADIENT = Record(
     "RecurrentGradientCall",
     (
         Operand("d_gates", "const Element"),
-        Operand("h_initial", "const Element"),
+        Operand("h_initial", "const float", "b1nd"),
         Operand("h", "const Element"),
         Operand("parts", "float"),
     ),
     {"rows_a_part": "int", "T": "unsigned", "B": "long long", "N": "int"},
 )
-"""Of the kernel of R's gradient."""
+"""Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous."""
+
+GRADIENT_SUMS = Record(
+    "GradientSumsCall",
+    (
+        Operand("parts", "const float"),
+        Operand("d_bias", "const float"),
+        Operand("d_R", "Element"),
+        Operand("d_b", "Element"),
+    ),
+    {
+        "R_rows": "long long",
+        "R_columns": "long long",
+        "R_shares": "int",
+        "R_ctas": "int",
+        "b_columns": "long long",
+        "b_shares": "int",
+        "B": "long long",
+        "N": "int",
+        "D": "int",
+    },
+)
+"""Of the sums that complete the gradients of R and of the bias."""

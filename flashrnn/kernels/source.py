@@ -108,7 +108,7 @@ def h_is_never_large(cell: TracedCell) -> bool:
     return bound is not None and bound < 2**60
 
 
-Options = tuple[tuple[str, bool], ...]
+Options = tuple[tuple[str, bool | int], ...]
 """Constants of a call, which are compiled in."""
 
 
@@ -121,21 +121,27 @@ def forward_options(save_gates: bool) -> Options:
     return (("SAVE_GATES", save_gates),)
 
 
-def backward_options(cut: bool, clip: bool) -> Options:
+def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Options:
     """The constants of every backward scan.
 
     Args:
         cut: whether no gradient flows through R.
         clip: whether that gradient is clipped at each step.
+        given: of how many states, from h on, every step's gradients are given.
+        given_last: whether the last states' gradients are given. What is not is zero.
     """
-    return ("CUT", cut), ("CLIP", clip)
+    return ("CUT", cut), ("CLIP", clip), ("GIVEN", given), ("GIVEN_LAST", given_last)
 
 
 def options_of(problem: Problem, backward: bool) -> Options:
     """The constants of a problem's scan."""
     if backward:
         clip = problem.gradient_recurrent_clipval is not None
-        return backward_options(problem.gradient_recurrent_cut, clip)
+        # The usual case: every state's gradient is given at every step, since the states are one
+        # tensor, and nothing of the last states.
+        return backward_options(
+            problem.gradient_recurrent_cut, clip, len(problem.cell.states), False
+        )
     return forward_options(problem.needs_gradient)
 
 

@@ -17,7 +17,7 @@ from tests.kernels.regimes import CLUSTER_BACKWARD, CLUSTER_MMA, take  # noqa: F
 from tests.kernels.test_grid import with_little_in_registers
 from tests.machine_code import needs_nvrtc, spills_in_a_loop, spills_in_the_loop_of_products
 
-OPTIONS = {False: source.forward_options(True), True: source.backward_options(False, False)}
+SAVES_GATES = source.forward_options(True)
 
 # ---- the machine code
 
@@ -40,7 +40,7 @@ def test_mma_compiles_without_spills(kind, D, arch):
     plans = list(mma_plan.possible_plans(Counts.of(cell), D, GPUS[arch]))
     assert plans
     for plan in plans:
-        parts = plan.source(cell, "bfloat16", OPTIONS[False], aligned=True)
+        parts = plan.source(cell, "bfloat16", SAVES_GATES, aligned=True)
         assert not spills_in_the_loop_of_products(parts, arch), plan
 
 
@@ -53,7 +53,7 @@ def test_producer_threads_keep_their_addresses(kind, D):
     """A warp of many units, and two n-tiles, are many pieces for a producer thread."""
     for N, B in itertools.product([1, 6], [16, 256]):
         plan = cluster.plan_mma_forward(planned(kind, B, N, D, torch.bfloat16), H200, False)
-        parts = plan.source(resolve(kind), "bfloat16", OPTIONS[False], aligned=True)
+        parts = plan.source(resolve(kind), "bfloat16", SAVES_GATES, aligned=True)
         assert not spills_in_a_loop(parts, "sm_90a"), (B, N)
 
 
@@ -69,7 +69,7 @@ def test_wgmma_compiles_without_spills(kind, D):
         for B, N in itertools.product((64, 128, 256, 512), (1, 3))
     }
     for plan in plans:
-        parts = plan.source(resolve(kind), "bfloat16", OPTIONS[False], aligned=True)
+        parts = plan.source(resolve(kind), "bfloat16", SAVES_GATES, aligned=True)
         assert not spills_in_a_loop(parts, "sm_90a"), plan
 
 
@@ -83,7 +83,9 @@ BACKWARD = [("lstm", 256), ("slstm", 384), ("gru", 512)]
 )
 def test_backward_compiles_without_spills(kind, D, arch):
     plan = cluster.plan_backward(planned(kind, 16, 1, D, torch.bfloat16), GPUS[arch], True)
-    parts = plan.source(resolve(kind), "bfloat16", OPTIONS[True], aligned=True)
+    cell = resolve(kind)
+    options = source.backward_options(False, False, len(cell.states), given_last=False)
+    parts = plan.source(cell, "bfloat16", options, aligned=True)
     assert "cluster/reduce_scatter.cuh" in parts
     assert not spills_in_the_loop_of_products(parts, arch)
 

@@ -26,9 +26,10 @@ def programs(kind, D, precision, gpu, N=1):
     problem = planned(kind, 16, N, D, dtype)
     plans = [grid.plan_scan(problem, gpu, backward) for backward in (False, True)]
     assert all(isinstance(plan, GridPlan) for plan in plans), plans
+    backward = source.backward_options(False, False, len(cell.states), given_last=False)
     return [
         plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        plans[1].source(cell, precision, source.backward_options(False, False), aligned=True),
+        plans[1].source(cell, precision, backward, aligned=True),
     ]
 
 

@@ -25,9 +25,9 @@ directions = pytest.mark.parametrize("backward", [False, True], ids=["forward", 
 def program(kind, B, N, D, precision, backward):
     cell = resolve(kind)
     plan = plan_step(cell, B, N, D, precision, backward)
-    options = (
-        source.backward_options(cut=False, clip=False) if backward else source.forward_options(True)
-    )
+    options = source.forward_options(True)
+    if backward:
+        options = source.backward_options(False, False, len(cell.states), given_last=False)
     return plan.source(cell, precision, options)
 
 

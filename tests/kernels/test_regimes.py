@@ -14,6 +14,7 @@ from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: 
 from tests.fused import (
     LAYOUTS,
     OPTIONS,
+    absent_gradients_are_zeros,
     all_strided,
     at_odd_addresses,
     clips_h,
@@ -261,6 +262,13 @@ def test_continues_a_sequence_exactly(take, regime):  # noqa: F811
 def test_same_bits_in_whatever_order_things_arrive(take, regime, kind):  # noqa: F811
     D = 192 if regime in CLUSTER_WGMMA else regime.D
     assert gives_the_same_bits(take(regime).backend, kind, regime.B, 4, 2, D)
+
+
+@pytest.mark.parametrize(
+    "regime", cases(REGIMES, lambda _: [()], lambda regime: regime is SINGLE_CTA)
+)
+def test_absent_gradients(take, regime):  # noqa: F811
+    assert absent_gradients_are_zeros(take(regime).backend, regime.B, 3, 2, regime.D)
 
 
 @every_shape

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry, source
 from flashrnn.kernels.single_cta import SingleCtaPlan, plan_gradient, plan_scan
+from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
 from tests.gpus import GPUS, H200, planned
@@ -23,10 +25,14 @@ def programs(kind, B, N, D, precision, gpu):
     dtype = getattr(torch, precision.replace("tf32", "float32"))
     plans = [plan_scan(planned(kind, B, N, D, dtype), gpu, backward) for backward in (False, True)]
     assert all(isinstance(plan, SingleCtaPlan) for plan in plans), plans
+    backward = [
+        source.backward_options(False, False, *given)
+        for given in ((len(cell.states), True), (len(cell.states), False), (0, True))
+    ]
     gradient = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
         plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        plans[1].source(cell, precision, source.backward_options(False, False), aligned=True),
+        *(plans[1].source(cell, precision, options, aligned=True) for options in backward),
         gradient.source(cell, precision, aligned=True),
     ]
 
@@ -98,6 +104,32 @@ def test_fragments_in_shared_memory(on_the_cpu):
     hold_to_vanilla("cuda_fused", "lstm", 2, 3, 1, 112, torch.float32)
 
 
+class Operations(TorchDispatchMode):
+    """The names of PyTorch's operations within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*arguments, **(options or {}))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_backward_asks_pytorch_for_memory_alone(fused_emulation, kind):  # noqa: F811
+    """Each operation more would be a launch, and 10 us of the host's time."""
+    inputs, cell = random_inputs(kind, 3, 4, 2, 24, torch.bfloat16), resolve(kind).traced
+    Wx, R, b, initial = (x.detach() for x in inputs.tensors().values())
+    initial = torch.zeros(()).expand_as(initial)
+    problem = Problem(cell, 3, 4, 2, 24, Wx.dtype, Wx.device, needs_gradient=True)
+    states, _, gates = cuda_fused.forward(problem, Wx, R, b, initial)
+    with Operations() as operations:
+        cuda_fused.backward(problem, R, initial, states, gates, torch.ones_like(states), None)
+    assert operations.names <= {"ones_like", "empty_like", "new_empty", "select"}
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_large_heads_multiply_nothing_into_the_first_step(on_the_cpu):
@@ -112,6 +144,7 @@ def test_no_kernel_of_its_own_for_a_length(on_the_cpu):
         gradients(call("elman", inputs, backend="cuda_fused"), inputs)
     assert cuda_fused._scan_kernel.cache_info().currsize == 2
     assert cuda_fused._gradient_kernel.cache_info().currsize == 1
+    assert cuda_fused._sums_kernel.cache_info().currsize == 1
 
 
 @needs_compiler

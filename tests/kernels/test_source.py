@@ -31,7 +31,7 @@ def cell_alone(cell, record=call.FORWARD):
     return source.program("alone.cu", cell, "float32", {}, record, kernel)
 
 
-RECORDS = [call.FORWARD, call.BACKWARD, call.RECURRENT_GRADIENT]
+RECORDS = [call.FORWARD, call.BACKWARD, call.RECURRENT_GRADIENT, call.GRADIENT_SUMS]
 # Of which a quick run compiles for one.
 ARCHITECTURES = [x if x == "sm_90a" else pytest.param(x, marks=pytest.mark.slow) for x in GPUS]
 records = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
@@ -43,7 +43,9 @@ def programs(regime, kind="lstm"):
     """The regime's programs, as ``(entry, parts)``."""
     cell, dtype, B = resolve(kind), torch.bfloat16, max(64, regime.B)
     for backward in (False, True):
-        options = source.backward_options(True, True) if backward else source.forward_options(True)
+        options = source.forward_options(True)
+        if backward:
+            options = source.backward_options(True, True, len(cell.states), given_last=True)
         if regime.backend == "cuda":
             plan = plan_step(cell, B, 1, regime.D, "bfloat16", backward)
             yield plan.entry, plan.source(cell, "bfloat16", options)

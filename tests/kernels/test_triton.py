@@ -23,6 +23,7 @@ from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
     PRODUCTS,
+    absent_gradients_are_zeros,
     all_strided,
     contains_what_is_beyond_float16,
     continues_exactly,
@@ -354,6 +355,11 @@ def test_sizes_beyond_32_bits(interpreter, monkeypatch, tmp_path, dtype):
         found = triton.backward(problem, R, initial, states, gates, d_states, d_last)
         runs.append([x.narrow(-2, 0, 1) for x in (states, last, gates, *found)])
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@needs_triton
+def test_absent_gradients(on_the_cpu):
+    assert absent_gradients_are_zeros("triton", 3, 3, 2, 24)
 
 
 @needs_triton

@@ -5,8 +5,8 @@
 //
 // - registers: the first fragments of R (common/r_matrix.cuh); in float32, of the thread's elements,
 //   the gradients of the states and the sums over time of the gates' gradients; the next step's inputs,
-//   loaded a whole step ahead: the gates' pre-activations, the states before the step, and the given
-//   gradients of the states after it;
+//   loaded a whole step ahead: the gates' pre-activations, the states before the step, and the
+//   gradients given for the first GIVEN states after it;
 // - shared memory: the fragments of R that registers have no place for; the received parts of dh, and
 //   the gates' gradients that the CTA multiplies, two buffers of each;
 // - global memory: the fragments of R that have no other place; residuals and gradients, each read or
@@ -70,6 +70,7 @@ cluster_reduce_scatter_backward(CALL) {
             for (int s = 0; s < S; ++s) {
                 input_states[e][s].load(from_states[e] + s * plane);
                 prefetch_l2(ahead_states + s * plane);
+                if (s >= GIVEN) continue;
                 given[e][s].load(from_given[e] + s * d_states_s);
                 prefetch_l2(ahead_given + s * d_states_s);
             }
@@ -96,7 +97,9 @@ cluster_reduce_scatter_backward(CALL) {
         const float* from =
             d_last + element.sequence * d_last_b + work.n * d_last_n + element.d * d_last_d;
 #pragma unroll
-        for (int s = 0; s < S; ++s) d_carried[e][s] = element.exists ? from[s * d_last_s] : 0.0f;
+        for (int s = 0; s < S; ++s) {
+            d_carried[e][s] = GIVEN_LAST && element.exists ? from[s * d_last_s] : 0.0f;
+        }
         const long long column = work.n * D + element.d;
         from_gates[e] = gates + (element.sequence + 1) * T * G * width + column;
         to_gates[e] = d_gates + (element.sequence + 1) * T * G * width + column;
@@ -126,7 +129,8 @@ cluster_reduce_scatter_backward(CALL) {
                         before[s] = initial[s * initial_s + element.sequence * initial_b +
                                             work.n * initial_n + element.d * initial_d];
                     }
-                    d_after[e][s] = d_carried[e][s] + given[e][s].value();
+                    d_after[e][s] = d_carried[e][s];
+                    if (s < GIVEN) d_after[e][s] += given[e][s].value();
                 }
                 derivative(before, preactivations, d_after[e], d_carried[e], d_preactivations[e],
                            clips.forward);

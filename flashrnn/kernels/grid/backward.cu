@@ -5,8 +5,8 @@
 // - registers: fragments of R transposed, as many as fit (product.cuh); in float32, the carried
 //   gradients of the thread's elements of the current batch tile, and the sums of their gates'
 //   gradients over time and batch tiles; the next inputs, which are loaded while the group exchanges
-//   gradients: gates' pre-activations, states before the step and given gradients of the states after
-//   it;
+//   gradients: gates' pre-activations, states before the step and gradients given for the first GIVEN
+//   states after it;
 // - shared memory: more fragments of R; the sums of the warps, of two products; with interleaved batch
 //   tiles, the carried gradients of all of them;
 // - global memory: the remaining fragments of R; packets; residuals and gradients, which each thread
@@ -63,6 +63,7 @@ grid_backward(CALL) {
                 for (int s = 0; s < S; ++s) {
                     input_states[e][s].load(from_states + s * B * T * width);
                     prefetch_l2(from_states + (s * B * T - earlier) * width);
+                    if (s >= GIVEN) continue;
                     given[e][s].load(from_given + s * d_states_s);
                     prefetch_l2(from_given + s * d_states_s - earlier * d_states_t);
                 }
@@ -76,7 +77,7 @@ grid_backward(CALL) {
                     d_last + element.sequence * d_last_b + work.n * d_last_n + element.d * d_last_d;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    d_carried.now[e][s] = element.exists ? from[s * d_last_s] : 0.0f;
+                    d_carried.now[e][s] = GIVEN_LAST && element.exists ? from[s * d_last_s] : 0.0f;
                 }
             }
             d_carried.store(tile);
@@ -131,7 +132,8 @@ grid_backward(CALL) {
                             before[s] = initial[s * initial_s + element.sequence * initial_b +
                                                 work.n * initial_n + element.d * initial_d];
                         }
-                        d_after[s] = d_carried.now[e][s] + given[e][s].value();
+                        const float carried = d_carried.now[e][s];
+                        d_after[s] = s < GIVEN ? carried + given[e][s].value() : carried;
                     }
                     derivative(before, preactivations, d_after, d_before, d_preactivations[e],
                                clips.forward);

@@ -65,7 +65,7 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
         const long long states_s = B * T * width, d_states_s = call->d_states_s;
         materialize(saved);
         materialize(states);
-        materialize(d_states);
+        if (GIVEN) materialize(d_states);
 #pragma unroll
         for (int k = 0; k < G; ++k) {
             if (element.exists && t >= 0) from_gates[e][k] = saved[k * width];
@@ -73,7 +73,7 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
 #pragma unroll
         for (int s = 0; s < S; ++s) {
             if (element.exists && t > 0) from_states[e][s] = states[s * states_s];
-            if (element.exists && t >= 0) given[e][s] = d_states[s * d_states_s];
+            if (s < GIVEN && element.exists && t >= 0) given[e][s] = d_states[s * d_states_s];
         }
     }
 
@@ -123,7 +123,8 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
         const ThreadElement element(tile, e, B, D);
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            carried[e][s] = element.exists ? __ldcg(from[e] + s * from_s) : 0.0f;
+            const bool exists = element.exists && (GIVEN_LAST || t + 1 < T);
+            carried[e][s] = exists ? __ldcg(from[e] + s * from_s) : 0.0f;
         }
     }
     if (!CUT) {

@@ -10,8 +10,8 @@
 //   float32;
 // - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
 //   inputs, a line of which has the gates' pre-activations, the states before the step and the
-//   gradients given for the states after it; two buffers of gates' gradients, the operand of the next
-//   product;
+//   gradients given for the first GIVEN states after it; two buffers of gates' gradients, the operand
+//   of the next product;
 // - global memory: producer threads read or write each element of gates, states, d_states and d_gates
 //   once, in 16 bytes where addresses allow it; computing warps read R and the initial states and the
 //   last states' gradients, and write those of the initial states and of the bias, one for each
@@ -36,25 +36,31 @@
 
 namespace single_cta {
 
-constexpr int INPUT_PITCH = pitch(G + 2 * S), GATE_PITCH = pitch(G);
+constexpr int INPUT_PITCH = pitch(G + S + GIVEN), GATE_PITCH = pitch(G);
 
 // Elements of the ring, and of one buffer of gates' gradients.
 constexpr int RING = STAGES * SEQUENCES * INPUT_PITCH;
 constexpr int GATES = SEQUENCES * GATE_PITCH;
 
-static_assert(FRAGMENT_BYTES + (RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES == SHARED_MEMORY,
-              "plan.py computes the same layout");
+constexpr int LARGEST_RING = STAGES * SEQUENCES * pitch(G + 2 * S);
+static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES ==
+                  SHARED_MEMORY,
+              "plan.py computes the same layout, with gradients given for all states");
 
-// The step computed first has no gradient through R. It stands before the loop, unless R takes so many
-// registers that addresses, kept for both copies of the step, would be spilled in the loop. Then it
-// multiplies what the other buffer happens to hold, and nothing is added: a branch around the product
-// would keep the compiler from moving the cell's work up beside it.
-constexpr bool FIRST_STEP_APART = COMPUTING < 8;
+using GivenCopy = TiledCopy<CopyLayout, GIVEN ? GIVEN : 1, const Element>;
+
+// Where R takes so many registers that addresses would be spilled:
+//
+// - The step computed first, which has no gradient through R, does not stand before the loop as a copy
+//   of its own. It multiplies what the other buffer happens to hold, and nothing is added: a branch
+//   around the product would keep the compiler from moving the cell's work up beside it.
+// - The initial states wait in registers, rather than their addresses, until step 0 needs them.
+constexpr bool FEW_REGISTERS = COMPUTING == 8;
 
 // What the producer threads do, step after step, as the diagram says.
 __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Element>& input_gates,
                                              TiledCopy<CopyLayout, S, const Element>& input_states,
-                                             TiledCopy<CopyLayout, S, const Element>& input_given,
+                                             GivenCopy& input_given,
                                              TiledCopy<CopyLayout, G, Element>& output, Element* ring,
                                              const Element* gradients, long long T) {
     long long to_fetch = T;
@@ -63,7 +69,7 @@ __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Elem
         Element* to = ring + slot * SEQUENCES * INPUT_PITCH;
         if (to_fetch > 0) {
             input_gates.fetch(to);
-            input_given.fetch(to + (G + S) * BLOCK_D);
+            if (GIVEN) input_given.fetch(to + (G + S) * BLOCK_D);
         }
         // Step 0 has the initial states before it, which the computing threads read themselves.
         if (to_fetch > 1) input_states.fetch(to + G * BLOCK_D);
@@ -126,8 +132,8 @@ single_cta_backward(CALL) {
         // The states before a step are those of the step before.
         TiledCopy<CopyLayout, S, const Element> input_states(
             {states + at - width, T * width, B * T * width, 1}, -width, INPUT_PITCH, last);
-        TiledCopy<CopyLayout, S, const Element> input_given(
-            {d_states + at_given, d_states_b, d_states_s, d_states_d}, -d_states_t, INPUT_PITCH, last);
+        GivenCopy input_given({d_states + at_given, d_states_b, d_states_s, d_states_d}, -d_states_t,
+                              INPUT_PITCH, last);
         TiledCopy<CopyLayout, G, Element> output({d_gates + at_gates, T * G * width, width, 1},
                                                  -G * width, GATE_PITCH, last);
         run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, T);
@@ -138,10 +144,22 @@ single_cta_backward(CALL) {
     const ThreadElements elements;
     Matrix matrix;
     if (!CUT) matrix.load<false>(R, n, N, elements, in_shared);
+    const auto load_initial = [&](float (&to)[S][ELEMENTS]) {
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+            const float* from = initial + (first + elements.sequence(e)) * initial_b + n * initial_n +
+                                elements.unit(e) * initial_d;
+#pragma unroll
+            for (int s = 0; s < S; ++s) to[s][e] = exists ? from[s * initial_s] : 0.0f;
+        }
+    };
+    float initial_states[S][ELEMENTS];
+    if (FEW_REGISTERS) load_initial(initial_states);
     float d_carried[S][ELEMENTS];
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
-        const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+        const bool exists = GIVEN_LAST && elements.unit(e) < D && elements.sequence(e) <= last;
         const float* from = d_last + (first + elements.sequence(e)) * d_last_b + n * d_last_n +
                             elements.unit(e) * d_last_d;
 #pragma unroll
@@ -167,7 +185,7 @@ single_cta_backward(CALL) {
                 const Element* line = read + elements.sequence(e) * GATE_PITCH;
                 d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
             }
-            if (FIRST_STEP_APART || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
+            if (!FEW_REGISTERS || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
         }
     };
     // Called before the barrier that lets the next product start.
@@ -196,16 +214,15 @@ single_cta_backward(CALL) {
 #pragma unroll
         for (int s = 0; s < S; ++s) {
             load_elements(before[s], inputs + (G + s) * BLOCK_D, INPUT_PITCH, elements);
+            if (s >= GIVEN) continue;
             load_elements(given[s], inputs + (G + S + s) * BLOCK_D, INPUT_PITCH, elements);
         }
-        if (done == T - 1) {
+        if (!FEW_REGISTERS && done == T - 1) load_initial(before);
+        if (FEW_REGISTERS) {
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
-                const float* from = initial + (first + elements.sequence(e)) * initial_b +
-                                    n * initial_n + elements.unit(e) * initial_d;
-#pragma unroll
-                for (int s = 0; s < S; ++s) before[s][e] = exists ? from[s * initial_s] : 0.0f;
+            for (int i = 0; i < S * ELEMENTS; ++i) {
+                float& state = before[i / ELEMENTS][i % ELEMENTS];
+                state = done == T - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
             }
         }
 #pragma unroll
@@ -216,7 +233,8 @@ single_cta_backward(CALL) {
 #pragma unroll
             for (int s = 0; s < S; ++s) {
                 state[s] = before[s][e];
-                d_after[s] = d_carried[s][e] + given[s][e];
+                d_after[s] = d_carried[s][e];
+                if (s < GIVEN) d_after[s] += given[s][e];
             }
             derivative(state, gate, d_after, d_before, d_gate, clips.forward);
 #pragma unroll
@@ -235,8 +253,8 @@ single_cta_backward(CALL) {
         record_infinity(preactivations, done + 1);
         named_barrier<THREADS>();
     };
-    if (FIRST_STEP_APART) run_step(0);
-    for (int done = FIRST_STEP_APART; done < T; ++done) {
+    if (!FEW_REGISTERS) run_step(0);
+    for (int done = FEW_REGISTERS ? 0 : 1; done < T; ++done) {
         add_recurrent_gradient(done);
         run_step(done);
     }

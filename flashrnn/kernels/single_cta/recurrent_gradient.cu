@@ -3,8 +3,8 @@
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
-// the GATES recurrent gates from group * GATES on. The host adds the parts afterwards, in a fixed
-// order. The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
+// the GATES recurrent gates from group * GATES on. gradient_sums.cu adds the parts afterwards, in a
+// fixed order. The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
 // unit of h (BLOCK_D). The number of all rows may exceed 32 bits; that of a part does not.
 //
 // What lives where:
@@ -51,6 +51,12 @@ __device__ inline void fetch_pieces(Element* to, const Element* from, bool exist
     } else {
         *to = *from;
     }
+}
+
+// Rounds a piece of a row of the initial h into shared memory, as the forward scan's product had it.
+__device__ inline void round_piece(Element* to, const float* from, long long unit, int piece) {
+#pragma unroll
+    for (int i = piece * PIECE; i < (piece + 1) * PIECE; ++i) round_to(to[i], from[i * unit]);
 }
 
 // A left operand of mma() with 16 lines, from rows in shared memory: the summed dimension runs over
@@ -139,10 +145,18 @@ recurrent_gradient(CALL) {
             const int piece = i % PIECES, row = i / PIECES;
             Position position = next;
             position.advance(row, T);
-            const Element* from = position.step
-                                      ? h_of_part + static_cast<long long>(first + row) * (N * D)
-                                      : h_initial + position.sequence * width + n * D;
-            fetch_pieces(columns + row * COLUMNS_PITCH, from, first + row < rows, piece);
+            Element* to = columns + row * COLUMNS_PITCH;
+            const bool exists = first + row < rows;
+            const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
+            if (sizeof(Element) == 4) {
+                const Element* initial = reinterpret_cast<const Element*>(h_initial);
+                from = position.step ? from : initial + position.sequence * width + n * D;
+            } else if (exists && position.step == 0) {
+                const float* initial = h_initial + position.sequence * h_initial_b + n * h_initial_n;
+                round_piece(to, initial, h_initial_d, piece);
+                continue;
+            }
+            fetch_pieces(to, from, exists, piece);
         }
         next.advance(CHUNK, T);
     };
@@ -226,9 +240,9 @@ recurrent_gradient(CALL) {
         float sum = 0.0f;
 #pragma unroll 1
         for (long long row = begin; row < begin + rows; ++row) {
-            const Element* before = row % T ? h + (row - 1) * width : h_initial + row / T * width;
-            sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) *
-                   to_float(before[n * D + p]);
+            const float before = row % T ? to_float(h[(row - 1) * width + n * D + p])
+                                         : h_initial[row / T * width + n * D + p];
+            sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) * before;
         }
         result = sum;
     }

@@ -394,6 +394,7 @@ def scan_backward(
     D_STATES_ALIGN: tl.constexpr,
     CUT: tl.constexpr,
     CLIP: tl.constexpr,
+    GIVEN: tl.constexpr,
     R_IN_REGISTERS: tl.constexpr,
     STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -405,6 +406,7 @@ def scan_backward(
     Writes d_gates [B, T, G, N, D], the gradients of the pre-activations, and d_states_initial
     [S, B, 1, N, D], both contiguous. The gradients of R, b and Wx follow from d_gates outside.
     CUT: no gradient through R. CLIP: that gradient is clipped to ±clipval at every step.
+    d_states has the gradients of the first GIVEN states; it, and d_last_states, may be None.
     """
     G: tl.constexpr = len(FED_R)
     width: tl.constexpr = N * D
@@ -420,6 +422,7 @@ def scan_backward(
     state, state_unit = state_line // BLOCK_D, state_line % BLOCK_D
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
+    given_mask = (state < GIVEN) & (state_unit < D) & (row < B)
 
     initial_offsets = _offsets(
         state, row, n, state_unit,
@@ -427,11 +430,14 @@ def scan_backward(
     )  # fmt: skip
     initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
     initial = _in_product_layout(_unpack(initial.to(tl.float32), BLOCK_S, S), OPERAND, PRECISION)
-    d_last_offsets = _offsets(
-        state, row, n, state_unit,
-        d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d
-    )  # fmt: skip
-    d_last = tl.load(d_last_states + d_last_offsets, mask=states_mask, other=0.0)
+    if d_last_states is None:
+        d_last = tl.zeros([BLOCK_S * BLOCK_D, BLOCK_B], tl.float32)
+    else:
+        d_last_offsets = _offsets(
+            state, row, n, state_unit,
+            d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d
+        )  # fmt: skip
+        d_last = tl.load(d_last_states + d_last_offsets, mask=states_mask, other=0.0)
     d_carried = _unpack(d_last.to(tl.float32), BLOCK_S, S)
     if R_IN_REGISTERS:
         # R transposed: columns are gates' units, as the rows of d_gates are.
@@ -461,12 +467,14 @@ def scan_backward(
     for i in tl.range(0, T, num_stages=STAGES):
         before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
         preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
-        d_given = tl.load(d_states + d_states_offsets, mask=states_mask, other=0.0)
+        if GIVEN > 0:
+            d_given = tl.load(d_states + d_states_offsets, mask=given_mask, other=0.0)
         before = _in_product_layout(_unpack(before.to(tl.float32), BLOCK_S, S), OPERAND, PRECISION)
         preactivations = _in_product_layout(
             _unpack(preactivations.to(tl.float32), BLOCK_G, G), OPERAND, PRECISION
         )
-        d_given = _unpack(d_given.to(tl.float32), BLOCK_S, S)
+        if GIVEN > 0:
+            d_given = _unpack(d_given.to(tl.float32), BLOCK_S, S)
 
         if not CUT:
             if R_IN_REGISTERS:
@@ -486,7 +494,10 @@ def scan_backward(
         gradients = ()
         for s in tl.static_range(S):
             values = values + (tl.where(i + 1 == T, initial[s], before[s]),)
-            gradients = gradients + (d_carried[s] + d_given[s],)
+            d_after = d_carried[s]
+            if s < GIVEN:
+                d_after += d_given[s]
+            gradients = gradients + (d_after,)
         d_inputs = derivative(values, preactivations, gradients, forward_clipval)
 
         d_carried = d_inputs[:S]
