@@ -80,7 +80,8 @@ def recurrent_layer(
     if backends.is_direct(*given):
         key = functional.key_of(cell, x, R, b, states, config, dtype)
     if key is not None:
-        key = *key, W.shape, W.dtype, W.device, W.requires_grad
+        requires_grad = W.requires_grad and torch.is_grad_enabled()
+        key = *key, W.shape, W.dtype, W.device, requires_grad
     problem = None if key is None else functional.problems.get(key)
     if problem is None:
         problem = _problem(cell, x, W, R, b, states, config, dtype)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashrnn import FlashRNNConfig, cell, flashrnn, functional
+from flashrnn import FlashRNNConfig, cell, flashrnn, functional, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
@@ -207,6 +207,20 @@ def test_gates_are_saved_while_a_gradient_may_be_asked_for(launches):
             saved.append(bool(named(launched_by(launches, *x))["gates"]))
     assert saved == [True, False, True, False]
     assert named(launched_by(launches, *(one.detach() for one in x)))["gates"] == 0
+
+
+def test_a_layers_gradient_is_asked_for_at_each_call(launches):
+    """Of each of its tensors alone, after a call without gradients too."""
+    sizes = (2, 3, 64), (4, 1, 64, 64), (4, 1, 64, 64), (4, 1, 64)
+    for k in range(4):
+        tensors = [torch.zeros(*size, dtype=torch.bfloat16) for size in sizes]
+        tensors[k].requires_grad_()
+        for enabled in (False, True, False, True):
+            with torch.set_grad_enabled(enabled):
+                found, _ = recurrent_layer(*tensors, backend="cuda_fused")
+            assert found.requires_grad == enabled
+            (one,) = launches.take()
+            assert bool(named(one)["gates"]) == enabled
 
 
 def test_autocast_dtypes_and_settings_are_asked_for_at_each_call(launches):
