@@ -2,7 +2,8 @@
 
 ``patch()`` replaces what the cells of ``xlstm.blocks.slstm.cell`` compute, of both of its backends,
 in the whole process: layers, block stacks and language models made before or after use it, with
-their own parameters. Its ``cuda`` cells then compile nothing when they are made.
+their own parameters. Its ``cuda`` cells then compile nothing when they are made, and, made so, have
+no kernels of their own after ``unpatch()``.
 
 Where the two sLSTMs differ: here n ≥ 1, which only states that no step has left can fall short of;
 and m starts anew where n = 0, element by element, instead of where all of n is 0. xlstm's layer
