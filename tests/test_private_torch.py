@@ -122,7 +122,7 @@ def test_every_private_name_is_listed():
 
 
 def test_every_row_names_a_test():
-    tests = "".join(p.read_text("utf-8") for p in (PACKAGE.parent / "tests").glob("test_*.py"))
+    tests = "".join(p.read_text("utf-8") for p in (PACKAGE.parent / "tests").rglob("test_*.py"))
     for *_, test in table():
         assert f"def {test.strip('`')}(" in tests
 

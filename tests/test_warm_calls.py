@@ -44,6 +44,7 @@ RECORDS = {
     **dict.fromkeys(("single_cta_backward", "grid_backward"), call.BACKWARD),
     "cluster_reduce_scatter_backward": call.BACKWARD,
     "recurrent_gradient": call.RECURRENT_GRADIENT,
+    "gradient_sums": call.GRADIENT_SUMS,
 }
 
 
@@ -266,7 +267,7 @@ def test_what_does_not_fit_is_refused_after_calls_that_did(launches):
     launched_by(launches, Wx, R, b)
     bad = [
         ((Wx, R[:3], b), {}, ValueError, "R holds 3 gates"),
-        ((Wx, R, b.float()), {}, TypeError, "accepted is one dtype"),
+        ((Wx, R.float(), b), {}, TypeError, "accepted is one dtype"),
         ((Wx, R, b), {"dtype": ["bfloat16"]}, TypeError, "dtype"),
         ((Wx, R, b), {"dtype": torch.int32}, TypeError, "dtype"),
         ((Wx, R, b.to("meta")), {}, ValueError, "one device"),
