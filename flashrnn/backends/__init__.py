@@ -177,7 +177,12 @@ def fused_on(device: torch.device) -> bool:
         from flashrnn.backends import constants
 
         return constants.fused_on(device)
-    return any(not loaded(name).unavailable(device) for name in PREFERENCE if name != "vanilla")
+    return _fused_on(device)
+
+
+@cache
+def _fused_on(device: torch.device) -> bool:
+    return any(not load(name).unavailable(device) for name in PREFERENCE if name != "vanilla")
 
 
 def best(name: str, problem: Problem) -> str:

@@ -55,13 +55,8 @@ def torchs_compute(mode: str, heads: int, backend: str, device: torch.device) ->
         and mode in MODES
         and heads == 1
         and not backends.fused_on(device)
-        # They fail within torch.func.vmap, and in training within a graph of torch.compile.
+        # They fail within torch.func.vmap.
         and not backends.transformed()
-        and not (
-            torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
-            and torch.is_grad_enabled()
-        )
     )
 
 

@@ -203,7 +203,7 @@ class Recurrent(torch.nn.RNNBase):
             ValueError: an input of other than two or three dimensions, or of another dtype than the
                 weights.
             RuntimeError: another shape that does not fit, or no steps.
-            TypeError: ``hx`` is no tensor, or no tuple of them.
+            TypeError: ``hx`` is no tensor, or no tuple of them; ``reset`` is no tensor.
         """
         if cu_seqlens is not None:
             if reset is not None or isinstance(input, PackedSequence):
@@ -243,8 +243,12 @@ class Recurrent(torch.nn.RNNBase):
         self._check_states(states, input, B)
         if reset is None:
             output, last = self._run(input, states, None)
+        elif not isinstance(reset, Tensor):
+            raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
         else:
-            output, last = self._run_reset(input, states, reset if batched else reset[:, None])
+            if not batched:
+                reset = reset.unsqueeze(0 if self.batch_first else 1)
+            output, last = self._run_reset(input, states, reset)
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             last = [state.squeeze(1) for state in last]
@@ -370,7 +374,13 @@ class Recurrent(torch.nn.RNNBase):
         return output.contiguous(), last
 
     def _is_torchs(self, device: torch.device) -> bool:
-        return torchs_compute(self.mode, self.heads, self.backend, device)
+        """Whether PyTorch's kernels compute a call: they fail in a graph of training."""
+        # The layer comes first: one that breaks the graph, as an LSTM does, then keeps this method
+        # out of the compiler, where is_compiling() would hold for a call that runs eagerly.
+        if not torchs_compute(self.mode, self.heads, self.backend, device):
+            return False
+        in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return not (in_graph and torch.is_grad_enabled())
 
     def _run_reset(
         self, x: Tensor, states: list[Tensor] | None, reset: Tensor

@@ -112,15 +112,18 @@ def test_sequences_one_after_the_other(backend, data):
 
 
 def test_one_sequence_with_resets():
-    layer = ours.GRU(3, 4)
-    x, reset = torch.randn(5, 3), torch.tensor([0, 0, 1, 0, 0])
-    assert_same(layer(x, reset=reset)[0][2:], layer(x[2:])[0], 1e-6)
+    for batch_first in (False, True):
+        layer = ours.GRU(3, 4, batch_first=batch_first)
+        x, reset = torch.randn(5, 3), torch.tensor([0, 0, 1, 0, 0])
+        assert_same(layer(x, reset=reset)[0][2:], layer(x[2:])[0], 1e-6)
 
 
 def test_errors():
     layer, x = ours.LSTM(3, 4), torch.randn(5, 2, 3)
     with pytest.raises(RuntimeError, match=r"reset has shape \(2, 5\); accepted is \(5, 2\)"):
         layer(x, reset=torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="reset is list; accepted is"):
+        layer(x, reset=[0])
     with pytest.raises(ValueError, match="without reset"):
         layer(x[:, 0], reset=torch.zeros(5), cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="reset goes with a tensor"):
