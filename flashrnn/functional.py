@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from flashrnn import backends
+from flashrnn import backends, sequences
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
@@ -25,6 +27,12 @@ def flashrnn(
     *,
     config: FlashRNNConfig | None = None,
     dtype: torch.dtype | str | None = None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool | Sequence[bool] = False,
+    return_states: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrent network with block-diagonal (multi-head) recurrence over a sequence.
 
@@ -40,8 +48,9 @@ def flashrnn(
         R: ``[Gr, N, D, D]``, the recurrent matrix: the last dimension is the one that is
             summed over.
         b: ``[Gb, N, D]``, the bias.
-        states: ``[S, B, 1, N, D]``, the initial states, ``h`` first; ``None``: zeros, or
-            ``config.initial_val``. Of the inputs' dtype, or float32 where that has 16 bits.
+        states: ``[S, B, 1, N, D]``, the initial states, ``h`` first, or ``[S, 1, 1, N, D]``, one
+            start for all sequences; ``None``: zeros, or ``config.initial_val``. Of the inputs'
+            dtype, or float32 where that has 16 bits.
         function: ``"lstm"``, ``"gru"``, ``"elman"``, ``"slstm"``, another name out of
             :func:`flashrnn.available_functions`, or a cell made by :func:`flashrnn.cell`.
         backend: ``"auto"``, the fastest that supports the call; or a backend's name, which is
@@ -49,13 +58,31 @@ def flashrnn(
         config: further options; see :class:`flashrnn.FlashRNNConfig`.
         dtype: the dtype that ``Wx``, ``R`` and ``b`` are cast to; takes the place of
             ``config.dtype``. ``None``: the inputs' dtype, which must then be one.
+        reset: ``[B, T]`` of bool. ``True`` cuts a sequence between step t and step t − 1: the step
+            that is computed after the cut starts from ``reset_states``, and no gradient passes.
+        reset_states: ``[S, B, 1, N, D]``, or ``[S, B, T, N, D]``, of which the step that is
+            computed after the cut takes its own; dtypes as of ``states``. ``None``: zeros, or
+            ``config.initial_val``.
+        lengths: ``[B]`` of int32 or int64, on the CPU or the device of ``Wx``: how many steps each
+            sequence has. Later ones are not computed: states and gradients are 0 there.
+        cu_seqlens: ``[B + 1]`` of int32 or int64, rising from 0 to ``total``: ``Wx`` is packed,
+            ``[1, total, Gw, N, D]`` or ``[total, Gw, N, D]``, and sequence i has the rows from
+            ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``. B stands for the number of sequences in
+            ``states``, ``last_states`` and ``reset_states``, and ``[1, total]`` for ``[B, T]`` in
+            ``reset``, ``reset_states`` and the returned states.
+        reverse: whether time runs backwards, from each sequence's own end; or a list with one bool
+            for each head. ``last_states`` are then those after step 0.
+        return_states: which states are returned of every step: ``"all"``, ``"h"`` or, none of
+            them, ``"last"``.
 
     Returns:
         ``states`` ``[S, B, T, N, D]``, the states after every step, ``states[0]`` being ``h``,
         contiguous, in the dtype of the computation; and ``last_states`` ``[S, B, 1, N, D]``,
         those after the last step as they are carried from step to step (float32 where the
         computation has 16 bits), so that ``states=last_states`` continues the sequence exactly.
-        Gradients flow from both to ``Wx``, ``R``, ``b`` and ``states``.
+        Gradients flow from both to ``Wx``, ``R``, ``b``, ``states`` and ``reset_states``. With
+        ``return_states`` the first has S = 1 or 0; of a packed batch it is ``[S, 1, total, N, D]``,
+        or ``[S, total, N, D]`` where ``Wx`` has four dimensions.
 
     Raises:
         TypeError: something that is no tensor, no config or no name, a dtype other than float16,
@@ -77,9 +104,32 @@ def flashrnn(
     if not isinstance(backend, str):
         raise TypeError(f"backend is {type(backend).__name__}; accepted is a name, or 'auto'")
     cell = resolve(function)
+    options, count = None, None
+    is_unpadded = cu_seqlens is not None and isinstance(Wx, Tensor) and Wx.ndim == 4
+    if (
+        reset is not None
+        or reset_states is not None
+        or lengths is not None
+        or cu_seqlens is not None
+        or reverse is not False
+        or return_states != "all"
+    ):
+        Wx, count, options, fields = sequences.accept(
+            cell,
+            Wx,
+            reset=reset,
+            reset_states=reset_states,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+            return_states=return_states,
+            check_values=not backends.recorded(),
+        )
     tensors = {"Wx": Wx, "R": R, "b": b}
     if states is not None:
         tensors["states"] = states
+    if reset_states is not None:
+        tensors["reset_states"] = reset_states
     needs_gradient = False
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -91,7 +141,7 @@ def flashrnn(
                 "torch.nested.to_padded_tensor() and .to_dense() make such"
             )
         needs_gradient = needs_gradient or tensor.requires_grad
-    B, T, N, D = _sizes(cell, Wx, R, b, states)
+    B, T, N, D = _sizes(cell, Wx, R, b, states, count)
     device = _device(tensors)
     autocast = _autocast_enabled(device.type)
     computed_in = _dtype(tensors, config, dtype, autocast)
@@ -111,9 +161,19 @@ def flashrnn(
         config.forward_clipval,
         cell.step,
     )
+    if options is not None:
+        problem = problem._replace(**fields)
+        if problem.resets:
+            starts = options.reset_states
+            if starts is None and any(config.initial_values(cell.states)):
+                starts = _initial_states(problem, config)
+            if starts is not None:
+                options = options._replace(reset_states=_cast(starts, carry_dtype(computed_in)))
     chosen = backends.choose(backend, problem)
     if states is None:
         states = _initial_states(problem, config)
+    elif states.shape[1] != B:
+        states = states.expand(-1, B, -1, -1, -1)
     arguments = (
         _cast(Wx, computed_in),
         _cast(R, computed_in),
@@ -121,6 +181,10 @@ def flashrnn(
         # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
         _cast(states, carry_dtype(computed_in)),
     )
+    if options is not None:
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+            found, last_states = autograd.run(chosen, problem, *arguments, options)
+        return (found.squeeze(1) if is_unpadded else found), last_states
     if not autocast:
         return autograd.run(chosen, problem, *arguments)
     with torch.autocast(device.type, enabled=False):
@@ -167,25 +231,44 @@ def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _sizes(
-    cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None
+    cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None, count: int | None = None
 ) -> tuple[int, int, int, int]:
-    """B, T, N and D, once every shape is found to fit."""
+    """B, T, N and D, once every shape is found to fit.
+
+    Args:
+        cell: the cell.
+        Wx: see :func:`flashrnn`, as those below.
+        R: ...
+        b: ...
+        states: ...
+        count: the number of sequences, where ``Wx`` does not tell.
+    """
     if Wx.ndim == 5:
         B, T, Gw, N, D = Wx.shape
+        if count is not None:
+            B = count
         if (
             (Gw == len(cell.fed_by("Wx")) and N > 0 and D > 0)
             and R.shape == (len(cell.fed_by("R")), N, D, D)
             and b.shape == (len(cell.fed_by("b")), N, D)
-            and (states is None or states.shape == (len(cell.states), B, 1, N, D))
+            and (
+                states is None
+                or states.shape == (len(cell.states), B, 1, N, D)
+                or states.shape == (len(cell.states), 1, 1, N, D)
+            )
         ):
             return B, T, N, D
-    _refuse_sizes(cell, Wx, R, b, states)
+    _refuse_sizes(cell, Wx, R, b, states, count)
 
 
-def _refuse_sizes(cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None) -> NoReturn:
+def _refuse_sizes(
+    cell: Cell, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None, count: int | None
+) -> NoReturn:
     """Say which tensor does not fit: each is held to the sizes that ``Wx`` sets."""
     _check_rank("Wx", Wx, "[B, T, Gw, N, D]", 5)
     B, _, _, N, D = Wx.shape
+    if count is not None:
+        B = count
     if N == 0 or D == 0:
         raise ValueError(
             f"Wx has shape {tuple(Wx.shape)}, {N} heads of {D} units; accepted are N and D ≥ 1"

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     Attributes:
         cell: the cell, as traced.
         B: batch size.
-        T: sequence length.
+        T: sequence length; of a packed batch its rows, which are those of all sequences.
         N: number of heads.
         D: head dimension.
         dtype: of ``Wx``, ``R``, ``b`` and the returned ``states``.
@@ -27,6 +27,12 @@ class Problem(NamedTuple):
         gradient_recurrent_clipval: ...
         forward_clipval: ...
         step: the cell's own function, which only ``vanilla`` calls. What a cache keeps has none.
+        resets: whether states go back to a start before some steps; :mod:`flashrnn.sequences` has
+            the tensors of this option and of the next two.
+        ragged: whether sequences have lengths of their own.
+        packed: whether they lie one behind another in ``[1, T]`` rows, not each in T of ``[B, T]``.
+        reverse: whether time runs backwards; a tuple of one for each head where they differ.
+        returned: how many states are returned of every step; ``None``: all.
     """
 
     cell: TracedCell
@@ -41,6 +47,16 @@ class Problem(NamedTuple):
     gradient_recurrent_clipval: float | None = None
     forward_clipval: float | None = None
     step: Step | None = None
+    resets: bool = False
+    ragged: bool = False
+    packed: bool = False
+    reverse: bool | tuple[bool, ...] = False
+    returned: int | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The dimensions of ``Wx`` that stand for sequences and steps."""
+        return (1, self.T) if self.packed else (self.B, self.T)
 
     @property
     def carry_dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ alone: each takes a fraction of the host time of the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,15 +24,25 @@ from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
 from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences
 
 
 class FusedBackend(Backend, Protocol):
     """What a fused backend's module offers."""
 
     def forward(
-        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+        self,
+        problem: Problem,
+        Wx: Tensor,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States, last states, and the gates' pre-activations (empty without gradients)."""
+        """States, last states, and the gates' pre-activations (empty without gradients).
+
+        States are all where a gradient may be asked for, else ``problem.returned``.
+        """
 
     def backward(
         self,
@@ -43,6 +53,7 @@ class FusedBackend(Backend, Protocol):
         gates: Tensor,
         d_states: Tensor,
         d_last_states: Tensor,
+        sequences: Sequences | None = None,
     ) -> Gradients:
         """The gradients of all that went in; Wx's is part of the pre-activations'."""
 
@@ -51,13 +62,25 @@ class DifferentiableBackend(Backend, Protocol):
     """What ``vanilla`` offers: PyTorch differentiates the operations it consists of."""
 
     def run(
-        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+        self,
+        problem: Problem,
+        Wx: Tensor,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :func:`run`."""
 
 
 def run(
-    backend: Backend, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    backend: Backend,
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute, differentiably.
 
@@ -68,14 +91,17 @@ def run(
         R: ``[Gr, N, D, D]``.
         b: ``[Gb, N, D]``.
         states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
+        sequences: the options that say how sequences run; ``None``: none.
 
     Returns:
-        ``[S, B, T, N, D]`` of ``problem.dtype`` and ``[S, B, 1, N, D]`` of
-        ``problem.carry_dtype``, both contiguous.
+        ``[S, B, T, N, D]`` of ``problem.dtype``, where S is ``problem.returned``, and
+        ``[S, B, 1, N, D]`` of ``problem.carry_dtype``, both contiguous.
     """
     if not hasattr(backend, "forward"):
-        return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states)
+        return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states, sequences)
     backend = cast(FusedBackend, backend)
+    if sequences is not None:
+        return _run_sequences(backend, problem, Wx, R, b, states, sequences)
     if recorded() or not (is_plain(Wx) and is_plain(R) and is_plain(b) and is_plain(states)):
         every_state, last_states, _ = scan(
             Wx,
@@ -94,6 +120,38 @@ def run(
         return _Scan.apply(Wx, R, b, states, backend, problem)
     every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
     return every_state, last_states
+
+
+def _run_sequences(
+    backend: FusedBackend,
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences,
+) -> tuple[Tensor, Tensor]:
+    """:func:`run` with options."""
+    given = [x for x in (Wx, R, b, states, *sequences) if x is not None]
+    if recorded() or not all(map(is_plain, given)):
+        every_state, last_states, _ = scan(
+            *(Wx, R, b, states, _name(backend), _text(problem.cell), problem.needs_gradient),
+            problem.gradient_recurrent_cut,
+            problem.gradient_recurrent_clipval,
+            problem.forward_clipval,
+            *_of_operator(problem, sequences),
+        )
+        return every_state[: problem.returned], last_states
+    if problem.needs_gradient:
+        return _Scan.apply(Wx, R, b, states, backend, problem, *sequences)
+    every_state, last_states, _ = backend.forward(problem, Wx, R, b, states, sequences)
+    return every_state, last_states
+
+
+def _of_operator(problem: Problem, sequences: Sequences) -> tuple[Any, ...]:
+    """The options as arguments of an operator."""
+    reverse = problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,)
+    return *sequences, reverse, problem.returned
 
 
 def _name(backend: FusedBackend) -> str:
@@ -116,12 +174,13 @@ def _text(cell: TracedCell) -> str:
 
 def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what a fused backend's forward returns."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    cell, (B, N, D), rows = problem.cell, (problem.B, problem.N, problem.D), problem.rows
     S, G = len(cell.states), len(cell.gates)
+    stored = S if problem.needs_gradient or problem.returned is None else problem.returned
     return (
-        Wx.new_empty(S, B, T, N, D),
+        Wx.new_empty(stored, *rows, N, D),
         Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype),
-        Wx.new_empty((B, T, G, N, D) if problem.needs_gradient else (0,)),
+        Wx.new_empty((*rows, G, N, D) if problem.needs_gradient else (0,)),
     )
 
 
@@ -143,26 +202,40 @@ def scan(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every step's states, the last states as carried, and the gates' pre-activations."""
-    B, T, _, N, D = Wx.shape
+    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    (_, T, _, N, D), B = Wx.shape, states.shape[1]
     problem = Problem(
         parsed(cell)[0],
-        B,
-        T,
-        N,
-        D,
-        Wx.dtype,
-        Wx.device,
-        save_gates,
-        cut,
-        clipval,
-        forward_clipval,
+        *(B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval),
+        **_fields(sequences, reverse, returned),
     )
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
     _check_captures(cell)
-    return _named(backend).forward(problem, Wx, R, b, states)
+    given = () if returned is None else (sequences,)
+    return _named(backend).forward(problem, Wx, R, b, states, *given)
+
+
+def _fields(
+    sequences: Sequences, reverse: Sequence[bool] | None, returned: int | None
+) -> dict[str, Any]:
+    """Those of a problem that follow from an operator's arguments."""
+    heads = tuple(reverse or ())
+    return {
+        "resets": sequences.reset is not None,
+        "ragged": sequences.lengths is not None or sequences.cu_seqlens is not None,
+        "packed": sequences.cu_seqlens is not None,
+        "reverse": any(heads) if len(heads) < 2 else heads,
+        "returned": returned,
+    }
 
 
 def _check_no_derivative_forward(backend: str) -> None:
@@ -206,9 +279,16 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, _, N, D = Wx.shape
-    problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates)
+    (_, T, _, N, D), B = Wx.shape, states.shape[1]
+    fields = _fields(Sequences(reset, reset_states, lengths, cu_seqlens), reverse, returned)
+    problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates, **fields)
     return new_outputs(problem, Wx)
 
 
@@ -225,19 +305,30 @@ def scan_backward(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
-    _, B, T, N, D = states.shape
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the gates' pre-activations, of the initial states, of R, b and resets."""
+    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    (_, _, T, N, D), B = states.shape, states_initial.shape[1]
     problem = Problem(
-        parsed(cell)[0], B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval
+        parsed(cell)[0],
+        *(B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval),
+        **_fields(sequences, reverse, returned),
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
+    given = () if returned is None else (sequences,)
     found = _named(backend).backward(
-        problem, R, states_initial, states, gates, d_states, d_last_states
+        problem, R, states_initial, states, gates, d_states, d_last_states, *given
     )
     # A graph is made for one layout, whichever layout the backend returns.
-    return found.gates, found.states, found.R.contiguous(), found.b.contiguous()
+    of_resets = R.new_empty(0) if found.reset_states is None else found.reset_states
+    return found.gates, found.states, found.R.contiguous(), found.b.contiguous(), of_resets
 
 
 @scan_backward.register_fake
@@ -253,13 +344,20 @@ def _(
     cut: bool,
     clipval: float | None,
     forward_clipval: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, N, D, _ = R.shape
     return (
         gates.new_empty(gates.shape),
         states_initial.new_empty(states_initial.shape),
         R.new_empty(R.shape),
         R.new_empty(len(parsed(cell)[0].fed_by("b")), N, D),
+        R.new_empty(0) if reset_states is None else reset_states.new_empty(reset_states.shape),
     )
 
 
@@ -277,19 +375,24 @@ scan_backward.register_autograd(_no_second_derivative, setup_context=_remember_b
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, R, _, states_initial, backend, cell, _, cut, clipval, forward_clipval = inputs
+    _, R, _, states_initial, backend, cell, _, cut, clipval, forward_clipval, *options = inputs
     states, _, gates = output
-    ctx.save_for_backward(R, states_initial, states, gates)
+    ctx.save_for_backward(R, states_initial, states, gates, *options[:4])
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.call = (backend, cell, cut, clipval, forward_clipval)
+    ctx.options = tuple(options[4:])
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
-    def pull_back(*tensors: Tensor) -> Gradients:
-        return Gradients(*scan_backward(*tensors, *ctx.call))
+    sequences = ctx.saved_tensors[4:]
 
-    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 6
+    def pull_back(*tensors: Tensor) -> Gradients:
+        return Gradients(*scan_backward(*tensors, *ctx.call, *sequences, *ctx.options))
+
+    found = _gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last)
+    of_resets = found[4] if ctx.needs_input_grad[11] else None
+    return *found[:4], *(None,) * 7, of_resets, *(None,) * 4
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -307,16 +410,23 @@ class _Scan(torch.autograd.Function):
         states_initial: Tensor,
         backend: FusedBackend,
         problem: Problem,
+        *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        states, last_states, gates = backend.forward(problem, Wx, R, b, states_initial)
-        ctx.save_for_backward(R, states_initial, states, gates)
+        found = backend.forward(
+            problem, Wx, R, b, states_initial, *((Sequences(*options),) if options else ())
+        )
+        states, last_states, gates = found
+        ctx.save_for_backward(R, states_initial, states, gates, *options)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem = backend, problem
+        if options:
+            states = states[: problem.returned]
         return states, last_states
 
     @staticmethod
     def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
+        options = ctx.saved_tensors[4:]
 
         def pull_back(*tensors: Tensor) -> Gradients:
             # With a graph of the gradient: the operator's own derivative raises an error that says
@@ -330,11 +440,16 @@ class _Scan(torch.autograd.Function):
                         problem.gradient_recurrent_cut,
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
+                        *(_of_operator(problem, Sequences(*options)) if options else ()),
                     )
                 )
-            return backend.backward(problem, *tensors)
+            return backend.backward(problem, *tensors, *((Sequences(*options),) if options else ()))
 
-        return *_gradients(ctx, problem.cell, pull_back, d_states, d_last), None, None
+        found = _gradients(ctx, problem.cell, pull_back, d_states, d_last)
+        if not options:
+            return *found[:4], None, None
+        of_resets = found[4] if ctx.needs_input_grad[7] else None
+        return *found[:4], None, None, None, of_resets, None, None
 
 
 def _gradients(
@@ -344,8 +459,8 @@ def _gradients(
     d_states: Tensor | None,
     d_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of Wx, R, b and the initial states."""
-    R, states_initial, states, gates = ctx.saved_tensors
+    """The gradients of Wx, R, b, the initial states and what resets go back to."""
+    R, states_initial, states, gates = ctx.saved_tensors[:4]
     # A hook on saved tensors may have changed their layout.
     states, gates = states.contiguous(), gates.contiguous()
     # An output without a gradient: zeros, one row in memory that is read for all steps.
@@ -360,4 +475,5 @@ def _gradients(
         found.R if needs_R else None,
         found.b if needs_b else None,
         found.states if needs_states else None,
+        found.reset_states,
     )

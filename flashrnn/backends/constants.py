@@ -35,7 +35,20 @@ def chosen(
     dtype: torch.dtype,
     device: torch.device,
     needs_gradient: bool,
+    resets: bool,
+    ragged: bool,
+    packed: bool,
+    reverse: bool | tuple[bool, ...],
+    returned: int | None,
 ) -> str:
     """See :func:`flashrnn.backends.best`. B, T and clip values decide nothing."""
-    problem = Problem(_cell(handle).traced, 1, 1, N, D, dtype, device, needs_gradient)
+    problem = Problem(
+        _cell(handle).traced,
+        *(1, 1, N, D, dtype, device, needs_gradient),
+        resets=resets,
+        ragged=ragged,
+        packed=packed,
+        reverse=reverse,
+        returned=returned,
+    )
     return backends.best(name, problem)

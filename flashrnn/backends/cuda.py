@@ -13,7 +13,13 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
-from flashrnn.backends.requirements import refusal, too_large, too_many_rows, unavailable_cuda
+from flashrnn.backends.requirements import (
+    options_refusal,
+    refusal,
+    too_large,
+    too_many_rows,
+    unavailable_cuda,
+)
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import call, source
@@ -29,7 +35,9 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    return refusal(problem) or too_large(problem) or too_many_rows(problem)
+    return (
+        refusal(problem) or options_refusal(problem) or too_large(problem) or too_many_rows(problem)
+    )
 
 
 def forward(

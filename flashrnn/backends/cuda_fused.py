@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
-from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
+from flashrnn.backends.requirements import options_refusal, refusal, too_large, unavailable_cuda
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import call, registry, single_cta, source
@@ -35,6 +35,7 @@ def unsupported(problem: Problem) -> str | None:
     # Whether there is a plan does not depend on B.
     return (
         refusal(problem)
+        or options_refusal(problem)
         or too_large(problem)
         or _without_plan(_planned(problem, B=1), _gpu(problem))
     )

@@ -23,12 +23,14 @@ class Gradients(NamedTuple):
         states: ``[S, B, 1, N, D]``, of the initial states.
         R: ``[Gr, N, D, D]``.
         b: ``[Gb, N, D]``.
+        reset_states: of what resets go back to, in its shape; ``None`` without resets.
     """
 
     gates: Tensor
     states: Tensor
     R: Tensor
     b: Tensor
+    reset_states: Tensor | None = None
 
 
 def complete(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, complete
-from flashrnn.backends.requirements import missing_gpu, refusal, too_many_rows
+from flashrnn.backends.requirements import missing_gpu, options_refusal, refusal, too_many_rows
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit.source import load_source
@@ -54,7 +54,7 @@ def _not_installed() -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    reason = refusal(problem) or too_many_rows(problem)
+    reason = refusal(problem) or options_refusal(problem) or too_many_rows(problem)
     if reason:
         return reason
     plan = _plan(problem, tf32_allowed())

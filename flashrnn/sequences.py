@@ -1,0 +1,232 @@
+"""The options of a call that say how its sequences run: resets, lengths, packing and directions.
+
+:class:`Sequences` has their tensors. What of them decides how a problem is computed is in
+:class:`flashrnn.problem.Problem`. ``docs/sequences.md`` defines each option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn.cells.spec import Cell
+
+RETURNED = ("all", "h", "last")
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Sequences(NamedTuple):
+    """The tensors of a call's options, on the device of the computation; ``None``: not given.
+
+    Attributes:
+        reset: ``[B, T]`` of bool (packed: ``[1, total]``): before step t the states go back.
+        reset_states: ``[S, B, T, N, D]`` (packed: ``[S, 1, total, N, D]``) or ``[S, B, 1, N, D]``
+            of ``problem.carry_dtype``, what they go back to; ``None``: zeros.
+        lengths: ``[B]`` of int32 or int64: how many steps each sequence has.
+        cu_seqlens: ``[B + 1]`` of int32 or int64: where each sequence begins among all rows.
+    """
+
+    reset: Tensor | None = None
+    reset_states: Tensor | None = None
+    lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of int64.
+
+    ``None`` for what the shapes tell: a sequence begins every T rows; all have T steps. Values that
+    are out of range are moved into it, without waiting for the GPU: whatever was given, sequences
+    lie within the rows and share none of them.
+
+    Args:
+        sequences: the options.
+        B: the number of sequences.
+        T: the number of steps; of a packed batch its rows.
+    """
+    if sequences.cu_seqlens is not None:
+        cuts = sequences.cu_seqlens.long().clamp(0, T).cummax(0).values
+        return cuts[:-1], cuts.diff()
+    if sequences.lengths is not None:
+        return None, sequences.lengths.long().clamp(0, T)
+    return None, None
+
+
+def accept(
+    cell: Cell,
+    Wx: Tensor,
+    *,
+    reset: Tensor | None,
+    reset_states: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool | Sequence[bool],
+    return_states: str,
+    check_values: bool,
+) -> tuple[Tensor, int, Sequences, dict[str, Any]]:
+    """Check the options of a call.
+
+    Args:
+        cell: the cell.
+        Wx: as given to :func:`flashrnn.flashrnn`.
+        reset: see :func:`flashrnn.flashrnn`, as those below.
+        reset_states: ...
+        lengths: ...
+        cu_seqlens: ...
+        reverse: ...
+        return_states: ...
+        check_values: whether values on the CPU may be read.
+
+    Returns:
+        ``Wx`` with five dimensions; the number of sequences; the tensors, those of integers and
+        bool on the device of ``Wx``; and the fields of the problem.
+
+    Raises:
+        TypeError: something of another type or dtype.
+        ValueError: a shape that does not fit, options that exclude each other, or values on the CPU
+            that are out of range.
+    """
+    packed = cu_seqlens is not None
+    if packed and isinstance(Wx, Tensor) and Wx.ndim == 4:
+        Wx = Wx.unsqueeze(0)
+    if not isinstance(Wx, Tensor) or Wx.ndim != 5:
+        kind = tuple(Wx.shape) if isinstance(Wx, Tensor) else type(Wx).__name__
+        layout = "[1, total, Gw, N, D] or [total, Gw, N, D]" if packed else "[B, T, Gw, N, D]"
+        raise ValueError(f"Wx is {kind}; accepted is a tensor {layout}")
+    B, T, _, N, D = Wx.shape
+    if packed:
+        if B != 1:
+            raise ValueError(
+                f"Wx has shape {tuple(Wx.shape)} and cu_seqlens is given; accepted is a packed "
+                "batch, [1, total, Gw, N, D] or [total, Gw, N, D]"
+            )
+        if lengths is not None:
+            raise ValueError("lengths and cu_seqlens are given; accepted is one of them")
+        cu_seqlens = _integers("cu_seqlens", "[B + 1]", cu_seqlens, None, Wx)
+        B = cu_seqlens.shape[0] - 1
+        if B == 0 and T > 0:
+            raise ValueError(f"cu_seqlens has one element, no sequence; Wx has {T} rows")
+    if lengths is not None:
+        lengths = _integers("lengths", "[B]", lengths, B, Wx)
+    if check_values:
+        _check_values(lengths, cu_seqlens, T)
+    rows = (1, T) if packed else (B, T)
+    reset = None if reset is None else _flags(reset, rows, Wx)
+    if reset_states is not None:
+        if reset is None:
+            raise ValueError("reset_states is given without reset, which says where")
+        S = len(cell.states)
+        reset_states = _starts(reset_states, S, B, rows, N, D, Wx.device)
+    if return_states not in RETURNED:
+        raise ValueError(
+            f"return_states is {return_states!r}; accepted are {', '.join(map(repr, RETURNED))}"
+        )
+    fields = {
+        "T": T,
+        "resets": reset is not None,
+        "ragged": lengths is not None or packed,
+        "packed": packed,
+        "reverse": _directions(reverse, N),
+        "returned": {"all": len(cell.states), "h": 1, "last": 0}[return_states],
+    }
+    if isinstance(lengths, Tensor):
+        lengths = lengths.to(Wx.device, non_blocking=True)
+    if isinstance(cu_seqlens, Tensor):
+        cu_seqlens = cu_seqlens.to(Wx.device, non_blocking=True)
+    return Wx, B, Sequences(reset, reset_states, lengths, cu_seqlens), fields
+
+
+def _integers(name: str, layout: str, given: Any, count: int | None, Wx: Tensor) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is {type(given).__name__}; accepted is a torch.Tensor")
+    if given.dtype not in _INTEGERS:
+        raise TypeError(f"{name} is of {given.dtype}; accepted are torch.int32 and torch.int64")
+    if given.ndim != 1 or given.shape[0] != (given.shape[0] if count is None else count):
+        must = layout if count is None else f"({count},), {layout}"
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; accepted is {must}")
+    if count is None and given.shape[0] == 0:
+        raise ValueError(f"{name} has no element; accepted are {layout}: 0, the ends of all")
+    if given.device != Wx.device and given.device.type != "cpu":
+        raise ValueError(
+            f"Wx on {Wx.device}, {name} on {given.device}; accepted is Wx's device or the CPU"
+        )
+    return given
+
+
+def _flags(reset: Any, rows: tuple[int, int], Wx: Tensor) -> Tensor:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool")
+    if reset.device != Wx.device:
+        raise ValueError(f"Wx on {Wx.device}, reset on {reset.device}; accepted is one device")
+    if rows[0] == 1 and reset.ndim == 1:
+        reset = reset.unsqueeze(0)
+    if reset.shape != rows:
+        raise ValueError(
+            f"reset has shape {tuple(reset.shape)}; with this Wx it must be {rows}, a flag a step"
+        )
+    return reset
+
+
+def _starts(
+    given: Any, S: int, B: int, rows: tuple[int, int], N: int, D: int, device: torch.device
+) -> Tensor:
+    """``reset_states`` with one start a sequence or one a step."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"reset_states is {type(given).__name__}; accepted is a torch.Tensor")
+    if given.device != device:
+        raise ValueError(
+            f"Wx on {device}, reset_states on {given.device}; accepted is one device for all"
+        )
+    if given.shape == (S, *rows, N, D) and (rows[1] != 1 or rows[0] == B):
+        return given
+    if given.shape == (S, B, 1, N, D):
+        return given
+    if given.shape == (S, 1, 1, N, D):
+        return given.expand(S, B, 1, N, D)
+    each, every = (S, B, 1, N, D), (S, *rows, N, D)
+    raise ValueError(
+        f"reset_states has shape {tuple(given.shape)}; with this Wx it must be {every}, a start a "
+        f"step, or {each}, a start a sequence"
+    )
+
+
+def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
+    """One for all heads where they agree."""
+    if isinstance(reverse, bool):
+        return reverse
+    if isinstance(reverse, Tensor | str) or not isinstance(reverse, Sequence):
+        raise TypeError(
+            f"reverse is {type(reverse).__name__}; accepted is a bool, or a list with one a head"
+        )
+    heads = tuple(reverse)
+    if not all(isinstance(head, bool) for head in heads):
+        raise TypeError(f"reverse is {reverse!r}; accepted are bools")
+    if len(heads) != N:
+        raise ValueError(
+            f"reverse has {len(heads)} elements; accepted is one for each of {N} heads"
+        )
+    if len(set(heads)) == 1:
+        return heads[0]
+    return heads
+
+
+def _check_values(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> None:
+    """Of tensors on the CPU: those on a GPU are not waited for."""
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > T:
+            raise ValueError(
+                f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
+            )
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != T or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens goes from {first} to {last}; accepted are values that do not fall, "
+                f"from 0 to {T}, the rows of Wx"
+            )
