@@ -351,7 +351,9 @@ def _dtype(
 
     found = tensors["Wx"].dtype
     for name, tensor in tensors.items():
-        if tensor.dtype != found and (name, tensor.dtype) != ("states", carry_dtype(found)):
+        if tensor.dtype != found and not (
+            name in ("states", "reset_states") and tensor.dtype == carry_dtype(found)
+        ):
             raise TypeError(
                 f"{_listed(tensors)}; accepted is one dtype for all (states may be float32 beside "
                 "16 bits). Cast them, or let dtype=... do it"

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashrnn.cells.spec import Cell
+from flashrnn.problem import Problem
 
 RETURNED = ("all", "h", "last")
 _INTEGERS = (torch.int32, torch.int64)
@@ -53,6 +55,57 @@ def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor 
     if sequences.lengths is not None:
         return None, sequences.lengths.long().clamp(0, T)
     return None, None
+
+
+class Arranged(NamedTuple):
+    """The options of a call as kernels read them; ``common/sequence.cuh`` says how.
+
+    Attributes:
+        order: ``[B]`` of int32, the sequences, the longest first.
+        rows: ``[B]`` of int32, their first rows in that order.
+        lengths: ``[B]`` of int32, their lengths in that order.
+        backwards: ``[N]`` of int32, 1 for heads that run backwards.
+        flags: ``[rows]`` of int32, those of ``reset``.
+        reset_states: ``[S, B, T, N, D]``, a view: a dimension that tells nothing has stride 0.
+    """
+
+    order: Tensor | None
+    rows: Tensor | None
+    lengths: Tensor | None
+    backwards: Tensor | None
+    flags: Tensor | None
+    reset_states: Tensor | None
+
+
+def arrange(problem: Problem, sequences: Sequences) -> Arranged:
+    """See :class:`Arranged`. Nothing waits for the GPU, and nothing is copied from the host."""
+    B, T = problem.B, problem.T
+    order, rows = None, None
+    first, lengths = bounds(sequences, B, T)
+    if lengths is not None:
+        lengths, order = lengths.sort(descending=True, stable=True)
+        rows = (order * T if first is None else first[order]).int()
+        order, lengths = order.int(), lengths.int()
+    backwards = None if problem.reverse is False else runs_backwards(problem)
+    flags = None if sequences.reset is None else sequences.reset.reshape(-1).int()
+    starts = sequences.reset_states
+    starts = None if starts is None else starts.expand(-1, B, T, -1, -1)
+    return Arranged(order, rows, lengths, backwards, flags, starts)
+
+
+def runs_backwards(problem: Problem) -> Tensor:
+    """``[N]`` of int32, 1 for heads that run backwards."""
+    heads = (
+        problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,) * problem.N
+    )
+    found = torch.zeros(problem.N, dtype=torch.int32, device=problem.device)
+    begin = 0
+    for backwards, group in groupby(heads):
+        end = begin + len(tuple(group))
+        if backwards:
+            found[begin:end].fill_(1)
+        begin = end
+    return found
 
 
 def accept(

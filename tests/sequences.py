@@ -11,7 +11,8 @@ from torch import Tensor
 from flashrnn import Cell, FlashRNNConfig, flashrnn
 from flashrnn.cells import resolve
 from flashrnn.problem import carry_dtype
-from tests.problems import Inputs, random_inputs, random_weights
+from tests.fused import largest_error
+from tests.problems import Inputs, random_inputs, random_weights, relative_error
 
 
 @dataclass
@@ -194,3 +195,23 @@ def gradients_of(case: Ragged, outputs: tuple[Tensor, Tensor]) -> dict[str, Tens
     )
     named = {f"d_{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
     return {"states": outputs[0], "last_states": outputs[1], **named}
+
+
+def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
+    """Hold every output and gradient to vanilla in float64, as ``hold_to_vanilla`` does."""
+    dtype = case.inputs.Wx.dtype
+    exact = case.to(torch.float64)
+    truth = gradients_of(exact, exact.call("vanilla", **options))
+    plain = gradients_of(case, case.call("vanilla", **options))
+    found = gradients_of(case, case.call(backend, **options))
+    B, T, N, D = len(case.lengths), max(1, *case.lengths), *case.inputs.R.shape[1:3]
+    for name, expected in truth.items():
+        given = found[name]
+        assert given.dtype == plain[name].dtype and given.shape == expected.shape, name
+        error, allowed = (relative_error(x, expected) for x in (given, plain[name]))
+        bound = largest_error(name, allowed, dtype, B * T * N * D, T)
+        assert error <= bound, f"{name} is off by {error}, more than {bound}"
+    if "lengths" in case.options and case.options["return_states"] != "last":
+        for i, length in enumerate(case.lengths):
+            assert (found["states"][:, i, length:] == 0).all()
+            assert (found["d_Wx"][i, length:] == 0).all()

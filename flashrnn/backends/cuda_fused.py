@@ -15,14 +15,28 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete, recurrent_gradient, select
-from flashrnn.backends.requirements import options_refusal, refusal, too_large, unavailable_cuda
+from flashrnn.backends.gradients import (
+    Before,
+    Gradients,
+    before_steps,
+    complete,
+    recurrent_gradient,
+    select,
+)
+from flashrnn.backends.requirements import (
+    options_refusal,
+    refusal,
+    too_large,
+    too_many_numbered_rows,
+    unavailable_cuda,
+)
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels import call, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences, arrange, runs_backwards
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -35,7 +49,8 @@ def unsupported(problem: Problem) -> str | None:
     # Whether there is a plan does not depend on B.
     return (
         refusal(problem)
-        or options_refusal(problem)
+        or (None if registry.is_small(problem.D) else options_refusal(problem))
+        or too_many_numbered_rows(problem)
         or too_large(problem)
         or _without_plan(_planned(problem, B=1), _gpu(problem))
     )
@@ -49,7 +64,12 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
 
 
 def forward(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
@@ -68,6 +88,10 @@ def forward(
         "gates": gates,
     }
     options = source.forward_options(problem.needs_gradient)
+    if sequences is not None:
+        tensors |= _of_sequences(problem, sequences)
+        stored = ("STORED", every_state.shape[0])
+        options = (*options, *source.sequence_options(problem), stored)
     _scan(
         problem,
         gpu,
@@ -88,13 +112,15 @@ def backward(
     gates: Tensor,
     d_states: Tensor,
     d_last_states: Tensor,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
         d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-        return complete(problem, d_gates, d_initial, states_initial, states)
+        found = complete(problem, d_gates, d_initial, states_initial, states)
+        return found._replace(reset_states=_zeros_like_starts(sequences))
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
     tensors = {
@@ -110,16 +136,46 @@ def backward(
     }
     clips = problem.gradient_recurrent_clipval is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips)
+    before, d_resets = None, None
+    if sequences is not None:
+        tensors |= _of_sequences(problem, sequences)
+        before = before_steps(problem, sequences, states_initial[0], states.dtype)
+        given = ("GIVEN", d_states.shape[0])
+        options = (*options, *source.sequence_options(problem), given)
+        d_resets = _zeros_like_starts(sequences)
+        if d_resets is not None:
+            tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     aligned = _aligned(D, states, gates, d_states, d_gates)
     gpu = _gpu(problem)
     _scan(problem, gpu, _plan(problem, True, gpu), call.BACKWARD, tensors, options, aligned)
     h_initial, h = states_initial[0], states[0]
     if registry.is_small(D):
-        d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h)
+        d_R = _recurrent_gradient(problem, gpu, d_gates, h_initial, h, before)
     else:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
-    return Gradients(d_gates, d_initial, d_R, d_b)
+    return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
+
+
+def _zeros_like_starts(sequences: Sequences | None) -> Tensor | None:
+    """Memory for the gradient of what resets go back to, to which the kernel adds."""
+    if sequences is None or sequences.reset_states is None:
+        return None
+    return sequences.reset_states.new_zeros(sequences.reset_states.shape)
+
+
+def _of_sequences(problem: Problem, sequences: Sequences) -> dict[str, Tensor]:
+    """The operands of a call's options."""
+    arranged = arrange(problem, sequences)
+    named = {
+        "sequence_order": arranged.order,
+        "sequence_rows": arranged.rows,
+        "sequence_lengths": arranged.lengths,
+        "runs_backwards": arranged.backwards,
+        "reset_flags": arranged.flags,
+        "reset_states": arranged.reset_states,
+    }
+    return {name: x for name, x in named.items() if x is not None}
 
 
 def _scan(
@@ -154,25 +210,41 @@ def _scan(
     if scratch.R_in_memory:
         tensors["R_in_memory"] = memory(scratch.R_in_memory, 4, dtype=torch.int32)
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    if source.is_sequenced(options):
+        record = record.complete
     fields = record.pack(tensors, T=T, B=B, N=N, clips=clips, groups=plan.groups(B, N, gpu))
     kernel.launch(plan.grid(B, N, gpu), fields)
 
 
 def _recurrent_gradient(
-    problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
+    problem: Problem,
+    gpu: GPU,
+    d_gates: Tensor,
+    h_initial: Tensor,
+    h: Tensor,
+    before: Before | None,
 ) -> Tensor:
     """:func:`flashrnn.backends.gradients.recurrent_gradient` by a kernel of this package."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
     recurrent = len(cell.fed_by("R"))
-    # Rounded, as the forward scan's product had it.
-    h_initial = h_initial.to(h.dtype).contiguous()
+    tensors, record = {"d_gates": d_gates, "h": h}, call.RECURRENT_GRADIENT
+    if before is None:
+        # Rounded, as the forward scan's product had it.
+        tensors["h_initial"] = starts = h_initial.to(h.dtype).contiguous()
+    else:
+        tensors |= {"before_rows": before.rows, "h_starts": before.starts}
+        starts, record = before.starts, record.complete
+        if before.rows.shape[0] > 1:
+            tensors["runs_backwards"] = runs_backwards(problem)
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
-    aligned = _aligned(D, d_gates, h_initial, h)
+    aligned = _aligned(D, d_gates, starts, h)
     precision = source.precision_of(problem.dtype)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
+    kernel = _gradient_kernel(
+        cell, precision, plan.compiled, aligned, before is not None, problem.device
+    )
     parts = d_gates.new_empty((plan.parts, recurrent, N, D, D), dtype=torch.float32)
-    tensors = {"d_gates": d_gates, "h_initial": h_initial, "h": h, "parts": parts}
-    fields = call.RECURRENT_GRADIENT.pack(tensors, rows_a_part=plan.rows, T=T, B=B, N=N)
+    tensors["parts"] = parts
+    fields = record.pack(tensors, rows_a_part=plan.rows, T=T, B=B, N=N)
     kernel.launch(plan.grid(N), fields)
     return parts.sum(0).to(h.dtype)
 
@@ -228,9 +300,13 @@ def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
 
 def _planned(problem: Problem, B: int) -> Problem:
     """A problem without the fields that no plan depends on, as a key of caches of plans."""
-    return problem._replace(
+    problem = problem._replace(
         B=B, T=1, gradient_recurrent_clipval=None, forward_clipval=None, step=None
     )
+    if problem.returned is None:
+        return problem
+    # Whether heads run backwards, and what is returned, is in the kernel's options.
+    return problem._replace(reverse=problem.reverse is not False, returned=0)
 
 
 def _gpu(problem: Problem) -> GPU:
@@ -299,10 +375,11 @@ def _gradient_kernel(
     precision: str,
     plan: single_cta.GradientPlan,
     aligned: bool,
+    gathered: bool,
     device: torch.device,
 ) -> _Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
-    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned), shape, device)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, gathered), shape, device)
 
 
 def _kernel(

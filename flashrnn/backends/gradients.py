@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences, bounds
 
 
 class Gradients(NamedTuple):
@@ -71,6 +72,70 @@ def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: 
     # Rows of all gates of a head, so that a head takes one product.
     rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
     return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+
+
+class Before(NamedTuple):
+    """Where h before each step is.
+
+    Attributes:
+        rows: ``[directions, rows]`` of int32: the row of h, or −1 − k for row k of ``starts``. Of
+            two directions the second is that of heads that run backwards.
+        starts: ``[K, N, D]``, what sequences start with and what they go back to, rounded as h is.
+    """
+
+    rows: Tensor
+    starts: Tensor
+
+
+def before_steps(
+    problem: Problem, sequences: Sequences, h_initial: Tensor, dtype: torch.dtype
+) -> Before:
+    """Where h before each step of a call with options is.
+
+    Args:
+        problem: the problem.
+        sequences: its options.
+        h_initial: ``[B, 1, N, D]``.
+        dtype: of h.
+    """
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    first, lengths = bounds(sequences, B, T)
+    row = torch.arange(problem.rows[0] * T, device=problem.device)
+    if first is None:
+        sequence, step = row // T, row % T
+        length = T if lengths is None else lengths[sequence]
+    else:
+        assert lengths is not None, "of packed sequences"
+        sequence = torch.searchsorted(first + lengths, row, right=True).clamp_max(B - 1)
+        step, length = row - first[sequence], lengths[sequence]
+    starts, start = [h_initial.reshape(B, N, D).to(dtype)], None
+    if sequences.reset is not None:
+        to = sequences.reset_states
+        if to is None:
+            starts.append(h_initial.new_zeros((1, N, D), dtype=dtype))
+            start = torch.full_like(row, -1 - B)
+        else:
+            starts.append(to[0].reshape(-1, N, D).to(dtype))
+            start = -1 - B - (row if to.shape[2] > 1 else sequence)
+    directions = []
+    for backwards in _directions(problem):
+        neighbour = row + (1 if backwards else -1)
+        is_first = step == (length - 1 if backwards else 0)
+        found = torch.where(is_first, -1 - sequence, neighbour)
+        if sequences.reset is not None and start is not None:
+            flags = sequences.reset.reshape(-1)
+            if backwards:
+                flags = torch.cat([flags[1:], flags[:1]]) & ~is_first
+            found = torch.where(flags, start, found)
+        # Rows that are no step's have no gradient either.
+        directions.append(torch.where((step >= 0) & (step < length), found, row))
+    return Before(torch.stack(directions).int(), torch.cat(starts))
+
+
+def _directions(problem: Problem) -> tuple[bool, ...]:
+    """Those that heads run in."""
+    reverse = problem.reverse
+    return (False, True) if isinstance(reverse, tuple) else (reverse,)
 
 
 def bias_gradient(cell: TracedCell, d_gates: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 from torch import Tensor
 
@@ -37,8 +37,14 @@ class Operand:
         """The fields with its strides."""
         return tuple(f"{self.name}_{dim}" for dim in self.dims if dim != "1")
 
+    @property
+    def absent(self) -> str:
+        """Constants in the place of its fields, for a kernel whose record does not have it."""
+        address = f"constexpr {self.element}* {self.name} = nullptr;"
+        return " ".join([address, *(f"constexpr long long {x} = 0;" for x in self.strides)])
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Record:
     """The fields of a call.
 
@@ -46,11 +52,18 @@ class Record:
         name: the struct's name.
         operands: its tensors.
         numbers: its other fields, and their types as parameters.
+        absent: operands that kernels name and that it lacks.
     """
 
     name: str
     operands: tuple[Operand, ...]
     numbers: Mapping[str, str]
+    absent: tuple[Operand, ...] = ()
+
+    @property
+    def complete(self) -> Record:
+        """The same with the operands that it lacks."""
+        return _complete(self)
 
     def pack(self, tensors: Mapping[str, Tensor], **numbers: int) -> list[int]:
         """The fields' values; 0 for what is not given."""
@@ -103,6 +116,11 @@ class Record:
         return "struct {} {{\n{}\n}};".format(self.name, "\n".join(fields))
 
 
+@cache
+def _complete(record: Record) -> Record:
+    return replace(record, operands=(*record.operands, *record.absent), absent=())
+
+
 _NUMBERS = {
     "T": "long long",
     "B": "long long",
@@ -111,6 +129,15 @@ _NUMBERS = {
     "groups": "int",
     "done": "long long",
 }
+
+_SEQUENCES = (
+    Operand("sequence_order", "const int"),
+    Operand("sequence_rows", "const int"),
+    Operand("sequence_lengths", "const int"),
+    Operand("runs_backwards", "const int"),
+    Operand("reset_flags", "const int"),
+    Operand("reset_states", "const float", "sbtnd"),
+)
 
 FORWARD = Record(
     "ForwardCall",
@@ -127,12 +154,14 @@ FORWARD = Record(
         Operand("R_in_memory", "void"),
     ),
     _NUMBERS,
+    absent=_SEQUENCES,
 )
 """Of a forward scan.
 
 ``h_initial`` is h before the first step, rounded, for kernels that read h from memory. ``packets``
 and ``R_in_memory`` are a plan's scratch memory. ``groups`` is the number of CTA groups of a launch.
-``done`` is for kernels of a step: the number of steps before the recorded run.
+``done`` is for kernels of a step: the number of steps before the recorded run. What it lacks says
+how sequences run (``common/sequence.cuh``), and is passed where a call has such options.
 """
 
 BACKWARD = Record(
@@ -151,6 +180,7 @@ BACKWARD = Record(
         Operand("R_in_memory", "void"),
     ),
     _NUMBERS,
+    absent=(*_SEQUENCES, Operand("d_reset_states", "float", "sbt1d")),
 )
 """Of a backward scan; see :data:`FORWARD`."""
 
@@ -163,5 +193,13 @@ RECURRENT_GRADIENT = Record(
         Operand("parts", "float"),
     ),
     {"rows_a_part": "int", "T": "unsigned", "B": "long long", "N": "int"},
+    absent=(
+        Operand("before_rows", "const int"),
+        Operand("h_starts", "const Element"),
+        Operand("runs_backwards", "const int"),
+    ),
 )
-"""Of the kernel of R's gradient."""
+"""Of the kernel of R's gradient.
+
+What it lacks says where h before each step is, and is passed where a call has options of sequences.
+"""

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from flashrnn.cells.bounds import bound_of_h
 from flashrnn.cells.render import render_cuda
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels.call import Record
-from flashrnn.problem import tf32_allowed
+from flashrnn.problem import Problem, tf32_allowed
 
 PRECISIONS = {"float16": "float16", "bfloat16": "bfloat16", "tf32": "tf32", "float32": "float"}
 """How products are computed, and the type ``Operand`` in CUDA that selects it."""
@@ -74,11 +75,12 @@ def program(
         '#include "common/clips.cuh"',
         '#include "common/pointwise.cuh"',
         f'#include "{of_cell}"',
-        *map(_constant, constants, constants.values()),
+        *starmap(_constant, (dict.fromkeys(SEQUENCE_OPTIONS, False) | dict(constants)).items()),
         record.struct,
         # What the host packs, and allocates for it.
         f"static_assert(sizeof({record.name}) == {8 * record.size});",
         record.parameters,
+        *(operand.absent for operand in record.absent),
     ]
     texts = {
         "types.cuh": "\n".join(types),
@@ -108,8 +110,22 @@ def h_is_never_large(cell: TracedCell) -> bool:
     return bound is not None and bound < 2**60
 
 
-Options = tuple[tuple[str, bool], ...]
+Options = tuple[tuple[str, bool | int], ...]
 """Constants of a call, which are compiled in."""
+
+SEQUENCE_OPTIONS = ("RESETS", "RAGGED", "PACKED", "REVERSE")
+"""Which of the options of sequences a call has (``common/sequence.cuh``); none by default."""
+
+
+def sequence_options(problem: Problem) -> Options:
+    """Those of a problem."""
+    has = (problem.resets, problem.ragged, problem.packed, problem.reverse is not False)
+    return tuple(zip(SEQUENCE_OPTIONS, has, strict=True))
+
+
+def is_sequenced(options: Options) -> bool:
+    """Whether the kernel reads the operands that a record lacks by default."""
+    return any(dict(options).get(name) for name in SEQUENCE_OPTIONS)
 
 
 def forward_options(save_gates: bool) -> Options:

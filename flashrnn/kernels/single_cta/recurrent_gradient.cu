@@ -2,6 +2,9 @@
 //
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
+// With GATHERED, a constant of the plan, what stands in the place of h[b, t - 1] is looked up: `before` has
+// for each row the row of h before it, or -1 - k where that is row k of `h_starts`, for each direction.
+//
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
 // the GATES recurrent gates from group * GATES on. The host adds the parts afterwards, in a fixed
 // order. The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
@@ -110,6 +113,24 @@ recurrent_gradient(CALL) {
     const Element* gates_of_part = d_gates + begin * G * width + n * D;
     // h before a row's step: that of the row before, except at step 0.
     const Element* h_of_part = h + (begin - 1) * width + n * D;
+    const int* before_part = before_rows + begin;
+    if (GATHERED && runs_backwards) before_part += runs_backwards[n] * B * T;
+    const auto gathered = [&](int row) {
+        const long long of_h = before_part[row];
+        return (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
+    };
+    // The rows that the thread looks up for the next chunk: a chunk ahead, so that it need not wait.
+    constexpr int ROUNDS = (CHUNK * PIECES + THREADS - 1) / THREADS;
+    constexpr bool AHEAD = GATHERED && ROUNDS <= 2;
+    const Element* looked_up[AHEAD ? ROUNDS : 1];
+    const auto look_up = [&](int chunk) {
+#pragma unroll
+        for (int round = 0; round < (AHEAD ? ROUNDS : 0); ++round) {
+            const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / PIECES;
+            looked_up[round] = gathered(row < rows ? row : 0);
+        }
+    };
+    look_up(0);
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
@@ -137,13 +158,20 @@ recurrent_gradient(CALL) {
             const int i = threadIdx.x + round * THREADS;
             if (H_PIECES % THREADS && i >= H_PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
-            Position position = next;
-            position.advance(row, T);
-            const Element* from = position.step
-                                      ? h_of_part + static_cast<long long>(first + row) * (N * D)
-                                      : h_initial + position.sequence * width + n * D;
+            const Element* from;
+            if constexpr (AHEAD) {
+                from = looked_up[round];
+            } else if constexpr (GATHERED) {
+                from = gathered(first + row < rows ? first + row : 0);
+            } else {
+                Position position = next;
+                position.advance(row, T);
+                from = position.step ? h_of_part + static_cast<long long>(first + row) * (N * D)
+                                     : h_initial + position.sequence * width + n * D;
+            }
             fetch_pieces(columns + row * COLUMNS_PITCH, from, first + row < rows, piece);
         }
+        look_up(chunk + 1);
         next.advance(CHUNK, T);
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
@@ -227,6 +255,7 @@ recurrent_gradient(CALL) {
 #pragma unroll 1
         for (long long row = begin; row < begin + rows; ++row) {
             const Element* before = row % T ? h + (row - 1) * width : h_initial + row / T * width;
+            if (GATHERED) before = gathered(row - begin) - n * D;
             sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) *
                    to_float(before[n * D + p]);
         }

@@ -1,0 +1,180 @@
+"""Resets, lengths, packing and directions in the kernels, run as C++ on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.kernels import source
+from flashrnn.kernels.single_cta import plan_gradient, plan_scan
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import OPTIONS, poisoned  # noqa: F401
+from tests.gpus import GPUS, planned
+from tests.machine_code import needs_nvrtc, spills_in_a_loop
+from tests.problems import BUILT_IN, sparse
+from tests.sequences import gradients_of, hold_ragged_to_vanilla, random_ragged
+
+
+@pytest.fixture
+def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
+    """Backend ``cuda_fused`` is emulated, and what it allocates is NaN."""
+
+
+KINDS = [
+    {"resets": "zeros"},
+    {"resets": "sequence"},
+    {"resets": "step"},
+    {"ragged": "lengths"},
+    {"ragged": "packed"},
+    {"reverse": "all"},
+    {"reverse": "some"},
+    {"return_states": "h"},
+    {"return_states": "last"},
+    {"resets": "step", "ragged": "lengths", "reverse": "some", "return_states": "h"},
+    {"resets": "sequence", "ragged": "packed", "reverse": "some", "return_states": "last"},
+]
+"""Each kind of each option, and all at once."""
+ALL = KINDS[-2:]
+every_kind = pytest.mark.parametrize(
+    "kinds",
+    [pytest.param(x, marks=[] if x in ALL else pytest.mark.slow) for x in KINDS],
+    ids=lambda kinds: "-".join(kinds.values()),
+)
+
+
+@needs_compiler
+@every_kind
+def test_equals_vanilla(on_the_cpu, kinds):
+    case = random_ragged("lstm", 7, 5, 3, 24, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_every_cell_and_dtype(on_the_cpu, kind, dtype, kinds):
+    hold_ragged_to_vanilla("cuda_fused", random_ragged(kind, 5, 4, 2, 20, dtype=dtype, **kinds))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1), (2, 12, 2, 17), (70, 9, 12, 16), (200, 12, 12, 16), (3, 3, 2, 128)],
+    ids=str,
+)
+def test_sizes(on_the_cpu, sizes, kinds):
+    hold_ragged_to_vanilla(
+        "cuda_fused", random_ragged("lstm", *sizes, seed=5, dtype=torch.bfloat16, **kinds)
+    )
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_the_config(on_the_cpu, options):
+    case = random_ragged("gru", 5, 4, 2, 20, dtype=torch.float32, **ALL[0])
+    hold_ragged_to_vanilla("cuda_fused", case, config=FlashRNNConfig(**options, initial_val=0.5))
+
+
+@needs_compiler
+def test_resets_go_back_to_the_initial_value(on_the_cpu):
+    case = random_ragged("lstm", 3, 4, 2, 16, resets="zeros", dtype=torch.float32)
+    config = FlashRNNConfig(initial_val=(0.25, -0.5))
+    hold_ragged_to_vanilla("cuda_fused", case, config=config)
+
+
+@needs_compiler
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_same_bits_as_each_sequence_alone(on_the_cpu, ragged):
+    """Where a sequence lies, and beside which others, changes no bit of what is its own."""
+    case = random_ragged("lstm", 4, 6, 2, 16, seed=2, ragged=ragged, dtype=torch.bfloat16)
+    found, first = gradients_of(case, case.call("cuda_fused")), 0
+    for i, length in enumerate(case.lengths):
+        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
+        first += length
+        if length == 0:
+            continue
+        inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[rows[0], rows[1]][None]}
+        inputs["states"] = inputs["states"][:, i : i + 1]
+        states, last_states = flashrnn(**inputs, backend="cuda_fused")
+        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
+        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
+
+
+@needs_compiler
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, ragged, monkeypatch):
+    """Values that nobody checked: the emulation's allocations are NaN around what is written."""
+    case = random_ragged("lstm", 3, 4, 1, 16, ragged=ragged, dtype=torch.float32)
+    total = case.inputs.Wx.shape[1]
+    name, given, meant = (
+        ("cu_seqlens", [-5, total + 9, 2, total - 1], [0, total, total, total])
+        if ragged == "packed"
+        else ("lengths", [-1, 99, 2], [0, 4, 2])
+    )
+    monkeypatch.setattr("flashrnn.sequences._check_values", lambda *_: None)
+    runs = [case.call("cuda_fused", **{name: torch.tensor(x)}) for x in (given, meant)]
+    for x, y in zip(*runs, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_compiler
+def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
+    for seed in (1, 2):
+        case = random_ragged(
+            "elman", 2, 3, 2, 16, seed, ragged="lengths", reverse="some", dtype=torch.bfloat16
+        )
+        case = replace(case, options=case.options | {"reverse": [seed == 1, seed == 2]})
+        gradients_of(case, case.call("cuda_fused"))
+    assert cuda_fused._scan_kernel.cache_info().currsize == 2
+    assert cuda_fused._gradient_kernel.cache_info().currsize == 1
+
+
+FIELDS = [
+    {"resets": True},
+    {"ragged": True},
+    {"reverse": True},
+    {"resets": True, "ragged": True, "packed": True, "reverse": True},
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "sizes", "precision", "arch"),
+    [
+        ("lstm", (16, 12, 64), "bfloat16", "sm_90a"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *(("lstm", (16, 12, 64), "bfloat16", arch) for arch in GPUS if arch != "sm_90a"),
+                ("lstm", (300, 6, 128), "bfloat16", "sm_90a"),
+                ("lstm", (64, 8, 96), "bfloat16", "sm_90a"),
+                ("slstm", (64, 12, 64), "bfloat16", "sm_80"),
+                ("lstm", (16, 12, 64), "float32", "sm_90a"),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_compiles_without_spills(kind, sizes, precision, arch):
+    cell, dtype = resolve(kind), getattr(torch, precision)
+    quick = arch == "sm_90a" and sizes == (16, 12, 64)
+    for fields in FIELDS[-1:] if quick else FIELDS:
+        problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
+        for backward in (False, True):
+            plan = plan_scan(problem, GPUS[arch], backward)
+            options = source.backward_options(False, False)
+            options = options if backward else source.forward_options(True)
+            options = (*options, *source.sequence_options(problem))
+            parts = plan.source(cell, precision, options, aligned=True)
+            assert not spills_in_a_loop(parts, arch), (fields, backward)
+    B, N, D = sizes
+    plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
+    assert not spills_in_a_loop(plan.source(cell, precision, True, gathered=True), arch)
