@@ -14,6 +14,23 @@ from flashrnn.problem import carry_dtype
 from tests.fused import largest_error
 from tests.problems import Inputs, random_inputs, random_weights, relative_error
 
+BACKENDS = ("cuda_fused",)
+"""Those that have all options."""
+KINDS = [
+    {"resets": "zeros"},
+    {"resets": "sequence"},
+    {"resets": "step"},
+    {"ragged": "lengths"},
+    {"ragged": "packed"},
+    {"reverse": "all"},
+    {"reverse": "some"},
+    {"return_states": "h"},
+    {"return_states": "last"},
+    {"resets": "step", "ragged": "lengths", "reverse": "some", "return_states": "h"},
+    {"resets": "sequence", "ragged": "packed", "reverse": "some", "return_states": "last"},
+]
+"""Each kind of each option, and all at once."""
+
 
 @dataclass
 class Ragged:

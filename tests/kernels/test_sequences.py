@@ -15,7 +15,7 @@ from tests.fused import OPTIONS, poisoned  # noqa: F401
 from tests.gpus import GPUS, planned
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
 from tests.problems import BUILT_IN, sparse
-from tests.sequences import gradients_of, hold_ragged_to_vanilla, random_ragged
+from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
 
 
 @pytest.fixture
@@ -23,20 +23,6 @@ def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
     """Backend ``cuda_fused`` is emulated, and what it allocates is NaN."""
 
 
-KINDS = [
-    {"resets": "zeros"},
-    {"resets": "sequence"},
-    {"resets": "step"},
-    {"ragged": "lengths"},
-    {"ragged": "packed"},
-    {"reverse": "all"},
-    {"reverse": "some"},
-    {"return_states": "h"},
-    {"return_states": "last"},
-    {"resets": "step", "ragged": "lengths", "reverse": "some", "return_states": "h"},
-    {"resets": "sequence", "ragged": "packed", "reverse": "some", "return_states": "last"},
-]
-"""Each kind of each option, and all at once."""
 ALL = KINDS[-2:]
 every_kind = pytest.mark.parametrize(
     "kinds",
@@ -178,3 +164,19 @@ def test_compiles_without_spills(kind, sizes, precision, arch):
     B, N, D = sizes
     plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
     assert not spills_in_a_loop(plan.source(cell, precision, True, gathered=True), arch)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_operator_of_a_graph_has_all_options(on_the_cpu):
+    case = random_ragged("lstm", 3, 4, 2, 16, dtype=torch.float32, **ALL[0])
+    expected = gradients_of(case, case.call("cuda_fused"))
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda lengths: case.call("cuda_fused", lengths=lengths),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    found = gradients_of(case, compiled(case.options["lengths"]))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], msg=name)
