@@ -32,6 +32,7 @@ class Problem(NamedTuple):
         ragged: whether sequences have lengths of their own.
         packed: whether they lie one behind another in ``[1, T]`` rows, not each in T of ``[B, T]``.
         reverse: whether time runs backwards; a tuple of one for each head where they differ.
+        longest: the largest length, where it is known: T or less.
         returned: how many states are returned of every step; ``None``: all.
     """
 
@@ -52,11 +53,22 @@ class Problem(NamedTuple):
     packed: bool = False
     reverse: bool | tuple[bool, ...] = False
     returned: int | None = None
+    longest: int | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
         """The dimensions of ``Wx`` that stand for sequences and steps."""
         return (1, self.T) if self.packed else (self.B, self.T)
+
+    @property
+    def is_sequenced(self) -> bool:
+        """Whether sequences do not all run through T steps, from the first to the last."""
+        return self.resets or self.ragged or self.reverse is not False
+
+    @property
+    def steps(self) -> int:
+        """How many steps the longest sequence has at most."""
+        return self.T if self.longest is None else self.longest
 
     @property
     def carry_dtype(self) -> torch.dtype:

@@ -93,6 +93,27 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
     return Arranged(order, rows, lengths, backwards, flags, starts)
 
 
+def operands(problem: Problem, sequences: Sequences) -> dict[str, Tensor]:
+    """The operands of a record that say how sequences run, of :func:`arrange`'s tensors."""
+    arranged = arrange(problem, sequences)
+    named = {
+        "sequence_order": arranged.order,
+        "sequence_rows": arranged.rows,
+        "sequence_lengths": arranged.lengths,
+        "runs_backwards": arranged.backwards,
+        "reset_flags": arranged.flags,
+        "reset_states": arranged.reset_states,
+    }
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def zeros_like_starts(sequences: Sequences | None) -> Tensor | None:
+    """Memory for the gradient of what resets go back to, to which kernels add."""
+    if sequences is None or sequences.reset_states is None:
+        return None
+    return sequences.reset_states.new_zeros(sequences.reset_states.shape)
+
+
 def runs_backwards(problem: Problem) -> Tensor:
     """``[N]`` of int32, 1 for heads that run backwards."""
     heads = (
@@ -164,8 +185,7 @@ def accept(
             raise ValueError(f"cu_seqlens has one element, no sequence; Wx has {T} rows")
     if lengths is not None:
         lengths = _integers("lengths", "[B]", lengths, B, Wx)
-    if check_values:
-        _check_values(lengths, cu_seqlens, T)
+    longest = _longest(lengths, cu_seqlens, T) if check_values else None
     rows = (1, T) if packed else (B, T)
     reset = None if reset is None else _flags(reset, rows, Wx)
     if reset_states is not None:
@@ -183,6 +203,7 @@ def accept(
         "ragged": lengths is not None or packed,
         "packed": packed,
         "reverse": _directions(reverse, N),
+        "longest": longest,
         "returned": {"all": len(cell.states), "h": 1, "last": 0}[return_states],
     }
     if isinstance(lengths, Tensor):
@@ -268,18 +289,21 @@ def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
     return heads
 
 
-def _check_values(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> None:
-    """Of tensors on the CPU: those on a GPU are not waited for."""
+def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int | None:
+    """The largest length, of tensors on the CPU, which are checked; a GPU is not waited for."""
     if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
         least, most = int(lengths.min()), int(lengths.max())
         if least < 0 or most > T:
             raise ValueError(
                 f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
             )
+        return most
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != T or bool((cu_seqlens.diff() < 0).any()):
+        first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
+        if first != 0 or last != T or bool((each < 0).any()):
             raise ValueError(
                 f"cu_seqlens goes from {first} to {last}; accepted are values that do not fall, "
                 f"from 0 to {T}, the rows of Wx"
             )
+        return int(each.max()) if each.numel() else 0
+    return None

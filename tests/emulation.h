@@ -17,6 +17,7 @@
 
 #define __device__
 #define __global__
+#define __forceinline__
 #define __noinline__ __attribute__((noinline))
 #define __shared__ static
 #define __launch_bounds__(...)

@@ -14,7 +14,7 @@ from flashrnn.problem import carry_dtype
 from tests.fused import largest_error
 from tests.problems import Inputs, random_inputs, random_weights, relative_error
 
-BACKENDS = ("cuda_fused",)
+BACKENDS = ("cuda_fused", "triton", "cuda")
 """Those that have all options."""
 KINDS = [
     {"resets": "zeros"},

@@ -210,16 +210,13 @@ OF_A_PROBLEM = {
     "lengths": {"ragged": True},
     "cu_seqlens": {"ragged": True, "packed": True},
     "reverse": {"reverse": (True, False)},
-    "return_states": {"returned": 1},
 }
 
 
-@pytest.mark.parametrize("backend", ["cuda_fused", "triton", "cuda"])
 @pytest.mark.parametrize("option", OF_A_PROBLEM)
-def test_a_backend_without_an_option_says_so(backend, option, monkeypatch):
-    fields = OF_A_PROBLEM[option]
+def test_large_heads_of_cuda_fused_say_what_they_lack(option):
     problem = Problem(
         resolve("lstm").traced, 2, 3, 2, 256, torch.bfloat16, torch.device("cpu"), returned=2
     )
-    reason = backends.load(backend).unsupported(problem._replace(**fields))
-    assert reason is not None and f"it has no {option}; docs/sequences.md" in reason
+    reason = backends.load("cuda_fused").unsupported(problem._replace(**OF_A_PROBLEM[option]))
+    assert reason is not None and f"of more than 128 units it has no {option}; docs/" in reason

@@ -6,17 +6,18 @@ recordings (:mod:`flashrnn.kernels.per_step.runs`).
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete
+from flashrnn.backends.gradients import Gradients, before_steps, complete
 from flashrnn.backends.requirements import (
-    options_refusal,
     refusal,
     too_large,
+    too_many_numbered_rows,
     too_many_rows,
     unavailable_cuda,
 )
@@ -26,6 +27,7 @@ from flashrnn.kernels import call, source
 from flashrnn.kernels.per_step import plan as per_step
 from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences, operands, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -36,18 +38,28 @@ def unavailable(device: torch.device) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
     return (
-        refusal(problem) or options_refusal(problem) or too_large(problem) or too_many_rows(problem)
+        refusal(problem)
+        or too_many_numbered_rows(problem)
+        or too_large(problem)
+        or too_many_rows(problem)
     )
 
 
 def forward(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    B, T = problem.B, problem.T
-    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
-    if B == 0 or T == 0:
-        return every_state, states.clone(memory_format=torch.contiguous_format), gates
+    # A step reads h where the step before has stored it, whether it is returned or not.
+    stored = problem if problem.returned != 0 else problem._replace(returned=1)
+    every_state, last_states, gates = autograd.new_outputs(stored, Wx)
+    if problem.B == 0 or problem.steps == 0:
+        last_states = states.clone(memory_format=torch.contiguous_format)
+        return every_state.zero_()[: problem.returned], last_states, gates
     # The step's product loads vectors of 16 bytes of their rows.
     R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
     b = b.contiguous()
@@ -61,10 +73,25 @@ def forward(
         "last_states": last_states,
         "gates": gates,
     }
-    fields = _fields(call.FORWARD, problem, tensors)
     options = source.forward_options(problem.needs_gradient)
-    runs.run(_stepper(*_key(problem), False, options), fields, T)
-    return every_state, last_states, gates
+    record = call.FORWARD
+    if sequences is not None:
+        tensors |= operands(problem, sequences)
+        if problem.is_sequenced:
+            before = before_steps(problem, sequences, states[0], Wx.dtype)
+            tensors |= {"before_rows": before.rows, "h_starts": _aligned(before.starts)}
+        options = (*options, *source.sequence_options(problem), ("STORED", every_state.shape[0]))
+        if problem.ragged:
+            # A sequence of no step ends where it starts; rows of no step are 0.
+            last_states.copy_(states)
+            every_state.zero_()
+    if problem.is_sequenced:
+        record = record.complete
+    fields = _fields(record, problem, tensors)
+    runs.run(_stepper(*_key(problem), False, options), fields, problem.steps)
+    # In training all states are stored.
+    kept = None if problem.needs_gradient else problem.returned
+    return every_state[:kept], last_states, gates
 
 
 def backward(
@@ -75,13 +102,17 @@ def backward(
     gates: Tensor,
     d_states: Tensor,
     d_last_states: Tensor,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     d_gates = torch.empty_like(gates)
-    T, cut = problem.T, problem.gradient_recurrent_cut
-    if problem.B == 0 or T == 0:
+    cut, d_resets = problem.gradient_recurrent_cut, zeros_like_starts(sequences)
+    if problem.B == 0 or problem.steps == 0:
         d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-        return complete(problem, d_gates, d_initial, states_initial, states)
+        d_gates.zero_()
+        return complete(problem, d_gates, d_initial, states_initial, states, sequences)._replace(
+            reset_states=d_resets
+        )
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # The step's product sums over the units that forward's product computes: [N, D, Gr, D].
     transposed = _aligned(R.permute(1, 3, 0, 2))
@@ -95,13 +126,25 @@ def backward(
         "d_gates": d_gates,
         "d_initial": d_initial,
     }
-    fields = _fields(call.BACKWARD, problem, tensors)
-    # The last launch adds what reaches the initial h through R.
-    count = T if cut else T + 1
     clips = problem.gradient_recurrent_clipval is not None
     options = source.backward_options(cut, clips)
+    record = call.BACKWARD
+    if sequences is not None:
+        tensors |= operands(problem, sequences)
+        options = (*options, *source.sequence_options(problem), ("GIVEN", d_states.shape[0]))
+        if d_resets is not None:
+            tensors["d_reset_states"] = d_resets.expand(-1, problem.B, problem.T, -1, -1)
+    if problem.is_sequenced:
+        record = record.complete
+        d_initial.copy_(d_last_states)
+        if problem.ragged:
+            d_gates.zero_()
+    fields = _fields(record, problem, tensors)
+    # The last launch adds what reaches the initial h through R, and what is due to resets.
+    count = problem.steps if cut and not problem.resets else problem.steps + 1
     runs.run(_stepper(*_key(problem), True, options), fields, count)
-    return complete(problem, d_gates, d_initial, states_initial, states)
+    found = complete(problem, d_gates, d_initial, states_initial, states, sequences)
+    return found._replace(reset_states=d_resets)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -113,7 +156,9 @@ def _aligned(x: Tensor) -> Tensor:
 def _fields(record: call.Record, problem: Problem, tensors: dict[str, Tensor]) -> list[int]:
     """The record's, but for the last one, ``done``."""
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    return record.pack(tensors, T=problem.T, B=problem.B, N=problem.N, clips=clips)[:-1]
+    sizes = {"T": problem.steps, "B": problem.B, "N": problem.N}
+    rows = math.prod(problem.rows)
+    return record.pack(tensors, **sizes, rows_of_all=rows, clips=clips)[:-1]
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
@@ -134,7 +179,8 @@ def _stepper(
     backward: bool,
     options: source.Options,
 ) -> runs.Stepper:
-    plan = per_step.plan_step(cell, B, N, D, precision, backward)
+    sequenced = source.is_sequenced(options)
+    plan = per_step.plan_step(cell, B, N, D, precision, backward, sequenced)
     loaded = _program(cell, precision, plan, options, device)
     return _shared_stepper(loaded, plan, plan.grid(B, N, D), N, D)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashrnn.backends import autograd
 from flashrnn.backends.gradients import (
@@ -24,7 +25,6 @@ from flashrnn.backends.gradients import (
     select,
 )
 from flashrnn.backends.requirements import (
-    options_refusal,
     refusal,
     too_large,
     too_many_numbered_rows,
@@ -36,7 +36,7 @@ from flashrnn.kernels import call, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
-from flashrnn.sequences import Sequences, arrange, runs_backwards
+from flashrnn.sequences import Sequences, operands, runs_backwards, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -49,11 +49,25 @@ def unsupported(problem: Problem) -> str | None:
     # Whether there is a plan does not depend on B.
     return (
         refusal(problem)
-        or (None if registry.is_small(problem.D) else options_refusal(problem))
+        or _without_options(problem)
         or too_many_numbered_rows(problem)
         or too_large(problem)
         or _without_plan(_planned(problem, B=1), _gpu(problem))
     )
+
+
+def _without_options(problem: Problem) -> str | None:
+    """Which options of sequences its regimes of large heads lack."""
+    if registry.is_small(problem.D) or not problem.is_sequenced:
+        return None
+    asked = {
+        "reset": problem.resets,
+        "cu_seqlens": problem.packed,
+        "lengths": problem.ragged and not problem.packed,
+        "reverse": problem.reverse is not False,
+    }
+    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+    return f"for heads of more than 128 units it has no {names}; docs/sequences.md says which do"
 
 
 @lru_cache(maxsize=1024)
@@ -72,9 +86,13 @@ def forward(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
+    # Kernels of large heads store all states.
+    stored = problem if registry.is_small(problem.D) else problem._replace(returned=None)
+    every_state, last_states, gates = autograd.new_outputs(stored, Wx)
+    kept = None if problem.needs_gradient else problem.returned
     if problem.B == 0 or problem.T == 0:
-        return every_state, states.clone(memory_format=torch.contiguous_format), gates
+        last_states = states.clone(memory_format=torch.contiguous_format)
+        return every_state[:kept], last_states, gates
     gpu = _gpu(problem)
     plan = _plan(problem, False, gpu)
     Wx, R = (_rows_aligned(x, plan.ROW_ALIGNMENT) for x in (Wx, R.contiguous()))
@@ -89,9 +107,9 @@ def forward(
     }
     options = source.forward_options(problem.needs_gradient)
     if sequences is not None:
-        tensors |= _of_sequences(problem, sequences)
-        stored = ("STORED", every_state.shape[0])
-        options = (*options, *source.sequence_options(problem), stored)
+        tensors |= operands(problem, sequences)
+        count = ("STORED", every_state.shape[0])
+        options = (*options, *source.sequence_options(problem), count)
     _scan(
         problem,
         gpu,
@@ -101,7 +119,7 @@ def forward(
         options,
         _aligned(problem.D, Wx, every_state, gates),
     )
-    return every_state, last_states, gates
+    return every_state[:kept], last_states, gates
 
 
 def backward(
@@ -119,8 +137,8 @@ def backward(
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
         d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-        found = complete(problem, d_gates, d_initial, states_initial, states)
-        return found._replace(reset_states=_zeros_like_starts(sequences))
+        found = complete(problem, d_gates, d_initial, states_initial, states, sequences)
+        return found._replace(reset_states=zeros_like_starts(sequences))
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
     tensors = {
@@ -138,11 +156,16 @@ def backward(
     options = source.backward_options(problem.gradient_recurrent_cut, clips)
     before, d_resets = None, None
     if sequences is not None:
-        tensors |= _of_sequences(problem, sequences)
-        before = before_steps(problem, sequences, states_initial[0], states.dtype)
+        tensors |= operands(problem, sequences)
+        if problem.is_sequenced:
+            before = before_steps(problem, sequences, states_initial[0], states.dtype)
+        if not registry.is_small(D):
+            # Kernels of large heads read gradients of all states.
+            missing = len(cell.states) - d_states.shape[0]
+            tensors["d_states"] = d_states = pad(d_states, (0,) * 9 + (missing,))
         given = ("GIVEN", d_states.shape[0])
         options = (*options, *source.sequence_options(problem), given)
-        d_resets = _zeros_like_starts(sequences)
+        d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     aligned = _aligned(D, states, gates, d_states, d_gates)
@@ -155,27 +178,6 @@ def backward(
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
     d_b = select(d_bias.sum(0), 0, cell.fed_by("b")).to(R.dtype)
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
-
-
-def _zeros_like_starts(sequences: Sequences | None) -> Tensor | None:
-    """Memory for the gradient of what resets go back to, to which the kernel adds."""
-    if sequences is None or sequences.reset_states is None:
-        return None
-    return sequences.reset_states.new_zeros(sequences.reset_states.shape)
-
-
-def _of_sequences(problem: Problem, sequences: Sequences) -> dict[str, Tensor]:
-    """The operands of a call's options."""
-    arranged = arrange(problem, sequences)
-    named = {
-        "sequence_order": arranged.order,
-        "sequence_rows": arranged.rows,
-        "sequence_lengths": arranged.lengths,
-        "runs_backwards": arranged.backwards,
-        "reset_flags": arranged.flags,
-        "reset_states": arranged.reset_states,
-    }
-    return {name: x for name, x in named.items() if x is not None}
 
 
 def _scan(
@@ -234,7 +236,7 @@ def _recurrent_gradient(
     else:
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
         starts, record = before.starts, record.complete
-        if before.rows.shape[0] > 1:
+        if problem.reverse is not False:
             tensors["runs_backwards"] = runs_backwards(problem)
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, h.element_size(), gpu)
     aligned = _aligned(D, d_gates, starts, h)
@@ -306,7 +308,7 @@ def _planned(problem: Problem, B: int) -> Problem:
     if problem.returned is None:
         return problem
     # Whether heads run backwards, and what is returned, is in the kernel's options.
-    return problem._replace(reverse=problem.reverse is not False, returned=0)
+    return problem._replace(reverse=problem.reverse is not False, returned=0, longest=None)
 
 
 def _gpu(problem: Problem) -> GPU:

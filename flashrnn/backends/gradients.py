@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem
-from flashrnn.sequences import Sequences, bounds
+from flashrnn.sequences import Sequences, bounds, runs_backwards
 
 
 class Gradients(NamedTuple):
@@ -40,9 +40,13 @@ def complete(
     d_initial: Tensor,
     states_initial: Tensor,
     states: Tensor,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """A backward scan's gradients, completed by those of R and b."""
-    d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0])
+    before = None
+    if sequences is not None and problem.is_sequenced:
+        before = gathered(problem, sequences, states_initial[0], states[0])
+    d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0], before)
     return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
 
 
@@ -56,17 +60,21 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
-def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
-    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
+def recurrent_gradient(
+    cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor, before: Tensor | None = None
+) -> Tensor:
+    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t.
+
+    Args:
+        cell: the cell.
+        d_gates: ``[B, T, G, N, D]``.
+        h_initial: ``[B, 1, N, D]``.
+        h: ``[B, T, N, D]``.
+        before: ``[B · T, N, D]``, h before each step where it is not that of the row before.
+    """
     B, T, _, N, D = d_gates.shape
-    # h as the forward product read it: rounded, one step earlier. One copy shifts all steps, from
-    # sequence to sequence too, and the first step of each is then overwritten. To concatenate the
-    # initial h and the rest takes several times as long.
-    before = torch.empty_like(h, memory_format=torch.contiguous_format)
-    if T:
-        before.view(-1)[N * D :] = h.reshape(-1)[: -N * D]
-        before[:, 0] = h_initial[:, 0]
-    before = before.view(B * T, N, D)
+    if before is None:
+        before = _shifted(h_initial, h).view(B * T, N, D)
     fed = select(d_gates, 2, cell.fed_by("R"))
     Gr = fed.shape[2]
     # Rows of all gates of a head, so that a head takes one product.
@@ -74,12 +82,25 @@ def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: 
     return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
 
 
+def _shifted(h_initial: Tensor, h: Tensor) -> Tensor:
+    """``[B, T, N, D]``, h before each step."""
+    _, T, N, D = h.shape
+    # h as the forward product read it: rounded, one step earlier. One copy shifts all steps, from
+    # sequence to sequence too, and the first step of each is then overwritten. To concatenate the
+    # initial h and the rest takes several times as long.
+    before = torch.empty_like(h, memory_format=torch.contiguous_format)
+    if T:
+        before.view(-1)[N * D :] = h.reshape(-1)[: -N * D]
+        before[:, 0] = h_initial[:, 0]
+    return before
+
+
 class Before(NamedTuple):
     """Where h before each step is.
 
     Attributes:
-        rows: ``[directions, rows]`` of int32: the row of h, or −1 − k for row k of ``starts``. Of
-            two directions the second is that of heads that run backwards.
+        rows: ``[directions, rows]`` of int32: the row of h, or −1 − k for row k of ``starts``. With
+            heads that run backwards there are two directions, and the second is theirs.
         starts: ``[K, N, D]``, what sequences start with and what they go back to, rounded as h is.
     """
 
@@ -118,7 +139,7 @@ def before_steps(
             starts.append(to[0].reshape(-1, N, D).to(dtype))
             start = -1 - B - (row if to.shape[2] > 1 else sequence)
     directions = []
-    for backwards in _directions(problem):
+    for backwards in (False,) if problem.reverse is False else (False, True):
         neighbour = row + (1 if backwards else -1)
         is_first = step == (length - 1 if backwards else 0)
         found = torch.where(is_first, -1 - sequence, neighbour)
@@ -132,10 +153,16 @@ def before_steps(
     return Before(torch.stack(directions).int(), torch.cat(starts))
 
 
-def _directions(problem: Problem) -> tuple[bool, ...]:
-    """Those that heads run in."""
-    reverse = problem.reverse
-    return (False, True) if isinstance(reverse, tuple) else (reverse,)
+def gathered(problem: Problem, sequences: Sequences, h_initial: Tensor, h: Tensor) -> Tensor:
+    """``[rows, N, D]``, h before each step of a call with options."""
+    rows, starts = before_steps(problem, sequences, h_initial, h.dtype)
+    # One after another: starts count from the end, −1 the first.
+    every = torch.cat([h.flatten(0, 1), starts.flip(0)])
+    forward = every[rows[0].long() % len(every)]
+    if len(rows) == 1:
+        return forward
+    backwards = runs_backwards(problem)[:, None] > 0
+    return torch.where(backwards, every[rows[1].long() % len(every)], forward)
 
 
 def bias_gradient(cell: TracedCell, d_gates: Tensor) -> Tensor:

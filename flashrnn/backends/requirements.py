@@ -63,21 +63,6 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def options_refusal(problem: Problem) -> str | None:
-    """Why a backend without the options of :mod:`flashrnn.sequences` cannot do a problem."""
-    asked = {
-        "reset": problem.resets,
-        "cu_seqlens": problem.packed,
-        "lengths": problem.ragged and not problem.packed,
-        "reverse": problem.reverse is not False,
-        "return_states": problem.returned not in (None, len(problem.cell.states)),
-    }
-    names = [name for name, is_asked in asked.items() if is_asked]
-    if not names:
-        return None
-    return f"it has no {', '.join(names)}; docs/sequences.md says which backends do"
-
-
 def too_many_numbered_rows(problem: Problem) -> str | None:
     """Why a problem's options cannot be told to kernels, which number rows by 32 bits."""
     rows = problem.rows[0] * problem.T

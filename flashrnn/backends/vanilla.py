@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashrnn.problem import Problem, as_dtype_has_it
 from flashrnn.sequences import Sequences, bounds
@@ -38,6 +39,7 @@ def run(
     if sequences is None:
         return _run(problem, Wx, R, b, states, _Steps())
     order = _Order(problem, sequences)
+    problem = problem._replace(T=problem.steps)
     steps = _Steps()
     if order.lengths is not None:
         # [T, B], and a place for heads and one for units.
@@ -68,7 +70,7 @@ class _Steps(NamedTuple):
 class _Order:
     """Rows of time in the order in which heads compute them: step i of each sequence.
 
-    A packed batch becomes ``[B, T]`` steps; heads that run backwards have a sequence's last step
+    A packed batch becomes ``[B, steps]``; heads that run backwards have a sequence's last step
     first. Rows that no step has are 0.
     """
 
@@ -80,9 +82,9 @@ class _Order:
         self.turns = any(heads)
         self.backwards = torch.tensor(heads, device=self.device)
         length = problem.T if self.lengths is None else self.lengths[:, None]
-        step = torch.arange(problem.T, device=self.device).expand(problem.B, problem.T)
+        step = torch.arange(problem.steps, device=self.device).expand(problem.B, problem.steps)
         self.has_step = step < length
-        # [B, T]: the time of a step of a head that runs backwards, and the step of a time.
+        # [B, steps]: the time of a step of a head that runs backwards, and the step of a time.
         self.turned = torch.where(self.has_step, length - 1 - step, step)
 
     def steps(self, x: Tensor, dim: int = 0) -> Tensor:
@@ -95,14 +97,14 @@ class _Order:
         if self.lengths is not None:
             x = torch.where(self.has_step[:, :, None, None], x, 0.0)
         if self.first is None:
-            return x
+            return pad(x, (0, 0, 0, 0, 0, self.problem.T - x.shape[2]))
         # The sequence that has a row: the last that begins there or before, but for empty ones.
         assert self.lengths is not None
         total = torch.arange(self.problem.T, device=self.device)
         ends = self.first + self.lengths
         sequence = torch.searchsorted(ends, total, right=True).clamp_max(self.problem.B - 1)
         step = total - self.first[sequence]
-        found = x[:, sequence, step.clamp(0, self.problem.T - 1)]
+        found = x[:, sequence, step.clamp(0, max(0, self.problem.steps - 1))]
         is_inside = (step >= 0) & (step < self.lengths[sequence])
         return torch.where(is_inside[:, None, None], found, 0.0).unsqueeze(1)
 
@@ -125,8 +127,8 @@ class _Order:
 
     def _unpacked(self, x: Tensor, dim: int) -> Tensor:
         if self.first is None:
-            return x
-        row = self.first[:, None] + torch.arange(self.problem.T, device=self.device)
+            return x.narrow(dim + 1, 0, self.problem.steps)
+        row = self.first[:, None] + torch.arange(self.problem.steps, device=self.device)
         row = row.clamp_max(self.problem.T - 1)
         return x.select(dim, 0).index_select(dim, row.flatten()).unflatten(dim, row.shape)
 

@@ -118,7 +118,12 @@ class Record:
 
 @cache
 def _complete(record: Record) -> Record:
-    return replace(record, operands=(*record.operands, *record.absent), absent=())
+    numbers = {_ALL_ROWS: "long long", **record.numbers}
+    return replace(record, operands=(*record.operands, *record.absent), numbers=numbers, absent=())
+
+
+_ALL_ROWS = "rows_of_all"
+"""How many rows all sequences have together: a number that only complete records have."""
 
 
 _NUMBERS = {
@@ -139,6 +144,8 @@ _SEQUENCES = (
     Operand("reset_states", "const float", "sbtnd"),
 )
 
+_BEFORE = (Operand("before_rows", "const int"), Operand("h_starts", "const Element"))
+
 FORWARD = Record(
     "ForwardCall",
     (
@@ -154,14 +161,16 @@ FORWARD = Record(
         Operand("R_in_memory", "void"),
     ),
     _NUMBERS,
-    absent=_SEQUENCES,
+    absent=(*_SEQUENCES, *_BEFORE),
 )
 """Of a forward scan.
 
 ``h_initial`` is h before the first step, rounded, for kernels that read h from memory. ``packets``
 and ``R_in_memory`` are a plan's scratch memory. ``groups`` is the number of CTA groups of a launch.
 ``done`` is for kernels of a step: the number of steps before the recorded run. What it lacks says
-how sequences run (``common/sequence.cuh``), and is passed where a call has such options.
+how sequences run (``common/sequence.cuh``), and is passed where a call has such options;
+``before_rows`` and ``h_starts`` say where h before each step is
+(:class:`flashrnn.backends.gradients.Before`).
 """
 
 BACKWARD = Record(
@@ -193,13 +202,9 @@ RECURRENT_GRADIENT = Record(
         Operand("parts", "float"),
     ),
     {"rows_a_part": "int", "T": "unsigned", "B": "long long", "N": "int"},
-    absent=(
-        Operand("before_rows", "const int"),
-        Operand("h_starts", "const Element"),
-        Operand("runs_backwards", "const int"),
-    ),
+    absent=(*_BEFORE, Operand("runs_backwards", "const int")),
 )
 """Of the kernel of R's gradient.
 
-What it lacks says where h before each step is, and is passed where a call has options of sequences.
+What it lacks is passed where a call has options of sequences; see :data:`FORWARD`.
 """

@@ -46,6 +46,7 @@ from tests.problems import (
     undefined,
     wide,
 )
+from tests.sequences import KINDS, hold_ragged_to_vanilla, random_ragged
 from tests.stress import fuzz
 from tests.test_graphs import TABLES, check_table, table_inputs
 
@@ -96,6 +97,15 @@ def test_empty(on_the_cpu, sizes):
 def test_options(on_the_cpu, dtype, options):
     """In float32 R is read again at every step, in bfloat16 it stays: both ways."""
     hold_to_vanilla("triton", "lstm", 5, 4, 2, 24, dtype, **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(kinds.values()))
+def test_sequences(on_the_cpu, kinds, dtype):
+    """In float32 R is read again at every step, in bfloat16 it stays: both ways."""
+    case = random_ragged("lstm", 11, 5, 3, 20, seed=4, dtype=dtype, **kinds)
+    hold_ragged_to_vanilla("triton", case)
 
 
 @needs_triton

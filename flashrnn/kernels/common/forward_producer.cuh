@@ -38,12 +38,11 @@ __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element>
     long long fetched = 0;
     int slot = 0;
     const auto fetch_next = [&]() {
-        if (fetched < T) {
+        if (fetched++ < T) {
             Element* lines = ring + slot * Layout::LINES * Layout::INPUT_PITCH;
             input.fetch(lines);
-            fetch_flags(fetched, lines);
+            fetch_flags(fetched - 1, lines);
         }
-        ++fetched;
         cp_async_commit();
         input.advance();
         slot = slot + 1 == STAGES ? 0 : slot + 1;

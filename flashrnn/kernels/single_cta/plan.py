@@ -139,7 +139,6 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
     else:
         inputs = counts.inputs
         outputs = (counts.states, counts.gates) if problem.needs_gradient else (counts.states,)
-    is_sequenced = problem.resets or problem.ragged or problem.reverse is not False
     if not backward and problem.resets:
         outputs = (outputs[0] + 1, *outputs[1:])
     head = _Head(
@@ -150,7 +149,7 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
         outputs,
         problem.D,
         problem.dtype.itemsize,
-        _SEQUENCE_BYTES if is_sequenced else 0,
+        _SEQUENCE_BYTES if problem.is_sequenced else 0,
     )
     return _plan(head, problem.B, problem.N, gpu)
 

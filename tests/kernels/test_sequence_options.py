@@ -10,17 +10,21 @@ from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import source
 from flashrnn.kernels.single_cta import plan_gradient, plan_scan
-from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import OPTIONS, poisoned  # noqa: F401
 from tests.gpus import GPUS, planned
+from tests.kernels.regimes import GRID, take  # noqa: F401
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
 from tests.problems import BUILT_IN, sparse
 from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
 
 
 @pytest.fixture
-def on_the_cpu(fused_emulation, poisoned):  # noqa: F811
-    """Backend ``cuda_fused`` is emulated, and what it allocates is NaN."""
+def on_the_cpu(fused_emulation, emulation, poisoned):  # noqa: F811
+    """Backends ``cuda_fused`` and ``cuda`` are emulated, and what they allocate is NaN."""
+
+
+every_backend = pytest.mark.parametrize("backend", ["cuda_fused", "cuda"])
 
 
 ALL = KINDS[-2:]
@@ -33,9 +37,10 @@ every_kind = pytest.mark.parametrize(
 
 @needs_compiler
 @every_kind
-def test_equals_vanilla(on_the_cpu, kinds):
+@every_backend
+def test_equals_vanilla(on_the_cpu, backend, kinds):
     case = random_ragged("lstm", 7, 5, 3, 24, dtype=torch.bfloat16, **kinds)
-    hold_ragged_to_vanilla("cuda_fused", case)
+    hold_ragged_to_vanilla(backend, case)
 
 
 @needs_compiler
@@ -43,8 +48,9 @@ def test_equals_vanilla(on_the_cpu, kinds):
 @pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
-def test_every_cell_and_dtype(on_the_cpu, kind, dtype, kinds):
-    hold_ragged_to_vanilla("cuda_fused", random_ragged(kind, 5, 4, 2, 20, dtype=dtype, **kinds))
+@every_backend
+def test_every_cell_and_dtype(on_the_cpu, backend, kind, dtype, kinds):
+    hold_ragged_to_vanilla(backend, random_ragged(kind, 5, 4, 2, 20, dtype=dtype, **kinds))
 
 
 @needs_compiler
@@ -55,33 +61,39 @@ def test_every_cell_and_dtype(on_the_cpu, kind, dtype, kinds):
     [(1, 1, 1, 1), (2, 12, 2, 17), (70, 9, 12, 16), (200, 12, 12, 16), (3, 3, 2, 128)],
     ids=str,
 )
-def test_sizes(on_the_cpu, sizes, kinds):
+@every_backend
+def test_sizes(on_the_cpu, backend, sizes, kinds):
     hold_ragged_to_vanilla(
-        "cuda_fused", random_ragged("lstm", *sizes, seed=5, dtype=torch.bfloat16, **kinds)
+        backend, random_ragged("lstm", *sizes, seed=5, dtype=torch.bfloat16, **kinds)
     )
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options_of_the_config(on_the_cpu, options):
+@every_backend
+def test_options_of_the_config(on_the_cpu, backend, options):
     case = random_ragged("gru", 5, 4, 2, 20, dtype=torch.float32, **ALL[0])
-    hold_ragged_to_vanilla("cuda_fused", case, config=FlashRNNConfig(**options, initial_val=0.5))
+    hold_ragged_to_vanilla(backend, case, config=FlashRNNConfig(**options, initial_val=0.5))
 
 
 @needs_compiler
-def test_resets_go_back_to_the_initial_value(on_the_cpu):
+@pytest.mark.slow
+@every_backend
+def test_resets_go_back_to_the_initial_value(on_the_cpu, backend):
     case = random_ragged("lstm", 3, 4, 2, 16, resets="zeros", dtype=torch.float32)
     config = FlashRNNConfig(initial_val=(0.25, -0.5))
-    hold_ragged_to_vanilla("cuda_fused", case, config=config)
+    hold_ragged_to_vanilla(backend, case, config=config)
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
-def test_same_bits_as_each_sequence_alone(on_the_cpu, ragged):
+@every_backend
+def test_same_bits_as_each_sequence_alone(on_the_cpu, backend, ragged):
     """Where a sequence lies, and beside which others, changes no bit of what is its own."""
     case = random_ragged("lstm", 4, 6, 2, 16, seed=2, ragged=ragged, dtype=torch.bfloat16)
-    found, first = gradients_of(case, case.call("cuda_fused")), 0
+    found, first = gradients_of(case, case.call(backend)), 0
     for i, length in enumerate(case.lengths):
         rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
         first += length
@@ -89,14 +101,15 @@ def test_same_bits_as_each_sequence_alone(on_the_cpu, ragged):
             continue
         inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[rows[0], rows[1]][None]}
         inputs["states"] = inputs["states"][:, i : i + 1]
-        states, last_states = flashrnn(**inputs, backend="cuda_fused")
+        states, last_states = flashrnn(**inputs, backend=backend)
         assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
         assert torch.equal(last_states[:, 0], found["last_states"][:, i])
 
 
 @needs_compiler
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
-def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, ragged, monkeypatch):
+@every_backend
+def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, backend, ragged, monkeypatch):
     """Values that nobody checked: the emulation's allocations are NaN around what is written."""
     case = random_ragged("lstm", 3, 4, 1, 16, ragged=ragged, dtype=torch.float32)
     total = case.inputs.Wx.shape[1]
@@ -105,13 +118,14 @@ def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, ragged, monkeyp
         if ragged == "packed"
         else ("lengths", [-1, 99, 2], [0, 4, 2])
     )
-    monkeypatch.setattr("flashrnn.sequences._check_values", lambda *_: None)
-    runs = [case.call("cuda_fused", **{name: torch.tensor(x)}) for x in (given, meant)]
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    runs = [case.call(backend, **{name: torch.tensor(x)}) for x in (given, meant)]
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
     for seed in (1, 2):
         case = random_ragged(
@@ -168,15 +182,31 @@ def test_compiles_without_spills(kind, sizes, precision, arch):
 
 @needs_compiler
 @pytest.mark.slow
-def test_an_operator_of_a_graph_has_all_options(on_the_cpu):
+@every_backend
+def test_an_operator_of_a_graph_has_all_options(on_the_cpu, backend):
     case = random_ragged("lstm", 3, 4, 2, 16, dtype=torch.float32, **ALL[0])
-    expected = gradients_of(case, case.call("cuda_fused"))
+    expected = gradients_of(case, case.call(backend))
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda lengths: case.call("cuda_fused", lengths=lengths),
+        lambda lengths: case.call(backend, lengths=lengths),
         fullgraph=True,
         backend="aot_eager",
     )
     found = gradients_of(case, compiled(case.options["lengths"]))
     for name, x in found.items():
         torch.testing.assert_close(x, expected[name], msg=name)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("returned", ["h", "last"])
+def test_large_heads_return_what_is_asked_for(take, returned):  # noqa: F811
+    backend = take(GRID).backend
+    for grad in (True, False):
+        case = random_ragged("lstm", 3, 2, 1, 131, return_states=returned, dtype=torch.bfloat16)
+        with torch.set_grad_enabled(grad):
+            every, last_states = case.call(backend, return_states="all")
+            states, last = case.call(backend)
+        assert states.shape[0] == (returned == "h")
+        assert torch.equal(states, every[: len(states)]) and torch.equal(last, last_states)
+    hold_ragged_to_vanilla(backend, case)
