@@ -83,9 +83,10 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
     order, rows = None, None
     first, lengths = bounds(sequences, B, T)
     if lengths is not None:
-        lengths, order = lengths.sort(descending=True, stable=True)
-        rows = (order * T if first is None else first[order]).int()
-        order, lengths = order.int(), lengths.int()
+        # Of 32 bits, for as few launches as can be: each takes microseconds.
+        lengths, order = lengths.int().sort(descending=True, stable=True)
+        rows = order.int() * T if first is None else first[order].int()
+        order = order.int()
     backwards = None if problem.reverse is False else runs_backwards(problem)
     flags = None if sequences.reset is None else sequences.reset.reshape(-1).int()
     starts = sequences.reset_states

@@ -172,11 +172,27 @@ def _text(cell: TracedCell) -> str:
     return cell.text
 
 
-def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what a fused backend's forward returns."""
+def kept(problem: Problem, states: Tensor) -> Tensor:
+    """Of the states that a forward has stored those that it returns: in training all."""
+    return (
+        states if problem.returned is None or problem.needs_gradient else states[: problem.returned]
+    )
+
+
+def new_outputs(
+    problem: Problem, Wx: Tensor, stored: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what a fused backend's forward returns.
+
+    Args:
+        problem: the problem.
+        Wx: as given.
+        stored: how many states are stored of every step, where more than it returns.
+    """
     cell, (B, N, D), rows = problem.cell, (problem.B, problem.N, problem.D), problem.rows
     S, G = len(cell.states), len(cell.gates)
-    stored = S if problem.needs_gradient or problem.returned is None else problem.returned
+    if stored is None:
+        stored = S if problem.needs_gradient or problem.returned is None else problem.returned
     return (
         Wx.new_empty(stored, *rows, N, D),
         Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype),

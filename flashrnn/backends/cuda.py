@@ -55,11 +55,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     # A step reads h where the step before has stored it, whether it is returned or not.
-    stored = problem if problem.returned != 0 else problem._replace(returned=1)
-    every_state, last_states, gates = autograd.new_outputs(stored, Wx)
+    stored = 1 if problem.returned == 0 and not problem.needs_gradient else None
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx, stored)
     if problem.B == 0 or problem.steps == 0:
         last_states = states.clone(memory_format=torch.contiguous_format)
-        return every_state.zero_()[: problem.returned], last_states, gates
+        return autograd.kept(problem, every_state.zero_()), last_states, gates
     # The step's product loads vectors of 16 bytes of their rows.
     R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
     b = b.contiguous()
@@ -89,9 +89,7 @@ def forward(
         record = record.complete
     fields = _fields(record, problem, tensors)
     runs.run(_stepper(*_key(problem), False, options), fields, problem.steps)
-    # In training all states are stored.
-    kept = None if problem.needs_gradient else problem.returned
-    return every_state[:kept], last_states, gates
+    return autograd.kept(problem, every_state), last_states, gates
 
 
 def backward(

@@ -86,13 +86,9 @@ def forward(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    # Kernels of large heads store all states.
-    stored = problem if registry.is_small(problem.D) else problem._replace(returned=None)
-    every_state, last_states, gates = autograd.new_outputs(stored, Wx)
-    kept = None if problem.needs_gradient else problem.returned
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx, _stored(problem))
     if problem.B == 0 or problem.T == 0:
-        last_states = states.clone(memory_format=torch.contiguous_format)
-        return every_state[:kept], last_states, gates
+        return every_state, states.clone(memory_format=torch.contiguous_format), gates
     gpu = _gpu(problem)
     plan = _plan(problem, False, gpu)
     Wx, R = (_rows_aligned(x, plan.ROW_ALIGNMENT) for x in (Wx, R.contiguous()))
@@ -119,7 +115,14 @@ def forward(
         options,
         _aligned(problem.D, Wx, every_state, gates),
     )
-    return every_state[:kept], last_states, gates
+    return autograd.kept(problem, every_state), last_states, gates
+
+
+def _stored(problem: Problem) -> int | None:
+    """How many states are stored; ``None``: as many as are asked for."""
+    if problem.returned is None or registry.is_small(problem.D):
+        return None
+    return len(problem.cell.states)
 
 
 def backward(

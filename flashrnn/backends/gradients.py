@@ -6,7 +6,7 @@ bits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,37 +120,55 @@ def before_steps(
         dtype: of h.
     """
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    count = problem.rows[0] * T
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
     first, lengths = bounds(sequences, B, T)
-    row = torch.arange(problem.rows[0] * T, device=problem.device)
-    if first is None:
-        sequence, step = row // T, row % T
-        length = T if lengths is None else lengths[sequence]
-    else:
-        assert lengths is not None, "of packed sequences"
-        sequence = torch.searchsorted(first + lengths, row, right=True).clamp_max(B - 1)
-        step, length = row - first[sequence], lengths[sequence]
+    of_sequences = torch.arange(-1, -1 - B, -1, **whole)
     starts, start = [h_initial.reshape(B, N, D).to(dtype)], None
     if sequences.reset is not None:
         to = sequences.reset_states
-        if to is None:
-            starts.append(h_initial.new_zeros((1, N, D), dtype=dtype))
-            start = torch.full_like(row, -1 - B)
-        else:
-            starts.append(to[0].reshape(-1, N, D).to(dtype))
-            start = -1 - B - (row if to.shape[2] > 1 else sequence)
+        start = _start_of_each_row(problem, to, first, lengths)
+        zeros = h_initial.new_zeros((1, N, D), dtype=dtype)
+        starts.append(zeros if to is None else to[0].reshape(-1, N, D).to(dtype))
     directions = []
     for backwards in (False,) if problem.reverse is False else (False, True):
-        neighbour = row + (1 if backwards else -1)
-        is_first = step == (length - 1 if backwards else 0)
-        found = torch.where(is_first, -1 - sequence, neighbour)
-        if sequences.reset is not None and start is not None:
+        # The neighbour, of rows that are no step's too, which have no gradient. Behind the last row
+        # is a place for sequences without steps.
+        table = torch.arange(count + 1, **whole)
+        table = (table + 1).clamp_(max=max(0, count - 1)) if backwards else table - 1
+        rows = table[:count]
+        if backwards and sequences.reset is not None and start is not None:
+            # A flag cuts its row from the one before.
             flags = sequences.reset.reshape(-1)
-            if backwards:
-                flags = torch.cat([flags[1:], flags[:1]]) & ~is_first
-            found = torch.where(flags, start, found)
-        # Rows that are no step's have no gradient either.
-        directions.append(torch.where((step >= 0) & (step < length), found, row))
-    return Before(torch.stack(directions).int(), torch.cat(starts))
+            rows[:-1] = torch.where(flags[1:], start[:-1], rows[:-1])
+        if lengths is not None:
+            begin = torch.arange(B, device=problem.device) * T if first is None else first
+            begin = begin + lengths - 1 if backwards else begin
+            table[torch.where(lengths > 0, begin, count)] = of_sequences
+        elif T:
+            rows.view(B, T)[:, -1 if backwards else 0] = of_sequences
+        if not backwards and sequences.reset is not None and start is not None:
+            rows = torch.where(sequences.reset.reshape(-1), start, rows)
+        directions.append(rows)
+    return Before(torch.stack(directions), torch.cat(starts))
+
+
+def _start_of_each_row(
+    problem: Problem, to: Tensor | None, first: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """``[rows]``, for each row what a reset there goes back to, as in :class:`Before`."""
+    B, T = problem.B, problem.T
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
+    count = problem.rows[0] * T
+    if to is None:
+        return torch.full((), -1 - B, **whole).expand(count)
+    if to.shape[2] > 1:
+        return torch.arange(-1 - B, -1 - B - count, -1, **whole)
+    if first is None or lengths is None:
+        return torch.arange(-1 - B, -1 - 2 * B, -1, **whole)[:, None].expand(B, T).reshape(-1)
+    row = torch.arange(count, device=problem.device)
+    sequence = torch.searchsorted(first + lengths, row, right=True).clamp_max(B - 1)
+    return (-1 - B - sequence).int()
 
 
 def gathered(problem: Problem, sequences: Sequences, h_initial: Tensor, h: Tensor) -> Tensor:

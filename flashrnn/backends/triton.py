@@ -79,8 +79,8 @@ def forward(
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     # Where R does not stay in registers, h is read where the step before has stored it.
-    stored = problem if problem.returned != 0 else problem._replace(returned=1)
-    every_state, last_states, gates = autograd.new_outputs(stored, Wx)
+    stored = 1 if problem.returned == 0 and not problem.needs_gradient else None
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx, stored)
     given = _options(problem, sequences)
     h_starts = {}
     if sequences is not None and problem.is_sequenced:
@@ -88,9 +88,8 @@ def forward(
         h_starts = {"before_rows": before.rows, "h_starts": before.starts}
         if problem.ragged and not problem.packed:
             every_state.zero_()
-    kept = None if problem.needs_gradient else problem.returned
     if B == 0:
-        return every_state[:kept], last_states, gates
+        return autograd.kept(problem, every_state), last_states, gates
     alignment, wx_strides = _aligned(Wx)
     with _current(problem.device):
         fixed = _fixed(problem)
@@ -131,7 +130,7 @@ def forward(
             every_state.shape[0],
             num_warps=plan.warps,
         )
-    return every_state[:kept], last_states, gates
+    return autograd.kept(problem, every_state), last_states, gates
 
 
 def backward(

@@ -69,6 +69,29 @@ def test_sizes(on_the_cpu, backend, sizes, kinds):
 
 
 @needs_compiler
+@every_backend
+@pytest.mark.parametrize("sizes", [(3, 0), (1, 0)], ids=str)
+def test_no_steps(on_the_cpu, backend, sizes):
+    for kinds in ALL:
+        case = random_ragged("lstm", *sizes, 2, 8, dtype=torch.float32, **kinds)
+        hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_no_sequence_has_a_step(on_the_cpu, backend, ragged):
+    case = random_ragged(
+        "lstm", 2, 0 if ragged == "packed" else 3, 2, 8, ragged=ragged, resets="zeros"
+    )
+    lengths = torch.zeros_like(case.options.get("lengths", torch.zeros(2)))
+    options = {"lengths": lengths} if ragged == "lengths" else {}
+    case = case.to(torch.float32)
+    _, last_states = case.call(backend, **options)
+    assert torch.equal(last_states, case.inputs.states)
+
+
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_backend
