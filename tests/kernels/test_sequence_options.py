@@ -233,3 +233,16 @@ def test_large_heads_return_what_is_asked_for(take, returned):  # noqa: F811
         assert states.shape[0] == (returned == "h")
         assert torch.equal(states, every[: len(states)]) and torch.equal(last, last_states)
     hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_same_bits_without_gradients(on_the_cpu, backend, kinds):
+    """Where less is stored: nothing for a backward pass, and only the states that are asked for."""
+    case = random_ragged("lstm", 5, 4, 2, 16, dtype=torch.bfloat16, **kinds)
+    expected = case.call(backend)
+    with torch.no_grad():
+        given = case.call(backend)
+    for x, y in zip(given, expected, strict=True):
+        assert torch.equal(x, y)
