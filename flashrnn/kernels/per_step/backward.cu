@@ -21,11 +21,11 @@ namespace per_step {
 
 static_assert(SEGMENTS == GR && UNITS == ROWS);
 
+// A template, so that what only some records have is looked up in those alone (sequences.cuh).
 template <typename Call>
-__device__ __forceinline__ void run_step(const Call* __restrict__ call, int ahead, int N, int D) {
+__device__ __forceinline__ void run_step(const Call* __restrict__ call, int ahead, int N, int D,
+                                         Partial& partial) {
     griddepcontrol_launch();
-    __shared__ Partial partial;
-
     const Tile tile(N, D);
     const int B = static_cast<int>(call->B);
     const int n = tile.n, lane = threadIdx.x % 32;
@@ -225,7 +225,8 @@ __device__ __forceinline__ void run_step(const Call* __restrict__ call, int ahea
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
-    run_step(call, ahead, N, D);
+    __shared__ Partial partial;
+    run_step(call, ahead, N, D, partial);
 }
 
 // Writes the record that the launches of steps behind it in the stream read.
