@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from flashrnn import backends
+from flashrnn import backends, sequences
 from flashrnn.backends import autograd
 from flashrnn.backends.autograd import FusedBackend
 from flashrnn.cells.spec import Cell, resolve
@@ -28,6 +29,12 @@ def flashrnn(
     backend: str = "auto",
     config: FlashRNNConfig | None = None,
     dtype: torch.dtype | str | None = None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool | Sequence[bool] = False,
+    return_states: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrent network with block-diagonal (multi-head) recurrence over a sequence.
 
@@ -44,8 +51,9 @@ def flashrnn(
             summed over.
         b: ``[Gb, N, D]``, the bias; of float32 beside 16 bits, it is cast to those. Gates that
             ``Wx`` does not feed (the GRU's g) may be left out: their bias is 0 then.
-        states: ``[S, B, 1, N, D]``, the initial states, ``h`` first; ``None``: zeros, or
-            ``config.initial_val``. Of the inputs' dtype, or float32 where that has 16 bits.
+        states: ``[S, B, 1, N, D]``, the initial states, ``h`` first, or ``[S, 1, 1, N, D]``, one
+            start for all sequences; ``None``: zeros, or ``config.initial_val``. Of the inputs'
+            dtype, or float32 where that has 16 bits.
         function: ``"lstm"``, ``"gru"``, ``"elman"``, ``"slstm"``, another name out of
             :func:`flashrnn.available_functions`, or a cell made by :func:`flashrnn.cell`.
         further: ``backend`` by position; or ``config``, ``backend`` and ``dtype``, in the order
@@ -56,13 +64,31 @@ def flashrnn(
             of upstream's, layouts among them, the call is :func:`flashrnn.compat.call.call`.
         dtype: the dtype that ``Wx``, ``R`` and ``b`` are cast to; takes the place of
             ``config.dtype``. ``None``: the inputs' dtype, which must then be one.
+        reset: ``[B, T]`` of bool. ``True`` cuts a sequence between step t and step t − 1: the step
+            that is computed after the cut starts from ``reset_states``, and no gradient passes.
+        reset_states: ``[S, B, 1, N, D]``, or ``[S, B, T, N, D]``, of which the step that is
+            computed after the cut takes its own; dtypes as of ``states``. ``None``: zeros, or
+            ``config.initial_val``.
+        lengths: ``[B]`` of int32 or int64, on the CPU or the device of ``Wx``: how many steps each
+            sequence has. Later ones are not computed: states and gradients are 0 there.
+        cu_seqlens: ``[B + 1]`` of int32 or int64, rising from 0 to ``total``: ``Wx`` is packed,
+            ``[1, total, Gw, N, D]`` or ``[total, Gw, N, D]``, and sequence i has the rows from
+            ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``. B stands for the number of sequences in
+            ``states``, ``last_states`` and ``reset_states``, and ``[1, total]`` for ``[B, T]`` in
+            ``reset``, ``reset_states`` and the returned states.
+        reverse: whether time runs backwards, from each sequence's own end; or a list with one bool
+            for each head. ``last_states`` are then those after step 0.
+        return_states: which states are returned of every step: ``"all"``, ``"h"`` or, none of
+            them, ``"last"``.
 
     Returns:
         ``states`` ``[S, B, T, N, D]``, the states after every step, ``states[0]`` being ``h``,
         contiguous, in the dtype of the computation; and ``last_states`` ``[S, B, 1, N, D]``,
         those after the last step as they are carried from step to step (float32 where the
         computation has 16 bits), so that ``states=last_states`` continues the sequence exactly.
-        Gradients flow from both to ``Wx``, ``R``, ``b`` and ``states``.
+        Gradients flow from both to ``Wx``, ``R``, ``b``, ``states`` and ``reset_states``. With
+        ``return_states`` the first has S = 1 or 0; of a packed batch it is ``[S, 1, total, N, D]``,
+        or ``[S, total, N, D]`` where ``Wx`` has four dimensions.
 
     Raises:
         TypeError: something that is no tensor, no config or no name, a dtype other than float16,
@@ -79,12 +105,25 @@ def flashrnn(
     """
     if further:
         config, backend, dtype = by_position(further, config, backend, dtype)
+    options = None
+    if (
+        reset is not None
+        or reset_states is not None
+        or lengths is not None
+        or cu_seqlens is not None
+        or reverse is not False
+        or return_states != "all"
+    ):
+        options = sequences.Given(reset, reset_states, lengths, cu_seqlens, reverse, return_states)
     if config is not None and getattr(config, "of_upstream", True):
         from flashrnn.compat.call import call
 
-        return call(Wx, R, b, states, function, backend, config, dtype)
+        of_sequences = () if options is None else options
+        return call(Wx, R, b, states, function, backend, config, dtype, *of_sequences)
     config = checked_options(config, backend)
     cell = resolve(function)
+    if options is not None:
+        return _with_options(Wx, R, b, states, cell, backend, config, dtype, options)
     given = (Wx, R, b) if states is None else (Wx, R, b, states)
     key = key_of(cell, Wx, R, b, states, config, dtype) if backends.is_direct(*given) else None
     problem = None if key is None else problems.get(key)
@@ -95,19 +134,15 @@ def flashrnn(
                 Wx, R, whole, states, function, backend=backend, config=config, dtype=dtype
             )
         problem = _problem(cell, Wx, R, b, states, config, dtype)
+        if states is not None and states.shape[1] != problem.B:
+            states = one_for_each(states, problem)
+            return flashrnn(Wx, R, b, states, function, backend=backend, config=config, dtype=dtype)
         if key is not None:
             remember(key, problem)
     chosen = backends.choose(backend, problem)
     if states is None:
         states = initial_states(problem, config)
-    computed_in = problem.dtype
-    arguments = (
-        cast_to(Wx, computed_in),
-        cast_to(R, computed_in),
-        cast_to(b, computed_in),
-        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
-        cast_to(states, carry_dtype(computed_in)),
-    )
+    arguments = _as_computed(problem, Wx, R, b, states)
     if not autograd.is_fused(chosen):
         problem = problem._replace(step=cell.step)
     elif key is not None:
@@ -117,6 +152,98 @@ def flashrnn(
         return autograd.run(chosen, problem, *arguments)
     with torch.autocast(problem.device.type, enabled=False):
         return autograd.run(chosen, problem, *arguments)
+
+
+def _with_options(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    cell: Cell,
+    backend: str,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+    given: sequences.Given,
+) -> tuple[Tensor, Tensor]:
+    """A call with options of sequences, whose problem is worked out anew each time."""
+    of_Wx = Wx
+    Wx = sequences.in_rows("Wx", Wx, "Gw, N, D", given)
+    b = _whole_bias(cell, b)
+    tensors = {"Wx": Wx, "R": R, "b": b}
+    problem, options = problem_with(cell, Wx.shape, tensors, states, config, dtype, given)
+    chosen = backends.choose(backend, problem)
+    states = initial_states(problem, config) if states is None else one_for_each(states, problem)
+    arguments = _as_computed(problem, Wx, R, b, states)
+    if not autograd.is_fused(chosen):
+        problem = problem._replace(step=cell.step)
+    autocast = autocast_enabled(problem.device.type)
+    with torch.autocast(problem.device.type, enabled=False) if autocast else nullcontext():
+        found, last_states = autograd.run(chosen, problem, *arguments, options)
+    return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
+
+
+def problem_with(
+    cell: Cell,
+    of_Wx: Sequence[int],
+    tensors: dict[str, Tensor],
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+    given: sequences.Given,
+) -> tuple[Problem, sequences.Sequences]:
+    """The problem of a call with options of sequences, once all of it is found to fit.
+
+    Args:
+        cell: the cell.
+        of_Wx: the shape of ``Wx``, ``[1, total, Gw, N, D]`` if packed.
+        tensors: the call's, but for states, by their names; the first is on the call's device.
+        states: see :func:`flashrnn`.
+        config: ...
+        dtype: ...
+        given: the options.
+
+    Returns:
+        The problem, and the options' tensors, as :func:`flashrnn.backends.autograd.run` has them.
+    """
+    tensors = dict(tensors)
+    if states is not None:
+        tensors["states"] = states
+    if given.reset_states is not None:
+        tensors["reset_states"] = given.reset_states
+    needs_gradient = checked_kinds(tensors)
+    device = next(iter(tensors.values())).device
+    count, options, fields = sequences.accept(
+        cell, of_Wx, device, given, check_values=not backends.recorded()
+    )
+    sizes = fitting_sizes(cell, of_Wx, tensors["R"], tensors["b"], states, count)
+    problem = problem_of(cell, sizes, tensors, needs_gradient, config, dtype)._replace(**fields)
+    if not problem.resets:
+        return problem, options
+    starts = options.reset_states
+    if starts is None and any(config.initial_values(cell.states)):
+        starts = initial_states(problem, config)
+    if starts is not None:
+        options = options._replace(reset_states=cast_to(starts, carry_dtype(problem.dtype)))
+    return problem, options
+
+
+def one_for_each(states: Tensor, problem: Problem) -> Tensor:
+    """Initial states ``[S, B, 1, N, D]``, also where one start was given for all sequences."""
+    return states if states.shape[1] == problem.B else states.expand(-1, problem.B, -1, -1, -1)
+
+
+def _as_computed(
+    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors in the dtypes of the computation."""
+    computed_in = problem.dtype
+    return (
+        cast_to(Wx, computed_in),
+        cast_to(R, computed_in),
+        cast_to(b, computed_in),
+        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
+        cast_to(states, carry_dtype(computed_in)),
+    )
 
 
 _DEFAULT = FlashRNNConfig()
@@ -314,27 +441,54 @@ def _zeros_of(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 
 def fitting_sizes(
-    cell: Cell, of_Wx: Sequence[int], R: Tensor, b: Tensor, states: Tensor | None
+    cell: Cell,
+    of_Wx: Sequence[int],
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    count: int | None = None,
 ) -> tuple[int, int, int, int]:
-    """B, T, N and D, once every shape is found to fit that of ``Wx``."""
+    """B, T, N and D, once every shape is found to fit that of ``Wx``.
+
+    Args:
+        cell: the cell.
+        of_Wx: the shape of ``Wx``.
+        R: see :func:`flashrnn`, as those below.
+        b: ...
+        states: ...
+        count: the number of sequences, where ``Wx`` does not tell.
+    """
     if len(of_Wx) == 5:
         B, T, Gw, N, D = of_Wx
+        if count is not None:
+            B = count
         if (
             (Gw == len(cell.fed_by("Wx")) and N > 0 and D > 0)
             and R.shape == (len(cell.fed_by("R")), N, D, D)
             and b.shape == (len(cell.fed_by("b")), N, D)
-            and (states is None or states.shape == (len(cell.states), B, 1, N, D))
+            and (
+                states is None
+                or states.shape == (len(cell.states), B, 1, N, D)
+                or states.shape == (len(cell.states), 1, 1, N, D)
+            )
         ):
             return B, T, N, D
-    _refuse_sizes(cell, of_Wx, R, b, states)
+    _refuse_sizes(cell, of_Wx, R, b, states, count)
 
 
 def _refuse_sizes(
-    cell: Cell, of_Wx: Sequence[int], R: Tensor, b: Tensor, states: Tensor | None
+    cell: Cell,
+    of_Wx: Sequence[int],
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    count: int | None,
 ) -> NoReturn:
     """Say which tensor does not fit: each is held to the sizes that ``Wx`` sets."""
     check_rank("Wx", of_Wx, "[B, T, Gw, N, D]")
     B, _, _, N, D = of_Wx
+    if count is not None:
+        B = count
     if N == 0 or D == 0:
         raise ValueError(
             f"Wx has shape {tuple(of_Wx)}, {N} heads of {D} units; accepted are N and D ≥ 1"
@@ -423,8 +577,8 @@ def common_dtype(
 
     found = first.dtype
     for name, tensor in tensors.items():
-        may_be_wider = name in ("b", "states") and tensor.dtype == carry_dtype(found)
-        if tensor.dtype != found and not may_be_wider:
+        may_be_wider = name in ("b", "states", "reset_states")
+        if tensor.dtype != found and not (may_be_wider and tensor.dtype == carry_dtype(found)):
             raise TypeError(
                 f"{_listed(tensors)}; accepted is one dtype for all (b and states may be float32 "
                 "beside 16 bits). Cast them, or let dtype=... do it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashrnn import backends, functional
+from flashrnn import backends, functional, sequences
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
@@ -28,6 +29,12 @@ def recurrent_layer(
     *,
     config: FlashRNNConfig | None = None,
     dtype: torch.dtype | str | None = None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool | Sequence[bool] = False,
+    return_states: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrent layer: the input product ``Wx = x @ Wᵀ`` and :func:`flashrnn.flashrnn`.
 
@@ -52,10 +59,17 @@ def recurrent_layer(
         dtype: the dtype that ``x``, ``W``, ``R`` and ``b`` are cast to, and that the product is
             computed in; takes the place of ``config.dtype``. ``None``: the inputs' dtype, which
             must then be one; under ``torch.autocast`` autocast's.
+        reset: as in :func:`flashrnn.flashrnn`, as those below.
+        reset_states: ...
+        lengths: ...
+        cu_seqlens: with it ``x`` is packed: ``[1, total, I]`` or ``[total, I]``.
+        reverse: ...
+        return_states: ...
 
     Returns:
         As :func:`flashrnn.flashrnn`: ``states`` ``[S, B, T, N, D]`` and ``last_states``
-        ``[S, B, 1, N, D]``. Gradients flow from both to ``x``, ``W``, ``R``, ``b`` and ``states``.
+        ``[S, B, 1, N, D]``; of an ``x`` ``[total, I]``, ``states`` ``[S, total, N, D]``. Gradients
+        flow from both to ``x``, ``W``, ``R``, ``b``, ``states`` and ``reset_states``.
 
     Raises:
         TypeError: as :func:`flashrnn.flashrnn`.
@@ -75,6 +89,16 @@ def recurrent_layer(
     """
     config = functional.checked_options(config, backend)
     cell = resolve(function)
+    if (
+        reset is not None
+        or reset_states is not None
+        or lengths is not None
+        or cu_seqlens is not None
+        or reverse is not False
+        or return_states != "all"
+    ):
+        options = sequences.Given(reset, reset_states, lengths, cu_seqlens, reverse, return_states)
+        return _with_options(x, W, R, b, states, cell, backend, config, dtype, options)
     given = (x, W, R, b) if states is None else (x, W, R, b, states)
     key = None
     if backends.is_direct(*given):
@@ -85,6 +109,11 @@ def recurrent_layer(
     problem = None if key is None else functional.problems.get(key)
     if problem is None:
         problem = _problem(cell, x, W, R, b, states, config, dtype)
+        if states is not None and states.shape[1] != problem.B:
+            states = functional.one_for_each(states, problem)
+            return recurrent_layer(
+                x, W, R, b, states, function, backend, config=config, dtype=dtype
+            )
         if key is not None:
             functional.remember(key, problem)
     chosen = backends.choose(backend, problem)
@@ -101,6 +130,46 @@ def recurrent_layer(
         Wx = _input_product(problem, x, W)
         run = autograd.run_directly if direct else autograd.run
         return run(cast(Any, chosen), problem, Wx, R, b, states)
+
+
+def _with_options(
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    cell: Cell,
+    backend: str,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+    given: sequences.Given,
+) -> tuple[Tensor, Tensor]:
+    """A call with options of sequences, whose problem is worked out anew each time."""
+    of_x = x
+    x = sequences.in_rows("x", x, "I", given)
+    tensors = {"x": x, "W": W, "R": R, "b": b}
+    functional.checked_kinds(tensors)
+    problem, options = functional.problem_with(
+        cell, _shape_of_Wx(cell, x, W), tensors, states, config, dtype, given
+    )
+    chosen = backends.choose(backend, problem)
+    if states is None:
+        states = functional.initial_states(problem, config)
+    else:
+        states = functional.one_for_each(states, problem)
+    inputs = x, W, R, b, states
+    with _without_autocast(problem.device.type):
+        if not autograd.is_fused(chosen):
+            problem = problem._replace(step=cell.step)
+        elif problem.needs_gradient and backends.is_direct(
+            *inputs, *(option for option in options if option is not None)
+        ):
+            every_state, last_states = _Layer.apply(*inputs, chosen, problem, *options)
+            return (every_state if x.ndim == of_x.ndim else every_state.squeeze(1)), last_states
+        x, W, R, b, states = _as_computed(problem, *inputs)
+        Wx = _input_product(problem, x, W)
+        every_state, last_states = autograd.run(chosen, problem, Wx, R, b, states, options)
+    return (every_state if x.ndim == of_x.ndim else every_state.squeeze(1)), last_states
 
 
 def _problem(
@@ -126,6 +195,11 @@ def _sizes(
     cell: Cell, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor | None
 ) -> tuple[int, int, int, int]:
     """B, T, N and D, once every shape is found to fit."""
+    return functional.fitting_sizes(cell, _shape_of_Wx(cell, x, W), R, b, states)
+
+
+def _shape_of_Wx(cell: Cell, x: Tensor, W: Tensor) -> tuple[int, ...]:
+    """That of the input product, once x and W are found to fit each other."""
     functional.check_rank("x", x.shape, "[B, T, I]")
     functional.check_rank("W", W.shape, "[Gw, N, D, I]")
     functional.check_gates(cell, "W", W.shape[0], "Wx")
@@ -134,7 +208,7 @@ def _sizes(
             f"x has shape {tuple(x.shape)}, {x.shape[2]} features, and W {tuple(W.shape)}, for "
             f"{W.shape[3]}; accepted are x [B, T, I] and W [Gw, N, D, I] with one I"
         )
-    return functional.fitting_sizes(cell, (*x.shape[:2], *W.shape[:3]), R, b, states)
+    return *x.shape[:2], *W.shape[:3]
 
 
 def _as_computed(
@@ -154,7 +228,7 @@ def _as_computed(
 
 def _input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
     """``Wx`` ``[B, T, Gw, N, D]``: one product for all steps and gates."""
-    sizes = problem.B, problem.T, W.shape[0], problem.N, problem.D
+    sizes = *problem.rows, W.shape[0], problem.N, problem.D
     rows_of_W = W.flatten(0, 2)
     if torch.compiler.is_compiling() or x.is_contiguous() or not _is_time_major(x):
         return linear(x, rows_of_W).view(sizes)
@@ -189,12 +263,13 @@ class _Layer(torch.autograd.Function):
         states: Tensor,
         backend: autograd.FusedBackend,
         problem: Problem,
+        *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # Autograd casts the gradients back to the dtypes of what is given here.
         x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
         scan = _ScanContext()
         Wx = _input_product(problem, x, W)
-        outputs = autograd.Scan.forward(scan, Wx, R, b, states, backend, problem)
+        outputs = autograd.Scan.forward(scan, Wx, R, b, states, backend, problem, *options)
         ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
         ctx.set_materialize_grads(False)
         ctx.scan = scan
@@ -203,12 +278,12 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
         x, W, *saved = ctx.saved_tensors
-        needs_x, needs_W, *needs = ctx.needs_input_grad[:5]
+        needs_x, needs_W, *needs = ctx.needs_input_grad
         scan = _ScanContext(
             **vars(ctx.scan), saved_tensors=saved, needs_input_grad=(needs_x or needs_W, *needs)
         )
         with _without_autocast(x.device.type):
-            d_Wx, d_R, d_b, d_initial, *_ = autograd.Scan.backward(scan, d_states, d_last)
+            d_Wx, *others = autograd.Scan.backward(scan, d_states, d_last)
             d_x = d_W = None
             if needs_x or needs_W:
                 # Not by flatten(), which gradients of a batch (is_grads_batched) do not have.
@@ -218,7 +293,7 @@ class _Layer(torch.autograd.Function):
                 d_x = (rows @ W.flatten(0, 2)).view(x.shape)
             if needs_W:
                 d_W = (rows.t() @ x.flatten(0, 1)).view(W.shape)
-        return d_x, d_W, d_R, d_b, d_initial, None, None
+        return d_x, d_W, *others
 
 
 class _ScanContext(SimpleNamespace):

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
     Attributes:
         cell: the cell, as traced.
         B: batch size.
-        T: sequence length.
+        T: sequence length; of a packed batch its rows, which are those of all sequences.
         N: number of heads.
         D: head dimension.
         dtype: of ``Wx``, ``R``, ``b`` and the returned ``states``.
@@ -28,6 +28,13 @@ class Problem(NamedTuple):
         forward_clipval: ...
         allow_tf32: see :class:`flashrnn.FlashRNNConfig`; :func:`tf32_allowed` resolves ``None``.
         step: the cell's own function, which only ``vanilla`` calls. What a cache keeps has none.
+        resets: whether states go back to a start before some steps; :mod:`flashrnn.sequences` has
+            the tensors of this option and of the next two.
+        ragged: whether sequences have lengths of their own.
+        packed: whether they lie one behind another in ``[1, T]`` rows, not each in T of ``[B, T]``.
+        reverse: whether time runs backwards; a tuple of one for each head where they differ.
+        longest: the largest length, where it is known: T or less.
+        returned: how many states are returned of every step; ``None``: all.
     """
 
     cell: TracedCell
@@ -43,6 +50,27 @@ class Problem(NamedTuple):
     forward_clipval: float | None = None
     allow_tf32: bool | None = None
     step: Step | None = None
+    resets: bool = False
+    ragged: bool = False
+    packed: bool = False
+    reverse: bool | tuple[bool, ...] = False
+    returned: int | None = None
+    longest: int | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The dimensions of ``Wx`` that stand for sequences and steps."""
+        return (1, self.T) if self.packed else (self.B, self.T)
+
+    @property
+    def is_sequenced(self) -> bool:
+        """Whether sequences do not all run through T steps, from the first to the last."""
+        return self.resets or self.ragged or self.reverse is not False
+
+    @property
+    def steps(self) -> int:
+        """How many steps the longest sequence has at most."""
+        return self.T if self.longest is None else self.longest
 
     @property
     def carry_dtype(self) -> torch.dtype:
@@ -55,7 +83,8 @@ class Problem(NamedTuple):
 
 
 def as_compiled(problem: Problem) -> Problem:
-    """A problem without what no program of its has: T, values of clips, and how PyTorch is set."""
+    """A problem without what no program of its has: T, values of clips, how PyTorch is set, and
+    which heads run backwards, where some do."""
     gradient, forward = (
         None if value is None else 1.0
         for value in (problem.gradient_recurrent_clipval, problem.forward_clipval)
@@ -66,6 +95,8 @@ def as_compiled(problem: Problem) -> Problem:
         forward_clipval=forward,
         allow_tf32=None,
         step=None,
+        reverse=problem.reverse is not False,
+        longest=None,
     )
 
 

@@ -17,6 +17,7 @@
 
 #define __device__
 #define __global__
+#define __forceinline__
 #define __noinline__ __attribute__((noinline))
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -100,6 +101,7 @@ struct Coroutine {
 struct Copy {
     void* to;
     const void* from;
+    int bytes;
 };
 
 // NaN until it is written.
@@ -654,7 +656,13 @@ static std::vector<Copy>& open_copy_group() {
 static void cp_async(void* to, const void* from) {
     expect_aligned(to, 16);
     expect_aligned(from, 16);
-    open_copy_group().push_back({to, from});
+    open_copy_group().push_back({to, from, 16});
+}
+
+static void cp_async_word(void* to, const void* from) {
+    expect_aligned(to, 4);
+    expect_aligned(from, 4);
+    open_copy_group().push_back({to, from, 4});
 }
 
 static void cp_async_commit() {
@@ -667,7 +675,7 @@ static void cp_async_wait() {
     auto& groups = current->copy_groups[threadIdx.x];
     // The last one is still open.
     while (int(groups.size()) - 1 > PENDING) {
-        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, 16);
+        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
         groups.erase(groups.begin());
     }
 }

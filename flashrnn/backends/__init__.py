@@ -8,12 +8,15 @@ A backend is a module of this package. All of them have two functions:
 The fused ones have a scan in each direction. :func:`flashrnn.backends.autograd.run` makes one
 differentiable function of both:
 
-    forward(problem, Wx, R, b, states) -> (states, last_states, gates)
-    backward(problem, R, states_initial, states, gates, d_states, d_last_states) -> Gradients
+    forward(problem, Wx, R, b, states, sequences) -> (states, last_states, gates)
+    backward(problem, R, states_initial, states, gates, d_states, d_last_states, sequences)
+        -> Gradients
 
 ``vanilla`` consists of PyTorch's own differentiable operations and has one function instead:
 
-    run(problem, Wx, R, b, states) -> (states, last_states)
+    run(problem, Wx, R, b, states, sequences) -> (states, last_states)
+
+``sequences`` is ``None`` where a call has no option that says how its sequences run.
 
 A backend may have a way of its own to compute a step at a time, for T = 1 and no gradients:
 
@@ -112,9 +115,15 @@ def choose(name: str, problem: Problem) -> Backend:
         N, D = operator.index(problem.N), operator.index(problem.D)
         dtype, device, needs_gradient = problem.dtype, problem.device, problem.needs_gradient
         handle = cast(Cell, problem.cell).handle
-        chosen = constants.chosen(
-            name, handle, N, D, dtype, device, needs_gradient, problem.allow_tf32
+        options = (
+            problem.allow_tf32,
+            problem.resets,
+            problem.ragged,
+            problem.packed,
+            problem.reverse,
+            problem.returned,
         )
+        chosen = constants.chosen(name, handle, N, D, dtype, device, needs_gradient, *options)
         return load(chosen)
     return loaded(best(name, problem))
 

@@ -12,7 +12,7 @@ alone: each takes a fraction of the host time of the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,15 +24,25 @@ from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
 from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences
 
 
 class FusedBackend(Backend, Protocol):
     """What a fused backend's module offers."""
 
     def forward(
-        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+        self,
+        problem: Problem,
+        Wx: Tensor,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States, last states, and, where a gradient is needed, the gates' pre-activations."""
+        """States, last states, and, where a gradient is needed, the gates' pre-activations.
+
+        States are all where a gradient is needed, else ``problem.returned``.
+        """
 
     def backward(
         self,
@@ -43,6 +53,7 @@ class FusedBackend(Backend, Protocol):
         gates: Tensor,
         d_states: Tensor | None,
         d_last_states: Tensor | None,
+        sequences: Sequences | None = None,
     ) -> Gradients:
         """The gradients of all that went in; Wx's is part of the pre-activations'.
 
@@ -55,13 +66,25 @@ class DifferentiableBackend(Backend, Protocol):
     """What ``vanilla`` offers: PyTorch differentiates the operations it consists of."""
 
     def run(
-        self, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+        self,
+        problem: Problem,
+        Wx: Tensor,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :func:`run`."""
 
 
 def run(
-    backend: Backend, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    backend: Backend,
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute, differentiably.
 
@@ -72,15 +95,19 @@ def run(
         R: ``[Gr, N, D, D]``.
         b: ``[Gb, N, D]``.
         states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
+        sequences: the options that say how sequences run; ``None``: none.
 
     Returns:
-        ``[S, B, T, N, D]`` of ``problem.dtype`` and ``[S, B, 1, N, D]`` of
-        ``problem.carry_dtype``, both contiguous.
+        ``[S, B, T, N, D]`` of ``problem.dtype``, where S is ``problem.returned``, and
+        ``[S, B, 1, N, D]`` of ``problem.carry_dtype``, both contiguous.
     """
     if not is_fused(backend):
-        return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states)
+        return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states, sequences)
     backend = cast(FusedBackend, backend)
-    if recorded() or not all(map(is_plain, (Wx, R, b, states))):
+    tensors: tuple[Tensor, ...] = (Wx, R, b, states)
+    if sequences is not None:
+        tensors += tuple(x for x in sequences if x is not None)
+    if recorded() or not all(map(is_plain, tensors)):
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -93,15 +120,27 @@ def run(
             problem.gradient_recurrent_clipval,
             problem.forward_clipval,
             problem.allow_tf32,
+            *_of_operator(problem, sequences),
         )
-        return every_state, last_states
-    return run_directly(backend, problem, Wx, R, b, states)
+        return (every_state if sequences is None else every_state[: problem.returned]), last_states
+    return run_directly(backend, problem, Wx, R, b, states, sequences)
 
 
 def run_directly(
-    backend: FusedBackend, problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    backend: FusedBackend,
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for a fused backend where :func:`flashrnn.backends.is_direct` holds."""
+    if sequences is not None:
+        if problem.needs_gradient:
+            return Scan.apply(Wx, R, b, states, backend, problem, *sequences)
+        every_state, last_states, _ = backend.forward(problem, Wx, R, b, states, sequences)
+        return every_state, last_states
     if problem.needs_gradient:
         return Scan.apply(Wx, R, b, states, backend, problem)
     every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
@@ -111,6 +150,14 @@ def run_directly(
 def is_fused(backend: Backend) -> bool:
     """Whether it has a scan in each direction; else PyTorch differentiates what it does."""
     return hasattr(backend, "forward")
+
+
+def _of_operator(problem: Problem, sequences: Sequences | None) -> tuple[Any, ...]:
+    """The options of sequences as arguments of an operator, which may lack them."""
+    if sequences is None:
+        return ()
+    reverse = problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,)
+    return *sequences, reverse, problem.returned
 
 
 def _name(backend: FusedBackend) -> str:
@@ -131,14 +178,37 @@ def _text(cell: TracedCell) -> str:
     return cell.text
 
 
-def new_outputs(problem: Problem, Wx: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Memory for what a fused backend's forward returns."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    S = len(cell.states)
+def stored(problem: Problem) -> int:
+    """How many states a forward has to store of every step: in training all."""
+    all_of_them = problem.returned is None or problem.needs_gradient
+    return len(problem.cell.states) if all_of_them else cast(int, problem.returned)
+
+
+def kept(problem: Problem, states: Tensor) -> Tensor:
+    """Of the states that a forward has stored those that it returns: in training all."""
     return (
-        Wx.new_empty(S, B, T, N, D),
+        states if problem.returned is None or problem.needs_gradient else states[: problem.returned]
+    )
+
+
+def new_outputs(
+    problem: Problem, Wx: Tensor, count: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Memory for what a fused backend's forward returns.
+
+    Args:
+        problem: the problem.
+        Wx: as given.
+        count: how many states are stored of every step, if not as many as :func:`stored` says.
+    """
+    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    S, rows = len(cell.states), 1 if problem.packed else B
+    if count is None:
+        count = S if problem.returned is None else stored(problem)
+    return (
+        Wx.new_empty(count, rows, T, N, D),
         Wx.new_empty(S, B, 1, N, D, dtype=problem.carry_dtype),
-        Wx.new_empty(B, T, len(cell.gates), N, D) if problem.needs_gradient else None,
+        Wx.new_empty(rows, T, len(cell.gates), N, D) if problem.needs_gradient else None,
     )
 
 
@@ -161,28 +231,27 @@ def scan(
     clipval: float | None,
     forward_clipval: float | None,
     allow_tf32: bool | None = None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every step's states, the last states as carried, and the gates' pre-activations, of which
     there are none if they are not to be saved."""
-    B, T, _, N, D = Wx.shape
+    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    (_, T, _, N, D), B = Wx.shape, states.shape[1]
     problem = Problem(
         parsed(cell)[0],
-        B,
-        T,
-        N,
-        D,
-        Wx.dtype,
-        Wx.device,
-        save_gates,
-        cut,
-        clipval,
-        forward_clipval,
-        allow_tf32,
+        *(B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval, allow_tf32),
+        **_fields(sequences, reverse, returned),
     )
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
     _check_captures(cell)
-    return _for_graphs(*_named(backend).forward(problem, Wx, R, b, states))
+    given = () if returned is None else (sequences,)
+    return _for_graphs(*_named(backend).forward(problem, Wx, R, b, states, *given))
 
 
 def _for_graphs(
@@ -190,6 +259,20 @@ def _for_graphs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An operator returns the same number of tensors whatever it is asked for."""
     return states, last_states, states.new_empty(0) if gates is None else gates
+
+
+def _fields(
+    sequences: Sequences, reverse: Sequence[bool] | None, returned: int | None
+) -> dict[str, Any]:
+    """Those of a problem that follow from an operator's arguments."""
+    heads = tuple(reverse or ())
+    return {
+        "resets": sequences.reset is not None,
+        "ragged": sequences.lengths is not None or sequences.cu_seqlens is not None,
+        "packed": sequences.cu_seqlens is not None,
+        "reverse": any(heads) if len(heads) < 2 else heads,
+        "returned": returned,
+    }
 
 
 def _check_no_derivative_forward(backend: str) -> None:
@@ -234,9 +317,16 @@ def _(
     clipval: float | None,
     forward_clipval: float | None,
     allow_tf32: bool | None = None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, _, N, D = Wx.shape
-    problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates)
+    (_, T, _, N, D), B = Wx.shape, states.shape[1]
+    fields = _fields(Sequences(reset, reset_states, lengths, cu_seqlens), reverse, returned)
+    problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates, **fields)
     return _for_graphs(*new_outputs(problem, Wx))
 
 
@@ -254,30 +344,30 @@ def scan_backward(
     clipval: float | None,
     forward_clipval: float | None,
     allow_tf32: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the gates' pre-activations, of the initial states, of R and of b."""
-    _, B, T, N, D = states.shape
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the gates' pre-activations, of the initial states, of R, b and resets."""
+    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    (_, _, T, N, D), B = states.shape, states_initial.shape[1]
     problem = Problem(
         parsed(cell)[0],
-        B,
-        T,
-        N,
-        D,
-        R.dtype,
-        R.device,
-        True,
-        cut,
-        clipval,
-        forward_clipval,
-        allow_tf32,
+        *(B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval, allow_tf32),
+        **_fields(sequences, reverse, returned),
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
+    given = () if returned is None else (sequences,)
     found = _named(backend).backward(
-        problem, R, states_initial, states, gates, d_states, d_last_states
+        problem, R, states_initial, states, gates, d_states, d_last_states, *given
     )
     # A graph is made for one layout, whichever layout the backend returns.
-    return found.gates, found.states, found.R.contiguous(), found.b.contiguous()
+    of_resets = R.new_empty(0) if found.reset_states is None else found.reset_states
+    return found.gates, found.states, found.R.contiguous(), found.b.contiguous(), of_resets
 
 
 @scan_backward.register_fake
@@ -294,13 +384,20 @@ def _(
     clipval: float | None,
     forward_clipval: float | None,
     allow_tf32: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, N, D, _ = R.shape
     return (
         gates.new_empty(gates.shape),
         states_initial.new_empty(states_initial.shape),
         R.new_empty(R.shape),
         R.new_empty(len(parsed(cell)[0].fed_by("b")), N, D),
+        R.new_empty(0) if reset_states is None else reset_states.new_empty(reset_states.shape),
     )
 
 
@@ -319,18 +416,24 @@ scan_backward.register_autograd(_no_second_derivative, setup_context=_remember_b
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, R, _, states_initial, backend, cell, _, *options = inputs
+    options, of_sequences = options[:4], options[4:]
     states, _, gates = output
-    ctx.save_for_backward(R, states_initial, states, gates)
+    ctx.save_for_backward(R, states_initial, states, gates, *of_sequences[:4])
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.call = (backend, cell, *options)
+    ctx.options = tuple(of_sequences[4:])
 
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
-    def pull_back(*tensors: Tensor | None) -> Gradients:
-        return Gradients(*scan_backward(*tensors, *ctx.call))
+    saved = ctx.saved_tensors
 
-    return *_gradients(ctx, parsed(ctx.call[1])[0], pull_back, d_states, d_last), *(None,) * 7
+    def pull_back(*tensors: Tensor | None) -> Gradients:
+        return Gradients(*scan_backward(*tensors, *ctx.call, *saved[4:], *ctx.options))
+
+    found = _gradients(ctx, saved, parsed(ctx.call[1])[0], pull_back, d_states, d_last)
+    of_resets = found[4] if ctx.needs_input_grad[12] else None
+    return *found[:4], *(None,) * 8, of_resets, *(None,) * 4
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -348,11 +451,17 @@ class Scan(torch.autograd.Function):
         states_initial: Tensor,
         backend: FusedBackend,
         problem: Problem,
+        *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        states, last_states, gates = backend.forward(problem, Wx, R, b, states_initial)
-        ctx.save_for_backward(R, states_initial, states, gates)
+        found = backend.forward(
+            problem, Wx, R, b, states_initial, *((Sequences(*options),) if options else ())
+        )
+        states, last_states, gates = found
+        ctx.save_for_backward(R, states_initial, states, gates, *options)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem = backend, problem
+        if options:
+            states = states[: problem.returned]
         return states, last_states
 
     @staticmethod
@@ -360,6 +469,10 @@ class Scan(torch.autograd.Function):
         ctx: Any, d_states: Tensor | None, d_last: Tensor | None
     ) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
+        saved = ctx.saved_tensors
+        options = saved[4:]
+        if options and not problem.returned:
+            d_states = None
 
         def pull_back(*tensors: Tensor | None) -> Gradients:
             # With a graph of the gradient: the operator's own derivative raises an error that says
@@ -375,22 +488,28 @@ class Scan(torch.autograd.Function):
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
                         problem.allow_tf32,
+                        *_of_operator(problem, Sequences(*options) if options else None),
                     )
                 )
-            return backend.backward(problem, *tensors)
+            return backend.backward(problem, *tensors, *((Sequences(*options),) if options else ()))
 
-        return *_gradients(ctx, problem.cell, pull_back, d_states, d_last), None, None
+        found = _gradients(ctx, saved, problem.cell, pull_back, d_states, d_last)
+        if not options:
+            return *found[:4], None, None
+        of_resets = found[4] if ctx.needs_input_grad[7] else None
+        return *found[:4], None, None, None, of_resets, None, None
 
 
 def _gradients(
     ctx: Any,
+    saved: Sequence[Tensor],
     cell: TracedCell,
     pull_back: Callable[..., Gradients],
     d_states: Tensor | None,
     d_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of Wx, R, b and the initial states."""
-    R, states_initial, states, gates = ctx.saved_tensors
+    """The gradients of Wx, R, b, the initial states and what resets go back to."""
+    R, states_initial, states, gates = saved[:4]
     # A hook on saved tensors may have changed their layout.
     states, gates = states.contiguous(), gates.contiguous()
     found = pull_back(R, states_initial, states, gates, d_states, d_last)
@@ -400,4 +519,5 @@ def _gradients(
         found.R if needs_R else None,
         found.b if needs_b else None,
         found.states if needs_states else None,
+        found.reset_states,
     )

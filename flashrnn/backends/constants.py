@@ -37,10 +37,23 @@ def chosen(
     device: torch.device,
     needs_gradient: bool,
     allow_tf32: bool | None,
+    resets: bool,
+    ragged: bool,
+    packed: bool,
+    reverse: bool | tuple[bool, ...],
+    returned: int | None,
 ) -> str:
     """See :func:`flashrnn.backends.best`. B, T and clip values decide nothing."""
-    cell = _cell(handle).traced
-    problem = Problem(cell, 1, 1, N, D, dtype, device, needs_gradient, allow_tf32=allow_tf32)
+    problem = Problem(
+        _cell(handle).traced,
+        *(1, 1, N, D, dtype, device, needs_gradient),
+        allow_tf32=allow_tf32,
+        resets=resets,
+        ragged=ragged,
+        packed=packed,
+        reverse=reverse,
+        returned=returned,
+    )
     return backends.best(name, problem)
 
 

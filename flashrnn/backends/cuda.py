@@ -6,14 +6,27 @@ recordings (:mod:`flashrnn.kernels.per_step.runs`).
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete, number_of, of_no_steps
-from flashrnn.backends.requirements import refusal, too_large, too_many_rows, unavailable_cuda
+from flashrnn.backends.gradients import (
+    Gradients,
+    before_steps,
+    complete,
+    number_of,
+    of_no_steps,
+)
+from flashrnn.backends.requirements import (
+    refusal,
+    too_large,
+    too_many_numbered_rows,
+    too_many_rows,
+    unavailable_cuda,
+)
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc
 from flashrnn.jit.background import compile_soon
@@ -22,6 +35,7 @@ from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import plan as per_step
 from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem, as_compiled
+from flashrnn.sequences import Sequences, operands, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -31,7 +45,12 @@ def unavailable(device: torch.device) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    return refusal(problem) or too_large(problem) or too_many_rows(problem)
+    return (
+        refusal(problem)
+        or too_many_numbered_rows(problem)
+        or too_large(problem)
+        or too_many_rows(problem)
+    )
 
 
 def programs(
@@ -41,18 +60,33 @@ def programs(
     if reason := unsupported(problem):
         raise ValueError(f"backend 'cuda' cannot do this call: {reason}")
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    plan = per_step.plan_step(cell, problem.B, problem.N, problem.D, precision, backward)
-    return [plan.source(cell, precision, source.options_of(problem, backward))]
+    plan = per_step.plan_step(
+        cell, problem.B, problem.N, problem.D, precision, backward, problem.is_sequenced
+    )
+    return [plan.source(cell, precision, options_of(problem, backward))]
+
+
+def options_of(problem: Problem, backward: bool) -> source.Options:
+    """The usual constants of a problem's kernel."""
+    options = source.options_of(problem, backward, _stored(problem))
+    if backward and problem.is_sequenced:
+        return tuple((name, False if name == "GIVEN_LAST" else x) for name, x in options)
+    return options
 
 
 def forward(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    B, T = problem.B, problem.T
-    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
-    if B == 0 or T == 0:
-        return every_state, states.clone(memory_format=torch.contiguous_format), gates
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx, _stored(problem))
+    if problem.B == 0 or problem.steps == 0:
+        last_states = states.clone(memory_format=torch.contiguous_format)
+        return autograd.kept(problem, every_state.zero_()), last_states, gates
     # The step's product loads vectors of 16 bytes of their rows.
     R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
     b = b.contiguous()
@@ -67,12 +101,22 @@ def forward(
     }
     if gates is not None:
         tensors["gates"] = gates
+    options = source.forward_options(problem.needs_gradient)
+    if sequences is not None:
+        tensors |= operands(problem, sequences)
+        options = (*options, *source.options_of_storing(problem, len(every_state)))
+        if problem.is_sequenced:
+            before = before_steps(problem, sequences, states[0], Wx.dtype)
+            tensors |= {"before_rows": before.rows, "h_starts": _aligned(before.starts)}
+        if problem.ragged:
+            # A sequence of no step ends where it starts; rows of no step are 0.
+            last_states.copy_(states)
+            every_state.zero_()
     fields = _fields(problem, False, tensors)
     if problem.needs_gradient:
         _begin_backward(as_compiled(problem), source.precision_of(problem))
-    options = source.forward_options(problem.needs_gradient)
-    runs.run(_stepper(*_key(problem), False, options), fields, T)
-    return every_state, last_states, gates
+    runs.run(_stepper(*_key(problem), False, options), fields, problem.steps)
+    return autograd.kept(problem, every_state), last_states, gates
 
 
 def backward(
@@ -83,12 +127,14 @@ def backward(
     gates: Tensor,
     d_states: Tensor | None,
     d_last_states: Tensor | None,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     d_gates = torch.empty_like(gates)
-    T, cut = problem.T, problem.gradient_recurrent_cut
-    if problem.B == 0 or T == 0:
-        return of_no_steps(problem, d_gates, d_last_states, states_initial, states)
+    cut, d_resets = problem.gradient_recurrent_cut, zeros_like_starts(sequences)
+    if problem.B == 0 or problem.steps == 0:
+        found = of_no_steps(problem, d_gates, d_last_states, states_initial, states, sequences)
+        return found._replace(reset_states=d_resets)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # The step's product sums over the units that forward's product computes: [N, D, Gr, D].
     transposed = _aligned(R.permute(1, 3, 0, 2))
@@ -100,18 +146,38 @@ def backward(
         "d_gates": d_gates,
         "d_initial": d_initial,
     }
-    # The last launch adds what reaches the initial h through R.
-    count = T if cut else T + 1
-    clips = problem.gradient_recurrent_clipval is not None
     if d_states is not None:
         tensors["d_states"] = d_states
-    if d_last_states is not None:
+    given_last = d_last_states is not None and not problem.is_sequenced
+    clips = problem.gradient_recurrent_clipval is not None
+    options = source.backward_options(cut, clips, number_of(d_states), given_last)
+    if sequences is not None:
+        tensors |= operands(problem, sequences)
+        options = (*options, *source.sequence_options(problem))
+        if d_resets is not None:
+            tensors["d_reset_states"] = d_resets.expand(-1, problem.B, problem.T, -1, -1)
+    if problem.is_sequenced:
+        # Sequences end at different times: each one's gradients wait where it carries them.
+        if d_last_states is None:
+            d_initial.zero_()
+        else:
+            d_initial.copy_(d_last_states)
+        if problem.ragged:
+            d_gates.zero_()
+    elif d_last_states is not None:
         tensors["d_last"] = d_last_states
-    given = number_of(d_states), d_last_states is not None
-    options = source.backward_options(cut, clips, *given)
     fields = _fields(problem, True, tensors)
+    # The last launch adds what reaches the initial h through R, and what is due to resets.
+    count = problem.steps if cut and not problem.resets else problem.steps + 1
     runs.run(_stepper(*_key(problem), True, options), fields, count)
-    return complete(problem, d_gates, d_initial, states_initial, states)
+    found = complete(problem, d_gates, d_initial, states_initial, states, sequences)
+    return found._replace(reset_states=d_resets)
+
+
+def _stored(problem: Problem) -> int:
+    """How many states are stored of every step."""
+    # A step reads h where the step before has stored it, whether it is returned or not.
+    return max(1, autograd.stored(problem))
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -122,18 +188,29 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _fields(problem: Problem, backward: bool, tensors: dict[str, Tensor]) -> tuple[int, ...]:
     """The record's, but for the last one, ``done``."""
-    record = call.BACKWARD if backward else call.FORWARD
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    record = _record(problem.is_sequenced, backward)
     addresses, layout = record.read(tensors)
-    return _packing(backward, layout, problem.T, problem.B, problem.N, clips)(addresses)[:-1]
+    sizes = problem.steps, problem.B, problem.N, math.prod(problem.rows)
+    return _packing(problem.is_sequenced, backward, layout, sizes, clips)(addresses)[:-1]
+
+
+def _record(sequenced: bool, backward: bool) -> call.Record:
+    record = call.BACKWARD if backward else call.FORWARD
+    return record.complete if sequenced else record
 
 
 @lru_cache(maxsize=512)
 def _packing(
-    backward: bool, layout: call.Layout, T: int, B: int, N: int, clips: int
+    sequenced: bool,
+    backward: bool,
+    layout: call.Layout,
+    sizes: tuple[int, int, int, int],
+    clips: int,
 ) -> call.Packing:
-    record = call.BACKWARD if backward else call.FORWARD
-    return record.packing(layout, T=T, B=B, N=N, clips=clips)
+    T, B, N, rows = sizes
+    record = _record(sequenced, backward)
+    return record.packing(layout, T=T, B=B, N=N, rows_of_all=rows, clips=clips)
 
 
 def _key(problem: Problem) -> tuple[TracedCell, int, int, int, str, torch.device]:
@@ -161,7 +238,8 @@ def _stepper(
     backward: bool,
     options: source.Options,
 ) -> runs.Stepper:
-    plan = per_step.plan_step(cell, B, N, D, precision, backward)
+    sequenced = source.is_sequenced(options)
+    plan = per_step.plan_step(cell, B, N, D, precision, backward, sequenced)
     loaded = _program(cell, precision, plan, options, device)
     return _shared_stepper(loaded, plan, plan.grid(B, N, D), N, D)
 

@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import Runs, autograd
-from flashrnn.backends.gradients import Gradients, number_of, of_no_steps, recurrent_gradient
-from flashrnn.backends.requirements import refusal, too_large, unavailable_cuda
+from flashrnn.backends.gradients import (
+    Before,
+    Gradients,
+    before_steps,
+    number_of,
+    of_no_steps,
+    recurrent_gradient,
+)
+from flashrnn.backends.requirements import (
+    refusal,
+    too_large,
+    too_many_numbered_rows,
+    unavailable_cuda,
+)
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.jit.background import compile_soon
@@ -24,6 +36,7 @@ from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
+from flashrnn.sequences import Sequences, operands, runs_backwards, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -39,7 +52,27 @@ def unsupported(problem: Problem) -> str | None:
 @lru_cache(maxsize=1024)
 def _refused(problem: Problem, gpu: GPU) -> str | None:
     # Whether there is a plan does not depend on B.
-    return refusal(problem) or too_large(problem) or _without_plan(_planned(problem, B=1), gpu)
+    return (
+        refusal(problem)
+        or _without_options(problem)
+        or too_many_numbered_rows(problem)
+        or too_large(problem)
+        or _without_plan(_planned(problem, B=1), gpu)
+    )
+
+
+def _without_options(problem: Problem) -> str | None:
+    """Which options of sequences its regimes of large heads lack."""
+    if registry.is_small(problem.D) or not problem.is_sequenced:
+        return None
+    asked = {
+        "reset": problem.resets,
+        "cu_seqlens": problem.packed,
+        "lengths": problem.ragged and not problem.packed,
+        "reverse": problem.reverse is not False,
+    }
+    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+    return f"for heads of more than 128 units it has no {names}; docs/sequences.md says which do"
 
 
 @lru_cache(maxsize=1024)
@@ -69,24 +102,32 @@ def programs(
     D, plan = problem.D, _plan(problem, backward, gpu)
     aligned = D * problem.dtype.itemsize % 16 == 0
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    found = [plan.source(cell, precision, source.options_of(problem, backward), aligned)]
+    options = source.options_of(problem, backward, _stored(problem))
+    found = [plan.source(cell, precision, options, aligned)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
             recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
         )
-        found.append(tiles.compiled.source(problem.cell, precision, aligned))
+        found.append(tiles.compiled.source(problem.cell, precision, aligned, problem.is_sequenced))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
     return found
 
 
 def forward(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
+    count = None if sequences is None else _stored(problem)
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx, count)
     if problem.B == 0 or problem.T == 0:
+        every_state = autograd.kept(problem, every_state)
         return every_state, states.clone(memory_format=torch.contiguous_format), gates
     tensors = {
         "Wx": Wx,
@@ -99,8 +140,19 @@ def forward(
     if gates is not None:
         tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
+    if sequences is not None:
+        problem = problem._replace(longest=None)
+        tensors |= operands(problem, sequences)
+        options = (*options, *source.options_of_storing(problem, len(every_state)))
     _scan(problem, _gpu(problem), False, tensors, options)
+    if sequences is not None:
+        every_state = autograd.kept(problem, every_state)
     return every_state, last_states, gates
+
+
+def _stored(problem: Problem) -> int:
+    """How many states are stored of every step."""
+    return autograd.stored(problem) if registry.is_small(problem.D) else len(problem.cell.states)
 
 
 def backward(
@@ -111,12 +163,14 @@ def backward(
     gates: Tensor,
     d_states: Tensor | None,
     d_last_states: Tensor | None,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
-        return of_no_steps(problem, d_gates, d_last_states, states_initial, states)
+        found = of_no_steps(problem, d_gates, d_last_states, states_initial, states, sequences)
+        return found._replace(reset_states=zeros_like_starts(sequences))
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
     tensors = {
@@ -135,15 +189,25 @@ def backward(
         tensors["d_last"] = d_last_states
     given = number_of(d_states), d_last_states is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
+    before, d_resets = None, None
+    if sequences is not None:
+        problem = problem._replace(longest=None)
+        tensors |= operands(problem, sequences)
+        options = (*options, *source.sequence_options(problem))
+        if problem.is_sequenced:
+            before = before_steps(problem, sequences, states_initial[0], states.dtype)
+        d_resets = zeros_like_starts(sequences)
+        if d_resets is not None:
+            tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
     h_initial, h, parts = states_initial[0], states[0], None
     if registry.is_small(D):
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h)
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, before)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
-    return Gradients(d_gates, d_initial, d_R, d_b)
+    return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 
 def _scan(
@@ -162,7 +226,7 @@ def _scan(
         tensors: those of the direction's record, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
     """
-    record = call.BACKWARD if backward else call.FORWARD
+    record = _record(problem, backward)
     precision = source.precision_of(problem)
     addresses, layout = record.read(tensors)
     prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
@@ -176,6 +240,11 @@ def _scan(
         scratch = _scratch(prepared, tensors["R"])
         addresses += [memory.data_ptr() for memory in scratch]
     prepared.launch(addresses)
+
+
+def _record(problem: Problem, backward: bool) -> call.Record:
+    record = call.BACKWARD if backward else call.FORWARD
+    return record.complete if problem.is_sequenced else record
 
 
 def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
@@ -300,14 +369,24 @@ class _Step(NamedTuple):
 
 
 def _recurrent_gradient_parts(
-    problem: Problem, gpu: GPU, d_gates: Tensor, h_initial: Tensor, h: Tensor
+    problem: Problem,
+    gpu: GPU,
+    d_gates: Tensor,
+    h_initial: Tensor,
+    h: Tensor,
+    before: Before | None,
 ) -> Tensor:
     """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
-    if h.dtype == torch.float32:
-        # Copied as it is; in 16 bits each element is rounded.
-        h_initial = h_initial.contiguous()
-    record = call.RECURRENT_GRADIENT
-    addresses, layout = record.read({"d_gates": d_gates, "h_initial": h_initial, "h": h})
+    tensors, record = {"d_gates": d_gates, "h": h}, call.RECURRENT_GRADIENT
+    if before is not None:
+        record = record.complete
+        tensors |= {"before_rows": before.rows, "h_starts": before.starts}
+        if problem.reverse is not False:
+            tensors["runs_backwards"] = runs_backwards(problem)
+    else:
+        # Copied as it is in float32; in 16 bits each element is rounded.
+        tensors["h_initial"] = h_initial.contiguous() if h.dtype == torch.float32 else h_initial
+    addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
     parts = d_gates.new_empty(shape, dtype=torch.float32)
@@ -360,7 +439,7 @@ class _Prepared(NamedTuple):
 
 
 # Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
-_IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates", "h_initial", "h")
+_IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates", "h_initial", "h_starts", "h")
 
 
 # What a launch depends on is all here, but for addresses, stream and context.
@@ -376,7 +455,7 @@ def _prepared_scan(
     if problem.needs_gradient and not backward:
         _begin_backward(as_compiled(problem), gpu, precision)
     B, T, N = problem.B, problem.T, problem.N
-    record = call.BACKWARD if backward else call.FORWARD
+    record = _record(problem, backward)
     plan = _plan(problem, backward, gpu)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     D, size = problem.D, problem.dtype.itemsize
@@ -405,14 +484,15 @@ def _prepared_gradient(
     problem: Problem, gpu: GPU, precision: str, layout: call.Layout
 ) -> tuple[_Prepared, tuple[int, ...]]:
     """The launch, and the shape of the parts of the sum that it gives."""
-    cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
+    cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
+    recurrent, gathered = len(cell.fed_by("R")), problem.is_sequenced
+    record = call.RECURRENT_GRADIENT.complete if gathered else call.RECURRENT_GRADIENT
     size = problem.dtype.itemsize
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
     # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
     in_pieces = _IN_PIECES if size == 4 else tuple(x for x in _IN_PIECES if x != "h_initial")
     aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, problem.device)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, gathered, problem.device)
     prepared = _Prepared(
         kernel,
         kernel.shape._replace(grid=plan.grid(N)),
@@ -484,7 +564,7 @@ def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
 
 def _planned(problem: Problem, B: int) -> Problem:
     """A problem without the fields that no plan depends on, as a key of caches of plans."""
-    return problem._replace(
+    problem = problem._replace(
         B=B,
         T=1,
         gradient_recurrent_clipval=None,
@@ -492,6 +572,10 @@ def _planned(problem: Problem, B: int) -> Problem:
         allow_tf32=None,
         step=None,
     )
+    if problem.returned is None:
+        return problem
+    # Whether heads run backwards, and what is returned, is in the kernel's options.
+    return problem._replace(reverse=problem.reverse is not False, returned=0, longest=None)
 
 
 def _gpu(problem: Problem) -> GPU:
@@ -573,10 +657,11 @@ def _gradient_kernel(
     precision: str,
     plan: single_cta.GradientPlan,
     aligned: bool,
+    gathered: bool,
     device: torch.device,
 ) -> _Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
-    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned), shape, device)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, gathered), shape, device)
 
 
 @lru_cache(maxsize=256)

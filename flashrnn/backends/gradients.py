@@ -6,13 +6,14 @@ bits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences, bounds, runs_backwards
 
 
 class Gradients(NamedTuple):
@@ -23,12 +24,14 @@ class Gradients(NamedTuple):
         states: ``[S, B, 1, N, D]``, of the initial states.
         R: ``[Gr, N, D, D]``.
         b: ``[Gb, N, D]``.
+        reset_states: of what resets go back to, in its shape; ``None`` without resets.
     """
 
     gates: Tensor
     states: Tensor
     R: Tensor
     b: Tensor
+    reset_states: Tensor | None = None
 
 
 def number_of(d_states: Tensor | None) -> int:
@@ -42,12 +45,14 @@ def of_no_steps(
     d_last_states: Tensor | None,
     states_initial: Tensor,
     states: Tensor,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """The gradients of a call without sequences or without steps: states pass through it."""
+    d_gates.zero_()
     if d_last_states is None:
         d_last_states = torch.zeros_like(states_initial)
     d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-    return complete(problem, d_gates, d_initial, states_initial, states)
+    return complete(problem, d_gates, d_initial, states_initial, states, sequences)
 
 
 def complete(
@@ -56,9 +61,13 @@ def complete(
     d_initial: Tensor,
     states_initial: Tensor,
     states: Tensor,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """A backward scan's gradients, completed by those of R and b."""
-    d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0])
+    before = None
+    if sequences is not None and problem.is_sequenced:
+        before = gathered(problem, sequences, states_initial[0], states[0])
+    d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0], before)
     return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
 
 
@@ -72,9 +81,31 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
-def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor) -> Tensor:
-    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t."""
+def recurrent_gradient(
+    cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor, before: Tensor | None = None
+) -> Tensor:
+    """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t.
+
+    Args:
+        cell: the cell.
+        d_gates: ``[B, T, G, N, D]``.
+        h_initial: ``[B, 1, N, D]``.
+        h: ``[B, T, N, D]``.
+        before: ``[B · T, N, D]``, h before each step where it is not that of the row before.
+    """
     B, T, _, N, D = d_gates.shape
+    if before is None:
+        before = _shifted(h_initial, h).view(B * T, N, D)
+    fed = select(d_gates, 2, cell.fed_by("R"))
+    Gr = fed.shape[2]
+    # Rows of all gates of a head, so that a head takes one product.
+    rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
+    return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+
+
+def _shifted(h_initial: Tensor, h: Tensor) -> Tensor:
+    """``[B, T, N, D]``, h before each step."""
+    _, T, N, D = h.shape
     # h as the forward product read it: rounded, one step earlier. One copy shifts all steps, from
     # sequence to sequence too, and the first step of each is then overwritten. To concatenate the
     # initial h and the rest takes several times as long.
@@ -82,12 +113,95 @@ def recurrent_gradient(cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: 
     if T:
         before.view(-1)[N * D :] = h.reshape(-1)[: -N * D]
         before[:, 0] = h_initial[:, 0]
-    before = before.view(B * T, N, D)
-    fed = select(d_gates, 2, cell.fed_by("R"))
-    Gr = fed.shape[2]
-    # Rows of all gates of a head, so that a head takes one product.
-    rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
-    return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+    return before
+
+
+class Before(NamedTuple):
+    """Where h before each step is.
+
+    Attributes:
+        rows: ``[directions, rows]`` of int32: the row of h, or −1 − k for row k of ``starts``. With
+            heads that run backwards there are two directions, and the second is theirs.
+        starts: ``[K, N, D]``, what sequences start with and what they go back to, rounded as h is.
+    """
+
+    rows: Tensor
+    starts: Tensor
+
+
+def before_steps(
+    problem: Problem, sequences: Sequences, h_initial: Tensor, dtype: torch.dtype
+) -> Before:
+    """Where h before each step of a call with options is.
+
+    Args:
+        problem: the problem.
+        sequences: its options.
+        h_initial: ``[B, 1, N, D]``.
+        dtype: of h.
+    """
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    count = problem.rows[0] * T
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
+    first, lengths = bounds(sequences, B, T)
+    of_sequences = torch.arange(-1, -1 - B, -1, **whole)
+    starts, start = [h_initial.reshape(B, N, D).to(dtype)], None
+    if sequences.reset is not None:
+        to = sequences.reset_states
+        start = _start_of_each_row(problem, to, first, lengths)
+        zeros = h_initial.new_zeros((1, N, D), dtype=dtype)
+        starts.append(zeros if to is None else to[0].reshape(-1, N, D).to(dtype))
+    directions = []
+    for backwards in (False,) if problem.reverse is False else (False, True):
+        # The neighbour, of rows that are no step's too, which have no gradient. Behind the last row
+        # is a place for sequences without steps.
+        table = torch.arange(count + 1, **whole)
+        table = (table + 1).clamp_(max=max(0, count - 1)) if backwards else table - 1
+        rows = table[:count]
+        if backwards and sequences.reset is not None and start is not None:
+            # A flag cuts its row from the one before.
+            flags = sequences.reset.reshape(-1)
+            rows[:-1] = torch.where(flags[1:], start[:-1], rows[:-1])
+        if lengths is not None:
+            begin = torch.arange(B, device=problem.device) * T if first is None else first
+            begin = begin + lengths - 1 if backwards else begin
+            table[torch.where(lengths > 0, begin, count)] = of_sequences
+        elif T:
+            rows.view(B, T)[:, -1 if backwards else 0] = of_sequences
+        if not backwards and sequences.reset is not None and start is not None:
+            rows = torch.where(sequences.reset.reshape(-1), start, rows)
+        directions.append(rows)
+    return Before(torch.stack(directions), torch.cat(starts))
+
+
+def _start_of_each_row(
+    problem: Problem, to: Tensor | None, first: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """``[rows]``, for each row what a reset there goes back to, as in :class:`Before`."""
+    B, T = problem.B, problem.T
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
+    count = problem.rows[0] * T
+    if to is None:
+        return torch.full((), -1 - B, **whole).expand(count)
+    if to.shape[2] > 1:
+        return torch.arange(-1 - B, -1 - B - count, -1, **whole)
+    if first is None or lengths is None:
+        return torch.arange(-1 - B, -1 - 2 * B, -1, **whole)[:, None].expand(B, T).reshape(-1)
+    row = torch.arange(count, device=problem.device)
+    sequence = torch.searchsorted(first + lengths, row, right=True).clamp_max(B - 1)
+    return (-1 - B - sequence).int()
+
+
+def gathered(problem: Problem, sequences: Sequences, h_initial: Tensor, h: Tensor) -> Tensor:
+    """``[rows, N, D]``, h before each step of a call with options."""
+    rows, starts = before_steps(problem, sequences, h_initial, h.dtype)
+    # One after another: starts count from the end, −1 the first.
+    every = torch.cat([h.flatten(0, 1), starts.flip(0)])
+    forward = every[rows[0].long() % len(every)]
+    if len(rows) == 1:
+        return forward
+    backwards = runs_backwards(problem)[:, None] > 0
+    return torch.where(backwards, every[rows[1].long() % len(every)], forward)
 
 
 def bias_gradient(cell: TracedCell, d_gates: Tensor) -> Tensor:

@@ -63,6 +63,14 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def too_many_numbered_rows(problem: Problem) -> str | None:
+    """Why a problem's options cannot be told to kernels, which number rows by 32 bits."""
+    rows = problem.rows[0] * problem.T
+    if problem.returned is None or rows < 2**31:
+        return None
+    return f"B · T is {rows}; with options of sequences its kernels count to 2³¹ − 1 rows"
+
+
 def too_many_rows(problem: Problem) -> str | None:
     """Why PyTorch cannot compute the product for R's gradient; ``None`` if it can."""
     rows = problem.B * problem.T

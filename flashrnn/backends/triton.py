@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, complete, number_of
-from flashrnn.backends.requirements import missing_gpu, refusal, too_many_rows
+from flashrnn.backends.gradients import Gradients, before_steps, complete, number_of
+from flashrnn.backends.requirements import (
+    missing_gpu,
+    refusal,
+    too_many_numbered_rows,
+    too_many_rows,
+)
 from flashrnn.cells.render import render_triton
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit.source import load_source
 from flashrnn.kernels.triton.plan import ScanPlan, plan_scan
 from flashrnn.problem import Problem, tf32_allowed
+from flashrnn.sequences import Sequences, operands, zeros_like_starts
 
 # Earlier ones multiply no tiles of fewer than 16 columns.
 OLDEST = (3, 5)
@@ -54,7 +61,7 @@ def _not_installed() -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
-    reason = refusal(problem) or too_many_rows(problem)
+    reason = refusal(problem) or too_many_numbered_rows(problem) or too_many_rows(problem)
     if reason:
         return reason
     plan = _plan(problem, tf32_allowed(problem))
@@ -62,13 +69,27 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def forward(
-    problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
+    problem: Problem,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
-    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
+    # Where R does not stay in registers, h is read where the step before has stored it.
+    stored = 1 if problem.returned == 0 and not problem.needs_gradient else None
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx, stored)
+    given = _options(problem, sequences)
+    h_starts = {}
+    if sequences is not None and problem.is_sequenced:
+        before = before_steps(problem, sequences, states[0], Wx.dtype)
+        h_starts = {"before_rows": before.rows, "h_starts": before.starts}
+        if problem.ragged and not problem.packed:
+            every_state.zero_()
     if B == 0:
-        return every_state, last_states, gates
+        return autograd.kept(problem, every_state), last_states, gates
     alignment, wx_strides = _aligned(Wx)
     with _current(problem.device):
         fixed = _fixed(problem)
@@ -86,6 +107,9 @@ def forward(
             B,
             *wx_strides,
             *autograd.state_strides(states),
+            *_operands(given | h_starts, _FORWARD_OPERANDS),
+            math.prod(problem.rows),
+            *_strides(given.get("reset_states")),
             N,
             D,
             plan.BLOCK_D,
@@ -102,9 +126,11 @@ def forward(
             fixed.operand,
             fixed.precision,
             fixed.functions.step,
+            *_constants(problem),
+            every_state.shape[0],
             num_warps=plan.warps,
         )
-    return every_state, last_states, gates
+    return autograd.kept(problem, every_state), last_states, gates
 
 
 def backward(
@@ -115,13 +141,20 @@ def backward(
     gates: Tensor,
     d_states: Tensor | None,
     d_last_states: Tensor | None,
+    sequences: Sequences | None = None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
+    given, d_resets = _options(problem, sequences), zeros_like_starts(sequences)
+    if d_resets is not None:
+        given["d_reset_states"] = d_resets.expand(-1, B, problem.T, -1, -1)
+    if problem.ragged and not problem.packed:
+        d_gates.zero_()
     if B == 0:
-        return complete(problem, d_gates, d_initial, states_initial, states)
+        found = complete(problem, d_gates, d_initial, states_initial, states)
+        return found._replace(reset_states=d_resets)
     clipval = problem.gradient_recurrent_clipval
     alignment, d_states_strides = (1, (0,) * 5) if d_states is None else _aligned(d_states)
     d_last_strides = (0,) * 4 if d_last_states is None else autograd.state_strides(d_last_states)
@@ -144,6 +177,10 @@ def backward(
             *autograd.state_strides(states_initial),
             *d_states_strides,
             *d_last_strides,
+            *_operands(given, _BACKWARD_OPERANDS),
+            math.prod(problem.rows),
+            *_strides(given.get("reset_states")),
+            *_strides(given.get("d_reset_states"))[:3],
             N,
             D,
             plan.BLOCK_D,
@@ -161,10 +198,37 @@ def backward(
             fixed.operand,
             fixed.precision,
             fixed.functions.derivative,
+            *_constants(problem),
             num_warps=plan.warps,
             maxnreg=_most_registers(plan),
         )
-    return complete(problem, d_gates, d_initial, states_initial, states)
+    found = complete(problem, d_gates, d_initial, states_initial, states, sequences)
+    return found._replace(reset_states=d_resets)
+
+
+_FORWARD_OPERANDS = (
+    *("sequence_order", "sequence_rows", "sequence_lengths", "runs_backwards", "reset_flags"),
+    *("reset_states", "before_rows", "h_starts"),
+)
+_BACKWARD_OPERANDS = (*_FORWARD_OPERANDS[:6], "d_reset_states")
+
+
+def _options(problem: Problem, sequences: Sequences | None) -> dict[str, Tensor]:
+    return {} if sequences is None else operands(problem, sequences)
+
+
+def _operands(given: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor | None, ...]:
+    """Those that kernels of calls without options do not have are ``None``."""
+    return tuple(map(given.get, names))
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) * 5 if x is None else x.stride()
+
+
+def _constants(problem: Problem) -> tuple[bool, ...]:
+    """Which options of sequences a call has."""
+    return problem.resets, problem.ragged, problem.packed, problem.reverse is not False
 
 
 @cache

@@ -48,12 +48,19 @@ def call(
     backend: str,
     config: FlashRNNConfig,
     dtype: torch.dtype | str | None,
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool | Sequence[bool] = False,
+    return_states: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """:func:`flashrnn.flashrnn` with a config that sets fields of upstream's.
 
     - ``config.function`` and ``config.backend`` take the place of the call's arguments.
-    - ``Wx``, ``R``, ``b`` and ``states`` come in the config's layouts, and both results are
-      returned in that of ``output_shape``: all are permuted views.
+    - ``Wx``, ``R``, ``b``, ``states`` and ``reset_states`` (that of ``states``) come in the
+      config's layouts, and both results are returned in that of ``output_shape``: all are permuted
+      views. A packed batch has B = 1 there; one without that dimension takes our layouts.
     - ``hidden_dim``, ``num_heads`` and ``head_dim`` are compared with the tensors.
     - All inputs are cast to ``dtype`` (or ``dtype_w``), whatever they are; with the backends
       ``vanilla`` and ``vanilla_fwbw``, and without autocast, what is computed has the dtype of
@@ -75,6 +82,16 @@ def call(
     b = _in_our_layout("b", b, config.bias_shape, LAYOUTS["bias_shape"])
     if states is not None:
         states = _in_our_layout("states", states, config.output_shape, LAYOUTS["output_shape"])
+    if reset_states is not None:
+        reset_states = _in_our_layout(
+            "reset_states", reset_states, config.output_shape, LAYOUTS["output_shape"]
+        )
+    order = permute_to(LAYOUTS["output_shape"], config.output_shape)
+    if order is not None and cu_seqlens is not None and Wx.ndim == 4:
+        raise ValueError(
+            f"Wx has shape {tuple(Wx.shape)} and config.output_shape={config.output_shape!r}; "
+            "accepted is a packed batch of five dimensions, [1, total, Gw, N, D]"
+        )
     _check_sizes(config, Wx)
     computed, returned = _dtypes(config, backend, dtype, Wx, R)
 
@@ -96,8 +113,13 @@ def call(
         config=cast(FlashRNNConfig, options),
         backend=backend,
         dtype=computed,
+        reset=reset,
+        reset_states=reset_states,
+        lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        return_states=return_states,
     )
-    order = permute_to(LAYOUTS["output_shape"], config.output_shape)
     returned = every.dtype if returned is None else returned
     return _permuted(every.to(returned), order), _permuted(last.to(returned), order)
 

@@ -11,7 +11,7 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from math import gcd
 from operator import itemgetter, or_
@@ -39,6 +39,12 @@ class Operand:
     def strides(self) -> tuple[str, ...]:
         """The fields with its strides."""
         return tuple(f"{self.name}_{dim}" for dim in self.dims if dim != "1")
+
+    @property
+    def absent(self) -> str:
+        """Constants in the place of its fields, for a kernel whose record does not have it."""
+        address = f"constexpr {self.element}* {self.name} = nullptr;"
+        return " ".join([address, *(f"constexpr long long {x} = 0;" for x in self.strides)])
 
 
 class Layout(NamedTuple):
@@ -71,7 +77,7 @@ class Packing(NamedTuple):
         return self.order((*addresses, *self.constants))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """The fields of a call.
 
@@ -79,11 +85,18 @@ class Record:
         name: the struct's name.
         operands: its tensors.
         numbers: its other fields, and their types as parameters.
+        absent: operands that kernels name and that it lacks.
     """
 
     name: str
     operands: tuple[Operand, ...]
     numbers: Mapping[str, str]
+    absent: tuple[Operand, ...] = ()
+
+    @property
+    def complete(self) -> Record:
+        """The same with the operands that it lacks."""
+        return _complete(self)
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[list[int], Layout]:
         """The addresses of tensors, in their order, and all else of them that a launch depends on.
@@ -187,6 +200,16 @@ class Record:
         return "struct {} {{\n{}\n}};".format(self.name, "\n".join(fields))
 
 
+@cache
+def _complete(record: Record) -> Record:
+    numbers = {_ALL_ROWS: "long long", **record.numbers}
+    return replace(record, operands=(*record.operands, *record.absent), numbers=numbers, absent=())
+
+
+_ALL_ROWS = "rows_of_all"
+"""How many rows all sequences have together: a number that only complete records have."""
+
+
 _NUMBERS = {
     "T": "long long",
     "B": "long long",
@@ -195,6 +218,17 @@ _NUMBERS = {
     "groups": "int",
     "done": "long long",
 }
+
+_SEQUENCES = (
+    Operand("sequence_order", "const int"),
+    Operand("sequence_rows", "const int"),
+    Operand("sequence_lengths", "const int"),
+    Operand("runs_backwards", "const int"),
+    Operand("reset_flags", "const int"),
+    Operand("reset_states", "const float", "sbtnd"),
+)
+
+_BEFORE = (Operand("before_rows", "const int"), Operand("h_starts", "const Element"))
 
 FORWARD = Record(
     "ForwardCall",
@@ -211,12 +245,16 @@ FORWARD = Record(
         Operand("R_in_memory", "void"),
     ),
     _NUMBERS,
+    absent=(*_SEQUENCES, *_BEFORE),
 )
 """Of a forward scan.
 
 ``h_initial`` is h before the first step, rounded, for kernels that read h from memory. ``packets``
 and ``R_in_memory`` are a plan's scratch memory. ``groups`` is the number of CTA groups of a launch.
-``done`` is for kernels of a step: the number of steps before the recorded run.
+``done`` is for kernels of a step: the number of steps before the recorded run. What it lacks says
+how sequences run (``common/sequence.cuh``), and is passed where a call has such options;
+``before_rows`` and ``h_starts`` say where h before each step is
+(:class:`flashrnn.backends.gradients.Before`).
 """
 
 BACKWARD = Record(
@@ -235,6 +273,7 @@ BACKWARD = Record(
         Operand("R_in_memory", "void"),
     ),
     _NUMBERS,
+    absent=(*_SEQUENCES, Operand("d_reset_states", "float", "sbt1d")),
 )
 """Of a backward scan; see :data:`FORWARD`."""
 
@@ -247,8 +286,13 @@ RECURRENT_GRADIENT = Record(
         Operand("parts", "float"),
     ),
     {"rows_a_part": "int", "T": "unsigned", "B": "long long", "N": "int"},
+    absent=(*_BEFORE, Operand("runs_backwards", "const int")),
 )
-"""Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous."""
+"""Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
+
+What it lacks is passed where a call has options of sequences, and ``h_initial`` is not; see
+:data:`FORWARD`.
+"""
 
 GRADIENT_SUMS = Record(
     "GradientSumsCall",

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -74,11 +75,12 @@ def program(
         '#include "common/clips.cuh"',
         '#include "common/pointwise.cuh"',
         f'#include "{of_cell}"',
-        *map(_constant, constants, constants.values()),
+        *starmap(_constant, (dict.fromkeys(SEQUENCE_OPTIONS, False) | dict(constants)).items()),
         record.struct,
         # What the host packs, and allocates for it.
         f"static_assert(sizeof({record.name}) == {8 * record.size});",
         record.parameters,
+        *(operand.absent for operand in record.absent),
     ]
     texts = {
         "types.cuh": "\n".join(types),
@@ -111,6 +113,20 @@ def h_is_never_large(cell: TracedCell) -> bool:
 Options = tuple[tuple[str, bool | int], ...]
 """Constants of a call, which are compiled in."""
 
+SEQUENCE_OPTIONS = ("RESETS", "RAGGED", "PACKED", "REVERSE")
+"""Which of the options of sequences a call has (``common/sequence.cuh``); none by default."""
+
+
+def sequence_options(problem: Problem) -> Options:
+    """Those of a problem."""
+    has = (problem.resets, problem.ragged, problem.packed, problem.reverse is not False)
+    return tuple(zip(SEQUENCE_OPTIONS, has, strict=True))
+
+
+def is_sequenced(options: Options) -> bool:
+    """Whether the kernel reads the operands that a record lacks by default."""
+    return any(dict(options).get(name) for name in SEQUENCE_OPTIONS)
+
 
 def forward_options(save_gates: bool) -> Options:
     """The constants of every forward scan.
@@ -133,16 +149,34 @@ def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Opt
     return ("CUT", cut), ("CLIP", clip), ("GIVEN", given), ("GIVEN_LAST", given_last)
 
 
-def options_of(problem: Problem, backward: bool) -> Options:
-    """The constants of a problem's scan."""
-    if backward:
-        clip = problem.gradient_recurrent_clipval is not None
-        # The usual case: every state's gradient is given at every step, since the states are one
-        # tensor, and nothing of the last states.
-        return backward_options(
-            problem.gradient_recurrent_cut, clip, len(problem.cell.states), False
-        )
-    return forward_options(problem.needs_gradient)
+def options_of_storing(problem: Problem, stored: int) -> Options:
+    """The constants that a forward scan has besides, of a call with options of sequences.
+
+    Args:
+        problem: what is computed.
+        stored: how many states, from h on, are stored of every step.
+    """
+    return (*sequence_options(problem), ("STORED", stored))
+
+
+def options_of(problem: Problem, backward: bool, stored: int) -> Options:
+    """The constants of a problem's scan.
+
+    Args:
+        problem: what is computed.
+        backward: the direction.
+        stored: how many states, from h on, forward stores of every step.
+    """
+    with_options = problem.returned is not None
+    if not backward:
+        found = forward_options(problem.needs_gradient)
+        return (*found, *options_of_storing(problem, stored)) if with_options else found
+    clip = problem.gradient_recurrent_clipval is not None
+    # The usual case: every returned state's gradient is given at every step, since the states are
+    # one tensor, and nothing of the last states, unless those alone are returned.
+    given = len(problem.cell.states) if problem.returned is None else problem.returned
+    found = backward_options(problem.gradient_recurrent_cut, clip, given, not given)
+    return (*found, *sequence_options(problem)) if with_options else found
 
 
 @lru_cache(maxsize=1024)

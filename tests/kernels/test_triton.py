@@ -47,6 +47,7 @@ from tests.problems import (
     undefined,
     wide,
 )
+from tests.sequences import KINDS, hold_ragged_to_vanilla, random_ragged
 from tests.stress import fuzz
 from tests.test_graphs import TABLES, check_table, table_inputs
 
@@ -112,6 +113,23 @@ def test_empty(on_the_cpu, sizes):
 def test_options(on_the_cpu, dtype, options):
     """In float32 R is read again at every step, in bfloat16 it stays: both ways."""
     hold_to_vanilla("triton", "lstm", 5, 4, 2, 24, dtype, **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "kinds",
+    [pytest.param(x, marks=[] if x in KINDS[-2:] else pytest.mark.slow) for x in KINDS],
+    ids=lambda kinds: "-".join(kinds.values()),
+)
+def test_sequences(on_the_cpu, kinds, dtype):
+    """In float32 R is read again at every step, in bfloat16 it stays: both ways."""
+    case = random_ragged("lstm", 11, 5, 3, 20, seed=4, dtype=dtype, **kinds)
+    hold_ragged_to_vanilla("triton", case)
+    expected = case.call("triton")
+    with torch.no_grad():
+        given = case.call("triton")
+    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
 
 
 @needs_triton

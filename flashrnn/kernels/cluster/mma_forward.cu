@@ -34,6 +34,7 @@ struct ForwardLayout {
     static constexpr bool ALIGNED = true;
     static constexpr int FIRST_PRODUCER = 32 * COMPUTING;
     static constexpr int PRODUCERS = ::PRODUCERS;
+    static constexpr bool SEQUENCED = false, STORES = true;
     static constexpr int CTA_THREADS = THREADS;
     static constexpr int RING_STAGES = STAGES;
     static constexpr int INPUT_PITCH = INPUTS, STATE_PITCH = STATES, GATE_PITCH = GATES;
@@ -73,7 +74,8 @@ cluster_mma_forward(CALL) {
             {states + row, T * width, B * T * width, 1}, width, STATES, last, units);
         TiledCopy<ForwardLayout, G, Element> output_gates(
             {gates + row_of_gates, T * G * width, width, 1}, G * width, GATES, last, units);
-        run_forward_producer(input, output, output_gates, ring, new_states, saved, T);
+        run_forward_producer(input, output, output_gates, ring, new_states, saved, T,
+                             [](long long, Element*) {});
         return;
     }
 

@@ -15,9 +15,10 @@
 //     bool ALIGNED         see above
 //     int FIRST_PRODUCER   the first producer thread; they are the CTA's last threads
 //     int PRODUCERS        how many producer threads there are
+//     bool SEQUENCED       whether each line has a Sequence of its own, which says where its rows lie
 
 #include "common/loads.cuh"
-#include "problem.cuh"
+#include "common/sequence.cuh"
 
 // Where the rows of a tensor lie: `origin` is the first element of sequence 0's first row, the others
 // are strides in elements.
@@ -38,6 +39,10 @@ struct TiledCopy {
     TensorRows<T> rows;
     long long step;
     int pitch, last, units;
+    // Of a sequenced layout: a sequence for each line, the stride of rows, the step that is copied next.
+    const Sequence* sequences = nullptr;
+    long long row_stride = 0;
+    int at = 0, direction = 1;
     T* addresses[Layout::ALIGNED ? THREAD_PIECES : 1];
 
     // `step` is the tensor's stride from one step to the next, `pitch` the number of elements from one
@@ -46,6 +51,19 @@ struct TiledCopy {
     __device__ TiledCopy(TensorRows<T> rows, long long step, int pitch, int last,
                          int units = Layout::UNITS)
         : rows(rows), step(step), pitch(pitch), last(last), units(units) {
+        if constexpr (Layout::ALIGNED) {
+#pragma unroll
+            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
+        }
+    }
+
+    // Of a sequenced layout: `step` is the tensor's stride from row to row, `first` the step that is
+    // copied first, and `direction` 1 or -1, to the steps after it or before it.
+    __device__ TiledCopy(TensorRows<T> rows, long long step, int pitch, int last,
+                         const Sequence* sequences, int first, int direction)
+        : rows(rows), step(direction * sequences->advance(step)), pitch(pitch), last(last),
+          units(Layout::UNITS), sequences(sequences), row_stride(step), at(first),
+          direction(direction) {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
@@ -64,8 +82,18 @@ struct TiledCopy {
 
     __device__ T* address(int index) const {
         const int b = sequence(index) < last ? sequence(index) : last;
-        return rows.origin + b * rows.sequence + index / ROW_PIECES % COUNT * rows.row +
+        long long of_sequence = b * rows.sequence;
+        if constexpr (Layout::SEQUENCED) {
+            of_sequence = sequences[b].offset(at, rows.sequence, row_stride);
+        }
+        return rows.origin + of_sequence + index / ROW_PIECES % COUNT * rows.row +
                index % ROW_PIECES * PIECE * (Layout::ALIGNED ? 1 : rows.unit);
+    }
+
+    // Whether the piece's sequence has the present step.
+    __device__ bool has_step(int index) const {
+        if constexpr (!Layout::SEQUENCED) return true;
+        else return sequences[sequence(index)].has(at);
     }
 
     // Where the piece lies among the lines.
@@ -79,8 +107,28 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] += step;
-        } else {
+        } else if constexpr (!Layout::SEQUENCED) {
             rows.origin += step;
+        }
+        if constexpr (Layout::SEQUENCED) at += direction;
+    }
+
+    // Of a sequenced layout: writes zeros to the rows of each sequence that are no step's, of so many.
+    __device__ void clear_rest(long long rows_of_each) {
+#pragma unroll 1
+        for (int i = 0; i < THREAD_PIECES; ++i) {
+            if (!exists(index(i)) || sequence(index(i)) > last) continue;
+            const Sequence& own = sequences[sequence(index(i))];
+            at = 0;
+            T* to = address(index(i)) - own.time(0) * row_stride;
+#pragma unroll 1
+            for (long long t = own.length; t < rows_of_each; ++t) {
+                if constexpr (Layout::ALIGNED) {
+                    *reinterpret_cast<uint4*>(to + t * row_stride) = uint4{};
+                } else {
+                    round_to(to[t * row_stride], 0.0f);
+                }
+            }
         }
     }
 
@@ -90,12 +138,14 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i))) cp_async(lines + place(index(i)), addresses[i]);
+                if (exists(index(i)) && has_step(index(i))) cp_async(lines + place(index(i)), addresses[i]);
             }
         } else {
 #pragma unroll 4
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i))) lines[place(index(i))] = load_element(address(index(i)));
+                if (exists(index(i)) && has_step(index(i))) {
+                    lines[place(index(i))] = load_element(address(index(i)));
+                }
             }
         }
     }
@@ -105,7 +155,7 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last) {
+                if (exists(index(i)) && sequence(index(i)) <= last && has_step(index(i))) {
                     *reinterpret_cast<uint4*>(addresses[i]) =
                         *reinterpret_cast<const uint4*>(lines + place(index(i)));
                 }
@@ -113,7 +163,7 @@ struct TiledCopy {
         } else {
 #pragma unroll 4
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last) {
+                if (exists(index(i)) && sequence(index(i)) <= last && has_step(index(i))) {
                     *address(index(i)) = lines[place(index(i))];
                 }
             }

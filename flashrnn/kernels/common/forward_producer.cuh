@@ -20,29 +20,39 @@
 //     int CTA_THREADS                           threads of the CTA
 //     int RING_STAGES                           slots of the ring
 //     int INPUT_PITCH, STATE_PITCH, GATE_PITCH  elements from a line to the next, of each kind
+//     bool STORES                               whether states of every step are stored
+//
+// `fetch_flags(step, lines)` fetches what else belongs to a step's lines of inputs.
 //
 // SAVE_GATES is a constant of every forward scan (problem.cuh).
 
 #include "common/copier.cuh"
 
-template <typename Layout>
+template <typename Layout, int STORED, typename FetchFlags>
 __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element>& input,
-                                            TiledCopy<Layout, S, Element>& output,
+                                            TiledCopy<Layout, STORED, Element>& output,
                                             TiledCopy<Layout, G, Element>& output_gates, Element* ring,
-                                            const Element* states, const Element* gates, long long T) {
+                                            const Element* states, const Element* gates, long long T,
+                                            const FetchFlags& fetch_flags) {
     constexpr int STAGES = Layout::RING_STAGES;
     long long fetched = 0;
     int slot = 0;
     const auto fetch_next = [&]() {
-        if (fetched++ < T) input.fetch(ring + slot * Layout::LINES * Layout::INPUT_PITCH);
+        if (fetched++ < T) {
+            Element* lines = ring + slot * Layout::LINES * Layout::INPUT_PITCH;
+            input.fetch(lines);
+            fetch_flags(fetched - 1, lines);
+        }
         cp_async_commit();
         input.advance();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     };
     const auto store_next = [&](long long t) {
         const int first_line = t % 2 * Layout::LINES;
-        output.store(states + first_line * Layout::STATE_PITCH);
-        output.advance();
+        if constexpr (Layout::STORES) {
+            output.store(states + first_line * Layout::STATE_PITCH);
+            output.advance();
+        }
         if (SAVE_GATES) {
             output_gates.store(gates + first_line * Layout::GATE_PITCH);
             output_gates.advance();
@@ -57,5 +67,5 @@ __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element>
         cp_async_wait<STAGES - 2>();
         named_barrier<Layout::CTA_THREADS>();
     }
-    store_next(T - 1);
+    if (!Layout::SEQUENCED || T > 0) store_next(T - 1);
 }

@@ -227,6 +227,12 @@ __device__ inline void cp_async(void* to, const void* from) {
                  : "memory");
 }
 
+// The same with 4 bytes.
+__device__ inline void cp_async_word(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of the thread's committed groups are unfinished.

@@ -15,17 +15,17 @@
 // loads R, the residuals and the given gradients, and then waits until the launch before is complete
 // (griddepcontrol_wait). Only then does it read d_gates.
 
-#include "per_step/product.cuh"
+#include "per_step/sequences.cuh"
 
 namespace per_step {
 
 static_assert(SEGMENTS == GR && UNITS == ROWS);
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
+// A template, so that what only some records have is looked up in those alone (sequences.cuh).
+template <typename Call>
+__device__ __forceinline__ void run_step(const Call* __restrict__ call, int ahead, int N, int D,
+                                         Partial& partial) {
     griddepcontrol_launch();
-    __shared__ Partial partial;
-
     const Tile tile(N, D);
     const int B = static_cast<int>(call->B);
     const int n = tile.n, lane = threadIdx.x % 32;
@@ -50,6 +50,37 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
     if (!CUT) product.load_first_left();
     // As in forward.cu: a CTA beyond the batch.
     if (tile.first_sequence >= B) return;
+    Sequence own[ELEMENTS];
+    if constexpr (SEQUENCED) {
+        // As in forward.cu: a CTA whose sequences do not have the step yet. None of no steps goes on to
+        // the last launch, which is no step.
+        if (!sequence_of(call, tile.first_sequence, n).has(t < 0 ? 0 : t)) {
+            griddepcontrol_wait();
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            own[e] = sequence_of(call, ThreadElement(tile, e, B, D).b, n);
+        }
+#pragma unroll
+        for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+            const Sequence column = sequence_of(call, sequence + 8 * n_tile, n);
+            const long long row = column.first_row + column.time(t + 1);
+            product.own_columns[n_tile] =
+                recurrent && column.has(t + 1) ? d_gates + row * G * width + n * D : nullptr;
+        }
+    }
+    // Whether an element takes part in the launch, and where its numbers of a step and those that it
+    // carries stand.
+    const auto takes_part = [&](const ThreadElement& element, int e) {
+        return element.exists && (!SEQUENCED || own[e].has(t < 0 ? 0 : t));
+    };
+    const auto row_of_step = [&](const ThreadElement& element, int e, long long step) {
+        return SEQUENCED ? own[e].first_row + own[e].time(step) : element.b * T + step;
+    };
+    const auto index_of = [&](const ThreadElement& element, int e) {
+        return SEQUENCED ? own[e].index : element.b;
+    };
 
     // All of these loads are issued before the first result is used.
     Element from_gates[ELEMENTS][G] = {}, from_states[ELEMENTS][S] = {}, given[ELEMENTS][S] = {};
@@ -57,23 +88,26 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
     for (int e = 0; e < ELEMENTS; ++e) {
         const ThreadElement element(tile, e, B, D);
         const Element* saved =
-            call->gates + (element.b * T + t) * G * width + element.place;
+            call->gates + row_of_step(element, e, t) * G * width + element.place;
         const Element* states =
-            call->states + (element.b * T + t - 1) * width + element.place;
-        const Element* d_states = call->d_states + element.b * call->d_states_b + t * call->d_states_t +
-                                  n * call->d_states_n + element.d * call->d_states_d;
-        const long long states_s = B * T * width, d_states_s = call->d_states_s;
+            call->states + row_of_step(element, e, t - 1) * width + element.place;
+        const long long of_step = SEQUENCED ? own[e].offset(t, call->d_states_b, call->d_states_t)
+                                            : element.b * call->d_states_b + t * call->d_states_t;
+        const Element* d_states =
+            call->d_states + of_step + n * call->d_states_n + element.d * call->d_states_d;
+        const long long states_s = (SEQUENCED ? rows_of_all(call) : B * T) * width;
+        const long long d_states_s = call->d_states_s;
         materialize(saved);
         materialize(states);
         if (GIVEN) materialize(d_states);
 #pragma unroll
         for (int k = 0; k < G; ++k) {
-            if (element.exists && t >= 0) from_gates[e][k] = saved[k * width];
+            if (takes_part(element, e) && t >= 0) from_gates[e][k] = saved[k * width];
         }
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            if (element.exists && t > 0) from_states[e][s] = states[s * states_s];
-            if (s < GIVEN && element.exists && t >= 0) given[e][s] = d_states[s * d_states_s];
+            if (takes_part(element, e) && t > 0) from_states[e][s] = states[s * states_s];
+            if (s < GIVEN && takes_part(element, e) && t >= 0) given[e][s] = d_states[s * d_states_s];
         }
     }
 
@@ -83,9 +117,10 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const ThreadElement element(tile, e, B, D);
-        from[e] = d_carried + element.b * width + element.place;
+        from[e] = d_carried + index_of(element, e) * width + element.place;
     }
-    if (t == T - 1) {
+    // With options of sequences the host has put them there.
+    if (!SEQUENCED && t == T - 1) {
         from_s = call->d_last_s;
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
@@ -110,9 +145,15 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
             gradients[e][s] = to_float(given[e][s]);
             if (element.exists && t == 0) {
                 const float* initial = call->initial;
-                before[e][s] = initial[s * call->initial_s + element.b * call->initial_b +
-                                       n * call->initial_n + element.d * call->initial_d];
+                before[e][s] =
+                    initial[s * call->initial_s + index_of(element, e) * call->initial_b +
+                            n * call->initial_n + element.d * call->initial_d];
             }
+        }
+        if constexpr (SEQUENCED) {
+            if (!element.exists || !is_cut(call, own[e], t)) continue;
+#pragma unroll
+            for (int s = 0; s < S; ++s) before[e][s] = start_of(call, own[e], t, s, n, element.d);
         }
     }
 
@@ -123,7 +164,7 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
         const ThreadElement element(tile, e, B, D);
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            const bool exists = element.exists && (GIVEN_LAST || t + 1 < T);
+            const bool exists = element.exists && (SEQUENCED || GIVEN_LAST || t + 1 < T);
             carried[e][s] = exists ? __ldcg(from[e] + s * from_s) : 0.0f;
         }
     }
@@ -141,10 +182,28 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const ThreadElement element(tile, e, B, D);
-        if (element.exists) {
+        if (takes_part(element, e)) {
+            const long long index = index_of(element, e);
+            if constexpr (SEQUENCED) {
+                if (recurrent && own[e].has(t + 1)) {
+                    carried[e][0] +=
+                        clipped(total(partial, element.column, element.row), clips.gradient);
+                }
+                // What would go on from a step that starts anew belongs to what it starts with.
+                if (is_cut(call, own[e], t + 1)) {
+                    float* to = call->d_reset_states + n * D + element.d +
+                                own[e].offset_of_start(t + 1, call->d_reset_states_b,
+                                                       call->d_reset_states_t);
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        if (call->d_reset_states) to[s * call->d_reset_states_s] += carried[e][s];
+                        carried[e][s] = 0.0f;
+                    }
+                }
+            }
 #pragma unroll
             for (int s = 0; s < S; ++s) gradients[e][s] += carried[e][s];
-            if (recurrent) {
+            if (!SEQUENCED && recurrent) {
                 gradients[e][0] += clipped(total(partial, element.column, element.row), clips.gradient);
             }
             float d_before[S], d_preactivations[G];
@@ -152,17 +211,23 @@ step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
                 derivative(before[e], gates[e], gradients[e], d_before, d_preactivations, clips.forward);
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
-                    round_to(d_gates[((element.b * T + t) * G + k) * width + element.place],
-                             d_preactivations[k]);
+                    const long long row = row_of_step(element, e, t);
+                    round_to(d_gates[(row * G + k) * width + element.place], d_preactivations[k]);
                 }
             }
 #pragma unroll
             for (int s = 0; s < S; ++s) {
-                const long long at = row_of(s, element.b, B) * width + element.place;
+                const long long at = row_of(s, index, B) * width + element.place;
                 d_carried[at] = t >= 0 ? d_before[s] : gradients[e][s];
             }
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+step_backward(const BackwardCall* __restrict__ call, int ahead, int N, int D) {
+    __shared__ Partial partial;
+    run_step(call, ahead, N, D, partial);
 }
 
 // Writes the record that the launches of steps behind it in the stream read.

@@ -13,21 +13,22 @@
 // and then waits until the launch before is complete (griddepcontrol_wait). Only then does it read
 // states.
 
-#include "per_step/product.cuh"
+#include "per_step/sequences.cuh"
 
 namespace per_step {
 
 // Rows of the product: gate k that R feeds has UNITS of them.
 static_assert(SEGMENTS == 1 && GR * UNITS <= ROWS);
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
+// A template, so that what only some records have is looked up in those alone (sequences.cuh).
+template <typename Call>
+__device__ __forceinline__ void run_step(const Call* __restrict__ call, int ahead, int N, int D,
+                                         Partial& partial) {
     griddepcontrol_launch();
-    __shared__ Partial partial;
-
     const Tile tile(N, D);
     const int B = static_cast<int>(call->B);
     const int n = tile.n, lane = threadIdx.x % 32;
+    // The step: with options of sequences, what a sequence computes so many steps after its first.
     const long long T = call->T, t = call->done + ahead;
     const long long width = static_cast<long long>(N) * D;
     Element* states = call->states;
@@ -52,6 +53,35 @@ step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
     // A launch has CTAs for the largest batch that it serves. This test comes after R's loads so as not
     // to delay them: B is in memory too.
     if (tile.first_sequence >= B) return;
+    Sequence own[ELEMENTS];
+    if constexpr (SEQUENCED) {
+        // The first sequence is the longest. The launch before need not be complete for a CTA without
+        // steps, but each launch must be behind it.
+        if (!sequence_of(call, tile.first_sequence, n).has(t)) {
+            griddepcontrol_wait();
+            return;
+        }
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            own[e] = sequence_of(call, ThreadElement(tile, e, B, D).b, n);
+        }
+#pragma unroll
+        for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+            const Sequence column = sequence_of(call, sequence + 8 * n_tile, n);
+            product.own_columns[n_tile] =
+                column.has(t) ? h_before(call, column, t, width) + n * D : nullptr;
+        }
+    }
+    // Where an element's numbers of the step and those that it carries stand.
+    const auto row_of_step = [&](const ThreadElement& element, int e) {
+        return SEQUENCED ? own[e].first_row + own[e].time(t) : element.b * T + t;
+    };
+    const auto has_step = [&](const ThreadElement& element, int e) {
+        return element.exists && (!SEQUENCED || own[e].has(t));
+    };
+    const auto index_of = [&](const ThreadElement& element, int e) {
+        return SEQUENCED ? own[e].index : element.b;
+    };
 
     // All of these loads are issued before the first result is used.
     Element from_Wx[ELEMENTS][G] = {}, from_b[ELEMENTS][G] = {};
@@ -59,14 +89,15 @@ step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const ThreadElement element(tile, e, B, D);
-        const Element* Wx = call->Wx + element.b * call->Wx_b + t * call->Wx_t +
-                            n * call->Wx_n + element.d * call->Wx_d;
+        const long long of_step = SEQUENCED ? own[e].offset(t, call->Wx_b, call->Wx_t)
+                                            : element.b * call->Wx_b + t * call->Wx_t;
+        const Element* Wx = call->Wx + of_step + n * call->Wx_n + element.d * call->Wx_d;
         const Element* bias = call->b + element.place;
         materialize(Wx);
         materialize(bias);
 #pragma unroll
         for (int k = 0; k < G; ++k) {
-            if (element.exists && FED_WX[k] >= 0) from_Wx[e][k] = Wx[FED_WX[k] * Wx_g];
+            if (has_step(element, e) && FED_WX[k] >= 0) from_Wx[e][k] = Wx[FED_WX[k] * Wx_g];
             if (element.exists && FED_B[k] >= 0) from_b[e][k] = bias[FED_B[k] * width];
         }
     }
@@ -79,14 +110,14 @@ step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const ThreadElement element(tile, e, B, D);
-        from[e] = carried + element.b * width + element.place;
+        from[e] = carried + index_of(element, e) * width + element.place;
     }
     if (t == 0) {
         from_s = call->initial_s;
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
             const ThreadElement element(tile, e, B, D);
-            from[e] = call->initial + element.b * call->initial_b +
+            from[e] = call->initial + index_of(element, e) * call->initial_b +
                       n * call->initial_n + element.d * call->initial_d;
         }
     }
@@ -112,13 +143,18 @@ step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
         for (int s = 0; s < S; ++s) {
             before[e][s] = element.exists ? __ldcg(from[e] + s * from_s) : 0.0f;
         }
+        if constexpr (SEQUENCED) {
+            if (!element.exists || !is_cut(call, own[e], t)) continue;
+#pragma unroll
+            for (int s = 0; s < S; ++s) before[e][s] = start_of(call, own[e], t, s, n, element.d);
+        }
     }
     product.run(partial, [](int) { return 0; });
 
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const ThreadElement element(tile, e, B, D);
-        if (element.exists) {
+        if (has_step(element, e)) {
 #pragma unroll
             for (int k = 0; k < G; ++k) {
                 if (FED_R[k] >= 0) {
@@ -129,18 +165,28 @@ step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
             step(before[e], gates[e], after, call->clips.forward);
 #pragma unroll
             for (int s = 0; s < S; ++s) {
-                carried[row_of(s, element.b, B) * width + element.place] = after[s];
-                round_to(states[(row_of(s, element.b, B) * T + t) * width + element.place], after[s]);
+                carried[row_of(s, index_of(element, e), B) * width + element.place] = after[s];
+                if (s >= STORED) continue;
+                const long long row = SEQUENCED ? s * rows_of_all(call) + row_of_step(element, e)
+                                                : row_of(s, element.b, B) * T + t;
+                round_to(states[row * width + element.place], after[s]);
             }
             if (SAVE_GATES) {
                 Element* saved = call->gates;
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
-                    round_to(saved[((element.b * T + t) * G + k) * width + element.place], gates[e][k]);
+                    const long long row = row_of_step(element, e);
+                    round_to(saved[(row * G + k) * width + element.place], gates[e][k]);
                 }
             }
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+step_forward(const ForwardCall* __restrict__ call, int ahead, int N, int D) {
+    __shared__ Partial partial;
+    run_step(call, ahead, N, D, partial);
 }
 
 // Writes the record that the launches of steps behind it in the stream read.

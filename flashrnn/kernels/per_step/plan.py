@@ -41,6 +41,7 @@ class StepPlan:
         warps: warps of a CTA.
         depth: chunks of the operands that a warp has under way.
         aligned: whether every row begins at a multiple of 16 bytes.
+        sequenced: whether calls have options of sequences.
     """
 
     backward: bool
@@ -51,6 +52,7 @@ class StepPlan:
     warps: int
     depth: int
     aligned: bool
+    sequenced: bool = False
 
     @property
     def threads(self) -> int:
@@ -65,7 +67,8 @@ class StepPlan:
     @property
     def record(self) -> call.Record:
         """The record that it reads."""
-        return call.BACKWARD if self.backward else call.FORWARD
+        record = call.BACKWARD if self.backward else call.FORWARD
+        return record.complete if self.sequenced else record
 
     def grid(self, B: int, N: int, D: int) -> int:
         """CTAs of a launch. Batches of a few sizes share it; CTAs beyond the batch do nothing."""
@@ -90,6 +93,7 @@ class StepPlan:
             "CHUNK_BYTES": _CHUNK_BYTES,
             "SHARED_MEMORY": _shared_memory(self.warps, self.tiles, self.n_tiles),
             "CLIP": False,
+            "STORED": len(cell.states),
             **dict(options),
         }
         direction = "backward" if self.backward else "forward"
@@ -102,7 +106,15 @@ def _shared_memory(warps: int, tiles: int, n_tiles: int) -> int:
     return warps * 8 * n_tiles * (16 * tiles + 4) * 4
 
 
-def plan_step(cell: TracedCell, B: int, N: int, D: int, precision: str, backward: bool) -> StepPlan:
+def plan_step(
+    cell: TracedCell,
+    B: int,
+    N: int,
+    D: int,
+    precision: str,
+    backward: bool,
+    sequenced: bool = False,
+) -> StepPlan:
     """The tiles of a step kernel for a problem.
 
     Args:
@@ -112,6 +124,7 @@ def plan_step(cell: TracedCell, B: int, N: int, D: int, precision: str, backward
         D: head dimension.
         precision: ``"float16"``, ``"bfloat16"``, ``"tf32"`` or ``"float32"``.
         backward: whether for the backward scan.
+        sequenced: whether calls have options of sequences.
     """
     recurrent = len(cell.fed_by("R"))
     # Forward two gates share a tile of 16 rows, 8 units of each.
@@ -146,4 +159,5 @@ def plan_step(cell: TracedCell, B: int, N: int, D: int, precision: str, backward
         warps=warps,
         depth=depth,
         aligned=D * itemsize % 16 == 0,
+        sequenced=sequenced,
     )

@@ -15,6 +15,7 @@
 #include "per_step/tile.cuh"
 #include "common/mma.cuh"
 #include "common/gradient_clip.cuh"
+#include "common/sequence.cuh"
 
 namespace per_step {
 
@@ -140,6 +141,8 @@ struct Lines {
 
 struct Product {
     Lines rows, columns;
+    // With options of sequences, in the place of `columns`: each where its own sequence has it, or null.
+    const Element* own_columns[SEQUENCED ? N_TILES : 1];
     int D;
     int chunks_per_segment;
 
@@ -226,6 +229,11 @@ struct Product {
         const long long offset = column_offset(segment);
 #pragma unroll
         for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+            if (SEQUENCED) {
+                const Element* column = own_columns[SEQUENCED ? n_tile : 0];
+                right[i][n_tile] = load_vector<true>(column + offset, column != nullptr, k, D);
+                continue;
+            }
             right[i][n_tile] = load_vector<true>(columns.first + n_tile * columns.stride + offset,
                                                 n_tile < columns.count, k, D);
         }

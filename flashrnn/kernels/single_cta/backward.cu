@@ -42,27 +42,33 @@ constexpr int INPUT_PITCH = pitch(G + S + GIVEN), GATE_PITCH = pitch(G);
 constexpr int RING = STAGES * SEQUENCES * INPUT_PITCH;
 constexpr int GATES = SEQUENCES * GATE_PITCH;
 
+constexpr int LINES_BYTES = (RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES;
 constexpr int LARGEST_RING = STAGES * SEQUENCES * pitch(G + 2 * S);
-static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES ==
+static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES +
+                      TABLE_BYTES ==
                   SHARED_MEMORY,
               "plan.py computes the same layout, with gradients given for all states");
 
 using GivenCopy = TiledCopy<CopyLayout, GIVEN ? GIVEN : 1, const Element>;
 
-// Where R takes so many registers that addresses would be spilled:
-//
-// - The step computed first, which has no gradient through R, does not stand before the loop as a copy
-//   of its own. It multiplies what the other buffer happens to hold, and nothing is added: a branch
-//   around the product would keep the compiler from moving the cell's work up beside it.
-// - The initial states wait in registers, rather than their addresses, until step 0 needs them.
+// Where R takes so many registers that addresses would be spilled, the initial states wait in
+// registers, rather than their addresses, until step 0 needs them.
 constexpr bool FEW_REGISTERS = COMPUTING == 8;
+// The step computed first has no gradient through R. It stands before the loop as a copy of its own,
+// unless addresses, kept for both copies, would be spilled, or sequences may have no step. Else it
+// multiplies what the other buffer happens to hold, and nothing is added: a branch around the product
+// would keep the compiler from moving the cell's work up beside it.
+constexpr bool PEELED = !FEW_REGISTERS && !SEQUENCED;
 
 // What the producer threads do, step after step, as the diagram says.
+// `fetch_step_flags(step, lines)` fetches what else belongs to a step's lines of inputs.
+template <typename FetchFlags>
 __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Element>& input_gates,
                                              TiledCopy<CopyLayout, S, const Element>& input_states,
                                              GivenCopy& input_given,
                                              TiledCopy<CopyLayout, G, Element>& output, Element* ring,
-                                             const Element* gradients, long long T) {
+                                             const Element* gradients, long long T,
+                                             const FetchFlags& fetch_step_flags) {
     long long to_fetch = T;
     int slot = 0;
     const auto fetch_next = [&]() {
@@ -70,6 +76,7 @@ __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Elem
         if (to_fetch > 0) {
             input_gates.fetch(to);
             if (GIVEN) input_given.fetch(to + (G + S) * BLOCK_D);
+            fetch_step_flags(to_fetch - 1, to);
         }
         // Step 0 has the initial states before it, which the computing threads read themselves.
         if (to_fetch > 1) input_states.fetch(to + G * BLOCK_D);
@@ -93,7 +100,7 @@ __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Elem
         cp_async_wait<STAGES - 2>();
         named_barrier<THREADS>();
     }
-    store_next(T - 1);
+    if (!SEQUENCED || T > 0) store_next(T - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
@@ -106,6 +113,19 @@ single_cta_backward(CALL) {
     const long long first = static_cast<long long>(blockIdx.x / N) * SEQUENCES;
     const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
     const long long width = static_cast<long long>(N) * D;
+
+    Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + FRAGMENT_BYTES + LINES_BYTES);
+    long long steps = T;
+    if (SEQUENCED) {
+        for (int i = threadIdx.x; i < SEQUENCES; i += THREADS) {
+            table[i] = sequence_at(first + (i < last ? i : last), T, sequence_order, sequence_rows,
+                                   sequence_lengths, runs_backwards, n);
+        }
+        __syncthreads();
+        // The longest comes first.
+        steps = table[0].length;
+    }
+    const long long all_rows = PACKED ? T : B * T;
 
     // Threads of units beyond D run the cell too: on zeros, which nothing overwrites.
     if (D != BLOCK_D) {
@@ -124,19 +144,40 @@ single_cta_backward(CALL) {
 
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
-        const long long at = (first * T + T - 1) * width + n * D;
-        const long long at_gates = (first * T + T - 1) * G * width + n * D;
-        const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
-        TiledCopy<CopyLayout, G, const Element> input_gates(
-            {gates + at_gates, T * G * width, width, 1}, -G * width, INPUT_PITCH, last);
-        // The states before a step are those of the step before.
-        TiledCopy<CopyLayout, S, const Element> input_states(
-            {states + at - width, T * width, B * T * width, 1}, -width, INPUT_PITCH, last);
-        GivenCopy input_given({d_states + at_given, d_states_b, d_states_s, d_states_d}, -d_states_t,
-                              INPUT_PITCH, last);
-        TiledCopy<CopyLayout, G, Element> output({d_gates + at_gates, T * G * width, width, 1},
-                                                 -G * width, GATE_PITCH, last);
-        run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, T);
+        if constexpr (SEQUENCED) {
+            const int begin = steps - 1;
+            TiledCopy<CopyLayout, G, const Element> input_gates(
+                {gates + n * D, T * G * width, width, 1}, G * width, INPUT_PITCH, last, table, begin, -1);
+            // The states before a step are those of the step before.
+            TiledCopy<CopyLayout, S, const Element> input_states(
+                {states + n * D, T * width, all_rows * width, 1}, width, INPUT_PITCH, last, table,
+                begin - 1, -1);
+            GivenCopy input_given({d_states + n * d_states_n, d_states_b, d_states_s, d_states_d},
+                                  d_states_t, INPUT_PITCH, last, table, begin, -1);
+            TiledCopy<CopyLayout, G, Element> output({d_gates + n * D, T * G * width, width, 1},
+                                                     G * width, GATE_PITCH, last, table, begin, -1);
+            const auto fetch_step_flags = [&](int step, Element* lines) {
+                if (RESETS) fetch_flags(step, lines, INPUT_PITCH, table, reset_flags);
+            };
+            run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, steps,
+                                  fetch_step_flags);
+            if (RAGGED && !PACKED) output.clear_rest(T);
+        } else {
+            const long long at = (first * T + T - 1) * width + n * D;
+            const long long at_gates = (first * T + T - 1) * G * width + n * D;
+            const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
+            TiledCopy<CopyLayout, G, const Element> input_gates(
+                {gates + at_gates, T * G * width, width, 1}, -G * width, INPUT_PITCH, last);
+            // The states before a step are those of the step before.
+            TiledCopy<CopyLayout, S, const Element> input_states(
+                {states + at - width, T * width, B * T * width, 1}, -width, INPUT_PITCH, last);
+            GivenCopy input_given({d_states + at_given, d_states_b, d_states_s, d_states_d},
+                                  -d_states_t, INPUT_PITCH, last);
+            TiledCopy<CopyLayout, G, Element> output({d_gates + at_gates, T * G * width, width, 1},
+                                                     -G * width, GATE_PITCH, last);
+            run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, T,
+                                  [](long long, Element*) {});
+        }
         return;
     }
 
@@ -144,11 +185,15 @@ single_cta_backward(CALL) {
     const ThreadElements elements;
     Matrix matrix;
     if (!CUT) matrix.load<false>(R, n, N, elements, in_shared);
+    // Which of the batch a line's sequence is.
+    const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
+    const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
+                                reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     const auto load_initial = [&](float (&to)[S][ELEMENTS]) {
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
             const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
-            const float* from = initial + (first + elements.sequence(e)) * initial_b + n * initial_n +
+            const float* from = initial + index_of(elements.sequence(e)) * initial_b + n * initial_n +
                                 elements.unit(e) * initial_d;
 #pragma unroll
             for (int s = 0; s < S; ++s) to[s][e] = exists ? from[s * initial_s] : 0.0f;
@@ -160,7 +205,7 @@ single_cta_backward(CALL) {
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const bool exists = GIVEN_LAST && elements.unit(e) < D && elements.sequence(e) <= last;
-        const float* from = d_last + (first + elements.sequence(e)) * d_last_b + n * d_last_n +
+        const float* from = d_last + index_of(elements.sequence(e)) * d_last_b + n * d_last_n +
                             elements.unit(e) * d_last_d;
 #pragma unroll
         for (int s = 0; s < S; ++s) d_carried[s][e] = exists ? from[s * d_last_s] : 0.0f;
@@ -185,7 +230,30 @@ single_cta_backward(CALL) {
                 const Element* line = read + elements.sequence(e) * GATE_PITCH;
                 d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
             }
-            if (!FEW_REGISTERS || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
+            // The step computed last is a sequence's last one, where nothing comes back.
+            if (RAGGED && !table[elements.sequence(e)].has(steps - done)) continue;
+            if (PEELED || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
+        }
+    };
+    // Whether the step computed last started anew.
+    bool is_cut[ELEMENTS] = {};
+    // Hands the gradients that a cut step's reset states have to those, and nothing to the step before.
+    const auto leave_cut_steps = [&](int done) {
+        if (!RESETS) return;
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            if (!is_cut[e]) continue;
+            const Sequence& own = table[elements.sequence(e)];
+            const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+            float* to = d_reset_states +
+                        own.offset_of_start(steps - done, d_reset_states_b, d_reset_states_t) +
+                        n * D + elements.unit(e);
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                // Only this thread adds to it.
+                if (d_reset_states && exists) to[s * d_reset_states_s] += d_carried[s][e];
+                d_carried[s][e] = 0.0f;
+            }
         }
     };
     // Called before the barrier that lets the next product start.
@@ -217,12 +285,36 @@ single_cta_backward(CALL) {
             if (s >= GIVEN) continue;
             load_elements(given[s], inputs + (G + S + s) * BLOCK_D, INPUT_PITCH, elements);
         }
-        if (!FEW_REGISTERS && done == T - 1) load_initial(before);
+        if (!FEW_REGISTERS && done == steps - 1) load_initial(before);
         if (FEW_REGISTERS) {
 #pragma unroll
             for (int i = 0; i < S * ELEMENTS; ++i) {
                 float& state = before[i / ELEMENTS][i % ELEMENTS];
-                state = done == T - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
+                state = done == steps - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
+            }
+        }
+        if (RESETS) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const int sequence = elements.sequence(e), unit = elements.unit(e);
+                is_cut[e] = *flag_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH);
+                if (!is_cut[e] || unit >= D) continue;
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    before[s][e] = starts.value(s, table[sequence], steps - 1 - done, unit);
+                }
+            }
+        }
+        if (RESETS) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const int sequence = elements.sequence(e), unit = elements.unit(e);
+                is_cut[e] = *flag_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH);
+                if (!is_cut[e] || unit >= D) continue;
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    before[s][e] = starts.value(s, table[sequence], steps - 1 - done, unit);
+                }
             }
         }
 #pragma unroll
@@ -237,6 +329,13 @@ single_cta_backward(CALL) {
                 if (s < GIVEN) d_after[s] += given[s][e];
             }
             derivative(state, gate, d_after, d_before, d_gate, clips.forward);
+            if (RAGGED && !table[elements.sequence(e)].has(steps - 1 - done)) {
+                // The gradients of the last states wait for the sequence's last step.
+#pragma unroll
+                for (int s = 0; s < S; ++s) d_before[s] = d_carried[s][e];
+#pragma unroll
+                for (int k = 0; k < G; ++k) d_gate[k] = 0.0f;
+            }
 #pragma unroll
             for (int k = 0; k < G; ++k) {
                 preactivations[k][e] = d_gate[k];
@@ -253,19 +352,22 @@ single_cta_backward(CALL) {
         record_infinity(preactivations, done + 1);
         named_barrier<THREADS>();
     };
-    if (!FEW_REGISTERS) run_step(0);
-    for (int done = FEW_REGISTERS ? 0 : 1; done < T; ++done) {
+    if (PEELED) run_step(0);
+    for (int done = PEELED; done < steps; ++done) {
         add_recurrent_gradient(done);
+        leave_cut_steps(done);
         run_step(done);
     }
-    add_recurrent_gradient(T);
+    if (!SEQUENCED || steps > 0) add_recurrent_gradient(steps);
+    leave_cut_steps(steps);
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         if (elements.unit(e) >= D || elements.sequence(e) > last) continue;
-        float* to = d_initial + (first + elements.sequence(e)) * width + n * D + elements.unit(e);
+        float* to = d_initial + index_of(elements.sequence(e)) * width + n * D + elements.unit(e);
 #pragma unroll
         for (int s = 0; s < S; ++s) to[s * B * width] = d_carried[s][e];
-        float* to_bias = d_bias + (first + elements.sequence(e)) * G * width + n * D + elements.unit(e);
+        float* to_bias =
+            d_bias + index_of(elements.sequence(e)) * G * width + n * D + elements.unit(e);
 #pragma unroll
         for (int k = 0; k < G; ++k) to_bias[k * width] = d_bias_sums[k][e];
     }

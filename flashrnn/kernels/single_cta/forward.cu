@@ -20,7 +20,10 @@
 
 namespace single_cta {
 
-constexpr int INPUT_PITCH = pitch(GW), STATE_PITCH = pitch(S), GATE_PITCH = pitch(G);
+// With resets, h as the next step reads it has a row of its own behind the new states: what is stored is
+// the h before the reset.
+constexpr int H_ROW = RESETS ? S : 0;
+constexpr int INPUT_PITCH = pitch(GW), STATE_PITCH = pitch(S + RESETS), GATE_PITCH = pitch(G);
 
 // What common/forward_producer.cuh asks for.
 struct ForwardLayout : CopyLayout {
@@ -29,6 +32,8 @@ struct ForwardLayout : CopyLayout {
     static constexpr int INPUT_PITCH = single_cta::INPUT_PITCH;
     static constexpr int STATE_PITCH = single_cta::STATE_PITCH;
     static constexpr int GATE_PITCH = single_cta::GATE_PITCH;
+    // The states that are stored are the first so many.
+    static constexpr bool STORES = STORED > 0;
 };
 
 // Elements of the ring, of one buffer of states and of one of pre-activations.
@@ -39,7 +44,7 @@ constexpr int GATES = SEQUENCES * GATE_PITCH;
 // A plan for a problem that needs a gradient has room for pre-activations even if they are not saved.
 constexpr int LAYOUT_BYTES = FRAGMENT_BYTES +
                              (RING + 2 * STATES + (SAVE_GATES ? 2 * GATES : 0)) * int(sizeof(Element)) +
-                             READ_BEYOND_LINES;
+                             READ_BEYOND_LINES + TABLE_BYTES;
 static_assert(SAVE_GATES ? LAYOUT_BYTES == SHARED_MEMORY : LAYOUT_BYTES <= SHARED_MEMORY,
               "plan.py computes the same layout");
 
@@ -60,13 +65,23 @@ __device__ inline bool product_may_make_nan(const Matrix& matrix, const Element*
     return __any_sync(~0u, large);
 }
 
+// Sets an element's states to what they go back to before a step.
+__device__ inline void reset(float (&carried)[S][ELEMENTS], int e, int step,
+                             const ThreadElements& elements, const Sequence& sequence,
+                             const ResetStates& starts) {
+    const int unit = elements.unit(e);
+#pragma unroll
+    for (int s = 0; s < S; ++s) carried[s][e] = unit < D ? starts.value(s, sequence, step, unit) : 0.0f;
+}
+
 // All steps of the scan, of a computing warp. RECOMPUTE: elements whose pre-activations are NaN are
 // computed once more with scalar products.
 template <bool RECOMPUTE>
 __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bias)[G][ELEMENTS],
                                  const Matrix& matrix, const ThreadElements& elements,
                                  const Element* ring, Element* new_states, Element* saved,
-                                 const Element* R, int n, int N, long long T, const Clips& clips) {
+                                 const Element* R, int n, int N, long long T, const Clips& clips,
+                                 const Sequence* table, const ResetStates& starts) {
     // The pre-activations of element e that R feeds, with scalar products of R and `h`, the lines of
     // states.
     const auto recompute = [&](float (&gates)[G], int e, const Element* inputs, const Element* h) {
@@ -79,7 +94,7 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
                        scalar_product<true>(R, n, N, s, unit, h + sequence * STATE_PITCH);
         }
     };
-    const unsigned line = matrix_line(new_states, STATE_PITCH);
+    const unsigned line = matrix_line(new_states + H_ROW * BLOCK_D, STATE_PITCH);
     constexpr unsigned BUFFER_BYTES = STATES * sizeof(Element);
     int slot = 0;
     for (int t = 0; t < T; ++t) {
@@ -119,18 +134,30 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
 #pragma unroll
                 for (int s = 0; s < GR; ++s) all += gates[RECURRENT[s]];
                 if (all != all) {
-                    recompute(gates, e, inputs, new_states + (t + 1) % 2 * STATES);
+                    recompute(gates, e, inputs,
+                              new_states + (t + 1) % 2 * STATES + H_ROW * BLOCK_D);
 #pragma unroll
                     for (int k = 0; k < G; ++k) preactivations[k][e] = gates[k];
                     step(before, gates, after, clips.forward);
                 }
             }
+            // Past its end a sequence keeps its last states.
+            if (RAGGED && !table[elements.sequence(e)].has(t)) continue;
 #pragma unroll
             for (int s = 0; s < S; ++s) carried[s][e] = after[s];
         }
         Element* to = new_states + t % 2 * STATES;
 #pragma unroll
         for (int s = 0; s < S; ++s) store_elements(to + s * BLOCK_D, STATE_PITCH, carried[s], elements);
+        if (RESETS) {
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                const int sequence = elements.sequence(e);
+                if (!*flag_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH)) continue;
+                reset(carried, e, t + 1, elements, table[sequence], starts);
+            }
+            store_elements(to + H_ROW * BLOCK_D, STATE_PITCH, carried[0], elements);
+        }
         if (SAVE_GATES) {
             Element* gates_to = saved + t % 2 * GATES;
 #pragma unroll
@@ -154,6 +181,19 @@ single_cta_forward(CALL) {
     const int last = B - 1 - first < SEQUENCES ? B - 1 - first : SEQUENCES - 1;
     const long long width = static_cast<long long>(N) * D;
 
+    Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + LAYOUT_BYTES - TABLE_BYTES);
+    long long steps = T;
+    if (SEQUENCED) {
+        for (int i = threadIdx.x; i < SEQUENCES; i += THREADS) {
+            table[i] = sequence_at(first + (i < last ? i : last), T, sequence_order, sequence_rows,
+                                   sequence_lengths, runs_backwards, n);
+        }
+        __syncthreads();
+        // The longest comes first.
+        steps = table[0].length;
+    }
+    const long long all_rows = PACKED ? T : B * T;
+
     // Threads of units beyond D run the cell too: on zeros, which nothing overwrites.
     if (D != BLOCK_D) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
@@ -162,14 +202,32 @@ single_cta_forward(CALL) {
 
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
-        const long long head = first * T * width + n * D, head_gates = first * T * G * width + n * D;
-        TiledCopy<ForwardLayout, GW, const Element> input(
-            {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUT_PITCH, last);
-        TiledCopy<ForwardLayout, S, Element> output({states + head, T * width, B * T * width, 1}, width,
-                                                    STATE_PITCH, last);
-        TiledCopy<ForwardLayout, G, Element> output_gates(
-            {gates + head_gates, T * G * width, width, 1}, G * width, GATE_PITCH, last);
-        run_forward_producer(input, output, output_gates, ring, new_states, saved, T);
+        if constexpr (SEQUENCED) {
+            TiledCopy<ForwardLayout, GW, const Element> input({Wx + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t,
+                                                              INPUT_PITCH, last, table, 0, 1);
+            TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
+                {states + n * D, T * width, all_rows * width, 1}, width, STATE_PITCH, last, table, 0, 1);
+            TiledCopy<ForwardLayout, G, Element> output_gates({gates + n * D, T * G * width, width, 1},
+                                                              G * width, GATE_PITCH, last, table, 0, 1);
+            // With the inputs of a step it is known whether the next one starts anew.
+            const auto fetch_next_flags = [&](int step, Element* lines) {
+                if (RESETS) fetch_flags(step + 1, lines, INPUT_PITCH, table, reset_flags);
+            };
+            run_forward_producer(input, output, output_gates, ring, new_states, saved, steps,
+                                 fetch_next_flags);
+            if (RAGGED && !PACKED && STORED) output.clear_rest(T);
+        } else {
+            const long long head = first * T * width + n * D;
+            const long long head_gates = first * T * G * width + n * D;
+            TiledCopy<ForwardLayout, GW, const Element> input(
+                {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUT_PITCH, last);
+            TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
+                {states + head, T * width, B * T * width, 1}, width, STATE_PITCH, last);
+            TiledCopy<ForwardLayout, G, Element> output_gates(
+                {gates + head_gates, T * G * width, width, 1}, G * width, GATE_PITCH, last);
+            run_forward_producer(input, output, output_gates, ring, new_states, saved, T,
+                                 [](long long, Element*) {});
+        }
         return;
     }
 
@@ -177,14 +235,22 @@ single_cta_forward(CALL) {
     const ThreadElements elements;
     Matrix matrix;
     matrix.load<true>(R, n, N, elements, in_shared);
+    // Which of the batch a line's sequence is.
+    const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
+    const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
+                                reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     float carried[S][ELEMENTS];
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
-        const float* from = initial + (first + elements.sequence(e)) * initial_b + n * initial_n +
+        const float* from = initial + index_of(elements.sequence(e)) * initial_b + n * initial_n +
                             elements.unit(e) * initial_d;
 #pragma unroll
         for (int s = 0; s < S; ++s) carried[s][e] = exists ? from[s * initial_s] : 0.0f;
+        if (RESETS) {
+            const Sequence& own = table[elements.sequence(e)];
+            if (own.may_be_cut(0) && reset_flags[own.flag(0)]) reset(carried, e, 0, elements, own, starts);
+        }
     }
     float bias[G][ELEMENTS];
 #pragma unroll
@@ -197,18 +263,21 @@ single_cta_forward(CALL) {
         }
     }
     // Step 0 reads h from the buffer of odd steps.
-    store_elements(new_states + STATES, STATE_PITCH, carried[0], elements);
+    Element* const h = new_states + STATES + H_ROW * BLOCK_D;
+    store_elements(h, STATE_PITCH, carried[0], elements);
     named_barrier<THREADS>();
 
-    if (product_may_make_nan(matrix, new_states + STATES)) {
-        run_steps<true>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, T, clips);
+    if ((RESETS && NEEDS_CARE<Operand>) || product_may_make_nan(matrix, h)) {
+        run_steps<true>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, steps, clips,
+                        table, starts);
     } else {
-        run_steps<false>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, T, clips);
+        run_steps<false>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, steps, clips,
+                         table, starts);
     }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         if (elements.unit(e) >= D || elements.sequence(e) > last) continue;
-        float* to = last_states + (first + elements.sequence(e)) * width + n * D + elements.unit(e);
+        float* to = last_states + index_of(elements.sequence(e)) * width + n * D + elements.unit(e);
 #pragma unroll
         for (int s = 0; s < S; ++s) to[s * B * width] = carried[s][e];
     }

@@ -52,6 +52,8 @@ _GATES_OF_TWO = 4
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
 _FRAGMENT_BYTES = 512
+# Of struct Sequence of common/sequence.cuh.
+_SEQUENCE_BYTES = 16
 _READ_BEYOND_LINES = 16
 
 
@@ -103,6 +105,7 @@ class SingleCtaPlan(Plan):
             "AT_ONCE": self.at_once,
             "SHARED_MEMORY": self.shared_memory,
             "ALIGNED": aligned,
+            "STORED": len(cell.states),
             **dict(options),
         }
         if self.backward:
@@ -110,6 +113,8 @@ class SingleCtaPlan(Plan):
         else:
             kernel, record = "single_cta/forward.cu", call.FORWARD
             constants["H_IS_NEVER_LARGE"] = source.h_is_never_large(cell)
+        if source.is_sequenced(options):
+            record = record.complete
         return source.program(kernel, cell, precision, constants, record)
 
 
@@ -117,7 +122,7 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
     """How CTAs compute the heads of a problem, or the reason why they cannot.
 
     Args:
-        problem: its cell, B, N, D, dtype and whether it needs a gradient decide.
+        problem: its cell, B, N, D, dtype, options and whether it needs a gradient decide.
         gpu: the device.
         backward: whether for the backward scan.
     """
@@ -133,6 +138,8 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
     else:
         inputs = counts.inputs
         outputs = (counts.states, counts.gates) if problem.needs_gradient else (counts.states,)
+    if not backward and problem.resets:
+        outputs = (outputs[0] + 1, *outputs[1:])
     head = _Head(
         backward,
         counts.recurrent,
@@ -141,6 +148,7 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
         outputs,
         problem.D,
         problem.dtype.itemsize,
+        _SEQUENCE_BYTES if problem.is_sequenced else 0,
     )
     return _plan(head, problem.B, problem.N, gpu)
 
@@ -156,6 +164,7 @@ class _Head(NamedTuple):
         outputs: rows of the lines that a step writes, one number for each kind of line.
         D: head dimension.
         itemsize: bytes of an element of the tensors.
+        sequence_bytes: bytes of what says where a sequence's rows lie.
     """
 
     backward: bool
@@ -165,6 +174,7 @@ class _Head(NamedTuple):
     outputs: tuple[int, ...]
     D: int
     itemsize: int
+    sequence_bytes: int
 
     @property
     def computing_warps(self) -> int:
@@ -192,8 +202,8 @@ class _Head(NamedTuple):
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of a sequence in the buffers of what steps write, two of each kind."""
-        return 2 * sum(map(self.line, self.outputs))
+        """Bytes of a sequence beside the ring: of what steps write, two buffers of each kind."""
+        return 2 * sum(map(self.line, self.outputs)) + self.sequence_bytes
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,9 @@
 //
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
+// With GATHERED, a constant of the plan, what stands in the place of h[b, t - 1] is looked up: `before` has
+// for each row the row of h before it, or -1 - k where that is row k of `h_starts`, for each direction.
+//
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
 // the GATES recurrent gates from group * GATES on. gradient_sums.cu adds the parts afterwards, in a
 // fixed order. The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
@@ -116,6 +119,24 @@ recurrent_gradient(CALL) {
     const Element* gates_of_part = d_gates + begin * G * width + n * D;
     // h before a row's step: that of the row before, except at step 0.
     const Element* h_of_part = h + (begin - 1) * width + n * D;
+    const int* before_part = before_rows + begin;
+    if (GATHERED && runs_backwards) before_part += runs_backwards[n] * B * T;
+    const auto gathered = [&](int row) {
+        const long long of_h = before_part[row];
+        return (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
+    };
+    // The rows that the thread looks up for the next chunk: a chunk ahead, so that it need not wait.
+    constexpr int ROUNDS = (CHUNK * PIECES + THREADS - 1) / THREADS;
+    constexpr bool AHEAD = GATHERED && ROUNDS <= 2;
+    const Element* looked_up[AHEAD ? ROUNDS : 1];
+    const auto look_up = [&](int chunk) {
+#pragma unroll
+        for (int round = 0; round < (AHEAD ? ROUNDS : 0); ++round) {
+            const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / PIECES;
+            looked_up[round] = gathered(row < rows ? row : 0);
+        }
+    };
+    look_up(0);
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
@@ -143,10 +164,16 @@ recurrent_gradient(CALL) {
             const int i = threadIdx.x + round * THREADS;
             if (H_PIECES % THREADS && i >= H_PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
-            Position position = next;
-            position.advance(row, T);
             Element* to = columns + row * COLUMNS_PITCH;
             const bool exists = first + row < rows;
+            if constexpr (GATHERED) {
+                const Element* from = AHEAD ? looked_up[AHEAD ? round : 0]
+                                            : gathered(exists ? first + row : 0);
+                fetch_pieces(to, from, exists, piece);
+                continue;
+            }
+            Position position = next;
+            position.advance(row, T);
             const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
             if (sizeof(Element) == 4) {
                 const Element* initial = reinterpret_cast<const Element*>(h_initial);
@@ -158,6 +185,7 @@ recurrent_gradient(CALL) {
             }
             fetch_pieces(to, from, exists, piece);
         }
+        look_up(chunk + 1);
         next.advance(CHUNK, T);
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
@@ -240,8 +268,13 @@ recurrent_gradient(CALL) {
         float sum = 0.0f;
 #pragma unroll 1
         for (long long row = begin; row < begin + rows; ++row) {
-            const float before = row % T ? to_float(h[(row - 1) * width + n * D + p])
-                                         : h_initial[row / T * width + n * D + p];
+            float before;
+            if (GATHERED) {
+                before = to_float(gathered(row - begin)[p]);
+            } else {
+                before = row % T ? to_float(h[(row - 1) * width + n * D + p])
+                                 : h_initial[row / T * width + n * D + p];
+            }
             sum += to_float(d_gates[(row * G + gate) * width + n * D + d]) * before;
         }
         result = sum;

@@ -43,16 +43,26 @@ class GradientPlan:
         """The plan without what is not compiled in, for a cache of kernels."""
         return replace(self, parts=1, rows=0)
 
-    def source(self, cell: TracedCell, precision: str, aligned: bool) -> dict[str, str]:
-        """The program's text in parts, each under the name that an error gives it."""
+    def source(
+        self, cell: TracedCell, precision: str, aligned: bool, gathered: bool = False
+    ) -> dict[str, str]:
+        """The program's text in parts, each under the name that an error gives it.
+
+        Args:
+            cell: the cell.
+            precision: out of ``source.PRECISIONS``.
+            aligned: whether all rows of all tensors begin at multiples of 16 bytes.
+            gathered: whether h before each step is looked up.
+        """
         constants = {
             "D": self.D,
             "GATES": self.gates,
             "STAGES": self.stages,
             "SHARED_MEMORY": self.shared_memory,
             "ALIGNED": aligned,
+            "GATHERED": gathered,
         }
-        record = call.RECURRENT_GRADIENT
+        record = call.RECURRENT_GRADIENT.complete if gathered else call.RECURRENT_GRADIENT
         kernel = "single_cta/recurrent_gradient.cu"
         return source.program(kernel, cell, precision, constants, record)
 

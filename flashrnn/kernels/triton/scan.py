@@ -189,6 +189,58 @@ def _add_product_from_memory(
     return accumulator
 
 
+@triton.jit
+def _sequences(place, in_batch, T, order, rows, lengths, RAGGED: tl.constexpr):
+    """Of the sequences at places: which of the batch they are, their first rows, their lengths."""
+    if RAGGED:
+        return (
+            tl.load(order + place, mask=in_batch, other=0).to(tl.int64),
+            tl.load(rows + place, mask=in_batch, other=0).to(tl.int64),
+            tl.load(lengths + place, mask=in_batch, other=0),
+        )
+    else:
+        return place, place * T, tl.where(in_batch, T, 0)
+
+
+@triton.jit
+def _time(step, lengths, backwards):
+    """Where in each sequence a step is; ``backwards`` is 1 for heads that run so, else 0."""
+    return (step + backwards * (lengths - 1 - 2 * step)).to(tl.int64)
+
+
+@triton.jit
+def _cuts(flags, step, first_row, lengths, backwards):
+    """Which sequences start anew before a step. A flag cuts its row from the one before."""
+    may_be = (step >= 0) & (step < lengths) & ((step > 0) | (backwards == 0))
+    row = first_row + _time(step, lengths, backwards) + backwards
+    return tl.load(flags + row, mask=may_be, other=0) != 0
+
+
+@triton.jit
+def _starts(starts, mask, offsets, row, stride_t):
+    """What states start anew with, float32; zeros where ``starts`` is None."""
+    if starts is None:
+        return tl.zeros(mask.shape, tl.float32)
+    else:
+        return tl.load(starts + offsets + row * stride_t, mask=mask, other=0.0)
+
+
+@triton.jit
+def _h_before(states, h_starts, before_rows, rows, mask, width: tl.constexpr):
+    """Where h before rows begins: of the row before, or of what the sequence starts with."""
+    of_h = tl.load(before_rows + rows, mask=mask, other=0).to(tl.int64)
+    return tl.where(of_h >= 0, states + of_h * width, h_starts + (-1 - of_h) * width)
+
+
+@triton.jit
+def _chosen(condition, tiles, others):
+    """Of each tile the elements of those that the condition holds for, else of the others."""
+    chosen = ()
+    for k in tl.static_range(len(tiles)):
+        chosen = chosen + (tl.where(condition, tiles[k], others[k]),)
+    return chosen
+
+
 def scan_forward(
     Wx,
     R,
@@ -209,6 +261,20 @@ def scan_forward(
     initial_stride_b,
     initial_stride_n,
     initial_stride_d,
+    sequence_order,
+    sequence_rows,
+    sequence_lengths,
+    runs_backwards,
+    reset_flags,
+    reset_states,
+    before_rows,
+    h_starts,
+    rows_of_all,
+    reset_stride_s,
+    reset_stride_b,
+    reset_stride_t,
+    reset_stride_n,
+    reset_stride_d,
     N: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -227,6 +293,11 @@ def scan_forward(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     step: tl.constexpr,
+    RESETS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    STORED: tl.constexpr,
 ):
     """T steps of one head for BLOCK_B sequences.
 
@@ -234,6 +305,10 @@ def scan_forward(
     b [Gb, N, D] are contiguous; writes states [S, B, T, N, D], last_states [S, B, 1, N, D] and,
     if STORE_GATES, the pre-activations gates [B, T, G, N, D], all contiguous.
     WX_WIDE: offsets within one step of a sequence of Wx may need more than 32 bits.
+
+    RESETS, RAGGED, PACKED, REVERSE: which options of sequences the call has; what they read is None
+    without them. Of a sequence past its end nothing is loaded or stored, and its states stay.
+    STORED: how many states are stored.
     """
     G: tl.constexpr = len(FED_WX)
     width: tl.constexpr = N * D
@@ -248,15 +323,39 @@ def scan_forward(
     state, state_unit = state_line // BLOCK_D, state_line % BLOCK_D
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
+    stored_mask = states_mask & (state < STORED)
+    SEQUENCED: tl.constexpr = RESETS or RAGGED or REVERSE
+    index, steps = row, T
+    if SEQUENCED:
+        in_batch = row < B
+        index, first_row, lengths = _sequences(
+            row, in_batch, length, sequence_order, sequence_rows, sequence_lengths, RAGGED
+        )
+        backwards = tl.load(runs_backwards + n) if REVERSE else 0
+        forwards = 1 - 2 * backwards
+        if RAGGED:
+            # The longest comes first.
+            steps = tl.load(sequence_lengths + (tl.program_id(0) // N) * BLOCK_B)
+        start = _time(0, lengths, backwards)
 
     unit = tl.arange(0, BLOCK_D)[:, None]
 
     initial_offsets = _offsets(
-        state, row, n, state_unit,
+        state, index, n, state_unit,
         initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
     )  # fmt: skip
     initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
     carried = _unpack(initial.to(tl.float32), BLOCK_S, S)
+    if RESETS:
+        reset_offsets = _offsets(
+            state, index, n, state_unit,
+            reset_stride_s, reset_stride_b, reset_stride_n, reset_stride_d
+        )  # fmt: skip
+        if PACKED:
+            reset_offsets += first_row * reset_stride_t
+        cut = _cuts(reset_flags, 0, first_row, lengths, backwards)
+        anew = _starts(reset_states, states_mask & cut, reset_offsets, start, reset_stride_t)
+        carried = _chosen(cut, _unpack(anew, BLOCK_S, S), carried)
     fed_b, fed_r, fed_wx = (
         _positions(gate, FED_B),
         _positions(gate, FED_R),
@@ -273,7 +372,16 @@ def scan_forward(
     wx_mask = gates_mask & (fed_wx >= 0)
     # In 64 bits only where they must be: with those, the assembler makes the products wait for the
     # stores.
-    if WX_WIDE:
+    if SEQUENCED:
+        wx_offsets = _offsets(
+            fed_wx, index, n, gate_unit,
+            tl.cast(wx_stride_g, tl.int64) * WX_ALIGN,
+            0 if PACKED else tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
+            tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
+        )  # fmt: skip
+        wx_offsets += (start + (first_row if PACKED else 0)) * wx_stride_t
+        wx_stride_t = wx_stride_t * forwards
+    elif WX_WIDE:
         wx_offsets = _offsets(
             fed_wx, row, n, gate_unit,
             tl.cast(wx_stride_g, tl.int64) * WX_ALIGN, tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
@@ -284,18 +392,37 @@ def scan_forward(
             row * (wx_stride_b * WX_ALIGN) + n * (wx_stride_n * WX_ALIGN)
             + fed_wx * (wx_stride_g * WX_ALIGN) + gate_unit * wx_stride_d
         )  # fmt: skip
-    states_offsets = _offsets(
-        state, row, n, state_unit, length * width * B, length * width, D, 1
-    )  # fmt: skip
-    gates_offsets = _offsets(gate, row, n, gate_unit, width, length * (G * width), D, 1)
+    if SEQUENCED:
+        every = tl.cast(rows_of_all, tl.int64)
+        states_offsets = _offsets(
+            state, first_row + start, n, state_unit, every * width, width, D, 1
+        )  # fmt: skip
+        gates_offsets = _offsets(gate, first_row + start, n, gate_unit, width, G * width, D, 1)
+        states_stride_t, gates_stride_t = forwards * width, forwards * (G * width)
+    else:
+        states_offsets = _offsets(
+            state, row, n, state_unit, length * width * B, length * width, D, 1
+        )  # fmt: skip
+        gates_offsets = _offsets(gate, row, n, gate_unit, width, length * (G * width), D, 1)
+        states_stride_t, gates_stride_t = width, G * width
 
     # The product of the first step; each step in the loop computes that of the next step.
-    inputs = tl.load(Wx + wx_offsets, mask=tl.where(T > 0, wx_mask, False), other=0.0)
+    first_mask = tl.where(T > 0, wx_mask, False)
+    if SEQUENCED:
+        first_mask = wx_mask & (lengths > 0)
+    inputs = tl.load(Wx + wx_offsets, mask=first_mask, other=0.0)
     inputs = inputs.to(tl.float32) + bias
     if R_IN_REGISTERS:
         # h is rounded before it multiplies R: the same numbers as the stored h.
         h = _of_units(carried[0], unit, D, BLOCK_D).to(dtype).to(OPERAND)
         preactivations = tl.dot(R_tile, h, inputs, input_precision=PRECISION)
+    elif SEQUENCED:
+        has = lengths > 0
+        rows_now = backwards * rows_of_all + first_row + start
+        preactivations = _add_product_from_memory(
+            inputs, _h_before(states, h_starts, before_rows, rows_now, has, width) + n * D,
+            1, has, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
+        )  # fmt: skip
     else:
         preactivations = _add_product_from_memory(
             inputs, states_initial + row * initial_stride_b + n * initial_stride_n,
@@ -303,28 +430,56 @@ def scan_forward(
             R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
         )  # fmt: skip
     preactivations = _only_fed(preactivations, inputs, gate, FED_R)
-    for t in tl.range(0, T, num_stages=STAGES):
+    for t in tl.range(0, steps, num_stages=STAGES):
         wx_offsets += wx_stride_t
-        inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
+        if SEQUENCED:
+            has, has_next = t < lengths, t + 1 < lengths
+            inputs = tl.load(Wx + wx_offsets, mask=wx_mask & has_next, other=0.0)
+        else:
+            inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
+        if RESETS:
+            cut = _cuts(reset_flags, t + 1, first_row, lengths, backwards)
+            time = _time(t + 1, lengths, backwards)
+            anew = _starts(reset_states, states_mask & cut, reset_offsets, time, reset_stride_t)
+        before = carried
         carried = step(carried, _unpack(preactivations, BLOCK_G, G), forward_clipval)
+        if RAGGED:
+            carried = _chosen(has, carried, before)
+        after = carried
+        if RESETS:
+            carried = _chosen(cut, _unpack(anew, BLOCK_S, S), carried)
         # After the cell's step, which does not need them.
         inputs = inputs.to(tl.float32) + bias
         if R_IN_REGISTERS:
             h = _of_units(carried[0], unit, D, BLOCK_D).to(dtype).to(OPERAND)
             following = tl.dot(R_tile, h, inputs, input_precision=PRECISION)
-        tl.store(states + states_offsets, _pack(carried, BLOCK_S).to(dtype), mask=states_mask)
-        if not R_IN_REGISTERS:
+        if SEQUENCED:
+            mask = stored_mask & has
+            tl.store(states + states_offsets, _pack(after, BLOCK_S).to(dtype), mask=mask)
+        else:
+            tl.store(states + states_offsets, _pack(carried, BLOCK_S).to(dtype), mask=stored_mask)
+        if not R_IN_REGISTERS and SEQUENCED:
+            tl.debug_barrier()
+            rows_now = backwards * rows_of_all + first_row + _time(t + 1, lengths, backwards)
+            following = _add_product_from_memory(
+                inputs, _h_before(states, h_starts, before_rows, rows_now, has_next, width) + n * D,
+                1, has_next, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
+            )  # fmt: skip
+        elif not R_IN_REGISTERS:
             tl.debug_barrier()
             following = _add_product_from_memory(
                 inputs, states + (row * length + t) * width + n * D,
                 1, row < B, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
             )  # fmt: skip
         if STORE_GATES:
-            tl.store(gates + gates_offsets, preactivations.to(dtype), mask=gates_mask)
-        states_offsets += width
-        gates_offsets += G * width
+            mask = gates_mask
+            if SEQUENCED:
+                mask = gates_mask & has
+            tl.store(gates + gates_offsets, preactivations.to(dtype), mask=mask)
+        states_offsets += states_stride_t
+        gates_offsets += gates_stride_t
         preactivations = _only_fed(following, inputs, gate, FED_R)
-    last_offsets = _offsets(state, row, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1)
+    last_offsets = _offsets(state, index, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1)
     tl.store(last_states + last_offsets, _pack(carried, BLOCK_S), mask=states_mask)
 
 
@@ -357,6 +512,20 @@ def _product_from_memory(
     return total
 
 
+@triton.jit
+def _left_behind(d_carried, cut, d_starts, offsets, mask, row_offset, BLOCK_S: tl.constexpr):
+    """Gradients that go on from steps that start anew: none; they are those of the starts."""
+    if d_starts is not None:
+        # Atomic for its order: a load could be moved ahead of the store of the step before. Each
+        # number is one thread's alone, so that its sum has one order.
+        left = _pack(d_carried, BLOCK_S)
+        tl.atomic_add(d_starts + offsets + row_offset, left, mask=mask & cut, sem="relaxed")
+    zeros = ()
+    for s in tl.static_range(len(d_carried)):
+        zeros = zeros + (tl.where(cut, 0.0, d_carried[s]),)
+    return zeros
+
+
 def scan_backward(
     R,
     states_initial,
@@ -383,6 +552,22 @@ def scan_backward(
     d_last_stride_b,
     d_last_stride_n,
     d_last_stride_d,
+    sequence_order,
+    sequence_rows,
+    sequence_lengths,
+    runs_backwards,
+    reset_flags,
+    reset_states,
+    d_reset_states,
+    rows_of_all,
+    reset_stride_s,
+    reset_stride_b,
+    reset_stride_t,
+    reset_stride_n,
+    reset_stride_d,
+    d_reset_stride_s,
+    d_reset_stride_b,
+    d_reset_stride_t,
     N: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -400,6 +585,10 @@ def scan_backward(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     derivative: tl.constexpr,
+    RESETS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PACKED: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
     """The scan backwards, from the residuals states and gates that the forward one wrote.
 
@@ -407,6 +596,9 @@ def scan_backward(
     [S, B, 1, N, D], both contiguous. The gradients of R, b and Wx follow from d_gates outside.
     CUT: no gradient through R. CLIP: that gradient is clipped to ±clipval at every step.
     d_states has the gradients of the first GIVEN states; it, and d_last_states, may be None.
+
+    RESETS, RAGGED, PACKED, REVERSE: as in the forward scan. The gradients of a sequence's last
+    states wait for its last step; those of d_reset_states [S, B, T, N, D] are added to it.
     """
     G: tl.constexpr = len(FED_R)
     width: tl.constexpr = N * D
@@ -423,9 +615,35 @@ def scan_backward(
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
     given_mask = (state < GIVEN) & (state_unit < D) & (row < B)
+    SEQUENCED: tl.constexpr = RESETS or RAGGED or REVERSE
+    index, steps = row, T
+    if SEQUENCED:
+        in_batch = row < B
+        index, first_row, lengths = _sequences(
+            row, in_batch, length, sequence_order, sequence_rows, sequence_lengths, RAGGED
+        )
+        backwards = tl.load(runs_backwards + n) if REVERSE else 0
+        forwards = 1 - 2 * backwards
+        if RAGGED:
+            # The longest comes first.
+            steps = tl.load(sequence_lengths + (tl.program_id(0) // N) * BLOCK_B)
+        end = _time(steps - 1, lengths, backwards)
+    if RESETS:
+        reset_offsets = _offsets(
+            state, index, n, state_unit,
+            reset_stride_s, reset_stride_b, reset_stride_n, reset_stride_d
+        )  # fmt: skip
+        d_reset_offsets = _offsets(
+            state, index, n, state_unit, d_reset_stride_s, d_reset_stride_b, D, 1
+        )  # fmt: skip
+        if PACKED:
+            reset_offsets += first_row * reset_stride_t
+            d_reset_offsets += first_row * d_reset_stride_t
+        # Whether the step computed last starts anew.
+        cut = row < 0
 
     initial_offsets = _offsets(
-        state, row, n, state_unit,
+        state, index, n, state_unit,
         initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
     )  # fmt: skip
     initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
@@ -434,7 +652,7 @@ def scan_backward(
         d_last = tl.zeros([BLOCK_S * BLOCK_D, BLOCK_B], tl.float32)
     else:
         d_last_offsets = _offsets(
-            state, row, n, state_unit,
+            state, index, n, state_unit,
             d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d
         )  # fmt: skip
         d_last = tl.load(d_last_states + d_last_offsets, mask=states_mask, other=0.0)
@@ -447,29 +665,65 @@ def scan_backward(
 
     last = length - 1
     # `states` is read one step earlier than the rest: the states before the step.
-    states_offsets = (last - 1) * width + _offsets(
-        state, row, n, state_unit, length * width * B, length * width, D, 1
-    )
-    gates_offsets = last * (G * width) + _offsets(
-        gate, row, n, gate_unit, width, length * (G * width), D, 1
-    )
-    d_states_offsets = last * d_states_stride_t + _offsets(
-        state, row, n, state_unit,
-        tl.cast(d_states_stride_s, tl.int64) * D_STATES_ALIGN,
-        tl.cast(d_states_stride_b, tl.int64) * D_STATES_ALIGN,
-        tl.cast(d_states_stride_n, tl.int64) * D_STATES_ALIGN, d_states_stride_d
-    )  # fmt: skip
+    if SEQUENCED:
+        every = tl.cast(rows_of_all, tl.int64)
+        states_stride_t, gates_stride_t = forwards * width, forwards * (G * width)
+        d_states_row = first_row + end if PACKED else end
+        states_offsets = (
+            _offsets(state, first_row + end, n, state_unit, every * width, width, D, 1)
+            - states_stride_t
+        )
+        gates_offsets = _offsets(gate, first_row + end, n, gate_unit, width, G * width, D, 1)
+        d_states_offsets = d_states_row * d_states_stride_t + _offsets(
+            state, index, n, state_unit,
+            tl.cast(d_states_stride_s, tl.int64) * D_STATES_ALIGN,
+            0 if PACKED else tl.cast(d_states_stride_b, tl.int64) * D_STATES_ALIGN,
+            tl.cast(d_states_stride_n, tl.int64) * D_STATES_ALIGN, d_states_stride_d
+        )  # fmt: skip
+        d_states_stride_t = d_states_stride_t * forwards
+    else:
+        states_stride_t, gates_stride_t = width, G * width
+        states_offsets = (last - 1) * width + _offsets(
+            state, row, n, state_unit, length * width * B, length * width, D, 1
+        )
+        gates_offsets = last * (G * width) + _offsets(
+            gate, row, n, gate_unit, width, length * (G * width), D, 1
+        )
+        d_states_offsets = last * d_states_stride_t + _offsets(
+            state, row, n, state_unit,
+            tl.cast(d_states_stride_s, tl.int64) * D_STATES_ALIGN,
+            tl.cast(d_states_stride_b, tl.int64) * D_STATES_ALIGN,
+            tl.cast(d_states_stride_n, tl.int64) * D_STATES_ALIGN, d_states_stride_d
+        )  # fmt: skip
 
     # Every step begins with the product that gives h's gradient from the gates' gradients of the
     # step after it. The last step has no step after it; the initial h's gradient takes a product
     # behind the loop.
     operand = tl.zeros([BLOCK_G * BLOCK_D, BLOCK_B], OPERAND)
-    for i in tl.range(0, T, num_stages=STAGES):
-        before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
-        preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
-        if GIVEN > 0:
-            d_given = tl.load(d_states + d_states_offsets, mask=given_mask, other=0.0)
-        before = _in_product_layout(_unpack(before.to(tl.float32), BLOCK_S, S), OPERAND, PRECISION)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        if SEQUENCED:
+            now = steps - 1 - i
+            has, came = now < lengths, now + 1 < lengths
+            mask = states_mask & has & (now > 0)
+            before = tl.load(states + states_offsets, mask=mask, other=0.0)
+            preactivations = tl.load(gates + gates_offsets, mask=gates_mask & has, other=0.0)
+            if GIVEN > 0:
+                d_given = tl.load(d_states + d_states_offsets, mask=given_mask & has, other=0.0)
+        else:
+            before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
+            preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
+            if GIVEN > 0:
+                d_given = tl.load(d_states + d_states_offsets, mask=given_mask, other=0.0)
+            came = i > 0
+        before = before.to(tl.float32)
+        is_first = i + 1 == steps
+        if RESETS:
+            cut_now = _cuts(reset_flags, now, first_row, lengths, backwards)
+            time = _time(now, lengths, backwards)
+            anew = _starts(reset_states, states_mask & cut_now, reset_offsets, time, reset_stride_t)
+            before = tl.where(cut_now, anew, before)
+            is_first = is_first & (cut_now == 0)
+        before = _in_product_layout(_unpack(before, BLOCK_S, S), OPERAND, PRECISION)
         preactivations = _in_product_layout(
             _unpack(preactivations.to(tl.float32), BLOCK_G, G), OPERAND, PRECISION
         )
@@ -481,30 +735,44 @@ def scan_backward(
                 d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
             else:
                 tl.debug_barrier()
+                if SEQUENCED:
+                    rows_after = first_row + _time(now + 1, lengths, backwards)
+                    mask = came
+                else:
+                    rows_after = row * length + last - i + 1
+                    mask = tl.where(i > 0, row < B, False)
                 d_h = _product_from_memory(
-                    d_gates + (row * length + last - i + 1) * (G * width) + n * D,
-                    tl.where(i > 0, row < B, False),
+                    d_gates + rows_after * (G * width) + n * D,
+                    mask,
                     R, n, unit, N, D, BLOCK_D, FED_R, CLIP, OPERAND, PRECISION
                 )  # fmt: skip
             if CLIP:
                 d_h = _clamped(d_h, clipval)
             # Chosen, not multiplied: zeros times an infinite R are NaN.
-            d_carried = (d_carried[0] + tl.where(i > 0, d_h, 0.0),) + d_carried[1:]
+            d_carried = (d_carried[0] + tl.where(came, d_h, 0.0),) + d_carried[1:]
+        if RESETS:
+            d_carried = _left_behind(
+                d_carried, cut, d_reset_states, d_reset_offsets, states_mask,
+                _time(now + 1, lengths, backwards) * d_reset_stride_t, BLOCK_S
+            )  # fmt: skip
+            cut = cut_now
         values = ()
         gradients = ()
         for s in tl.static_range(S):
-            values = values + (tl.where(i + 1 == T, initial[s], before[s]),)
+            values = values + (tl.where(is_first, initial[s], before[s]),)
             d_after = d_carried[s]
             if s < GIVEN:
                 d_after += d_given[s]
             gradients = gradients + (d_after,)
         d_inputs = derivative(values, preactivations, gradients, forward_clipval)
 
-        d_carried = d_inputs[:S]
+        d_carried = _chosen(has, d_inputs[:S], d_carried) if RAGGED else d_inputs[:S]
         d_preactivations = ()
         fed_by_R = ()
         for k in tl.static_range(G):
             d_gate = _of_units(d_inputs[S + k], unit, D, BLOCK_D).to(dtype)
+            if RAGGED:
+                d_gate = tl.where(has, d_gate, 0.0).to(dtype)
             d_preactivations = d_preactivations + (d_gate,)
             fed_by_R = fed_by_R + (
                 (d_gate if FED_R[k] >= 0 else tl.zeros([BLOCK_D, BLOCK_B], dtype)),
@@ -514,25 +782,39 @@ def scan_backward(
             d_preactivations = d_preactivations + (tl.zeros([BLOCK_D, BLOCK_B], dtype),)
             fed_by_R = fed_by_R + (tl.zeros([BLOCK_D, BLOCK_B], dtype),)
         operand = _in_range(_pack(fed_by_R, BLOCK_G), CLIP).to(OPERAND)
-        tl.store(d_gates + gates_offsets, _pack(d_preactivations, BLOCK_G), mask=gates_mask)
-        states_offsets -= width
-        gates_offsets -= G * width
+        mask = gates_mask
+        if SEQUENCED:
+            mask = gates_mask & has
+        tl.store(d_gates + gates_offsets, _pack(d_preactivations, BLOCK_G), mask=mask)
+        states_offsets -= states_stride_t
+        gates_offsets -= gates_stride_t
         d_states_offsets -= d_states_stride_t
+    came = T > 0
+    if SEQUENCED:
+        came = lengths > 0
     if not CUT:
         if R_IN_REGISTERS:
             d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
         else:
             tl.debug_barrier()
+            rows_after = row * length
+            if SEQUENCED:
+                rows_after = first_row + _time(0, lengths, backwards)
             d_h = _product_from_memory(
-                d_gates + row * length * (G * width) + n * D,
-                tl.where(T > 0, row < B, False),
+                d_gates + rows_after * (G * width) + n * D,
+                tl.where(came, row < B, False),
                 R, n, unit, N, D, BLOCK_D, FED_R, CLIP, OPERAND, PRECISION
             )  # fmt: skip
         if CLIP:
             d_h = _clamped(d_h, clipval)
-        d_carried = (d_carried[0] + tl.where(T > 0, d_h, 0.0),) + d_carried[1:]
+        d_carried = (d_carried[0] + tl.where(came, d_h, 0.0),) + d_carried[1:]
+    if RESETS:
+        d_carried = _left_behind(
+            d_carried, cut, d_reset_states, d_reset_offsets, states_mask,
+            _time(0, lengths, backwards) * d_reset_stride_t, BLOCK_S
+        )  # fmt: skip
     d_initial_offsets = _offsets(
-        state, row, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1
+        state, index, n, state_unit, tl.cast(B, tl.int64) * width, width, D, 1
     )
     tl.store(d_states_initial + d_initial_offsets, _pack(d_carried, BLOCK_S), mask=states_mask)
 
@@ -545,6 +827,8 @@ _ONLY_AT_RUN_TIME = [
     *("initial_stride_s", "initial_stride_b", "initial_stride_n"),
     *("d_states_stride_s", "d_states_stride_b", "d_states_stride_t", "d_states_stride_n"),
     *("d_last_stride_s", "d_last_stride_b", "d_last_stride_n"),
+    *("rows_of_all", "reset_stride_s", "reset_stride_b", "reset_stride_t", "reset_stride_n"),
+    *("d_reset_stride_s", "d_reset_stride_b", "d_reset_stride_t"),
 ]
 
 

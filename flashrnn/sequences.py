@@ -1,0 +1,328 @@
+"""The options of a call that say how its sequences run: resets, lengths, packing and directions.
+
+:class:`Sequences` has their tensors. What of them decides how a problem is computed is in
+:class:`flashrnn.problem.Problem`. ``docs/sequences.md`` defines each option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn.cells.spec import Cell
+from flashrnn.problem import Problem
+
+RETURNED = ("all", "h", "last")
+_INTEGERS = (torch.int32, torch.int64)
+
+
+class Sequences(NamedTuple):
+    """The tensors of a call's options, on the device of the computation; ``None``: not given.
+
+    Attributes:
+        reset: ``[B, T]`` of bool (packed: ``[1, total]``): before step t the states go back.
+        reset_states: ``[S, B, T, N, D]`` (packed: ``[S, 1, total, N, D]``) or ``[S, B, 1, N, D]``
+            of ``problem.carry_dtype``, what they go back to; ``None``: zeros.
+        lengths: ``[B]`` of int32 or int64: how many steps each sequence has.
+        cu_seqlens: ``[B + 1]`` of int32 or int64: where each sequence begins among all rows.
+    """
+
+    reset: Tensor | None = None
+    reset_states: Tensor | None = None
+    lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of int64.
+
+    ``None`` for what the shapes tell: a sequence begins every T rows; all have T steps. Values that
+    are out of range are moved into it, without waiting for the GPU: whatever was given, sequences
+    lie within the rows and share none of them.
+
+    Args:
+        sequences: the options.
+        B: the number of sequences.
+        T: the number of steps; of a packed batch its rows.
+    """
+    if sequences.cu_seqlens is not None:
+        cuts = sequences.cu_seqlens.long().clamp(0, T).cummax(0).values
+        return cuts[:-1], cuts.diff()
+    if sequences.lengths is not None:
+        return None, sequences.lengths.long().clamp(0, T)
+    return None, None
+
+
+class Arranged(NamedTuple):
+    """The options of a call as kernels read them; ``common/sequence.cuh`` says how.
+
+    Attributes:
+        order: ``[B]`` of int32, the sequences, the longest first.
+        rows: ``[B]`` of int32, their first rows in that order.
+        lengths: ``[B]`` of int32, their lengths in that order.
+        backwards: ``[N]`` of int32, 1 for heads that run backwards.
+        flags: ``[rows]`` of int32, those of ``reset``.
+        reset_states: ``[S, B, T, N, D]``, a view: a dimension that tells nothing has stride 0.
+    """
+
+    order: Tensor | None
+    rows: Tensor | None
+    lengths: Tensor | None
+    backwards: Tensor | None
+    flags: Tensor | None
+    reset_states: Tensor | None
+
+
+def arrange(problem: Problem, sequences: Sequences) -> Arranged:
+    """See :class:`Arranged`. Nothing waits for the GPU, and nothing is copied from the host."""
+    B, T = problem.B, problem.T
+    order, rows = None, None
+    first, lengths = bounds(sequences, B, T)
+    if lengths is not None:
+        # Of 32 bits, for as few launches as can be: each takes microseconds.
+        lengths, order = lengths.int().sort(descending=True, stable=True)
+        rows = order.int() * T if first is None else first[order].int()
+        order = order.int()
+    backwards = None if problem.reverse is False else runs_backwards(problem)
+    flags = None if sequences.reset is None else sequences.reset.reshape(-1).int()
+    starts = sequences.reset_states
+    starts = None if starts is None else starts.expand(-1, B, T, -1, -1)
+    return Arranged(order, rows, lengths, backwards, flags, starts)
+
+
+def operands(problem: Problem, sequences: Sequences) -> dict[str, Tensor]:
+    """The operands of a record that say how sequences run, of :func:`arrange`'s tensors."""
+    arranged = arrange(problem, sequences)
+    named = {
+        "sequence_order": arranged.order,
+        "sequence_rows": arranged.rows,
+        "sequence_lengths": arranged.lengths,
+        "runs_backwards": arranged.backwards,
+        "reset_flags": arranged.flags,
+        "reset_states": arranged.reset_states,
+    }
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def zeros_like_starts(sequences: Sequences | None) -> Tensor | None:
+    """Memory for the gradient of what resets go back to, to which kernels add."""
+    if sequences is None or sequences.reset_states is None:
+        return None
+    return sequences.reset_states.new_zeros(sequences.reset_states.shape)
+
+
+def runs_backwards(problem: Problem) -> Tensor:
+    """``[N]`` of int32, 1 for heads that run backwards."""
+    heads = (
+        problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,) * problem.N
+    )
+    found = torch.zeros(problem.N, dtype=torch.int32, device=problem.device)
+    begin = 0
+    for backwards, group in groupby(heads):
+        end = begin + len(tuple(group))
+        if backwards:
+            found[begin:end].fill_(1)
+        begin = end
+    return found
+
+
+class Given(NamedTuple):
+    """The options of a call as they are given; see :func:`flashrnn.flashrnn`."""
+
+    reset: Tensor | None
+    reset_states: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    reverse: bool | Sequence[bool]
+    return_states: str
+
+
+def in_rows(name: str, x: Tensor, of_step: str, given: Given) -> Tensor:
+    """``[B, T, ...]``: of a packed batch the first dimension may have been left out.
+
+    Args:
+        name: what the tensor is called.
+        x: a tensor of the call.
+        of_step: its dimensions behind the first two.
+        given: the call's options.
+    """
+    packed, rank = given.cu_seqlens is not None, 3 + of_step.count(",")
+    if packed and isinstance(x, Tensor) and x.ndim == rank - 1:
+        return x.unsqueeze(0)
+    if not isinstance(x, Tensor) or x.ndim != rank:
+        kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        layout = f"[1, total, {of_step}] or [total, {of_step}]" if packed else f"[B, T, {of_step}]"
+        raise ValueError(f"{name} is {kind}; accepted is a tensor {layout}")
+    return x
+
+
+def accept(
+    cell: Cell,
+    of_Wx: Sequence[int],
+    device: torch.device,
+    given: Given,
+    check_values: bool,
+) -> tuple[int, Sequences, dict[str, Any]]:
+    """Check the options of a call.
+
+    Args:
+        cell: the cell.
+        of_Wx: the shape of ``Wx``, five dimensions.
+        device: that of the call.
+        given: the options.
+        check_values: whether values on the CPU may be read.
+
+    Returns:
+        The number of sequences; the tensors, those of integers and bool on the device of the call;
+        and the fields of the problem.
+
+    Raises:
+        TypeError: something of another type or dtype.
+        ValueError: a shape that does not fit, options that exclude each other, or values on the CPU
+            that are out of range.
+    """
+    reset, reset_states, lengths, cu_seqlens, reverse, return_states = given
+    packed = cu_seqlens is not None
+    B, T, _, N, D = of_Wx
+    if packed:
+        if B != 1:
+            raise ValueError(
+                f"Wx has shape {tuple(of_Wx)} and cu_seqlens is given; accepted is a packed "
+                "batch, [1, total, Gw, N, D] or [total, Gw, N, D]"
+            )
+        if lengths is not None:
+            raise ValueError("lengths and cu_seqlens are given; accepted is one of them")
+        cu_seqlens = _integers("cu_seqlens", "[B + 1]", cu_seqlens, None, device)
+        B = cu_seqlens.shape[0] - 1
+        if B == 0 and T > 0:
+            raise ValueError(f"cu_seqlens has one element, no sequence; Wx has {T} rows")
+    if lengths is not None:
+        lengths = _integers("lengths", "[B]", lengths, B, device)
+    longest = _longest(lengths, cu_seqlens, T) if check_values else None
+    rows = (1, T) if packed else (B, T)
+    reset = None if reset is None else _flags(reset, rows, device)
+    if reset_states is not None:
+        if reset is None:
+            raise ValueError("reset_states is given without reset, which says where")
+        S = len(cell.states)
+        reset_states = _starts(reset_states, S, B, rows, N, D, device)
+    if return_states not in RETURNED:
+        raise ValueError(
+            f"return_states is {return_states!r}; accepted are {', '.join(map(repr, RETURNED))}"
+        )
+    fields = {
+        "T": T,
+        "resets": reset is not None,
+        "ragged": lengths is not None or packed,
+        "packed": packed,
+        "reverse": _directions(reverse, N),
+        "longest": longest,
+        "returned": {"all": len(cell.states), "h": 1, "last": 0}[return_states],
+    }
+    if isinstance(lengths, Tensor):
+        lengths = lengths.to(device, non_blocking=True)
+    if isinstance(cu_seqlens, Tensor):
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    return B, Sequences(reset, reset_states, lengths, cu_seqlens), fields
+
+
+def _integers(
+    name: str, layout: str, given: Any, count: int | None, device: torch.device
+) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is {type(given).__name__}; accepted is a torch.Tensor")
+    if given.dtype not in _INTEGERS:
+        raise TypeError(f"{name} is of {given.dtype}; accepted are torch.int32 and torch.int64")
+    if given.ndim != 1 or given.shape[0] != (given.shape[0] if count is None else count):
+        must = layout if count is None else f"({count},), {layout}"
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; accepted is {must}")
+    if count is None and given.shape[0] == 0:
+        raise ValueError(f"{name} has no element; accepted are {layout}: 0, the ends of all")
+    if given.device != device and given.device.type != "cpu":
+        raise ValueError(
+            f"Wx on {device}, {name} on {given.device}; accepted is Wx's device or the CPU"
+        )
+    return given
+
+
+def _flags(reset: Any, rows: tuple[int, int], device: torch.device) -> Tensor:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool")
+    if reset.device != device:
+        raise ValueError(f"Wx on {device}, reset on {reset.device}; accepted is one device")
+    if rows[0] == 1 and reset.ndim == 1:
+        reset = reset.unsqueeze(0)
+    if reset.shape != rows:
+        raise ValueError(
+            f"reset has shape {tuple(reset.shape)}; with this Wx it must be {rows}, a flag a step"
+        )
+    return reset
+
+
+def _starts(
+    given: Any, S: int, B: int, rows: tuple[int, int], N: int, D: int, device: torch.device
+) -> Tensor:
+    """``reset_states`` with one start a sequence or one a step."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"reset_states is {type(given).__name__}; accepted is a torch.Tensor")
+    if given.device != device:
+        raise ValueError(
+            f"Wx on {device}, reset_states on {given.device}; accepted is one device for all"
+        )
+    if given.shape == (S, *rows, N, D) and (rows[1] != 1 or rows[0] == B):
+        return given
+    if given.shape == (S, B, 1, N, D):
+        return given
+    if given.shape == (S, 1, 1, N, D):
+        return given.expand(S, B, 1, N, D)
+    each, every = (S, B, 1, N, D), (S, *rows, N, D)
+    raise ValueError(
+        f"reset_states has shape {tuple(given.shape)}; with this Wx it must be {every}, a start a "
+        f"step, or {each}, a start a sequence"
+    )
+
+
+def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
+    """One for all heads where they agree."""
+    if isinstance(reverse, bool):
+        return reverse
+    if isinstance(reverse, Tensor | str) or not isinstance(reverse, Sequence):
+        raise TypeError(
+            f"reverse is {type(reverse).__name__}; accepted is a bool, or a list with one a head"
+        )
+    heads = tuple(reverse)
+    if not all(isinstance(head, bool) for head in heads):
+        raise TypeError(f"reverse is {reverse!r}; accepted are bools")
+    if len(heads) != N:
+        raise ValueError(
+            f"reverse has {len(heads)} elements; accepted is one for each of {N} heads"
+        )
+    if len(set(heads)) == 1:
+        return heads[0]
+    return heads
+
+
+def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int | None:
+    """The largest length, of tensors on the CPU, which are checked; a GPU is not waited for."""
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > T:
+            raise ValueError(
+                f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
+            )
+        return most
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
+        if first != 0 or last != T or bool((each < 0).any()):
+            raise ValueError(
+                f"cu_seqlens goes from {first} to {last}; accepted are values that do not fall, "
+                f"from 0 to {T}, the rows of Wx"
+            )
+        return int(each.max()) if each.numel() else 0
+    return None

@@ -1,0 +1,248 @@
+"""Resets, lengths, packing and directions in the kernels, run as C++ on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.kernels import source
+from flashrnn.kernels.single_cta import plan_gradient, plan_scan
+from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import OPTIONS, poisoned  # noqa: F401
+from tests.gpus import GPUS, planned
+from tests.kernels.regimes import GRID, take  # noqa: F401
+from tests.machine_code import needs_nvrtc, spills_in_a_loop
+from tests.problems import BUILT_IN, sparse
+from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
+
+
+@pytest.fixture
+def on_the_cpu(fused_emulation, emulation, poisoned):  # noqa: F811
+    """Backends ``cuda_fused`` and ``cuda`` are emulated, and what they allocate is NaN."""
+
+
+every_backend = pytest.mark.parametrize("backend", ["cuda_fused", "cuda"])
+
+
+ALL = KINDS[-2:]
+every_kind = pytest.mark.parametrize(
+    "kinds",
+    [pytest.param(x, marks=[] if x in ALL else pytest.mark.slow) for x in KINDS],
+    ids=lambda kinds: "-".join(kinds.values()),
+)
+
+
+@needs_compiler
+@every_kind
+@every_backend
+def test_equals_vanilla(on_the_cpu, backend, kinds):
+    case = random_ragged("lstm", 7, 5, 3, 24, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@every_backend
+def test_every_cell_and_dtype(on_the_cpu, backend, kind, dtype, kinds):
+    hold_ragged_to_vanilla(backend, random_ragged(kind, 5, 4, 2, 20, dtype=dtype, **kinds))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1), (2, 12, 2, 17), (70, 9, 12, 16), (200, 12, 12, 16), (3, 3, 2, 128)],
+    ids=str,
+)
+@every_backend
+def test_sizes(on_the_cpu, backend, sizes, kinds):
+    hold_ragged_to_vanilla(
+        backend, random_ragged("lstm", *sizes, seed=5, dtype=torch.bfloat16, **kinds)
+    )
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("sizes", [(3, 0), (1, 0)], ids=str)
+def test_no_steps(on_the_cpu, backend, sizes):
+    for kinds in ALL:
+        case = random_ragged("lstm", *sizes, 2, 8, dtype=torch.float32, **kinds)
+        hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_no_sequence_has_a_step(on_the_cpu, backend, ragged):
+    case = random_ragged(
+        "lstm", 2, 0 if ragged == "packed" else 3, 2, 8, ragged=ragged, resets="zeros"
+    )
+    lengths = torch.zeros_like(case.options.get("lengths", torch.zeros(2)))
+    options = {"lengths": lengths} if ragged == "lengths" else {}
+    case = case.to(torch.float32)
+    _, last_states = case.call(backend, **options)
+    assert torch.equal(last_states, case.inputs.states)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_backend
+def test_options_of_the_config(on_the_cpu, backend, options):
+    case = random_ragged("gru", 5, 4, 2, 20, dtype=torch.float32, **ALL[0])
+    hold_ragged_to_vanilla(backend, case, config=FlashRNNConfig(**options, initial_val=0.5))
+
+
+@needs_compiler
+@pytest.mark.slow
+@every_backend
+def test_resets_go_back_to_the_initial_value(on_the_cpu, backend):
+    case = random_ragged("lstm", 3, 4, 2, 16, resets="zeros", dtype=torch.float32)
+    config = FlashRNNConfig(initial_val=(0.25, -0.5))
+    hold_ragged_to_vanilla(backend, case, config=config)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+@every_backend
+def test_same_bits_as_each_sequence_alone(on_the_cpu, backend, ragged):
+    """Where a sequence lies, and beside which others, changes no bit of what is its own."""
+    case = random_ragged("lstm", 4, 6, 2, 16, seed=2, ragged=ragged, dtype=torch.bfloat16)
+    found, first = gradients_of(case, case.call(backend)), 0
+    for i, length in enumerate(case.lengths):
+        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
+        first += length
+        if length == 0:
+            continue
+        inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[rows[0], rows[1]][None]}
+        inputs["states"] = inputs["states"][:, i : i + 1]
+        states, last_states = flashrnn(**inputs, backend=backend)
+        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
+        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
+
+
+@needs_compiler
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+@every_backend
+def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, backend, ragged, monkeypatch):
+    """Values that nobody checked: the emulation's allocations are NaN around what is written."""
+    case = random_ragged("lstm", 3, 4, 1, 16, ragged=ragged, dtype=torch.float32)
+    total = case.inputs.Wx.shape[1]
+    name, given, meant = (
+        ("cu_seqlens", [-5, total + 9, 2, total - 1], [0, total, total, total])
+        if ragged == "packed"
+        else ("lengths", [-1, 99, 2], [0, 4, 2])
+    )
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    runs = [case.call(backend, **{name: torch.tensor(x)}) for x in (given, meant)]
+    for x, y in zip(*runs, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
+    for seed in (1, 2):
+        case = random_ragged(
+            "elman", 2, 3, 2, 16, seed, ragged="lengths", reverse="some", dtype=torch.bfloat16
+        )
+        case = replace(case, options=case.options | {"reverse": [seed == 1, seed == 2]})
+        gradients_of(case, case.call("cuda_fused"))
+    assert cuda_fused._scan_kernel.cache_info().currsize == 2
+    assert cuda_fused._gradient_kernel.cache_info().currsize == 1
+
+
+FIELDS = [
+    {"resets": True},
+    {"ragged": True},
+    {"reverse": True},
+    {"resets": True, "ragged": True, "packed": True, "reverse": True},
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "sizes", "precision", "arch"),
+    [
+        ("lstm", (16, 12, 64), "bfloat16", "sm_90a"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *(("lstm", (16, 12, 64), "bfloat16", arch) for arch in GPUS if arch != "sm_90a"),
+                ("lstm", (300, 6, 128), "bfloat16", "sm_90a"),
+                ("lstm", (64, 8, 96), "bfloat16", "sm_90a"),
+                ("slstm", (64, 12, 64), "bfloat16", "sm_80"),
+                ("lstm", (16, 12, 64), "float32", "sm_90a"),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_compiles_without_spills(kind, sizes, precision, arch):
+    cell, dtype = resolve(kind), getattr(torch, precision)
+    quick = arch == "sm_90a" and sizes == (16, 12, 64)
+    for fields in FIELDS[-1:] if quick else FIELDS:
+        problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
+        for backward in (False, True):
+            plan = plan_scan(problem, GPUS[arch], backward)
+            options = source.backward_options(False, False, 1, False)
+            options = options if backward else source.forward_options(True)
+            options = (*options, *source.sequence_options(problem))
+            parts = plan.source(cell, precision, options, aligned=True)
+            assert not spills_in_a_loop(parts, arch), (fields, backward)
+    B, N, D = sizes
+    plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
+    assert not spills_in_a_loop(plan.source(cell, precision, True, gathered=True), arch)
+
+
+@needs_compiler
+@pytest.mark.slow
+@every_backend
+def test_an_operator_of_a_graph_has_all_options(on_the_cpu, backend):
+    case = random_ragged("lstm", 3, 4, 2, 16, dtype=torch.float32, **ALL[0])
+    expected = gradients_of(case, case.call(backend))
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda lengths: case.call(backend, lengths=lengths),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    found = gradients_of(case, compiled(case.options["lengths"]))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], msg=name)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("returned", ["h", "last"])
+def test_large_heads_return_what_is_asked_for(take, returned):  # noqa: F811
+    backend = take(GRID).backend
+    for grad in (True, False):
+        case = random_ragged("lstm", 3, 2, 1, 131, return_states=returned, dtype=torch.bfloat16)
+        with torch.set_grad_enabled(grad):
+            every, last_states = case.call(backend, return_states="all")
+            states, last = case.call(backend)
+        assert states.shape[0] == (returned == "h")
+        assert torch.equal(states, every[: len(states)]) and torch.equal(last, last_states)
+    hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_same_bits_without_gradients(on_the_cpu, backend, kinds):
+    """Where less is stored: nothing for a backward pass, and only the states that are asked for."""
+    case = random_ragged("lstm", 5, 4, 2, 16, dtype=torch.bfloat16, **kinds)
+    expected = case.call(backend)
+    with torch.no_grad():
+        given = case.call(backend)
+    for x, y in zip(given, expected, strict=True):
+        assert torch.equal(x, y)

@@ -1,0 +1,234 @@
+"""Random calls with resets, lengths, packing and directions, and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashrnn import Cell, FlashRNNConfig, flashrnn
+from flashrnn.cells import resolve
+from flashrnn.problem import carry_dtype
+from tests.fused import largest_error
+from tests.problems import Inputs, random_inputs, random_weights, relative_error
+
+BACKENDS = ("cuda_fused", "triton", "cuda")
+"""Those that have all options."""
+KINDS = [
+    {"resets": "zeros"},
+    {"resets": "sequence"},
+    {"resets": "step"},
+    {"ragged": "lengths"},
+    {"ragged": "packed"},
+    {"reverse": "all"},
+    {"reverse": "some"},
+    {"return_states": "h"},
+    {"return_states": "last"},
+    {"resets": "step", "ragged": "lengths", "reverse": "some", "return_states": "h"},
+    {"resets": "sequence", "ragged": "packed", "reverse": "some", "return_states": "last"},
+]
+"""Each kind of each option, and all at once."""
+
+
+@dataclass
+class Ragged:
+    """A call.
+
+    Attributes:
+        function: the cell.
+        inputs: leaves; ``Wx`` is ``[1, total, ...]`` where the batch is packed.
+        options: arguments of :func:`flashrnn.flashrnn`.
+        lengths: of the sequences.
+        reset_states: a leaf, where resets have a start of their own.
+    """
+
+    function: str | Cell
+    inputs: Inputs
+    lengths: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    reset_states: Tensor | None = None
+
+    def leaves(self) -> dict[str, Tensor]:
+        found = dict(self.inputs.tensors())
+        if self.reset_states is not None:
+            found["reset_states"] = self.reset_states
+        return found
+
+    def to(self, dtype: torch.dtype) -> Ragged:
+        """The same values as new leaves."""
+        starts = self.reset_states
+        if starts is not None:
+            starts = starts.detach().to(carry_dtype(dtype)).requires_grad_()
+        return replace(self, inputs=self.inputs.to(dtype), reset_states=starts)
+
+    def call(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+        return flashrnn(
+            **self.inputs.tensors(),
+            function=self.function,
+            backend=backend,
+            reset_states=self.reset_states,
+            **{**self.options, **options},
+        )
+
+
+def random_ragged(
+    function: str | Cell,
+    B: int,
+    T: int,
+    N: int,
+    D: int,
+    seed: int = 0,
+    resets: str = "none",
+    ragged: str = "none",
+    reverse: str = "none",
+    return_states: str = "all",
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Ragged:
+    """A call with options of such kinds.
+
+    Args:
+        function: the cell.
+        B: the number of sequences.
+        T: the largest length.
+        N: the number of heads.
+        D: the head dimension.
+        seed: of all that is random.
+        resets: ``"none"``; to ``"zeros"``; to a start of each ``"sequence"`` or each ``"step"``.
+        ragged: ``"none"``, ``"lengths"`` or ``"packed"``.
+        reverse: ``"none"``, ``"all"`` or ``"some"`` heads.
+        return_states: as of :func:`flashrnn.flashrnn`.
+        dtype: of the inputs.
+        device: of the inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randint(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    lengths = [T] * B
+    options: dict[str, Any] = {"return_states": return_states}
+    inputs = random_inputs(function, B, T, N, D, dtype, device, seed)
+    rows = (B, T)
+    if ragged != "none":
+        lengths = randint(0, T + 1, B).tolist()
+        lengths[int(randint(0, B, 1))] = T
+    if ragged == "lengths":
+        options["lengths"] = torch.tensor(lengths, device=device)
+    if ragged == "packed":
+        rows = (1, sum(lengths))
+        padded = inputs.Wx.detach()
+        packed = torch.cat([x[:length] for x, length in zip(padded, lengths, strict=True)])
+        inputs = replace(inputs, Wx=packed.unsqueeze(0).requires_grad_())
+        cuts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        options["cu_seqlens"] = cuts.to(device)
+    starts = None
+    if resets != "none":
+        options["reset"] = (torch.rand(rows, generator=generator) < 0.4).to(device)
+    if resets in ("sequence", "step"):
+        lead = (B, 1) if resets == "sequence" else rows
+        like = random_inputs(function, *lead, N, D, torch.float64, seed=seed + 1)
+        S = len(resolve(function).states)
+        if resets == "sequence":
+            starts = like.states.detach()
+        else:
+            like = random_inputs(function, rows[0] * rows[1], 1, N, D, torch.float64, seed=seed + 1)
+            starts = like.states.detach().view(S, *rows, N, D)
+        starts = starts.to(device, carry_dtype(dtype)).requires_grad_()
+    if reverse != "none":
+        heads = [bool(x) for x in randint(0, 2, N)]
+        options["reverse"] = True if reverse == "all" else heads
+    return Ragged(function, inputs, lengths, options, starts)
+
+
+def episode_by_episode(case: Ragged) -> tuple[Tensor, Tensor]:
+    """The same by plain calls: a head of a sequence from one cut to the next."""
+    Wx, R, b, states = case.inputs.tensors().values()
+    options, N = case.options, Wx.shape[3]
+    packed = "cu_seqlens" in options
+    reverse = options.get("reverse", False)
+    heads = reverse if isinstance(reverse, list) else [reverse] * N
+    S, B = len(resolve(case.function).states), len(case.lengths)
+    config = FlashRNNConfig()
+    every, last, first = [], [], 0
+    for i, length in enumerate(case.lengths):
+        line, begin = (0, first) if packed else (i, 0)
+        first += length
+        rows = slice(begin, begin + length)
+        flags = [False] * length
+        if "reset" in options:
+            flags = options["reset"][line, rows].tolist()
+        of_heads, ends = [], []
+        for n in range(N):
+            cuts = [t for t in range(length) if flags[t]]
+            pieces = list(zip([0, *cuts], [*cuts, length], strict=True))
+            now, found = states[:, i : i + 1, :, n : n + 1], []
+            for start, end in reversed(pieces) if heads[n] else pieces:
+                # A cut before the first step leaves an empty piece before it.
+                is_first = end == length if heads[n] else start == 0
+                is_reset = not is_first or (not heads[n] and flags[:1] == [True] and end > 0)
+                if heads[n] and end == 0:
+                    continue
+                if is_reset:
+                    now = torch.zeros_like(now)
+                    if case.reset_states is not None:
+                        at = end - 1 if heads[n] else start
+                        if case.reset_states.shape[2] == 1 and case.reset_states.shape[1] == B:
+                            now = case.reset_states[:, i : i + 1, :, n : n + 1]
+                        else:
+                            row = case.reset_states[:, line, begin + at, n]
+                            now = row[:, None, None, None]
+                x = Wx[line : line + 1, begin + start : begin + end, :, n : n + 1]
+                x = x.flip(1) if heads[n] else x
+                seen, now = flashrnn(
+                    *(x, R[:, n : n + 1], b[:, n : n + 1], now, case.function, "vanilla"),
+                    config=config,
+                )
+                found.append(seen.flip(2) if heads[n] else seen)
+            if heads[n]:
+                found.reverse()
+            empty = Wx.new_zeros(S, 1, 0, 1, Wx.shape[-1])
+            of_heads.append(torch.cat([empty, *found], dim=2))
+            ends.append(now)
+        line_states = torch.cat(of_heads, dim=3)
+        if not packed:
+            rest = line_states.new_zeros(S, 1, Wx.shape[1] - length, *line_states.shape[3:])
+            line_states = torch.cat([line_states, rest], dim=2)
+        every.append(line_states)
+        last.append(torch.cat(ends, dim=3))
+    found = torch.cat(every, dim=2 if packed else 1)
+    returned = {"all": S, "h": 1, "last": 0}[options["return_states"]]
+    return found[:returned], torch.cat(last, dim=1)
+
+
+def gradients_of(case: Ragged, outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Outputs, and gradients of a random weighted sum of both."""
+    weights = random_weights(outputs, seed=1)
+    leaves = case.leaves()
+    found = torch.autograd.grad(
+        outputs, list(leaves.values()), weights, allow_unused=True, materialize_grads=True
+    )
+    named = {f"d_{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+    return {"states": outputs[0], "last_states": outputs[1], **named}
+
+
+def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
+    """Hold every output and gradient to vanilla in float64, as ``hold_to_vanilla`` does."""
+    dtype = case.inputs.Wx.dtype
+    exact = case.to(torch.float64)
+    truth = gradients_of(exact, exact.call("vanilla", **options))
+    plain = gradients_of(case, case.call("vanilla", **options))
+    found = gradients_of(case, case.call(backend, **options))
+    B, T, N, D = len(case.lengths), max(1, *case.lengths), *case.inputs.R.shape[1:3]
+    for name, expected in truth.items():
+        given = found[name]
+        assert given.dtype == plain[name].dtype and given.shape == expected.shape, name
+        error, allowed = (relative_error(x, expected) for x in (given, plain[name]))
+        bound = largest_error(name, allowed, dtype, B * T * N * D, T)
+        assert error <= bound, f"{name} is off by {error}, more than {bound}"
+    if "lengths" in case.options and case.options["return_states"] != "last":
+        for i, length in enumerate(case.lengths):
+            assert (found["states"][:, i, length:] == 0).all()
+            assert (found["d_Wx"][i, length:] == 0).all()

@@ -1,0 +1,160 @@
+"""Resets, lengths, packing and directions on a GPU, by every backend that has them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashrnn import FlashRNNConfig, flashrnn
+from tests.fused import OPTIONS, at_odd_address, poisoned, strided  # noqa: F401
+from tests.problems import BUILT_IN, Inputs, sparse
+from tests.sequences import BACKENDS, KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
+
+pytestmark = pytest.mark.gpu
+ALL = KINDS[-2:]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(poisoned):  # noqa: F811
+    """See :func:`tests.fused.poisoned`."""
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(kinds.values()))
+@pytest.mark.parametrize("sizes", [(16, 70, 12, 64), (70, 33, 3, 32)], ids=str)
+def test_equals_vanilla(backend, sizes, kinds):
+    case = random_ragged("lstm", *sizes, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla(backend, case)
+
+
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_every_cell_and_dtype(backend, kind, dtype, kinds):
+    for D in (48, 23):
+        case = random_ragged(kind, 9, 20, 2, D, dtype=dtype, device="cuda", **kinds)
+        hold_ragged_to_vanilla(backend, case)
+
+
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (300, 20, 6, 128), (64, 40, 8, 96), (600, 12, 12, 64), (3, 130, 2, 16)]
+)
+def test_sizes(backend, sizes, kinds):
+    case = random_ragged("lstm", *sizes, seed=5, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla(backend, case)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_the_config(backend, options):
+    case = random_ragged("gru", 9, 20, 2, 40, dtype=torch.float32, device="cuda", **ALL[0])
+    config = FlashRNNConfig(**options, initial_val=0.5)
+    hold_ragged_to_vanilla(backend, case, config=config)
+
+
+@pytest.mark.parametrize("change", [strided, at_odd_address])
+def test_any_layout(backend, change):
+    case = random_ragged("lstm", 9, 20, 2, 40, dtype=torch.bfloat16, device="cuda", **ALL[0])
+    inputs = {name: change(x) for name, x in case.inputs.tensors().items()}
+    case = replace(case, inputs=Inputs(**inputs), reset_states=change(case.reset_states))
+    hold_ragged_to_vanilla(backend, case)
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_same_bits_twice(backend, ragged):
+    case = random_ragged(
+        *("lstm", 40, 64, 4, 64),
+        resets="step",
+        ragged=ragged,
+        reverse="some",
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    runs = [gradients_of(case, case.call(backend)) for _ in range(2)]
+    for name, x in runs[0].items():
+        assert torch.equal(x, runs[1][name]), name
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_values_out_of_range_do_no_harm(backend, ragged):
+    """On a GPU nobody looks at them; they are what the nearest right ones are."""
+    case = random_ragged("lstm", 4, 9, 2, 32, ragged=ragged, dtype=torch.bfloat16, device="cuda")
+    total = case.inputs.Wx.shape[1]
+    name, given, meant = (
+        ("cu_seqlens", [-5, total + 9, 2, total - 1, 5], [0, total, total, total, total])
+        if ragged == "packed"
+        else ("lengths", [-1, 2**31 - 1, 2, 9], [0, 9, 2, 9])
+    )
+    runs = [case.call(backend, **{name: torch.tensor(x, device="cuda")}) for x in (given, meant)]
+    for x, y in zip(*runs, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_lengths_on_either_side_are_not_waited_for(backend):
+    case = random_ragged("lstm", 4, 9, 2, 32, ragged="lengths", dtype=torch.bfloat16, device="cuda")
+    lengths = case.options["lengths"]
+    expected = case.call(backend)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        given = case.call(backend, lengths=lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    from_cpu = case.call(backend, lengths=lengths.cpu())
+    for x, y, z in zip(expected, given, from_cpu, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
+def test_compiled_whole_and_once_for_all_lengths(backend):
+    case = random_ragged("lstm", 4, 9, 2, 32, **ALL[0], dtype=torch.bfloat16, device="cuda")
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda lengths: case.call(backend, lengths=lengths), fullgraph=True, backend="aot_eager"
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for values in ([9, 2, 3, 0], [1, 9, 9, 4]):
+            lengths = torch.tensor(values, device="cuda")
+            given = gradients_of(case, compiled(lengths))
+            expected = gradients_of(case, case.call(backend, lengths=lengths))
+            for name, x in given.items():
+                assert torch.equal(x, expected[name]), name
+
+
+def test_recorded_as_a_graph(backend):
+    """Lengths and flags of a replay are those that memory holds then."""
+    case = random_ragged(
+        *("lstm", 4, 9, 2, 32),
+        resets="sequence",
+        ragged="lengths",
+        reverse="some",
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    lengths, reset = case.options["lengths"].clone(), case.options["reset"].clone()
+    options = {"lengths": lengths, "reset": reset}
+    with torch.no_grad():
+        case.call(backend, **options)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            given = case.call(backend, **options)
+        lengths.copy_(torch.tensor([3, 9, 0, 5]))
+        reset.logical_not_()
+        graph.replay()
+        expected = case.call(backend, **options)
+    for x, y in zip(given, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_auto_takes_a_fused_backend():
+    """In float64 there is none; with an option that a fused one has, it is still taken."""
+    case = random_ragged("lstm", 4, 9, 2, 32, **ALL[0], dtype=torch.bfloat16, device="cuda")
+    given, expected = case.call("auto"), case.call(BACKENDS[0])
+    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+    inputs = case.to(torch.float64).inputs.tensors()
+    assert flashrnn(**inputs, return_states="h")[0].shape[0] == 1

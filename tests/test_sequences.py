@@ -1,0 +1,225 @@
+"""Resets, lengths, packing and directions: ``vanilla`` to plain calls of pieces, errors, graphs."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashrnn import flashrnn
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.problem import Problem
+from tests.gpus import GPUS
+from tests.problems import random_inputs, sparse
+from tests.sequences import episode_by_episode, gradients_of, random_ragged
+
+sizes = {
+    "B": st.integers(1, 4),
+    "T": st.integers(1, 6),
+    "N": st.integers(1, 3),
+    "D": st.integers(1, 3),
+    "seed": st.integers(0, 2**20),
+}
+options = {
+    "resets": st.sampled_from(["none", "zeros", "sequence", "step"]),
+    "ragged": st.sampled_from(["none", "lengths", "packed"]),
+    "reverse": st.sampled_from(["none", "all", "some"]),
+    "return_states": st.sampled_from(["all", "h", "last"]),
+}
+
+
+def close(given, expected):
+    for name, truth in expected.items():
+        assert given[name].shape == truth.shape, name
+        torch.testing.assert_close(given[name], truth, atol=1e-12, rtol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["lstm", *(pytest.param(x, marks=pytest.mark.slow) for x in ("elman", "gru", "slstm", sparse))],
+    ids=str,
+)
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.fixed_dictionaries(sizes), options=st.fixed_dictionaries(options))
+def test_vanilla_is_a_plain_call_of_each_episode(function, sizes, options):
+    case = random_ragged(function, **sizes, **options)
+    given = gradients_of(case, case.call("vanilla"))
+    close(given, gradients_of(case, episode_by_episode(case)))
+
+
+def test_options_are_cast_under_autocast():
+    case = random_ragged("lstm", 2, 3, 2, 4, resets="step", ragged="lengths", dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states, last_states = case.call("auto")
+    assert (states.dtype, last_states.dtype) == (torch.bfloat16, torch.float32)
+    truth = episode_by_episode(case.to(torch.float64))
+    torch.testing.assert_close(last_states.double(), truth[1], atol=0.05, rtol=0.05)
+
+
+def test_one_start_for_all_sequences():
+    inputs = random_inputs("lstm", 3, 4, 2, 3)
+    start = inputs.states.detach()[:, :1].clone().requires_grad_()
+    everywhere = start.detach().expand(-1, 3, -1, -1, -1).clone().requires_grad_()
+    found = []
+    for states in (start, everywhere):
+        outputs = flashrnn(inputs.Wx, inputs.R, inputs.b, states)
+        found.append((*outputs, torch.autograd.grad(outputs[0].sum(), states)[0]))
+    for given_one, expected in zip(found[0][:2], found[1][:2], strict=True):
+        assert torch.equal(given_one, expected)
+    torch.testing.assert_close(found[0][2], found[1][2].sum(1, keepdim=True))
+
+
+def test_nothing_past_the_end_reaches_a_gradient():
+    """Not even where it is not finite."""
+    case = random_ragged("lstm", 3, 5, 2, 3, seed=3, ragged="lengths")
+    expected = gradients_of(case, case.call("vanilla"))
+    planted = case.inputs.Wx.detach().clone()
+    for i, length in enumerate(case.lengths):
+        planted[i, length:] = torch.nan
+    case = replace(case, inputs=replace(case.inputs, Wx=planted.requires_grad_()))
+    for name, x in gradients_of(case, case.call("vanilla")).items():
+        assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_out_of_range_are_moved_into_it_where_nobody_may_look(packed):
+    """As on a GPU, whose values no host waits for."""
+    case = random_ragged("lstm", 3, 4, 1, 2, ragged="packed" if packed else "lengths")
+    name = "cu_seqlens" if packed else "lengths"
+    total = case.inputs.Wx.shape[1]
+    given, meant = (
+        ([-5, total + 9, 2, total - 1], [0, total, total, total])
+        if packed
+        else ([-1, 99, 2], [0, 4, 2])
+    )
+    with pytest.raises(ValueError, match=f"{name} "):
+        case.call("vanilla", **{name: torch.tensor(given)})
+    unseen = torch.compile(lambda x: case.call("vanilla", **{name: x}), backend="eager")
+    expected = case.call("vanilla", **{name: torch.tensor(meant)})
+    for x, y in zip(unseen(torch.tensor(given)), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_compiles_whole_and_once_for_all_lengths():
+    case = random_ragged("lstm", 3, 4, 2, 2, resets="sequence", ragged="lengths", reverse="some")
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda lengths, reset: case.call("auto", lengths=lengths, reset=reset),
+        fullgraph=True,
+        backend="eager",
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([4, 2, 3], [0, 4, 1], [1, 1, 1]):
+            reset = torch.rand(3, 4) < 0.5
+            given = compiled(torch.tensor(lengths), reset)
+            expected = case.call("auto", lengths=torch.tensor(lengths), reset=reset)
+            for x, y in zip(given, expected, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"reset": [True]}, TypeError, "reset is list; accepted is a torch.Tensor"),
+        (
+            {"reset": torch.zeros(2, 3)},
+            TypeError,
+            "reset is of torch.float32; accepted is torch.bool",
+        ),
+        (
+            {"reset": torch.zeros(2, 2, dtype=torch.bool)},
+            ValueError,
+            "reset has shape (2, 2); with this Wx it must be (2, 3), a flag a step",
+        ),
+        (
+            {"reset_states": torch.zeros(2, 2, 1, 2, 4)},
+            ValueError,
+            "reset_states is given without reset, which says where",
+        ),
+        (
+            {
+                "reset": torch.zeros(2, 3, dtype=torch.bool),
+                "reset_states": torch.zeros(2, 2, 2, 2, 4),
+            },
+            ValueError,
+            "reset_states has shape (2, 2, 2, 2, 4); with this Wx it must be (2, 2, 3, 2, 4), a "
+            "start a step, or (2, 2, 1, 2, 4), a start a sequence",
+        ),
+        ({"lengths": [1, 2]}, TypeError, "lengths is list; accepted is a torch.Tensor"),
+        ({"lengths": torch.ones(2)}, TypeError, "lengths is of torch.float32; accepted are"),
+        (
+            {"lengths": torch.tensor([1])},
+            ValueError,
+            "lengths has shape (1,); accepted is (2,), [B]",
+        ),
+        (
+            {"lengths": torch.tensor([1, 4])},
+            ValueError,
+            "lengths has values from 1 to 4; accepted are 0 to 3, the steps of Wx",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "accepted is a packed batch"),
+        (
+            {"lengths": torch.tensor([3]), "cu_seqlens": torch.tensor([0, 3]), "B": 1},
+            ValueError,
+            "lengths and cu_seqlens are given; accepted is one of them",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 2, 1, 3]), "B": 1},
+            ValueError,
+            "cu_seqlens goes from 0 to 3; accepted are values that do not fall, from 0 to 3",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 2]), "B": 1},
+            ValueError,
+            "cu_seqlens goes from 0 to 2; accepted are values that do not fall, from 0 to 3",
+        ),
+        ({"cu_seqlens": torch.tensor([0]), "B": 1}, ValueError, "cu_seqlens has one element"),
+        ({"reverse": "yes"}, TypeError, "reverse is str; accepted is a bool, or a list"),
+        (
+            {"reverse": [True]},
+            ValueError,
+            "reverse has 1 elements; accepted is one for each of 2 heads",
+        ),
+        ({"reverse": [1, 0]}, TypeError, "accepted are bools"),
+        (
+            {"return_states": "c"},
+            ValueError,
+            "return_states is 'c'; accepted are 'all', 'h', 'last'",
+        ),
+    ],
+)
+def test_bad_options_are_refused(options, error, words):
+    B = options.pop("B", 2)
+    Wx, R, b = torch.zeros(B, 3, 4, 2, 4), torch.zeros(4, 2, 4, 4), torch.zeros(4, 2, 4)
+    with pytest.raises(error, match=re.escape(words)):
+        flashrnn(Wx, R, b, **options)
+
+
+def test_rows_without_their_dimension_of_1():
+    case = random_ragged("lstm", 3, 4, 2, 2, resets="step", ragged="packed")
+    states, last_states = case.call("vanilla")
+    inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[0]}
+    options = case.options | {"reset": case.options["reset"][0]}
+    given = flashrnn(**inputs, **options, reset_states=case.reset_states)
+    assert torch.equal(given[0], states[:, 0]) and torch.equal(given[1], last_states)
+
+
+OF_A_PROBLEM = {
+    "reset": {"resets": True},
+    "lengths": {"ragged": True},
+    "cu_seqlens": {"ragged": True, "packed": True},
+    "reverse": {"reverse": (True, False)},
+}
+
+
+@pytest.mark.parametrize("option", OF_A_PROBLEM)
+def test_large_heads_of_cuda_fused_say_what_they_lack(option):
+    problem = Problem(
+        resolve("lstm").traced, 2, 3, 2, 256, torch.bfloat16, torch.device("cpu"), returned=2
+    )
+    problem = problem._replace(**OF_A_PROBLEM[option])
+    reason = cuda_fused._refused(problem, GPUS["sm_90a"])
+    assert reason is not None and f"of more than 128 units it has no {option}; docs/" in reason
