@@ -11,7 +11,7 @@ import torch
 from flashrnn import nn
 from flashrnn.__main__ import main
 from flashrnn.bench import arena, check, clocks, command, compared, in_turns, report, running
-from flashrnn.bench.case import Case
+from flashrnn.bench.case import Case, tf32_allowed
 from flashrnn.bench.contender import Found
 from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.ours import Ours
@@ -121,7 +121,7 @@ def test_results_are_checked_and_reasons_stand_beside_others_times():
 
 def test_tf32_is_allowed_while_it_is_measured_and_held_to_its_own_accuracy():
     matmul = torch.backends.cuda.matmul
-    with in_turns._tf32():
+    with tf32_allowed():
         assert matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     assert not matmul.allow_tf32
     truth = torch.ones(10)

@@ -50,7 +50,7 @@ class Layer(Contender):
         return Work(
             (x.detach().transpose(0, 1).contiguous().requires_grad_(),),
             tuple(each.clone().requires_grad_() for each in weights),
-            run=lambda *leaves: recurrent_layer(*leaves, function=case.function)[0][0],
+            run=lambda x, W, R, b: recurrent_layer(x, W, R, b, function=case.function)[0][0],
             reference=reference,
             time=1,
             ours=True,

@@ -167,7 +167,9 @@ def goals(selection: Selection) -> list[Entry]:
     with GOALS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             B, T, N, D = (int(row[name]) for name in "BTND")
-            case = Case(row["function"], B, T, N, D, parse_dtype(row["dtype"]))
+            tf32 = row["dtype"] == "tf32"
+            dtype = torch.float32 if tf32 else parse_dtype(row["dtype"])
+            case = Case(row["function"], B, T, N, D, dtype, tf32)
             marks = {
                 measure: Mark(
                     float(row[f"goal_{short}_ms"]),
