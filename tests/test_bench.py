@@ -287,6 +287,23 @@ def test_every_goal_is_measured_by_the_backend_that_has_it():
     assert len(chosen) == sum(row["backend"] == "cuda" for row in rows)
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_goal_in_tf32_is_float32_computed_so(tf32, monkeypatch):
+    matmul, seen = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(
+        "flashrnn.bench.contender.judge",
+        lambda given, *truths, tf32: (
+            seen.append((matmul.allow_tf32, tf32)) or check.judge(given, *truths, tf32=tf32)
+        ),
+    )
+    monkeypatch.setattr(running, "device_of", lambda suite: CPU)
+    entry = Entry(replace(TINY, tf32=tf32))
+    rows = running.measure(running.Task("goals", entry, (Ours("vanilla"),)), quick=True)
+    assert seen == [(tf32, tf32)] * 2 and not matmul.allow_tf32
+    assert {row.dtype for row in rows} == {"tf32" if tf32 else "float32"}
+    assert all(row.value for row in rows)
+
+
 def test_memory_is_held_against_upstreams_scheme():
     """LSTM 16, 12×64: 2 states and 4 gates of 16 · 1024 · 768 numbers of 2 bytes."""
     entries = SUITES["memory"].entries(Selection("lstm"))

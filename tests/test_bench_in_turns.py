@@ -1,24 +1,19 @@
 """The suites that measure contenders in turns: host, short, step, arena and layers."""
 
-import importlib.util
 import itertools
 import math
-import sys
 import time
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import linear
 
-import flashrnn
+from flashrnn import nn
 from flashrnn.__main__ import main
 from flashrnn.bench import arena, check, clocks, command, compared, in_turns, report, running
-from flashrnn.bench.case import Case
+from flashrnn.bench.case import Case, tf32_allowed
 from flashrnn.bench.contender import Found
-from flashrnn.bench.layers import OURS, THEIRS, Layer, Stack
+from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.ours import Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
 from flashrnn.bench.single_step import Stepping
@@ -27,34 +22,6 @@ from flashrnn.bench.suites import SUITES, Entry, Selection
 CPU = torch.device("cpu")
 TINY = Case("lstm", B=2, T=5, N=1, D=3, dtype=torch.float32)
 IN_TURNS = [name for name, suite in SUITES.items() if suite.measures]
-
-
-def recurrent_layer(x, W, R, b, function):
-    Wx = linear(x, W.flatten(0, 2)).unflatten(-1, W.shape[:3])
-    return flashrnn.flashrnn(Wx, R, b, function=function)
-
-
-class Stepper:
-    def __init__(self, R, b, function):
-        self.arguments = R, b, function
-
-    def __call__(self, wx, states, out):
-        R, b, function = self.arguments
-        states = states.unsqueeze(2)
-        _, last_states = flashrnn.flashrnn(wx.unsqueeze(1), R, b, states, function)
-        return out.copy_(last_states.squeeze(2))
-
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    """What the suites measure, in its plainest form where there is no other."""
-    for plain in (recurrent_layer, Stepper):
-        if not hasattr(flashrnn, plain.__name__):
-            monkeypatch.setattr(flashrnn, plain.__name__, plain, raising=False)
-    if importlib.util.find_spec(OURS) is None:
-        layers = ModuleType(OURS)
-        layers.LSTM, layers.GRU, layers.RNN = nn.LSTM, nn.GRU, nn.RNN
-        monkeypatch.setitem(sys.modules, OURS, layers)
 
 
 # Clocks
@@ -154,7 +121,7 @@ def test_results_are_checked_and_reasons_stand_beside_others_times():
 
 def test_tf32_is_allowed_while_it_is_measured_and_held_to_its_own_accuracy():
     matmul = torch.backends.cuda.matmul
-    with in_turns._tf32():
+    with tf32_allowed():
         assert matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     assert not matmul.allow_tf32
     truth = torch.ones(10)
@@ -187,7 +154,7 @@ def test_layers_compute_the_same_from_the_same_numbers(function):
 def test_stacks_are_checked_by_their_first_steps(directions, monkeypatch):
     monkeypatch.setattr("flashrnn.bench.contender.STEPS", 4)
     case = replace(TINY, T=7)
-    ours, theirs = (Stack(package, 2, directions) for package in (OURS, THEIRS))
+    ours, theirs = (Stack(package, 2, directions) for package in (nn, torch.nn))
     found = in_turns.measure([ours, theirs], case, CPU, in_turns.WALL, seconds=0.0)
     for measured in (*found[0].values(), *found[1].values()):
         assert measured.reason is None and measured.error < 1e-5
@@ -205,13 +172,6 @@ def test_a_stepper_is_held_to_vanilla():
     case = replace(TINY, T=1, N=2)
     (found,) = in_turns.measure([Stepping()], case, CPU, in_turns.FORWARD_ALONE[:2], seconds=0.0)
     assert all(measured.error < 1e-6 and measured.value > 0 for measured in found.values())
-
-
-def test_what_is_not_there_is_a_reason(monkeypatch):
-    monkeypatch.delattr(flashrnn, "Stepper")
-    case = replace(TINY, T=1)
-    (found,) = in_turns.measure([Stepping()], case, CPU, in_turns.FORWARD_ALONE[:1], seconds=0.0)
-    assert "has no attribute 'Stepper'" in found["host, forward, no gradients"].reason
 
 
 # Random shapes

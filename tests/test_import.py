@@ -9,19 +9,21 @@ import json, sys, time
 import torch
 # PyTorch loads cuda.bindings itself where they are installed.
 torchs = set(sys.modules)
-before = time.perf_counter()
+before = time.process_time()
 import flashrnn
-seconds = time.perf_counter() - before
-late = ("triton", "cuda", "flashrnn.bench")
+seconds = time.process_time() - before
+ours = ("ahead", "bench", "compat.call", "compat.names", "layer", "nn", "stepper")
+late = ("triton", "cuda", *(f"flashrnn.{name}" for name in ours))
 loaded = [x for x in {*sys.modules} - torchs if any(f"{x}.".startswith(f"{y}.") for y in late)]
 print(json.dumps([seconds, loaded, torch.cuda.is_initialized()]))
 """
 
 
-def test_import_takes_50_ms_beyond_torch_and_loads_no_gpu_code_and_no_benchmark():
+def test_import_takes_50_ms_beyond_torch_and_loads_only_what_flashrnn_needs():
+    """Of CPU time, also where no bytecode is kept: the least of a few processes, as a busy machine
+    slows some of them."""
     seconds = []
-    # Another try where the machine had something else to do.
-    while len(seconds) < 3 and min(seconds, default=1.0) >= 0.050:
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.050:
         printed = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
         ).stdout

@@ -164,7 +164,8 @@ class Contender(ABC):
     def time(self, work: Work, case: Case, backward: bool, seconds: float) -> Found:
         """Check, then measure."""
         gradient = work.weights_of_loss()
-        verdict = judge(work.given(gradient, backward), *work.truths(gradient, backward))
+        truths = work.truths(gradient, backward)
+        verdict = judge(work.given(gradient, backward), *truths, tf32=case.tf32)
         if verdict.reason:
             return Found.wrong(verdict)
         taken = timing.measure(work.run, work.inputs, work.weights, backward, seconds)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -13,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from flashrnn.bench import clocks
-from flashrnn.bench.case import Case
+from flashrnn.bench.case import Case, tf32_allowed
 from flashrnn.bench.check import judge
 from flashrnn.bench.clocks import Call, Calls, Clock, Sample
 from flashrnn.bench.contender import Contender, Found, Work
@@ -128,7 +127,7 @@ def measure(
     end = time.perf_counter() + seconds
     gradients = any(each.calls is not without_gradients for each in measures)
     found: list[dict[str, Found]] = [{} for _ in contenders]
-    with _tf32():
+    with tf32_allowed():
         runners = [_Runner(each, case, device, gradients) for each in contenders]
         for k, each in enumerate(measures):
             samples = [runner.sample(each) for runner in runners]
@@ -204,15 +203,3 @@ class _Runner:
         """Median and quartiles."""
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
         return Found.timed(Timing(median, q1, q3, len(samples)), self._verdict, "µs")
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Products of float32 by TF32, of cuDNN and of all others."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -5,19 +5,17 @@ What they compute is what a module of ``torch.nn`` with the same weights and inp
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashrnn import flashrnn
+from flashrnn import flashrnn, nn, recurrent_layer
 from flashrnn.bench.case import Case, leaf
 from flashrnn.bench.contender import Contender, Work
 from flashrnn.bench.peers import MODULES, as_flashrnn, converted, lacking
-
-OURS, THEIRS = "flashrnn.nn", "torch.nn"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Layer(Contender):
         with torch.no_grad():
             W, *others = module.parameters()
             weights = (W.view(-1, 1, case.D, case.D), *converted(case.function, *others))
-        run = importlib.import_module("flashrnn").recurrent_layer
 
         def reference(x: Tensor, W: Tensor, R: Tensor, b: Tensor) -> Tensor:
             Wx = linear(x, W.flatten(0, 2)).unflatten(-1, W.shape[:3])
@@ -53,7 +50,7 @@ class Layer(Contender):
         return Work(
             (x.detach().transpose(0, 1).contiguous().requires_grad_(),),
             tuple(each.clone().requires_grad_() for each in weights),
-            run=lambda *leaves: run(*leaves, function=case.function)[0][0],
+            run=lambda x, W, R, b: recurrent_layer(x, W, R, b, function=case.function)[0][0],
             reference=reference,
             time=1,
             ours=True,
@@ -65,12 +62,12 @@ class Stack(Contender):
     """``LSTM``, ``GRU`` or ``RNN`` of a package, of several layers or directions.
 
     Attributes:
-        package: ``"flashrnn.nn"`` or ``"torch.nn"``.
+        package: ``flashrnn.nn`` or ``torch.nn``.
         layers: how many, of D inputs and D units each.
         directions: 1, or 2: then all but the first layer have 2·D inputs.
     """
 
-    package: str
+    package: ModuleType
     layers: int
     directions: int
 
@@ -78,7 +75,7 @@ class Stack(Contender):
     def name(self) -> str:
         """See :class:`Contender`."""
         layers = f"{self.layers} layer" + "s" * (self.layers > 1)
-        return f"{self.package}, {layers}" + ", bidirectional" * (self.directions > 1)
+        return f"{self.package.__name__}, {layers}" + ", bidirectional" * (self.directions > 1)
 
     def includes(self, case: Case, device: torch.device) -> str:
         """See :class:`Contender`."""
@@ -95,7 +92,7 @@ class Stack(Contender):
         sizes = (case.D, case.D, self.layers)
         options = {"bidirectional": self.directions > 1, "device": device, "dtype": case.dtype}
         theirs = kind(*sizes, **options)
-        module = getattr(importlib.import_module(self.package), kind.__name__)(*sizes, **options)
+        module = getattr(self.package, kind.__name__)(*sizes, **options)
         module.load_state_dict(theirs.state_dict())
 
         def reference(x: Tensor, *weights: Tensor) -> Tensor:
@@ -116,6 +113,6 @@ class Stack(Contender):
             run=lambda x, *weights: module(x)[0],
             reference=reference,
             time=0,
-            ours=self.package == OURS,
+            ours=self.package is nn,
             causal=self.directions == 1,
         )

@@ -31,7 +31,7 @@ class Row:
         T: ...
         N: ...
         D: ...
-        dtype: ...
+        dtype: ...; ``tf32`` for float32 by TF32.
         measure: what was measured.
         unit: of ``value``, ``q1``, ``q3``, ``goal`` and ``peer_value``.
         value: the median.
@@ -83,7 +83,8 @@ class Row:
         return Row(
             suite=suite,
             contender=contender,
-            **(asdict(case) | {"dtype": case.dtype_name}),
+            **{name: getattr(case, name) for name in ("function", "B", "T", "N", "D")},
+            dtype=case.dtype_name,
             measure=measure,
             includes=includes,
             goal=mark.goal if mark else None,

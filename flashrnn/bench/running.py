@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flashrnn.bench import cold_start, in_turns
-from flashrnn.bench.case import Case
+from flashrnn.bench.case import Case, tf32_allowed
 from flashrnn.bench.contender import Contender, Found
 from flashrnn.bench.ours import DEFAULT, Ours
 from flashrnn.bench.peers import DTYPES, Attention, TorchNN
@@ -129,4 +129,5 @@ def _alone(
     if suite.kind == "cold start":
         assert isinstance(contender, Ours)
         return cold_start.measure(contender, case, device, repetitions=1 if quick else 3)
-    return contender.times(case, device, seconds=0.1 if quick else 0.5)
+    with tf32_allowed(case.tf32):
+        return contender.times(case, device, seconds=0.1 if quick else 0.5)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flashrnn import Stepper
 from flashrnn.bench.case import Case
 from flashrnn.bench.contender import Contender, Work
 from flashrnn.bench.ours import Ours
@@ -39,7 +39,7 @@ class Stepping(Contender):
         """See :class:`Contender`."""
         work = Ours("vanilla").prepare(case, device)
         R, b = (x.detach() for x in work.weights)
-        stepper = importlib.import_module("flashrnn").Stepper(R, b, function=case.function)
+        stepper = Stepper(R, b, function=case.function)
         sizes = (len(resolve(case.function).states), case.B, case.N, case.D)
         states = torch.zeros(sizes, dtype=carry_dtype(case.dtype), device=device)
         # Views are made here: what is timed is the step alone.

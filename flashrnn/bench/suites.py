@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from flashrnn import available_functions
+from flashrnn import available_functions, nn
 from flashrnn.bench import arena
 from flashrnn.bench.case import Case
 from flashrnn.bench.contender import BOTH, FORWARD, Contender
 from flashrnn.bench.in_turns import FORWARD_ALONE, GRAPH, HOST, WALL, Measure
-from flashrnn.bench.layers import OURS, THEIRS, Layer, Stack
+from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.memory import HELD, MIB
 from flashrnn.bench.ours import WITH_PRODUCT, Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
@@ -167,7 +167,9 @@ def goals(selection: Selection) -> list[Entry]:
     with GOALS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             B, T, N, D = (int(row[name]) for name in "BTND")
-            case = Case(row["function"], B, T, N, D, parse_dtype(row["dtype"]))
+            tf32 = row["dtype"] == "tf32"
+            dtype = torch.float32 if tf32 else parse_dtype(row["dtype"])
+            case = Case(row["function"], B, T, N, D, dtype, tf32)
             marks = {
                 measure: Mark(
                     float(row[f"goal_{short}_ms"]),
@@ -260,7 +262,7 @@ def layers(selection: Selection) -> list[Entry]:
             for D in widths:
                 for B in (16,) if selection.quick else (16, 64):
                     case = selection.beside_torch(1, D, B, T)
-                    stacks = tuple(Stack(name, count, directions) for name in (OURS, THEIRS))
+                    stacks = tuple(Stack(each, count, directions) for each in (nn, torch.nn))
                     entries.append(Entry(case, contenders=stacks))
     return entries
 

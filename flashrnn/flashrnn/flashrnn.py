@@ -12,9 +12,11 @@ _UNDERSCORED = {"_get_config": "get_config", "_zero_state": "zero_state"}
 
 
 def __getattr__(name: str) -> Any:
-    from flashrnn.compat import names
+    # `from ... import` asks every module for its `__path__`.
+    if not name.startswith("__"):
+        from flashrnn.compat import names
 
-    known = _UNDERSCORED.get(name, name)
-    if known not in names.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(names, known)
+        known = _UNDERSCORED.get(name, name)
+        if known in names.__all__:
+            return getattr(names, known)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
