@@ -91,14 +91,14 @@ def _steps(
     x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor | None, cell: Cell, backend: str
 ) -> tuple[Tensor, Tensor]:
     """h ``[T, B, N * D]`` and the last states, out of ``x`` ``[T, B, I]``."""
-    config = _config(x.device)
+    config = config_on(x.device)
     every_state, last_states = recurrent_layer(
         x.transpose(0, 1), W, R, b, states, cell, backend, config=config
     )
     return every_state[0].flatten(2).transpose(0, 1), last_states
 
 
-def _config(device: torch.device) -> FlashRNNConfig | None:
+def config_on(device: torch.device) -> FlashRNNConfig | None:
     """On a GPU float32 follows the setting that torch.nn's layers follow there."""
     if device.type != "cuda":
         return None
@@ -130,7 +130,7 @@ def _packed(
     if len(stretches) == 1:
         h, last_states = _steps(x.unflatten(0, stretches[0][::-1]), W, R, b, states, cell, backend)
         return h.flatten(0, 1), last_states
-    config = _config(x.device)
+    config = config_on(x.device)
     Wx = linear(x, W.flatten(0, 2)).unflatten(-1, W.shape[:3])
     rows: list[Tensor] = []
     ended: list[Tensor] = []
