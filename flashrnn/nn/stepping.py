@@ -8,6 +8,7 @@ like the bias, out of a copy that is renewed at every step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from torch.nn.functional import linear
 
 from flashrnn import backends, functional
 from flashrnn.cells.spec import Cell
+from flashrnn.config import FlashRNNConfig
 from flashrnn.nn.modes import bias, recurrent_matrix
 from flashrnn.nn.scan import config_on
 from flashrnn.stepper import Stepper
@@ -56,6 +58,52 @@ def can_be_kept(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) 
     )
 
 
+def stepper_of(
+    layer: torch.nn.Module,
+    row: int,
+    weight_hh: Tensor,
+    R: Tensor,
+    b: Tensor,
+    cell: Cell,
+    backend: str,
+    config: FlashRNNConfig | None,
+) -> Stepper | None:
+    """The stepper of a direction of a layer; ``None`` if ``vanilla`` is what computes it.
+
+    Args:
+        layer: whose stepper it is; :func:`can_be_kept` holds for its weights.
+        row: which direction of which of its layers.
+        weight_hh: what R is made of, by a view or not.
+        R: ``[Gr, N, D, D]``.
+        b: ``[Gb, N, D]``.
+        cell: the cell.
+        backend: a backend's name, or ``"auto"``.
+        config: further options.
+    """
+    # Memory that is given back goes to the stream that used it.
+    stream = torch.cuda.current_stream(R.device).cuda_stream if R.is_cuda else None
+    where = weight_hh.data_ptr(), R.shape, R.stride(), R.dtype, R.device
+    key = *where, stream, backend, config
+    rows = _kept.setdefault(layer, {})
+    kept = rows.get(row)
+    if kept is None or kept.key != key:
+        # Tensors that may be written within torch.inference_mode and outside.
+        with torch.inference_mode(False), torch.no_grad():
+            lies_there = R.data_ptr() == weight_hh.data_ptr()
+            if not (lies_there and R.is_contiguous() and R.data_ptr() % 16 == 0):
+                R = torch.empty_like(R, memory_format=torch.contiguous_format).copy_(R)
+            b = torch.empty_like(b, memory_format=torch.contiguous_format).copy_(b)
+            stepper = Stepper(R, b, cell, backend, config=config)
+        fused = stepper if stepper.backend != "vanilla" else None
+        # A config may change: what counts is how it was.
+        kept = rows[row] = _Kept((*key[:-1], copy.copy(config)), R.detach(), b, fused)
+    elif kept.stepper is not None:
+        if kept.R.data_ptr() != R.data_ptr():
+            kept.R.copy_(R)
+        kept.b.copy_(b)
+    return kept.stepper
+
+
 def step(
     layer: torch.nn.Module,
     row: int,
@@ -87,27 +135,7 @@ def step(
         b = bias(mode, biases, heads, D)
     else:
         b = R.new_zeros(()).expand(len(cell.fed_by("b")), heads, D)
-    config = config_on(x.device)
-    # Memory that is given back goes to the stream that used it.
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    key = (weight_hh.data_ptr(), R.shape, R.stride(), R.dtype, R.device, backend, config, stream)
-    rows = _kept.setdefault(layer, {})
-    kept = rows.get(row)
-    if kept is None or kept.key != key:
-        # Tensors that may be written within torch.inference_mode and outside.
-        with torch.inference_mode(False), torch.no_grad():
-            is_read_there = R.is_contiguous() and R.data_ptr() == weight_hh.data_ptr()
-            if not is_read_there or R.data_ptr() % 16:
-                R = torch.empty_like(R, memory_format=torch.contiguous_format).copy_(R)
-            b = torch.empty_like(b, memory_format=torch.contiguous_format).copy_(b)
-            stepper = Stepper(R, b, cell, backend, config=config)
-        fused = stepper if stepper.backend != "vanilla" else None
-        kept = rows[row] = _Kept(key, R.detach(), b, fused)
-    elif kept.stepper is not None:
-        if kept.R.data_ptr() != R.data_ptr():
-            kept.R.copy_(R)
-        kept.b.copy_(b)
-    if kept.stepper is None:
+    stepper = stepper_of(layer, row, weight_hh, R, b, cell, backend, config_on(x.device))
+    if stepper is None:
         return None
-    wx = linear(x, W).unflatten(1, (-1, heads, D))
-    return kept.stepper(wx, states)
+    return stepper(linear(x, W).unflatten(1, (-1, heads, D)), states)

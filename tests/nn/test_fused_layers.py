@@ -48,12 +48,6 @@ def test_cells_and_steps():
 class TestStepsWithoutGradients:
     """They are computed by steppers that are kept, and never with weights of before."""
 
-    def layers(self):
-        yield ours.LSTM(3, 16, 2)
-        yield ours.GRU(3, 16, 2)
-        yield ours.RNN(3, 16, bias=False)
-        yield ours.Recurrent("slstm", 3, 32, heads=2)
-
     def hold(self, layer):
         x = torch.randn(2, 3)
         _, state = layer(torch.randn(2, 2, 3))
@@ -62,7 +56,17 @@ class TestStepsWithoutGradients:
             given = layer.step(x, before)
             assert_same((given[0][None], given[1]), expected, 1e-6)
 
-    def test_changed_weights(self):
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            lambda: ours.LSTM(3, 16, 2),
+            pytest.param(lambda: ours.GRU(3, 16, 2), marks=pytest.mark.slow),
+            pytest.param(lambda: ours.RNN(3, 16, bias=False), marks=pytest.mark.slow),
+            lambda: ours.Recurrent("slstm", 3, 32, heads=2),
+        ],
+        ids=["LSTM", "GRU", "RNN", "slstm"],
+    )
+    def test_changed_weights(self, layer):
         def written(layer):
             for weight in layer.parameters():
                 weight.data.mul_(0.5)
@@ -71,13 +75,28 @@ class TestStepsWithoutGradients:
             for weight in layer.parameters():
                 weight.data = weight.data.flip(0).contiguous()
 
-        for layer in self.layers():
-            with torch.inference_mode():
+        layer = layer()
+        with torch.inference_mode():
+            self.hold(layer)
+        for change in (written, elsewhere, written):
+            change(layer)
+            with torch.no_grad():
                 self.hold(layer)
-            for change in (written, elsewhere, written):
-                change(layer)
-                with torch.no_grad():
-                    self.hold(layer)
+
+    def test_of_the_slstm_layer(self):
+        layer = ours.sLSTM(32, heads=2)
+        x = torch.randn(2, 3, 32)
+        with torch.no_grad():
+            for _ in range(2):
+                expected, last = layer(x)
+                state, steps = None, []
+                for x_t in x.unbind(1):
+                    y, state = layer.step(x_t, state)
+                    steps.append(y)
+                assert_same((torch.stack(steps, 1), state), (expected, last), 1e-5)
+                for weight in layer.parameters():
+                    weight.data.add_(torch.randn_like(weight), alpha=0.1)
+        assert len(stepping._kept[layer]) == 1
 
     def test_what_is_kept_goes_with_its_layer(self):
         layer = ours.LSTM(3, 16)
