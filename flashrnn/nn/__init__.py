@@ -5,6 +5,7 @@ from flashrnn.nn.layers import GRU, LSTM, RNN
 from flashrnn.nn.modes import elman_relu
 from flashrnn.nn.recurrent import Recurrent
 from flashrnn.nn.replacing import Replaced, replace, restore
+from flashrnn.nn.slstm import SLSTMState, sLSTM
 
 __all__ = [
     "GRU",
@@ -15,7 +16,9 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "Replaced",
+    "SLSTMState",
     "elman_relu",
     "replace",
     "restore",
+    "sLSTM",
 ]

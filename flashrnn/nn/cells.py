@@ -10,6 +10,7 @@ from torch import Tensor
 from flashrnn import backends
 from flashrnn.nn.modes import MODES, bias, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import scan
+from flashrnn.nn.stepping import can_be_kept, step
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -145,14 +146,27 @@ def _step(
                 f"for each of {', '.join(cell.states)}, {(len(x), D) if batched else (D,)}"
             )
         start = torch.stack(rows).unflatten(-1, (1, 1, D))
-    R = recurrent_matrix(mode, layer.weight_hh, 1, D)
-    if layer.bias:
-        b = bias(mode, [layer.bias_ih, layer.bias_hh], 1, D)
-    else:
-        b = R.new_zeros(len(cell.fed_by("b")), 1, D)
     _check_dtypes(kind, input, layer.weight_hh)
+    last = _last(layer, mode, x, start)
+    return [state if batched else state.squeeze(0) for state in last.flatten(2).unbind(0)]
+
+
+def _last(
+    layer: LSTMCell | GRUCell | RNNCell, mode: str, x: Tensor, start: Tensor | None
+) -> Tensor:
+    """The states after one step of ``x`` ``[B, I]``, in the dtype of h."""
+    cell, D = MODES[mode].cell, layer.hidden_size
+    biases: list[Tensor] = [layer.bias_ih, layer.bias_hh] if layer.bias else []
+    weights = [layer.weight_ih, layer.weight_hh, *biases]
+    if can_be_kept(x, weights, () if start is None else (start,)):
+        before = None if start is None else start.squeeze(2)
+        after = step(layer, 0, x, weights, before, mode, cell, 1, layer.backend)
+        if after is not None:
+            return after.to(x.dtype)
+    R = recurrent_matrix(mode, layer.weight_hh, 1, D)
+    b = bias(mode, biases, 1, D) if biases else R.new_zeros(len(cell.fed_by("b")), 1, D)
     h, last = scan(x.unsqueeze(0), layer.weight_ih, R, b, start, cell, layer.backend)
-    return [(s if batched else s.squeeze(0)).to(h.dtype) for s in last.flatten(2).unbind(0)]
+    return last.squeeze(2).to(h.dtype)
 
 
 def _check_dtypes(kind: str, input: Tensor, weight: Tensor) -> None:

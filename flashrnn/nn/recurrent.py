@@ -17,6 +17,7 @@ from flashrnn.cells.spec import Cell, resolve
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 from flashrnn.nn.segments import Segments, between_resets
+from flashrnn.nn.stepping import can_be_kept, step
 
 
 class Recurrent(torch.nn.RNNBase):
@@ -286,10 +287,6 @@ class Recurrent(torch.nn.RNNBase):
                 f"{type(self).__name__}.step: Expected x to be 1D or 2D, got {x.dim()}D: accepted "
                 "are one row of features, [input_size], or a batch of rows"
             )
-        if self.proj_size or not self._is_torchs(x.device):
-            time = 1 if self.batch_first and x.dim() == 2 else 0
-            output, state = self.forward(x.unsqueeze(time), state)
-            return output.squeeze(time), state
         states = self._given(state, x.dim() + 1)
         batched = x.dim() == 2
         if not batched:
@@ -297,7 +294,7 @@ class Recurrent(torch.nn.RNNBase):
             states = None if states is None else [state.unsqueeze(1) for state in states]
         self._check_input(x, 2)
         self._check_states(states, x, len(x))
-        y, last = self._step_torchs(x, states or self._zeros(x, len(x)))
+        y, last = self._step(x, states)
         if not batched:
             y, last = y.squeeze(0), [state.squeeze(1) for state in last]
         return y, self._returned(last)
@@ -464,6 +461,40 @@ class Recurrent(torch.nn.RNNBase):
         else:
             output, *last = layers(x, batch_sizes, *arguments)
         return output, last
+
+    def _step(self, x: Tensor, states: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """One step of all layers, ``[B, ·]``, by what does it fastest."""
+        if not self.proj_size:
+            if self._is_torchs(x.device):
+                return self._step_torchs(x, states or self._zeros(x, len(x)))
+            found = self._step_kept(x, states)
+            if found is not None:
+                return found
+        time = 1 if self.batch_first else 0
+        output, last = self._run(x.unsqueeze(time), states, None)
+        return output.squeeze(time), last
+
+    def _step_kept(
+        self, x: Tensor, states: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The same by steppers that are kept; ``None`` where there can be none."""
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        if (self.dropout and self.training) or not can_be_kept(x, weights, states or ()):
+            return None
+        last, sizes = [], (self.heads, self.hidden_size // self.heads)
+        for layer, names in enumerate(self._all_weights):
+            before = None
+            if states is not None:
+                before = torch.stack([state[layer] for state in states]).unflatten(-1, sizes)
+            weights = [getattr(self, name) for name in names]
+            after = step(
+                self, layer, x, weights, before, self.mode, self.cell, self.heads, self.backend
+            )
+            if after is None:
+                return None
+            last.append(after.flatten(2).to(x.dtype))
+            x = last[-1][0]
+        return x, list(torch.stack(last, 1).unbind(0))
 
     def _step_torchs(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One step: PyTorch has a kernel that does without what a sequence needs."""

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from flashrnn.cells.spec import Cell
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
+from flashrnn.layer import recurrent_layer
 from flashrnn.problem import rnn_tf32_allowed
 
 
@@ -77,35 +78,27 @@ def scan(
         sequence's last step (with ``reverse``: its first), ``[S, B, 1, N, D]``.
     """
     _, N, D, _ = R.shape
-    Wx = _product(x, W).unflatten(-1, (-1, N, D))
-    if packing is not None:
-        Wx = Wx[packing.reversal] if reverse else Wx
-        h, last_states = _packed(Wx, R, b, states, cell, backend, packing.batch_sizes)
-        return (h[packing.reversal] if reverse else h), last_states
-    Wx = Wx.flip(0) if reverse else Wx
-    h, last_states = _steps(Wx, R, b, states, cell, backend)
-    return (h.flip(0) if reverse else h), last_states
-
-
-def _product(x: Tensor, W: Tensor) -> Tensor:
-    """``linear(x, W)``, which copies an x that is not contiguous."""
-    if x.ndim == 3 and not x.is_contiguous():
-        return linear(x.transpose(0, 1), W).transpose(0, 1)
-    return linear(x, W)
+    W = W.unflatten(0, (-1, N, D))
+    if packing is None:
+        h, last_states = _steps(x.flip(0) if reverse else x, W, R, b, states, cell, backend)
+        return (h.flip(0) if reverse else h), last_states
+    x = x[packing.reversal] if reverse else x
+    h, last_states = _packed(x, W, R, b, states, cell, backend, packing.batch_sizes)
+    return (h[packing.reversal] if reverse else h), last_states
 
 
 def _steps(
-    Wx: Tensor, R: Tensor, b: Tensor, states: Tensor | None, cell: Cell, backend: str
+    x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor | None, cell: Cell, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """h ``[T, B, N * D]`` and the last states, out of ``Wx`` ``[T, B, Gw, N, D]``."""
-    config = _config(Wx.device)
-    every_state, last_states = flashrnn(
-        Wx.transpose(0, 1), R, b, states, cell, backend, config=config
+    """h ``[T, B, N * D]`` and the last states, out of ``x`` ``[T, B, I]``."""
+    config = config_on(x.device)
+    every_state, last_states = recurrent_layer(
+        x.transpose(0, 1), W, R, b, states, cell, backend, config=config
     )
     return every_state[0].flatten(2).transpose(0, 1), last_states
 
 
-def _config(device: torch.device) -> FlashRNNConfig | None:
+def config_on(device: torch.device) -> FlashRNNConfig | None:
     """On a GPU float32 follows the setting that torch.nn's layers follow there."""
     if device.type != "cuda":
         return None
@@ -120,7 +113,8 @@ _CONFIGS = tuple(FlashRNNConfig(allow_tf32=allowed) for allowed in (False, True)
 
 
 def _packed(
-    Wx: Tensor,
+    x: Tensor,
+    W: Tensor,
     R: Tensor,
     b: Tensor,
     states: Tensor | None,
@@ -128,18 +122,26 @@ def _packed(
     backend: str,
     batch_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The same of rows: a call for all steps that the same sequences have."""
+    """The same of rows ``[rows, I]``.
+
+    One input product for all, and a call of the scan for all steps that the same sequences have.
+    """
+    stretches = [(B, len(list(steps))) for B, steps in groupby(batch_sizes)]
+    if len(stretches) == 1:
+        h, last_states = _steps(x.unflatten(0, stretches[0][::-1]), W, R, b, states, cell, backend)
+        return h.flatten(0, 1), last_states
+    config = config_on(x.device)
+    Wx = linear(x, W.flatten(0, 2)).unflatten(-1, W.shape[:3])
     rows: list[Tensor] = []
     ended: list[Tensor] = []
     first = 0
-    for B, steps in groupby(batch_sizes):
-        T = len(list(steps))
+    for B, T in stretches:
         if rows and states is not None:
             ended.insert(0, states[:, B:])
             states = states[:, :B]
-        piece = Wx[first : first + T * B].unflatten(0, (T, B))
-        h, states = _steps(piece, R, b, states, cell, backend)
-        rows.append(h.flatten(0, 1))
+        piece = Wx[first : first + T * B].unflatten(0, (T, B)).transpose(0, 1)
+        every_state, states = flashrnn(piece, R, b, states, cell, backend, config=config)
+        rows.append(every_state[0].transpose(0, 1).flatten(0, 1).flatten(1))
         first += T * B
     assert states is not None, "a packed batch has a step"
     return torch.cat(rows), torch.cat([states, *ended], 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn.nn import sLSTM
 from tests.problems import relative_error
 
 pytestmark = [
@@ -144,6 +145,46 @@ def test_xlstm_layer_in_sequence_and_step_by_step(cells):
     assert relative_error(ours[1], ours[0]) <= 1e-5
     # Steps change the state of the convolution in place.
     hold_together(gradients(theirs[:1], leaves), gradients(ours[:1], leaves), 1e-4)
+
+
+@xlstm
+@pytest.mark.parametrize("options", [{}, {"conv1d_kernel_size": 0, "group_norm_weight": False}])
+def test_xlstm_layer_as_ours(cells, options):
+    """nn.sLSTM has its parameters, its first values, its results and its steps."""
+    from xlstm.blocks.slstm.layer import sLSTMLayer, sLSTMLayerConfig
+
+    torch.manual_seed(0)
+    config = sLSTMLayerConfig(
+        **{"embedding_dim": 24, "num_heads": 3, "backend": "vanilla", "_num_blocks": 4} | options,
+        _block_idx=2,
+    )
+    theirs = sLSTMLayer(config)
+    assert torch.equal(sLSTM.from_xlstm(theirs).bias, sLSTM(24, heads=3, block=2, blocks=4).bias)
+    theirs = with_random_weights(theirs)
+    ours = sLSTM.from_xlstm(theirs)
+    x = torch.randn(2, 6, 24, requires_grad=True)
+    y, expected = ours(x)[0], theirs(x)
+    hold_together([expected], [y], 1e-5)
+    hold_together(gradients([expected], [x]), gradients([y], [x]), 1e-4)
+    theirs_state, ours_state = {}, None
+    for x_t in x.detach().unbind(1):
+        expected, theirs_state = theirs.step(x_t[:, None], **theirs_state)
+        y, ours_state = ours.step(x_t, ours_state)
+        hold_together([expected[:, 0]], [y], 1e-5)
+
+
+@xlstm
+@pytest.mark.parametrize("backend", ["vanilla", "cuda"])
+def test_xlstm_layer_of_each_kind_as_ours(cells, backend):
+    """Its two kinds of cells keep biases and R in different orders."""
+    from xlstm.blocks.slstm.layer import sLSTMLayer, sLSTMLayerConfig
+
+    cells.patch()  # Its cuda cells are made and run without a compiler.
+    torch.manual_seed(0)
+    config = sLSTMLayerConfig(embedding_dim=24, num_heads=3, backend=backend, dtype="float32")
+    theirs = with_random_weights(sLSTMLayer(config))
+    x = torch.randn(2, 6, 24)
+    hold_together([theirs(x)], [sLSTM.from_xlstm(theirs)(x)[0]], 1e-5)
 
 
 @xlstm

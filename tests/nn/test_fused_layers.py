@@ -1,5 +1,7 @@
 """Layers take a fused backend where one runs: here Triton's, by its interpreter on the CPU."""
 
+import copy
+import gc
 import os
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 import flashrnn.nn as ours
 from flashrnn import backends
+from flashrnn.nn import stepping
 from tests.nn.against import assert_like_torch, assert_same, pair, states
 
 pytestmark = pytest.mark.skipif(
@@ -40,3 +43,88 @@ def test_cells_and_steps():
     expected, _ = torch.nn.LSTM.forward(layer, x[None])
     assert_same(cell(x)[0], expected[0], 1e-5)
     assert_same(layer.step(x)[0], expected[0], 1e-5)
+
+
+class TestStepsWithoutGradients:
+    """They are computed by steppers that are kept, and never with weights of before."""
+
+    def hold(self, layer):
+        x = torch.randn(2, 3)
+        _, state = layer(torch.randn(2, 2, 3))
+        for before in (None, state):
+            expected = layer(x[None], before)
+            given = layer.step(x, before)
+            assert_same((given[0][None], given[1]), expected, 1e-6)
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            lambda: ours.LSTM(3, 16, 2),
+            pytest.param(lambda: ours.GRU(3, 16, 2), marks=pytest.mark.slow),
+            pytest.param(lambda: ours.RNN(3, 16, bias=False), marks=pytest.mark.slow),
+            lambda: ours.Recurrent("slstm", 3, 32, heads=2),
+        ],
+        ids=["LSTM", "GRU", "RNN", "slstm"],
+    )
+    def test_changed_weights(self, layer):
+        def written(layer):
+            for weight in layer.parameters():
+                weight.data.mul_(0.5)
+
+        def elsewhere(layer):
+            for weight in layer.parameters():
+                weight.data = weight.data.flip(0).contiguous()
+
+        layer = layer()
+        with torch.inference_mode():
+            self.hold(layer)
+        for change in (written, elsewhere, written):
+            change(layer)
+            with torch.no_grad():
+                self.hold(layer)
+
+    def test_of_the_slstm_layer(self):
+        layer = ours.sLSTM(32, heads=2)
+        x = torch.randn(2, 3, 32)
+        with torch.no_grad():
+            for _ in range(2):
+                expected, last = layer(x)
+                state, steps = None, []
+                for x_t in x.unbind(1):
+                    y, state = layer.step(x_t, state)
+                    steps.append(y)
+                assert_same((torch.stack(steps, 1), state), (expected, last), 1e-5)
+                for weight in layer.parameters():
+                    weight.data.add_(torch.randn_like(weight), alpha=0.1)
+        assert len(stepping._kept[layer]) == 1
+
+    def test_what_is_kept_goes_with_its_layer(self):
+        layer = ours.LSTM(3, 16)
+        before = len(stepping._kept)
+        with torch.no_grad():
+            layer.step(torch.randn(2, 3))
+        assert len(stepping._kept) == before + 1
+        assert_same(copy.deepcopy(layer).step(torch.ones(2, 3)), layer.step(torch.ones(2, 3)), 1e-6)
+        del layer
+        gc.collect()
+        assert len(stepping._kept) == before
+
+    def test_with_gradients_they_are_sequences(self):
+        layer = ours.LSTM(3, 16)
+        layer.step(torch.randn(2, 3))[0].sum().backward()
+        assert layer.weight_hh_l0.grad is not None
+
+    def test_cells_with_changed_weights(self):
+        for mine, theirs in (
+            (ours.LSTMCell(3, 16), torch.nn.LSTMCell(3, 16)),
+            (ours.GRUCell(3, 16), torch.nn.GRUCell(3, 16)),
+            (ours.RNNCell(3, 16, bias=False), torch.nn.RNNCell(3, 16, bias=False)),
+        ):
+            for _ in range(3):
+                for weight, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+                    other.data.normal_(std=0.3)
+                    weight.data.copy_(other)
+                x = torch.randn(2, 3)
+                with torch.no_grad():
+                    state, expected = mine(x), theirs(x)
+                    assert_same((state, mine(x, state)), (expected, theirs(x, expected)), 1e-5)

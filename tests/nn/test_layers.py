@@ -537,13 +537,13 @@ class TestMachinery:
         try:
             for precision, allowed in (("tf32", True), ("ieee", False)):
                 cudnn.rnn.fp32_precision = precision
-                assert scan._config(gpu).allow_tf32 is allowed
+                assert scan.config_on(gpu).allow_tf32 is allowed
         finally:
             cudnn.rnn.fp32_precision = before
         for allowed in (False, True):  # PyTorch without that setting.
             monkeypatch.setattr(problem.torch.backends, "cudnn", Cudnn(allowed))
-            assert scan._config(gpu).allow_tf32 is allowed
-        assert scan._config(torch.device("cpu")) is None
+            assert scan.config_on(gpu).allow_tf32 is allowed
+        assert scan.config_on(torch.device("cpu")) is None
 
     @every_kind
     def test_hooks_and_training_mode(self, kind):

@@ -1,0 +1,225 @@
+"""Layers on a GPU to torch.nn's in float64 on the CPU; steps, models, graphs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import flashrnn.nn as ours
+from flashrnn.nn import stepping
+from tests.nn.against import KINDS, leaf, states, tensors
+from tests.problems import relative_error
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+features, units, T, B = 24, 64, 12, 4
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+# A dtype, whether PyTorch may use TF32, and what errors of results and of gradients may be relative
+# to float64: twice those of `vanilla` on a CPU, in units of the dtype's rounding. In 16 bits that
+# is the rounding of what is stored; in float32 sums round too.
+SETTINGS = {
+    "float16": (torch.float16, False, 2 * 2**-11, 3 * 2**-11),
+    "bfloat16": (torch.bfloat16, False, 2 * 2**-8, 3 * 2**-8),
+    "float32": (torch.float32, False, 8 * 2**-24, 12 * 2**-24),
+    # Its operands are cut, by some kernels not to the nearest.
+    "tf32": (torch.float32, True, 2 * 2**-10, 3 * 2**-10),
+}
+
+CASES = {
+    "one layer": {},
+    "two layers, two directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "packed": {"num_layers": 2, "bidirectional": True, "lengths": [7, 12, 3, 7]},
+    "heads": {"heads": 2},
+    "projection": {"num_layers": 2, "proj_size": 32},
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def setting(request):
+    """The dtype, and the bounds of errors of results and of gradients."""
+    dtype, tf32, *bounds = SETTINGS[request.param]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    yield dtype, *bounds
+    # As PyTorch has them.
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+
+
+def on_gpu(kind, dtype, **options):
+    torch.manual_seed(0)
+    return getattr(ours, kind)(features, units, device=DEVICE, dtype=dtype, **options)
+
+
+def in_float64(layer, **options):
+    """A layer of the same weights on the CPU: torch.nn's, or of several heads our definition."""
+    kinds = ours if "heads" in options else nn
+    found = getattr(kinds, type(layer).__name__)(features, units, dtype=torch.float64, **options)
+    found.load_state_dict(layer.state_dict())
+    return found
+
+
+def run(layer, x, hx, lengths, weight_of):
+    """The results, and the gradients of everything."""
+    x, hx = leaf(x), leaf(hx)
+    given = x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=False)
+    results = tensors(layer(given, hx))
+    torch.autograd.backward(results, [weight_of(y) for y in results])
+    weights = [weight for _, weight in sorted(layer.named_parameters())]
+    return results, [tensor.grad for tensor in (x, *tensors(hx), *weights)]
+
+
+def moved(value, dtype, device):
+    if isinstance(value, tuple):
+        return tuple(moved(item, dtype, device) for item in value)
+    return value.to(device, dtype)
+
+
+@every_kind
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients(kind, case, setting):
+    if case == "projection" and kind != "LSTM":
+        pytest.skip("only an LSTM has a projection")
+    dtype, of_results, of_gradients = setting
+    options = dict(CASES[case])
+    lengths = options.pop("lengths", None)
+    layer = on_gpu(kind, dtype, **options)
+    reference = in_float64(layer, **options)
+    x = torch.randn((B, T, features) if layer.batch_first else (T, B, features)).to(dtype).double()
+    hx = moved(moved(states(reference, B), dtype, "cpu"), torch.float64, "cpu")
+
+    def weight_of(y):
+        generator = torch.Generator().manual_seed(y.numel())
+        return torch.randn(y.shape, generator=generator).to(dtype).to(y)
+
+    expected, true_gradients = run(reference, x, hx, lengths, weight_of)
+    given, gradients = run(
+        layer, moved(x, dtype, DEVICE), moved(hx, dtype, DEVICE), lengths, weight_of
+    )
+    for found, true, bound in (
+        (given, expected, of_results),
+        (gradients, true_gradients, of_gradients),
+    ):
+        assert len(found) == len(true)
+        for mine, theirs in zip(found, true, strict=True):
+            assert mine.dtype == dtype and mine.device.type == DEVICE
+            assert relative_error(mine.cpu(), theirs) <= bound
+
+
+@every_kind
+def test_steps_are_the_sequence(kind, setting):
+    dtype, of_results, _ = setting
+    layer = on_gpu(kind, dtype, num_layers=2)
+    x = torch.randn(T, B, features, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        # By the steppers that the first loop leaves, with other weights.
+        for _ in range(2):
+            expected, last = layer(x)
+            state, steps = None, []
+            for x_t in x:
+                y, state = layer.step(x_t, state)
+                steps.append(y)
+            # In 16 bits a step's states are rounded, those within a sequence are not.
+            for mine, of_layer in zip(
+                tensors((torch.stack(steps), state)), tensors((expected, last)), strict=True
+            ):
+                assert relative_error(mine, of_layer) <= 2 * of_results
+            for weight in layer.parameters():
+                weight.data.mul_(0.7)
+    assert len(stepping._kept[layer]) == 2
+
+
+@every_kind
+def test_a_loop_of_cells_is_the_layer(kind, setting):
+    dtype, of_results, _ = setting
+    layer = on_gpu(kind, dtype)
+    cell = getattr(ours, f"{kind}Cell")(features, units, device=DEVICE, dtype=dtype)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x = torch.randn(T, B, features, device=DEVICE, dtype=dtype)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            expected, last = layer(x)
+            state = None
+            for x_t in x:
+                state = cell(x_t, state)
+            given = tensors(state)
+            assert relative_error(given[0], expected[-1]) <= 2 * of_results
+            for mine, of_layer in zip(given, tensors(last), strict=True):
+                assert relative_error(mine, of_layer[0]) <= 2 * of_results
+
+
+class Model(nn.Module):
+    """A recurrent network as programs write it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.rnn = getattr(nn, kind)(features, units, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * units, 5)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.norm(x))[0]).sum(1)
+
+
+@every_kind
+def test_a_model_with_its_layers_replaced(kind, setting):
+    dtype, _, of_gradients = setting
+    torch.manual_seed(0)
+    model = Model(kind).to(DEVICE, dtype)
+    x = torch.randn(B, T, features, device=DEVICE, dtype=dtype)
+
+    def output_and_gradients():
+        model.zero_grad()
+        output = model(x)
+        output.float().square().mean().backward()
+        return [output, *(weight.grad for weight in model.parameters())]
+
+    theirs = output_and_gradients()
+    assert ours.replace(model) and isinstance(model.rnn, ours.LSTM | ours.GRU | ours.RNN)
+    mine = output_and_gradients()
+    for given, expected in zip(mine, theirs, strict=True):
+        # Both are off, and the layers before and behind round too.
+        assert relative_error(given, expected) <= 3 * of_gradients
+
+
+# Inductor uses what PyTorch itself deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_in_one_graph():
+    torch.manual_seed(0)
+    layer = ours.Recurrent("lstm", features, units, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(T, B, features, device=DEVICE, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+
+    def run_once(network):
+        layer.zero_grad()
+        output, (h, c) = network(x)
+        (output.float().square().sum() + h.float().sum() + c.float().sum()).backward()
+        return [output, h, c, *(weight.grad for weight in layer.parameters())]
+
+    for given, expected in zip(run_once(compiled), run_once(layer), strict=True):
+        assert relative_error(given, expected) <= 2 * 3 * 2**-8
+
+
+@every_kind
+def test_recorded_by_a_cuda_graph(kind):
+    layer = on_gpu(kind, torch.bfloat16, num_layers=2, bidirectional=True).eval()
+    one_way = on_gpu(kind, torch.bfloat16).eval()
+    x = torch.randn(T, B, features, device=DEVICE, dtype=torch.bfloat16)
+
+    def results():
+        return tensors(layer(x)) + tensors(one_way.step(x[0]))
+
+    with torch.no_grad():
+        results()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = results()
+        # A graph reads inputs and weights as they are when it runs.
+        x.mul_(-0.5)
+        one_way.weight_hh_l0.mul_(0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        for given, expected in zip(recorded, results(), strict=True):
+            assert relative_error(given, expected) <= 2 * 2**-8
