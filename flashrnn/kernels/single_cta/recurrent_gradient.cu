@@ -164,26 +164,27 @@ recurrent_gradient(CALL) {
             const int i = threadIdx.x + round * THREADS;
             if (H_PIECES % THREADS && i >= H_PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
-            Element* to = columns + row * COLUMNS_PITCH;
-            const bool exists = first + row < rows;
             if constexpr (GATHERED) {
+                const bool exists = first + row < rows;
                 const Element* from = AHEAD ? looked_up[AHEAD ? round : 0]
                                             : gathered(exists ? first + row : 0);
+                fetch_pieces(columns + row * COLUMNS_PITCH, from, exists, piece);
+            } else {
+                Position position = next;
+                position.advance(row, T);
+                Element* to = columns + row * COLUMNS_PITCH;
+                const bool exists = first + row < rows;
+                const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
+                if (sizeof(Element) == 4) {
+                    const Element* initial = reinterpret_cast<const Element*>(h_initial);
+                    from = position.step ? from : initial + position.sequence * width + n * D;
+                } else if (exists && position.step == 0) {
+                    const float* initial = h_initial + position.sequence * h_initial_b + n * h_initial_n;
+                    round_piece(to, initial, h_initial_d, piece);
+                    continue;
+                }
                 fetch_pieces(to, from, exists, piece);
-                continue;
             }
-            Position position = next;
-            position.advance(row, T);
-            const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
-            if (sizeof(Element) == 4) {
-                const Element* initial = reinterpret_cast<const Element*>(h_initial);
-                from = position.step ? from : initial + position.sequence * width + n * D;
-            } else if (exists && position.step == 0) {
-                const float* initial = h_initial + position.sequence * h_initial_b + n * h_initial_n;
-                round_piece(to, initial, h_initial_d, piece);
-                continue;
-            }
-            fetch_pieces(to, from, exists, piece);
         }
         look_up(chunk + 1);
         next.advance(CHUNK, T);
