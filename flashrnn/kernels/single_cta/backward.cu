@@ -49,13 +49,11 @@ static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + RE
 
 using GivenCopy = TiledCopy<CopyLayout, GIVEN ? GIVEN : 1, const Element>;
 
-// Where R takes so many registers that addresses would be spilled:
-//
-// - The step computed first, which has no gradient through R, does not stand before the loop as a copy
-//   of its own. It multiplies what the other buffer happens to hold, and nothing is added: a branch
-//   around the product would keep the compiler from moving the cell's work up beside it.
-// - The initial states wait in registers, rather than their addresses, until step 0 needs them.
-constexpr bool FEW_REGISTERS = COMPUTING == 8;
+// Whether the step computed first, which has no gradient through R, stands before the loop as a copy of
+// its own. Not where R takes so many registers that addresses would be spilled: there it multiplies
+// what the other buffer happens to hold, and nothing is added. A branch around the product would keep
+// the compiler from moving the cell's work up beside it.
+constexpr bool FIRST_STEP_APART = COMPUTING < 8;
 
 // What the producer threads do, step after step, as the diagram says.
 __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Element>& input_gates,
@@ -144,19 +142,17 @@ single_cta_backward(CALL) {
     const ThreadElements elements;
     Matrix matrix;
     if (!CUT) matrix.load<false>(R, n, N, elements, in_shared);
-    const auto load_initial = [&](float (&to)[S][ELEMENTS]) {
+    // The initial states wait in registers until step 0 needs them. To load them there takes a branch
+    // and their addresses, which costs a step of a small head a fifth of its instructions.
+    float initial_states[S][ELEMENTS], d_carried[S][ELEMENTS];
 #pragma unroll
-        for (int e = 0; e < ELEMENTS; ++e) {
-            const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
-            const float* from = initial + (first + elements.sequence(e)) * initial_b + n * initial_n +
-                                elements.unit(e) * initial_d;
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+        const float* from = initial + (first + elements.sequence(e)) * initial_b + n * initial_n +
+                            elements.unit(e) * initial_d;
 #pragma unroll
-            for (int s = 0; s < S; ++s) to[s][e] = exists ? from[s * initial_s] : 0.0f;
-        }
-    };
-    float initial_states[S][ELEMENTS];
-    if (FEW_REGISTERS) load_initial(initial_states);
-    float d_carried[S][ELEMENTS];
+        for (int s = 0; s < S; ++s) initial_states[s][e] = exists ? from[s * initial_s] : 0.0f;
+    }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const bool exists = GIVEN_LAST && elements.unit(e) < D && elements.sequence(e) <= last;
@@ -185,7 +181,7 @@ single_cta_backward(CALL) {
                 const Element* line = read + elements.sequence(e) * GATE_PITCH;
                 d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
             }
-            if (!FEW_REGISTERS || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
+            if (FIRST_STEP_APART || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
         }
     };
     // Called before the barrier that lets the next product start.
@@ -217,13 +213,10 @@ single_cta_backward(CALL) {
             if (s >= GIVEN) continue;
             load_elements(given[s], inputs + (G + S + s) * BLOCK_D, INPUT_PITCH, elements);
         }
-        if (!FEW_REGISTERS && done == T - 1) load_initial(before);
-        if (FEW_REGISTERS) {
 #pragma unroll
-            for (int i = 0; i < S * ELEMENTS; ++i) {
-                float& state = before[i / ELEMENTS][i % ELEMENTS];
-                state = done == T - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
-            }
+        for (int i = 0; i < S * ELEMENTS; ++i) {
+            float& state = before[i / ELEMENTS][i % ELEMENTS];
+            state = done == T - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
         }
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
@@ -253,8 +246,8 @@ single_cta_backward(CALL) {
         record_infinity(preactivations, done + 1);
         named_barrier<THREADS>();
     };
-    if (!FEW_REGISTERS) run_step(0);
-    for (int done = FEW_REGISTERS ? 0 : 1; done < T; ++done) {
+    if (FIRST_STEP_APART) run_step(0);
+    for (int done = FIRST_STEP_APART ? 1 : 0; done < T; ++done) {
         add_recurrent_gradient(done);
         run_step(done);
     }
