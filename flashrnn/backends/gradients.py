@@ -94,25 +94,32 @@ def recurrent_gradient(
         before: ``[B · T, N, D]``, h before each step where it is not that of the row before.
     """
     B, T, _, N, D = d_gates.shape
-    if before is None:
-        before = _shifted(h_initial, h).view(B * T, N, D)
     fed = select(d_gates, 2, cell.fed_by("R"))
     Gr = fed.shape[2]
-    # Rows of all gates of a head, so that a head takes one product.
-    rows = fed.permute(3, 0, 1, 2, 4).reshape(N, B * T, Gr * D)
-    return (rows.transpose(1, 2) @ before.transpose(0, 1)).view(N, Gr, D, D).transpose(0, 1)
+    # A single head takes one product for all its gates. The gates of one of several heads are
+    # apart in memory, so each takes a product of its own, and reads an h of its own: to repeat h
+    # takes half the traffic of bringing a head's gates together, and d_R comes out in its layout.
+    repeated, width = (1, Gr * D) if N == 1 else (Gr, D)
+    if before is None:
+        before = _shifted(h_initial, h, repeated)
+    else:
+        before = before.view(B * T, 1, N, D).expand(-1, repeated, -1, -1)
+    rows = fed.reshape(B * T, repeated * N, width)
+    columns = before.reshape(B * T, repeated * N, D)
+    return torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1)).view(Gr, N, D, D)
 
 
-def _shifted(h_initial: Tensor, h: Tensor) -> Tensor:
-    """``[B, T, N, D]``, h before each step."""
-    _, T, N, D = h.shape
+def _shifted(h_initial: Tensor, h: Tensor, repeated: int) -> Tensor:
+    """``[B, T, repeated, N, D]``, h before each step, so many times."""
+    B, T, N, D = h.shape
     # h as the forward product read it: rounded, one step earlier. One copy shifts all steps, from
     # sequence to sequence too, and the first step of each is then overwritten. To concatenate the
     # initial h and the rest takes several times as long.
-    before = torch.empty_like(h, memory_format=torch.contiguous_format)
+    before = h.new_empty(B, T, repeated, N, D)
+    if T > 1:
+        before.view(B * T, repeated, N * D)[1:] = h.reshape(B * T, 1, N * D)[:-1]
     if T:
-        before.view(-1)[N * D :] = h.reshape(-1)[: -N * D]
-        before[:, 0] = h_initial[:, 0]
+        before[:, 0] = h_initial
     return before
 
 

@@ -51,14 +51,11 @@ static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + RE
 
 using GivenCopy = TiledCopy<CopyLayout, GIVEN ? GIVEN : 1, const Element>;
 
-// Where R takes so many registers that addresses would be spilled, the initial states wait in
-// registers, rather than their addresses, until step 0 needs them.
-constexpr bool FEW_REGISTERS = COMPUTING == 8;
-// The step computed first has no gradient through R. It stands before the loop as a copy of its own,
-// unless addresses, kept for both copies, would be spilled, or sequences may have no step. Else it
-// multiplies what the other buffer happens to hold, and nothing is added: a branch around the product
-// would keep the compiler from moving the cell's work up beside it.
-constexpr bool PEELED = !FEW_REGISTERS && !SEQUENCED;
+// Whether the step computed first, which has no gradient through R, stands before the loop as a copy of
+// its own. Not where R takes so many registers that addresses would be spilled, nor where sequences may
+// have no step: there it multiplies what the other buffer happens to hold, and nothing is added. A branch around the product would keep
+// the compiler from moving the cell's work up beside it.
+constexpr bool FIRST_STEP_APART = COMPUTING < 8 && !SEQUENCED;
 
 // What the producer threads do, step after step, as the diagram says.
 // `fetch_step_flags(step, lines)` fetches what else belongs to a step's lines of inputs.
@@ -189,19 +186,17 @@ single_cta_backward(CALL) {
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
     const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
                                 reset_states_s, reset_states_b, reset_states_t, reset_states_d};
-    const auto load_initial = [&](float (&to)[S][ELEMENTS]) {
+    // The initial states wait in registers until step 0 needs them. To load them there takes a branch
+    // and their addresses, which costs a step of a small head a fifth of its instructions.
+    float initial_states[S][ELEMENTS], d_carried[S][ELEMENTS];
 #pragma unroll
-        for (int e = 0; e < ELEMENTS; ++e) {
-            const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
-            const float* from = initial + index_of(elements.sequence(e)) * initial_b + n * initial_n +
-                                elements.unit(e) * initial_d;
+    for (int e = 0; e < ELEMENTS; ++e) {
+        const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
+        const float* from = initial + index_of(elements.sequence(e)) * initial_b + n * initial_n +
+                            elements.unit(e) * initial_d;
 #pragma unroll
-            for (int s = 0; s < S; ++s) to[s][e] = exists ? from[s * initial_s] : 0.0f;
-        }
-    };
-    float initial_states[S][ELEMENTS];
-    if (FEW_REGISTERS) load_initial(initial_states);
-    float d_carried[S][ELEMENTS];
+        for (int s = 0; s < S; ++s) initial_states[s][e] = exists ? from[s * initial_s] : 0.0f;
+    }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         const bool exists = GIVEN_LAST && elements.unit(e) < D && elements.sequence(e) <= last;
@@ -232,7 +227,7 @@ single_cta_backward(CALL) {
             }
             // The step computed last is a sequence's last one, where nothing comes back.
             if (RAGGED && !table[elements.sequence(e)].has(steps - done)) continue;
-            if (PEELED || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
+            if (FIRST_STEP_APART || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
         }
     };
     // Whether the step computed last started anew.
@@ -285,25 +280,10 @@ single_cta_backward(CALL) {
             if (s >= GIVEN) continue;
             load_elements(given[s], inputs + (G + S + s) * BLOCK_D, INPUT_PITCH, elements);
         }
-        if (!FEW_REGISTERS && done == steps - 1) load_initial(before);
-        if (FEW_REGISTERS) {
 #pragma unroll
-            for (int i = 0; i < S * ELEMENTS; ++i) {
-                float& state = before[i / ELEMENTS][i % ELEMENTS];
-                state = done == steps - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
-            }
-        }
-        if (RESETS) {
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                const int sequence = elements.sequence(e), unit = elements.unit(e);
-                is_cut[e] = *flag_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH);
-                if (!is_cut[e] || unit >= D) continue;
-#pragma unroll
-                for (int s = 0; s < S; ++s) {
-                    before[s][e] = starts.value(s, table[sequence], steps - 1 - done, unit);
-                }
-            }
+        for (int i = 0; i < S * ELEMENTS; ++i) {
+            float& state = before[i / ELEMENTS][i % ELEMENTS];
+            state = done == steps - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
         }
         if (RESETS) {
 #pragma unroll
@@ -352,8 +332,8 @@ single_cta_backward(CALL) {
         record_infinity(preactivations, done + 1);
         named_barrier<THREADS>();
     };
-    if (PEELED) run_step(0);
-    for (int done = PEELED; done < steps; ++done) {
+    if (FIRST_STEP_APART) run_step(0);
+    for (int done = FIRST_STEP_APART ? 1 : 0; done < steps; ++done) {
         add_recurrent_gradient(done);
         leave_cut_steps(done);
         run_step(done);
