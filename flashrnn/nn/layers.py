@@ -14,8 +14,8 @@ from flashrnn.nn.recurrent import Recurrent
 class LSTM(Recurrent, torch.nn.LSTM):
     """``torch.nn.LSTM``, by this package's backends; see :class:`Recurrent`.
 
-    Every argument up to ``dtype`` is torch.nn's, in its order; ``heads`` and ``backend`` are
-    :class:`Recurrent`'s, as is what is raised.
+    Every argument up to ``dtype`` is torch.nn's, in its order; ``heads``, ``backend`` and
+    ``forget_bias`` are :class:`Recurrent`'s, as is what is raised.
 
     Example:
         >>> layer = LSTM(16, 32, num_layers=2, bidirectional=True)
@@ -39,6 +39,7 @@ class LSTM(Recurrent, torch.nn.LSTM):
         *,
         heads: int = 1,
         backend: str = "auto",
+        forget_bias: float | None = None,
     ) -> None:
         Recurrent.__init__(
             self,
@@ -55,6 +56,7 @@ class LSTM(Recurrent, torch.nn.LSTM):
             dtype,
             heads=heads,
             backend=backend,
+            forget_bias=forget_bias,
         )
 
 

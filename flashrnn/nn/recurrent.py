@@ -42,6 +42,9 @@ class Recurrent(torch.nn.RNNBase):
         proj_size: of ``"lstm"``: h is projected to this size; 0: it is not.
         device: of the weights.
         dtype: of the weights.
+        forget_bias: what the biases of the gate f begin with, 1 for example, so that a new layer
+            remembers (Gers et al., 2000; Jozefowicz et al., 2015); of two biases their sum.
+            ``None``: what torch.nn begins with.
         heads: N blocks of the recurrent matrix, each of ``hidden_size // heads`` units; in torch.nn
             one, and the matrix dense.
         backend: ``"auto"``, or one of :func:`flashrnn.flashrnn`'s, which then computes every call
@@ -74,6 +77,7 @@ class Recurrent(torch.nn.RNNBase):
     # What an instance of a torch.nn class has once `replace` made it one of these.
     heads: int = 1
     backend: str = "auto"
+    forget_bias: float | None = None
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class Recurrent(torch.nn.RNNBase):
         *,
         heads: int = 1,
         backend: str = "auto",
+        forget_bias: float | None = None,
     ) -> None:
         # Not RNNBase's, which knows the cells of torch.nn alone.
         torch.nn.Module.__init__(self)
@@ -118,6 +123,14 @@ class Recurrent(torch.nn.RNNBase):
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, proj_size
         self.heads, self.backend = heads, backends.checked(backend)
+
+        if forget_bias is not None and not (bias and "f" in self.cell.gate_names("b")):
+            gates = ", ".join(self.cell.gate_names("b")) if bias else "none"
+            raise ValueError(
+                f"forget_bias={forget_bias} for biases of the gates {gates}; accepted is None, or "
+                "a cell with a bias of a gate f"
+            )
+        self.forget_bias = forget_bias
 
         # RNNBase keeps both, and out of them `all_weights` and `_flat_weights`.
         self._all_weights: list[list[str]] = []
@@ -153,6 +166,19 @@ class Recurrent(torch.nn.RNNBase):
             shapes["weight_hr"] = (self.proj_size, H)
         return shapes
 
+    def reset_parameters(self) -> None:
+        """First values: torch.nn's, but ``forget_bias``."""
+        super().reset_parameters()
+        if self.forget_bias is None:
+            return
+        f, H = self.cell.gate_names("b").index("f"), self.hidden_size
+        with torch.no_grad():
+            for names in self._all_weights:
+                first, *others = (name for name in names if name.startswith("bias_"))
+                for name in (first, *others):
+                    of_f = getattr(self, name)[f * H : (f + 1) * H]
+                    of_f.fill_(self.forget_bias if name == first else 0)
+
     @property
     def cell(self) -> Cell:
         """The cell."""
@@ -167,6 +193,8 @@ class Recurrent(torch.nn.RNNBase):
             text += f", heads={self.heads}"
         if self.backend != "auto":
             text += f", backend={self.backend!r}"
+        if self.forget_bias is not None:
+            text += f", forget_bias={self.forget_bias}"
         return text
 
     def forward(

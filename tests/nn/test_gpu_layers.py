@@ -223,3 +223,32 @@ def test_recorded_by_a_cuda_graph(kind):
         torch.cuda.synchronize()
         for given, expected in zip(recorded, results(), strict=True):
             assert relative_error(given, expected) <= 2 * 2**-8
+
+
+def test_slstm(setting):
+    """In sequence and step by step."""
+    dtype, of_results, of_gradients = setting
+    torch.manual_seed(0)
+    layer = ours.sLSTM(units, heads=2, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        layer.recurrent_weight.normal_(std=0.1)
+    reference = ours.sLSTM(units, heads=2, dtype=torch.float64)
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(B, T, units).to(dtype)
+    weight = torch.randn(B, T, units).to(dtype)
+    found = []
+    for network, given in ((layer, x.to(DEVICE)), (reference, x.double())):
+        given.requires_grad_()
+        y, _ = network(given)
+        y.backward(weight.to(y))
+        found.append([y, given.grad, *(parameter.grad for parameter in network.parameters())])
+    # Convolution and norm round too: on a CPU to 1.3 times the bounds of the other layers.
+    for k, (mine, theirs) in enumerate(zip(*found, strict=True)):
+        assert relative_error(mine.cpu(), theirs) <= 3 * (of_gradients if k else of_results)
+    with torch.no_grad():
+        state, steps = None, []
+        for x_t in x.to(DEVICE).unbind(1):
+            y, state = layer.step(x_t, state)
+            steps.append(y)
+    assert relative_error(torch.stack(steps, 1), found[0][0]) <= 3 * of_results
+    assert len(stepping._kept[layer]) == 1

@@ -630,3 +630,37 @@ class TestRecurrent:
             output, alone = layer(sequence)
             assert_same(padded[: lengths[b], b], output)
             assert_same([state[:, b] for state in last], alone)
+
+
+class TestForgetBias:
+    @pytest.mark.parametrize(
+        ("layer", "gate"),
+        [
+            (lambda **o: ours.LSTM(3, 4, 2, bidirectional=True, **o), 1),
+            (lambda **o: ours.Recurrent("slstm", 3, 4, 2, heads=2, **o), 1),
+        ],
+    )
+    def test_the_gate_begins_with_it_and_all_else_with_torchs_numbers(self, layer, gate):
+        torch.manual_seed(0)
+        plain = layer()
+        torch.manual_seed(0)
+        given = layer(forget_bias=2.0)
+        assert repr(given) == repr(plain)[:-1] + ", forget_bias=2.0)"
+        found = 0
+        for names in given._all_weights:
+            total = torch.zeros(4)
+            for name in names:
+                mine, theirs = getattr(given, name).detach(), getattr(plain, name).detach()
+                if name.startswith("bias_"):
+                    total += mine[4 * gate : 4 * gate + 4]
+                    mine, theirs = (x.unflatten(0, (4, 4))[[0, 2, 3]] for x in (mine, theirs))
+                assert torch.equal(mine, theirs)
+            assert torch.equal(total, torch.full((4,), 2.0))
+            found += 1
+        assert found == given.num_layers * (1 + given.bidirectional)
+
+    def test_what_has_no_such_bias(self):
+        with pytest.raises(ValueError, match="gates g, r, z, n; accepted is None"):
+            ours.Recurrent("gru", 3, 4, forget_bias=1.0)
+        with pytest.raises(ValueError, match="gates none; accepted is None"):
+            ours.LSTM(3, 4, bias=False, forget_bias=1.0)
