@@ -13,6 +13,7 @@ from flashrnn import FlashRNNConfig, cell, flashrnn, functional, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
+from tests.sequences import KINDS, random_ragged
 
 
 class Launches:
@@ -178,6 +179,20 @@ def test_a_call_launches_what_it_would_if_it_were_the_first(launches, choices):
     forget()
     for _ in range(2):
         assert [made(launches, choice) for choice in choices] == first
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_compiled_meanwhile_is_what_a_call_with_options_runs(launches, kind, monkeypatch):
+    """The usual programs, whose gradients are those of the states that are returned."""
+    begun = []
+    monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *problem: begun.append(problem))
+    case = random_ragged("lstm", 3, 5, 2, 64, dtype=torch.bfloat16, **kind)
+    every_state, last_states = case.call("cuda_fused")
+    asked = last_states if kind.get("return_states") == "last" else every_state
+    asked.backward(torch.zeros_like(asked))
+    (problem,) = begun
+    usual = [*cuda_fused.programs(*problem, False), *cuda_fused.programs(*problem, True)]
+    assert [one[1] for one in launches.take()] == ["\n".join(x.values()) for x in usual]
 
 
 def inputs(D=64, dtype=torch.bfloat16, requires_grad=False, B=2):
