@@ -1,5 +1,6 @@
 """Resets, lengths, packing and directions on a GPU, by every backend that has them."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -25,11 +26,31 @@ def backend(request):
     return request.param
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(kinds.values()))
-@pytest.mark.parametrize("sizes", [(16, 70, 12, 64), (70, 33, 3, 32)], ids=str)
+LAST = {"return_states": "last"}
+LONG = (16, 70, 12, 64)
+CASES = [(sizes, kinds) for sizes in (LONG, (70, 33, 3, 32)) for kinds in KINDS]
+# A gradient of the last states alone has come through every step, at each of which stored
+# pre-activations were rounded: after 70 steps its error is beyond what is allowed where every step
+# has a gradient.
+CASES.remove((LONG, LAST))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kinds"), CASES, ids=lambda x: "-".join(x.values()) if isinstance(x, dict) else str(x)
+)
 def test_equals_vanilla(backend, sizes, kinds):
     case = random_ragged("lstm", *sizes, dtype=torch.bfloat16, device="cuda", **kinds)
     hold_ragged_to_vanilla(backend, case)
+
+
+def test_last_states_alone_have_the_bits_of_a_plain_call(backend):
+    case = random_ragged("lstm", *LONG, dtype=torch.bfloat16, device="cuda", **LAST)
+    leaves = list(case.inputs.tensors().values())
+    (_, last), (_, plain) = case.call(backend), case.call(backend, return_states="all")
+    weight = torch.randn_like(plain)
+    found, expected = (torch.autograd.grad(x, leaves, weight) for x in (last, plain))
+    for x, y in zip((last, *found), (plain, *expected), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
@@ -100,11 +121,13 @@ def test_lengths_on_either_side_are_not_waited_for(backend):
     lengths = case.options["lengths"]
     expected = case.call(backend)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        given = case.call(backend, lengths=lengths)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            given = case.call(backend, lengths=lengths)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     from_cpu = case.call(backend, lengths=lengths.cpu())
     for x, y, z in zip(expected, given, from_cpu, strict=True):
         assert torch.equal(x, y) and torch.equal(x, z)

@@ -12,6 +12,7 @@ from flashrnn import FlashRNNConfig, flashrnn, recurrent_layer
 from flashrnn.cells import resolve
 from tests.kernels.test_triton import interpreter, needs_triton  # noqa: F401
 from tests.problems import BUILT_IN, random_inputs, random_weights, relative_error, sparse
+from tests.sequences import KINDS, random_ragged
 
 NAMES = ("x", "W", "R", "b", "states")
 
@@ -71,6 +72,37 @@ def test_the_bits_are_those_of_the_two_parts(function, sizes, D, dtype, asked, s
     expected = results(two_nodes, inputs, asked, function, "triton")
     for found, true in zip(given, expected, strict=True):
         torch.testing.assert_close(found, true, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("kind", [KINDS[2], *KINDS[-2:]], ids=str)
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("backend", ["triton", "vanilla"])
+def test_options_of_sequences(backend, kind, rank):
+    """The bits are those of the two parts, also of a packed x [total, I]."""
+    packed = kind.get("ragged") == "packed"
+    if rank == 2 and not packed:
+        pytest.skip("only a packed x may lack a dimension")
+    case = random_ragged("lstm", 3, 5, 2, 8, dtype=torch.float32, **kind)
+    _, R, b, states = case.inputs.tensors().values()
+    _, W, *_ = layer_inputs("lstm", 3, 5, 7, 2, 8)
+    features, rows = W.shape[-1], case.inputs.Wx.shape[3 - rank : 2]
+    x = torch.randn(*rows, features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    options = {"backend": backend, "reset_states": case.reset_states, **case.options}
+    leaves = [x, W, R, b, states, case.reset_states]
+
+    def and_gradients_of(outputs):
+        asked = [leaf for leaf in leaves if leaf is not None]
+        return *outputs, *torch.autograd.grad(outputs, asked, random_weights(outputs, seed=1))
+
+    given = recurrent_layer(x, W, R, b, states, **options)
+    if backend == "triton":
+        assert given[1].grad_fn.name() == "_LayerBackward"
+    Wx = linear(x, W.flatten(0, 2)).unflatten(-1, W.shape[:3])
+    expected = flashrnn(Wx, R, b, states, **options)
+    for found, true in zip(and_gradients_of(given), and_gradients_of(expected), strict=True):
+        torch.testing.assert_close(found, true, rtol=0, atol=0)
 
 
 def test_weights_of_torch_nn_fit_without_a_copy(backend):

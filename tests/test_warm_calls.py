@@ -13,6 +13,7 @@ from flashrnn import FlashRNNConfig, cell, flashrnn, functional, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
+from tests.sequences import KINDS, random_ragged
 
 
 class Launches:
@@ -48,10 +49,16 @@ RECORDS = {
 }
 
 
+def record_of(launched):
+    """That of a launch; calls with options of sequences have the complete one."""
+    entry, _, _, fields, _ = launched
+    record = RECORDS[entry]
+    return record if len(fields) == record.size else record.complete
+
+
 def named(launched):
     """The fields of a launch by their names."""
-    entry, _, _, fields, _ = launched
-    parameters = RECORDS[entry].parameters
+    fields, parameters = launched[3], record_of(launched).parameters
     names = [part.split()[-1].lstrip("*") for part in parameters.split(", ")]
     return dict(zip(names, fields, strict=True))
 
@@ -101,8 +108,29 @@ CHOICES = st.fixed_dictionaries(
         "clipval": st.sampled_from([None, None, 0.5, 2.0]),
         "function": st.sampled_from(["lstm", "gru"]),
         "gpu": st.sampled_from([H200, SMALL]),
+        "reset": st.sampled_from([None, None, "zeros", "sequence", "step"]),
+        "lengths": st.sampled_from([None, None, 1, 2]),
+        "reverse": st.sampled_from([False, False, True]),
+        "return_states": st.sampled_from(["all", "all", "h", "last"]),
     }
 )
+
+
+def options_of(choice):
+    """Those of sequences."""
+    B, T, N, D = (choice[name] for name in "BTND")
+    options = {name: choice[name] for name in ("reverse", "return_states")}
+    if choice["lengths"]:
+        options["lengths"] = torch.full((B,), min(T, choice["lengths"]))
+    if choice["reset"]:
+        options["reset"] = torch.zeros(B, T, dtype=torch.bool)
+    if choice["reset"] in ("sequence", "step"):
+        S, rows = (
+            2 if choice["function"] == "lstm" else 1,
+            1 if choice["reset"] == "sequence" else T,
+        )
+        options["reset_states"] = torch.zeros(S, B, rows, N, D)
+    return options
 
 
 def made(launches, choice):
@@ -120,7 +148,9 @@ def made(launches, choice):
     config = FlashRNNConfig(forward_clipval=clipval, gradient_recurrent_clipval=clipval)
     try:
         found, _ = flashrnn(
-            Wx, R, b, states, choice["function"], "cuda_fused", config=config if clipval else None
+            *(Wx, R, b, states, choice["function"], "cuda_fused"),
+            config=config if clipval else None,
+            **options_of(choice),
         )
     except ValueError as error:
         assert launches.take() == []
@@ -131,7 +161,7 @@ def made(launches, choice):
     launched = launches.take()
     fields = [named(one) for one in launched]
     for one, values in zip(launched, fields, strict=True):
-        for operand in RECORDS[one[0]].operands:
+        for operand in record_of(one).operands:
             # A copy, or what was allocated, may lie elsewhere the next time.
             values[operand.name] = given.get(values[operand.name], bool(values[operand.name]))
     return [(*one[:3], values) for one, values in zip(launched, fields, strict=True)]
@@ -149,6 +179,20 @@ def test_a_call_launches_what_it_would_if_it_were_the_first(launches, choices):
     forget()
     for _ in range(2):
         assert [made(launches, choice) for choice in choices] == first
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_what_is_compiled_meanwhile_is_what_a_call_with_options_runs(launches, kind, monkeypatch):
+    """The usual programs, whose gradients are those of the states that are returned."""
+    begun = []
+    monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *problem: begun.append(problem))
+    case = random_ragged("lstm", 3, 5, 2, 64, dtype=torch.bfloat16, **kind)
+    every_state, last_states = case.call("cuda_fused")
+    asked = last_states if kind.get("return_states") == "last" else every_state
+    asked.backward(torch.zeros_like(asked))
+    (problem,) = begun
+    usual = [*cuda_fused.programs(*problem, False), *cuda_fused.programs(*problem, True)]
+    assert [one[1] for one in launches.take()] == ["\n".join(x.values()) for x in usual]
 
 
 def inputs(D=64, dtype=torch.bfloat16, requires_grad=False, B=2):

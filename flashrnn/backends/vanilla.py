@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashrnn.backends import Run, Runs
+from flashrnn.backends import Run, Runs, recorded
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem, as_dtype_has_it
 from flashrnn.sequences import Sequences, bounds
@@ -40,6 +40,11 @@ def run(
     """See :func:`flashrnn.backends.autograd.run`."""
     if sequences is None:
         return _run(problem, Wx, R, b, states, _Steps())
+    if problem.longest is None and _can_wait(sequences):
+        # Else every sequence of a packed batch takes as many steps as the batch has rows.
+        _, lengths = bounds(sequences, problem.B, problem.T)
+        if lengths is not None and problem.B:
+            problem = problem._replace(longest=int(lengths.max()))
     order = _Rows(problem, sequences)
     problem = problem._replace(T=problem.steps)
     steps = _Steps()
@@ -53,6 +58,14 @@ def run(
         steps = steps._replace(resets=order.resets(sequences.reset), to=order.starts(to))
     every_state, last_states = _run(problem, order.steps(Wx), R, b, states, steps)
     return order.rows(every_state[: problem.returned]).contiguous(), last_states
+
+
+def _can_wait(sequences: Sequences) -> bool:
+    """Whether the numbers of a packed batch may be looked at, though they are on a GPU."""
+    cuts = sequences.cu_seqlens
+    if cuts is None or recorded():
+        return False
+    return not (cuts.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class _Steps(NamedTuple):

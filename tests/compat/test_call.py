@@ -13,6 +13,7 @@ from flashrnn.cells import resolve
 from flashrnn.compat import call as compat
 from flashrnn.config import LAYOUTS
 from tests.problems import BUILT_IN, call, gradients, random_inputs
+from tests.sequences import KINDS, random_ragged
 
 B, T, N, D = 2, 3, 2, 4
 
@@ -133,6 +134,23 @@ def test_a_config_takes_every_keyword_of_the_call():
     """A keyword that flashrnn() gains has to be handed on by the compatible call."""
     ours = set(inspect.signature(flashrnn).parameters) - {"further"}
     assert ours == set(inspect.signature(compat.call).parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS[-2:], ids=str)
+def test_options_of_sequences_in_the_layouts_of_a_config(kind):
+    case = random_ragged("lstm", B, T, N, D, **kind)
+    expected = case.call("vanilla")
+    Wx, *others, states = case.inputs.tensors().values()
+    starts = in_layout(case.reset_states, "output_shape", "TBHDS")
+    given = flashrnn(
+        *(in_layout(Wx, "input_shape", "TBGHD"), *others),
+        in_layout(states, "output_shape", "TBHDS"),
+        config=FlashRNNConfig(input_shape="TBGHD", output_shape="TBHDS"),
+        reset_states=starts,
+        **case.options,
+    )
+    expected = [in_layout(x, "output_shape", "TBHDS") for x in expected]
+    assert all(map(torch.equal, given, expected))
 
 
 def test_function_and_backend_come_from_the_config_or_the_call():
