@@ -343,9 +343,7 @@ def test_sizes_beyond_32_bits(interpreter, monkeypatch, tmp_path, dtype):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", large)
     monkeypatch.setattr(torch, "empty_like", large_like)
-    monkeypatch.setattr(
-        triton, "complete", lambda problem, *of, **_: Gradients(*of[:2], *of[:2])
-    )
+    monkeypatch.setattr(triton, "complete", lambda problem, *of, **_: Gradients(*of[:2], *of[:2]))
     fixed = triton._fixed
     monkeypatch.setattr(
         triton,
