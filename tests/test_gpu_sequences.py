@@ -12,7 +12,9 @@ from tests.problems import BUILT_IN, Inputs, sparse
 from tests.sequences import BACKENDS, KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
 
 pytestmark = pytest.mark.gpu
-ALL = KINDS[-2:]
+# With h of every step: where the last states alone are asked for, errors of their gradients are
+# those of all steps that they came through, beside which the bounds of other gradients mean little.
+ALL = [{**kinds, "return_states": "h"} for kinds in KINDS[-2:]]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -133,6 +135,7 @@ def test_lengths_on_either_side_are_not_waited_for(backend):
         assert torch.equal(x, y) and torch.equal(x, z)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of its imports.
 def test_compiled_whole_and_once_for_all_lengths(backend):
     case = random_ragged("lstm", 4, 9, 2, 32, **ALL[0], dtype=torch.bfloat16, device="cuda")
     torch.compiler.reset()

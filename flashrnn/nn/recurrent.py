@@ -184,6 +184,12 @@ class Recurrent(torch.nn.RNNBase):
         """The cell."""
         return MODES[self.mode].cell if self.mode in MODES else self._cell
 
+    def flatten_parameters(self) -> None:
+        """Do nothing: kernels read the weights where they are.
+
+        torch.nn's layers move theirs into one piece of memory for cuDNN, which has no several heads.
+        """
+
     def extra_repr(self) -> str:
         """Torch.nn's, and before and behind it what torch.nn does not have."""
         text = super().extra_repr()

@@ -105,11 +105,11 @@ def config_on(device: torch.device) -> FlashRNNConfig | None:
     if torch.compiler.is_compiling():
         from flashrnn.backends import constants
 
-        return _CONFIGS[constants.rnn_tf32_allowed()]
-    return _CONFIGS[rnn_tf32_allowed()]
+        return _WITH_TF32 if constants.rnn_tf32_allowed() else _WITHOUT_TF32
+    return _WITH_TF32 if rnn_tf32_allowed() else _WITHOUT_TF32
 
 
-_CONFIGS = tuple(FlashRNNConfig(allow_tf32=allowed) for allowed in (False, True))
+_WITH_TF32, _WITHOUT_TF32 = FlashRNNConfig(allow_tf32=True), FlashRNNConfig(allow_tf32=False)
 
 
 def _packed(

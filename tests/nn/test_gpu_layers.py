@@ -10,19 +10,25 @@ from flashrnn.nn import stepping
 from tests.nn.against import KINDS, leaf, states, tensors
 from tests.problems import relative_error
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # PyTorch's: of a product that is the first thing in a thread, and of its own layers, whose
+    # weights cuDNN does not take in bfloat16.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part"),
+]
 
 DEVICE = "cuda"
 features, units, T, B = 24, 64, 12, 4
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # A dtype, whether PyTorch may use TF32, and what errors of results and of gradients may be relative
-# to float64: twice those of `vanilla` on a CPU, in units of the dtype's rounding. In 16 bits that
-# is the rounding of what is stored; in float32 sums round too.
+# to float64. In 16 bits that is twice that of `vanilla` on a CPU, the rounding of what is stored. In
+# float32 the kernels' products are three of split operands, right to about 1e-6.
 SETTINGS = {
     "float16": (torch.float16, False, 2 * 2**-11, 3 * 2**-11),
     "bfloat16": (torch.bfloat16, False, 2 * 2**-8, 3 * 2**-8),
-    "float32": (torch.float32, False, 8 * 2**-24, 12 * 2**-24),
+    "float32": (torch.float32, False, 2e-6, 2e-6),
     # Its operands are cut, by some kernels not to the nearest.
     "tf32": (torch.float32, True, 2 * 2**-10, 3 * 2**-10),
 }
