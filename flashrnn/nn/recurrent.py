@@ -187,7 +187,7 @@ class Recurrent(torch.nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Do nothing: kernels read the weights where they are.
 
-        torch.nn's layers move theirs into one piece of memory for cuDNN, which has no several heads.
+        torch.nn's layers move theirs into one piece of memory for cuDNN, which has one head only.
         """
 
     def extra_repr(self) -> str:

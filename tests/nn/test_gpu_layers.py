@@ -22,8 +22,8 @@ DEVICE = "cuda"
 features, units, T, B = 24, 64, 12, 4
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
-# A dtype, whether PyTorch may use TF32, and what errors of results and of gradients may be relative
-# to float64. In 16 bits that is twice that of `vanilla` on a CPU, the rounding of what is stored. In
+# A dtype, whether PyTorch may use TF32, and what errors of results and gradients may be, relative
+# to float64. In 16 bits: twice that of `vanilla` on a CPU, the rounding of what is stored. In
 # float32 the kernels' products are three of split operands, right to about 1e-6.
 SETTINGS = {
     "float16": (torch.float16, False, 2 * 2**-11, 3 * 2**-11),
