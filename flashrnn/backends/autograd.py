@@ -23,7 +23,7 @@ from flashrnn.backends import Backend, is_plain, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, without_autocast
 from flashrnn.sequences import Sequences
 
 
@@ -512,7 +512,8 @@ def _gradients(
     R, states_initial, states, gates = saved[:4]
     # A hook on saved tensors may have changed their layout.
     states, gates = states.contiguous(), gates.contiguous()
-    found = pull_back(R, states_initial, states, gates, d_states, d_last)
+    with without_autocast(R.device.type):  # It may be on where backward() is called.
+        found = pull_back(R, states_initial, states, gates, d_states, d_last)
     needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
     return (
         select(found.gates, 2, cell.fed_by("Wx")) if needs_Wx else None,

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashrnn import backends, functional
+from flashrnn import backends
 from flashrnn.cells.spec import Cell
 from flashrnn.config import FlashRNNConfig
 from flashrnn.nn.modes import bias, recurrent_matrix
 from flashrnn.nn.scan import config_on
+from flashrnn.problem import autocast_enabled
 from flashrnn.stepper import Stepper
 
 
@@ -52,7 +53,7 @@ def can_be_kept(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) 
         backends.fused_on(x.device)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and backends.is_direct(*tensors)
-        and not functional.autocast_enabled(x.device.type)
+        and not autocast_enabled(x.device.type)
         # A graph outlives what is kept here.
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
