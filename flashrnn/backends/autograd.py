@@ -432,7 +432,8 @@ def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) 
         return Gradients(*scan_backward(*tensors, *ctx.call, *saved[4:], *ctx.options))
 
     found = _gradients(ctx, saved, parsed(ctx.call[1])[0], pull_back, d_states, d_last)
-    of_resets = found[4] if ctx.needs_input_grad[12] else None
+    # Arguments that are left out, as they are for a plain call, are not counted there.
+    of_resets = found[4] if any(ctx.needs_input_grad[12:13]) else None
     return *found[:4], *(None,) * 8, of_resets, *(None,) * 4
 
 

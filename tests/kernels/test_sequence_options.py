@@ -9,6 +9,7 @@ from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import source
+from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.kernels.single_cta import plan_gradient, plan_scan
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import OPTIONS, poisoned  # noqa: F401
@@ -233,6 +234,22 @@ def test_large_heads_return_what_is_asked_for(take, returned):  # noqa: F811
         assert states.shape[0] == (returned == "h")
         assert torch.equal(states, every[: len(states)]) and torch.equal(last, last_states)
     hold_ragged_to_vanilla(backend, case)
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("sizes", [(16, 12, 64), (64, 1, 768)], ids=str)
+def test_a_step_compiles_without_spills(sizes, arch):
+    cell = resolve("lstm")
+    for fields in FIELDS:
+        problem = planned("lstm", *sizes, torch.bfloat16)._replace(returned=1, **fields)
+        for backward in (False, True):
+            plan = plan_step(cell, *sizes, "bfloat16", backward, sequenced=True)
+            options = source.backward_options(False, False)
+            options = options if backward else source.forward_options(True)
+            parts = plan.source(cell, "bfloat16", (*options, *source.sequence_options(problem)))
+            assert not spills_in_a_loop(parts, arch), (fields, backward)
 
 
 @needs_compiler
