@@ -458,12 +458,13 @@ class Scan(torch.autograd.Function):
             problem, Wx, R, b, states_initial, *((Sequences(*options),) if options else ())
         )
         states, last_states, gates = found
-        ctx.save_for_backward(R, states_initial, states, gates, *options)
+        whole = problem.returned is None or problem.returned == len(states)
+        output = states if whole else states[: problem.returned]
+        part = () if whole else (output,)
+        ctx.save_for_backward(R, states_initial, states, gates, *options, *part)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem = backend, problem
-        if options:
-            states = states[: problem.returned]
-        return states, last_states
+        return output, last_states
 
     @staticmethod
     def backward(  # noqa: D102
@@ -471,9 +472,11 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
         saved = ctx.saved_tensors
-        options = saved[4:]
+        options, part = saved[4:8], saved[8:]
         if options and not problem.returned:
             d_states = None
+        if part and torch.is_grad_enabled():
+            saved = *saved[:3], _Followed.apply(saved[3], *part)
 
         def pull_back(*tensors: Tensor | None) -> Gradients:
             # With a graph of the gradient: the operator's own derivative raises an error that says
@@ -499,6 +502,23 @@ class Scan(torch.autograd.Function):
             return *found[:4], None, None
         of_resets = found[4] if ctx.needs_input_grad[7] else None
         return *found[:4], None, None, None, of_resets, None, None
+
+
+class _Followed(torch.autograd.Function):
+    """What a node keeps, as it follows from what the node returned.
+
+    Of all states autograd knows that, for they are what is returned; where only a part of them is,
+    a graph of the gradient would else be cut off from the call's inputs, and its derivative be
+    none in place of an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, returned: Tensor) -> Tensor:
+        return kept.view_as(kept)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise AssertionError("what reads it has no derivative, and says so before")
 
 
 def _gradients(
