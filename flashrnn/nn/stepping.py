@@ -69,7 +69,8 @@ def stepper_of(
     backend: str,
     config: FlashRNNConfig | None,
 ) -> Stepper | None:
-    """The stepper of a direction of a layer; ``None`` if ``vanilla`` is what computes it.
+    """The stepper of a direction of a layer; ``None`` if ``vanilla`` is what computes it, or if
+    the config asks for what only a sequence has: another dtype, or fields of upstream's.
 
     Args:
         layer: whose stepper it is; :func:`can_be_kept` holds for its weights.
@@ -81,6 +82,8 @@ def stepper_of(
         backend: a backend's name, or ``"auto"``.
         config: further options.
     """
+    if config is not None and (config.of_upstream or config.dtype is not None):
+        return None
     # Memory that is given back goes to the stream that used it.
     stream = torch.cuda.current_stream(R.device).cuda_stream if R.is_cuda else None
     where = weight_hh.data_ptr(), R.shape, R.stride(), R.dtype, R.device
