@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NoReturn, cast
 
 import torch
@@ -16,7 +15,13 @@ from flashrnn.cells.spec import Cell, resolve
 from flashrnn.cells.traced import TracedCell
 from flashrnn.compat.order import by_position
 from flashrnn.config import SUPPORTED_DTYPES, FlashRNNConfig, parse_dtype
-from flashrnn.problem import Problem, as_dtype_has_it, carry_dtype
+from flashrnn.problem import (
+    Problem,
+    as_dtype_has_it,
+    autocast_enabled,
+    carry_dtype,
+    without_autocast,
+)
 
 
 def flashrnn(
@@ -176,8 +181,7 @@ def _with_options(
     arguments = _as_computed(problem, Wx, R, b, states)
     if not autograd.is_fused(chosen):
         problem = problem._replace(step=cell.step)
-    autocast = autocast_enabled(problem.device.type)
-    with torch.autocast(problem.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(problem.device.type):
         found, last_states = autograd.run(chosen, problem, *arguments, options)
     return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
 
@@ -546,13 +550,6 @@ def common_device(tensors: dict[str, Tensor]) -> torch.device:
             given = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
             raise ValueError(f"{given}; accepted is one device for all: move them with .to(device)")
     return device
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether ``torch.autocast`` is on, for devices that have it."""
-    # Dynamo knows the second question only.
-    has_it = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    return has_it and torch.is_autocast_enabled(device_type)
 
 
 def common_dtype(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from flashrnn import backends, functional, sequences
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
-from flashrnn.problem import Problem, carry_dtype
+from flashrnn.problem import Problem, carry_dtype, without_autocast
 
 
 def recurrent_layer(
@@ -122,7 +121,7 @@ def recurrent_layer(
     if not autograd.is_fused(chosen):
         problem = problem._replace(step=cell.step)
     direct = key is not None and autograd.is_fused(chosen)
-    with _without_autocast(problem.device.type):
+    with without_autocast(problem.device.type):
         if direct and problem.needs_gradient:
             outputs = _Layer.apply(x, W, R, b, states, chosen, problem)
             return cast(tuple[Tensor, Tensor], outputs)
@@ -158,7 +157,7 @@ def _with_options(
     else:
         states = functional.one_for_each(states, problem)
     inputs = x, W, R, b, states
-    with _without_autocast(problem.device.type):
+    with without_autocast(problem.device.type):
         if not autograd.is_fused(chosen):
             problem = problem._replace(step=cell.step)
         elif problem.needs_gradient and backends.is_direct(
@@ -282,7 +281,7 @@ class _Layer(torch.autograd.Function):
         scan = _ScanContext(
             **vars(ctx.scan), saved_tensors=saved, needs_input_grad=(needs_x or needs_W, *needs)
         )
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             d_Wx, *others = autograd.Scan.backward(scan, d_states, d_last)
             d_x = d_W = None
             if needs_x or needs_W:
@@ -304,10 +303,3 @@ class _ScanContext(SimpleNamespace):
 
     def set_materialize_grads(self, _: bool) -> None:
         """The node around it decides."""
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Within it operands are multiplied in the dtype that they have."""
-    if functional.autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -127,3 +128,17 @@ def tf32_allowed(problem: Problem) -> bool:
     # PyTorch 2.9's setting; where it was used, asking for the older one is an error.
     precision = getattr(matmul, "fp32_precision", None)
     return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether ``torch.autocast`` is on, for devices that have it."""
+    # Dynamo knows the second question only.
+    has_it = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_it and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within it operands are multiplied in the dtype that they have."""
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -109,7 +109,7 @@ class Stepper:
         self._R, self._b = (functional.cast_to(x.detach(), self.dtype) for x in (R, b))
         self._chosen = backends.choose(backend, problem)
         self.backend = self._chosen.__name__.rpartition(".")[2]
-        self._prepare(problem._replace(step=self.cell.step))
+        self._prepare(problem)
 
     def __call__(
         self, wx: Tensor, states: Tensor | None = None, out: Tensor | None = None
@@ -157,6 +157,8 @@ class Stepper:
         return known.run(wx, functional.cast_to(states, self.carry_dtype), out)
 
     def _prepare(self, problem: Problem) -> None:
+        if not autograd.is_fused(self._chosen):
+            problem = problem._replace(step=self.cell.step)
         self._problem = problem
         if hasattr(self._chosen, "stepper"):
             self._runs: Runs = cast(Any, self._chosen).stepper(problem, self._R, self._b)

@@ -202,13 +202,19 @@ def test_a_fused_backward_pass_within_autocast_is_in_the_dtype_of_the_forward():
 
 @needs_triton
 @pytest.mark.usefixtures("interpreter")
-def test_a_fused_node_is_not_differentiated_twice():
-    inputs = layer_inputs("elman", 2, 3, 4, 1, 8)
-    for asked in (inputs, inputs[:1], inputs[1:2]):
-        outputs = recurrent_layer(*inputs, function="elman", backend="triton")
-        (first, *_) = torch.autograd.grad(outputs[0].square().sum(), asked, create_graph=True)
+@pytest.mark.parametrize("returned", ["all", "h", "last"])
+@pytest.mark.parametrize("frozen", [(), ("R", "b", "states")], ids=str)
+def test_a_fused_node_is_not_differentiated_twice(returned, frozen):
+    """An error, and no derivative without a part of it, whatever a graph of the gradient reads."""
+    inputs = layer_inputs("lstm", 2, 3, 4, 1, 8)
+    for leaf, name in zip(inputs, NAMES, strict=True):
+        leaf.requires_grad_(name not in frozen)
+    trained = [leaf for leaf in inputs if leaf.requires_grad]
+    for asked in (trained, inputs[:1], inputs[1:2]):
+        _, last = recurrent_layer(*inputs, backend="triton", return_states=returned)
+        (first, *_) = torch.autograd.grad(last.sum(), asked, create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivative"):
-            first.sum().backward()
+            torch.autograd.grad(first.square().sum(), inputs[:2], allow_unused=True)
 
 
 def test_vanilla_is_differentiated_twice():

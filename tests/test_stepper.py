@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flashrnn import FlashRNNConfig, Stepper, cell, flashrnn, step
 from flashrnn.problem import carry_dtype
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.kernels.test_triton import interpreter, needs_triton  # noqa: F401
 from tests.problems import BUILT_IN, random_inputs, sparse
 
@@ -233,3 +234,24 @@ def test_options_are_refused_by_name():
     ):
         with pytest.raises(error, match=words):
             Stepper(R, b, **options)
+
+
+class Decay:
+    """A step that is compared by its content, as a dataclass's instances are: it has no hash."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return isinstance(other, Decay)
+
+    def __call__(self, states, gates):
+        return (0.5 * states[0] + torch.tanh(gates[0]),)
+
+
+@needs_compiler
+def test_a_step_without_a_hash(fused_emulation):  # noqa: F811
+    """Caches of kernels know the cell as it is traced, and neither hash nor keep its function."""
+    decay = cell(states=("h",), gates=("g",), name="decay")(Decay())
+    R, b, wx, states = step_inputs(decay, 2, 1, 16)
+    expected = by_flashrnn(R, b, wx, states, decay, "cuda_fused")
+    assert torch.equal(Stepper(R, b, decay, "cuda_fused")(wx, states), expected)

@@ -23,7 +23,7 @@ from flashrnn.backends import Backend, is_plain, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, without_autocast
 from flashrnn.sequences import Sequences
 
 
@@ -458,12 +458,13 @@ class Scan(torch.autograd.Function):
             problem, Wx, R, b, states_initial, *((Sequences(*options),) if options else ())
         )
         states, last_states, gates = found
-        ctx.save_for_backward(R, states_initial, states, gates, *options)
+        whole = problem.returned is None or problem.returned == len(states)
+        output = states if whole else states[: problem.returned]
+        part = () if whole else (output,)
+        ctx.save_for_backward(R, states_initial, states, gates, *options, *part)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem = backend, problem
-        if options:
-            states = states[: problem.returned]
-        return states, last_states
+        return output, last_states
 
     @staticmethod
     def backward(  # noqa: D102
@@ -471,9 +472,11 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         backend, problem = ctx.backend, ctx.problem
         saved = ctx.saved_tensors
-        options = saved[4:]
+        options, part = saved[4:8], saved[8:]
         if options and not problem.returned:
             d_states = None
+        if part and torch.is_grad_enabled():
+            saved = *saved[:3], _Followed.apply(saved[3], *part)
 
         def pull_back(*tensors: Tensor | None) -> Gradients:
             # With a graph of the gradient: the operator's own derivative raises an error that says
@@ -501,6 +504,23 @@ class Scan(torch.autograd.Function):
         return *found[:4], None, None, None, of_resets, None, None
 
 
+class _Followed(torch.autograd.Function):
+    """What a node keeps, as it follows from what the node returned.
+
+    Of all states autograd knows that, for they are what is returned; where only a part of them is,
+    a graph of the gradient would else be cut off from the call's inputs, and its derivative be
+    none in place of an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, returned: Tensor) -> Tensor:
+        return kept.view_as(kept)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise AssertionError("what reads it has no derivative, and says so before")
+
+
 def _gradients(
     ctx: Any,
     saved: Sequence[Tensor],
@@ -513,7 +533,8 @@ def _gradients(
     R, states_initial, states, gates = saved[:4]
     # A hook on saved tensors may have changed their layout.
     states, gates = states.contiguous(), gates.contiguous()
-    found = pull_back(R, states_initial, states, gates, d_states, d_last)
+    with without_autocast(R.device.type):  # It may be on where backward() is called.
+        found = pull_back(R, states_initial, states, gates, d_states, d_last)
     needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
     return (
         select(found.gates, 2, cell.fed_by("Wx")) if needs_Wx else None,

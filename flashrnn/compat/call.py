@@ -11,7 +11,7 @@ from torch import Tensor
 from flashrnn import functional
 from flashrnn.cells.spec import Cell
 from flashrnn.config import LAYOUTS, FlashRNNConfig, parse_dtype
-from flashrnn.problem import carry_dtype
+from flashrnn.problem import autocast_enabled, carry_dtype
 
 # Upstream's plain versions, which compute in the tensors' dtype.
 _PLAIN = ("vanilla", "vanilla_fwbw")
@@ -199,9 +199,7 @@ def _dtypes(
             raise ValueError(
                 f"config.{name}={given!r} in a computation in {base}; accepted is {names}"
             )
-    cast_by_autocast = config.enable_automatic_mixed_precision and functional.autocast_enabled(
-        Wx.device.type
-    )
+    cast_by_autocast = config.enable_automatic_mixed_precision and autocast_enabled(Wx.device.type)
     plain = backend in _PLAIN and argument is None and not cast_by_autocast
     if plain and computed is not None and Wx.dtype == R.dtype != computed:
         return None, None

@@ -13,6 +13,7 @@ from flashrnn.cells import library
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.compat.call import permute_to
 from flashrnn.config import LAYOUTS, FlashRNNConfig
+from flashrnn.problem import autocast_enabled
 
 __all__ = [
     "DTYPES",
@@ -162,7 +163,7 @@ def fwbw(function: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
             gradient_recurrent_clipval=backward_recurrent_clip_val, output_shape="TSBHD"
         )
         dtype = None
-        if functional.autocast_enabled(Wx.device.type):
+        if autocast_enabled(Wx.device.type):
             dtype = autocast_kernel_dtype
         return functional.flashrnn(
             Wx, R, b, states_initial, function, config=config, backend=backend, dtype=dtype

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashrnn import backends, functional
+from flashrnn import backends
 from flashrnn.cells.spec import Cell
 from flashrnn.config import FlashRNNConfig
 from flashrnn.nn.modes import bias, recurrent_matrix
 from flashrnn.nn.scan import config_on
+from flashrnn.problem import autocast_enabled
 from flashrnn.stepper import Stepper
 
 
@@ -52,7 +53,7 @@ def can_be_kept(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) 
         backends.fused_on(x.device)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and backends.is_direct(*tensors)
-        and not functional.autocast_enabled(x.device.type)
+        and not autocast_enabled(x.device.type)
         # A graph outlives what is kept here.
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
@@ -68,7 +69,8 @@ def stepper_of(
     backend: str,
     config: FlashRNNConfig | None,
 ) -> Stepper | None:
-    """The stepper of a direction of a layer; ``None`` if ``vanilla`` is what computes it.
+    """The stepper of a direction of a layer; ``None`` if ``vanilla`` is what computes it, or if
+    the config asks for what only a sequence has: another dtype, or fields of upstream's.
 
     Args:
         layer: whose stepper it is; :func:`can_be_kept` holds for its weights.
@@ -80,6 +82,8 @@ def stepper_of(
         backend: a backend's name, or ``"auto"``.
         config: further options.
     """
+    if config is not None and (config.of_upstream or config.dtype is not None):
+        return None
     # Memory that is given back goes to the stream that used it.
     stream = torch.cuda.current_stream(R.device).cuda_stream if R.is_cuda else None
     where = weight_hh.data_ptr(), R.shape, R.stride(), R.dtype, R.device

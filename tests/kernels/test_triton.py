@@ -485,6 +485,19 @@ def test_default_states_of_inference_serve_training(interpreter, monkeypatch):
 
 
 @needs_triton
+@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([3, 2])}])
+def test_a_backward_pass_within_autocast_is_in_the_dtype_of_the_forward(interpreter, options):
+    """As the operators of PyTorch that autocast casts in a forward pass are not in a backward."""
+    inputs = random_inputs("lstm", 2, 3, 1, 8, torch.float32)
+    states, _ = call("lstm", inputs, backend="triton", **options)
+    asked = list(inputs.tensors().values())
+    expected = torch.autograd.grad(states.sum(), asked, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = torch.autograd.grad(states.sum(), asked)
+    assert all(map(torch.equal, given, expected))
+
+
+@needs_triton
 def test_gradient_of_a_gradient_is_refused(interpreter):
     inputs = random_inputs("lstm", 2, 3, 1, 8, torch.float32)
     states, _ = call("lstm", inputs, backend="triton")

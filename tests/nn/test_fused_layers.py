@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashrnn.nn as ours
-from flashrnn import backends
+from flashrnn import FlashRNNConfig, backends
 from flashrnn.nn import stepping
 from tests.nn.against import assert_like_torch, assert_same, pair, states
 
@@ -97,6 +97,16 @@ class TestStepsWithoutGradients:
                 for weight in layer.parameters():
                     weight.data.add_(torch.randn_like(weight), alpha=0.1)
         assert len(stepping._kept[layer]) == 1
+
+    @pytest.mark.parametrize("config", [{"dtype": "bfloat16"}, {"num_heads": 2}], ids=str)
+    def test_of_the_slstm_layer_with_a_config(self, config):
+        """With a dtype of its own, and with fields of upstream's, which only flashrnn() takes."""
+        layer, x = ours.sLSTM(32, heads=2, config=FlashRNNConfig(**config)), torch.randn(2, 32)
+        with torch.no_grad():
+            _, state = layer(torch.randn(2, 3, 32))
+            for before in (None, state):
+                expected, after = layer(x[:, None], before)
+                assert_same(layer.step(x, before), (expected[:, 0], after), 1e-5)
 
     def test_what_is_kept_goes_with_its_layer(self):
         layer = ours.LSTM(3, 16)
