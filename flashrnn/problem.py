@@ -74,6 +74,12 @@ class Problem(NamedTuple):
         return self.T if self.longest is None else self.longest
 
     @property
+    def has_idle_rows(self) -> bool:
+        """Whether some rows may be no step of any sequence. In a packed batch those are the rows
+        before the first sequence and behind the last, if values that nobody checked leave such."""
+        return self.ragged and not (self.packed and self.longest is not None)
+
+    @property
     def carry_dtype(self) -> torch.dtype:
         """The dtype in which the cell computes and its states go from step to step.
 

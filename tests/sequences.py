@@ -232,3 +232,60 @@ def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
         for i, length in enumerate(case.lengths):
             assert (found["states"][:, i, length:] == 0).all()
             assert (found["d_Wx"][i, length:] == 0).all()
+
+
+def hold_padding_out(backend: str, reverse: str, device: str = "cpu") -> None:
+    """What lies past a sequence's end reaches no output and no gradient: neither inputs, nor resets
+    and what they go back to, nor gradients of the states there, even if none of it is finite."""
+    case = random_ragged(
+        *("lstm", 4, 5, 2, 16, 1),
+        resets="step",
+        ragged="lengths",
+        reverse=reverse,
+        dtype=torch.float32,
+        device=device,
+    )
+    assert case.reset_states is not None
+    runs = []
+    for planted in (0.0, torch.nan):
+        Wx, starts = case.inputs.Wx.detach().clone(), case.reset_states.detach().clone()
+        reset = case.options["reset"].clone()
+        past = torch.arange(5, device=device) >= case.options["lengths"][:, None]
+        Wx[past], starts[:, past], reset[past] = planted, planted, True
+        changed = replace(
+            case,
+            inputs=replace(case.inputs, Wx=Wx.requires_grad_()),
+            reset_states=starts.requires_grad_(),
+            options=case.options | {"reset": reset},
+        )
+        states, last_states = changed.call(backend)
+        weights = torch.ones_like(states)
+        weights[:, past] = planted
+        leaves = list(changed.leaves().values())
+        found = torch.autograd.grad(
+            (states, last_states), leaves, (weights, torch.ones_like(last_states))
+        )
+        runs.append((states, last_states, *found))
+    for given, expected in zip(*runs, strict=True):
+        assert torch.equal(expected, given)
+
+
+def hold_rows_of_no_sequence(backend: str, reverse: str, device: str = "cpu") -> None:
+    """Rows of a packed batch before its first sequence and behind its last one, as they may be
+    where nobody looks at ``cu_seqlens``: states and gradients are 0 there."""
+    case = random_ragged(
+        *("lstm", 3, 6, 2, 16, 3),
+        resets="step",
+        ragged="packed",
+        reverse=reverse,
+        dtype=torch.float32,
+        device=device,
+    )
+    total = case.inputs.Wx.shape[1]
+    cuts = torch.tensor([1, 3, 3, total - 2], device=device)
+    case = replace(case, options=case.options | {"cu_seqlens": cuts})
+    given, expected = (gradients_of(case, case.call(x)) for x in (backend, "vanilla"))
+    for name, x in given.items():
+        torch.testing.assert_close(x, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+    for rows in (given["states"][0], given["d_Wx"], given["d_reset_states"][0]):
+        assert not rows[0, :1].any() and not rows[0, total - 2 :].any()

@@ -9,7 +9,15 @@ import torch
 from flashrnn import FlashRNNConfig, flashrnn
 from tests.fused import OPTIONS, at_odd_address, poisoned, strided  # noqa: F401
 from tests.problems import BUILT_IN, Inputs, sparse
-from tests.sequences import BACKENDS, KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
+from tests.sequences import (
+    BACKENDS,
+    KINDS,
+    gradients_of,
+    hold_padding_out,
+    hold_ragged_to_vanilla,
+    hold_rows_of_no_sequence,
+    random_ragged,
+)
 
 pytestmark = pytest.mark.gpu
 # With h of every step: where the last states alone are asked for, errors of their gradients are
@@ -184,3 +192,13 @@ def test_auto_takes_a_fused_backend():
     assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
     inputs = case.to(torch.float64).inputs.tensors()
     assert flashrnn(**inputs, return_states="h")[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("reverse", ["none", "all", "some"])
+def test_padding_reaches_nothing(backend, reverse):
+    hold_padding_out(backend, reverse, "cuda")
+
+
+@pytest.mark.parametrize("reverse", ["none", "some"])
+def test_rows_of_no_sequence_are_zero(backend, reverse):
+    hold_rows_of_no_sequence(backend, reverse, "cuda")

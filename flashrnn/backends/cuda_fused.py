@@ -140,6 +140,8 @@ def forward(
     if gates is not None:
         tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
+    if problem.packed and problem.has_idle_rows:
+        every_state.zero_()  # The kernel does that for the rows of [B, T].
     if sequences is not None:
         problem = problem._replace(longest=None)
         tensors |= operands(problem, sequences)
@@ -190,6 +192,8 @@ def backward(
     given = number_of(d_states), d_last_states is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
     before, d_resets = None, None
+    if problem.packed and problem.has_idle_rows:
+        d_gates.zero_()  # As forward's states.
     if sequences is not None:
         problem = problem._replace(longest=None)
         tensors |= operands(problem, sequences)

@@ -158,10 +158,11 @@ def before_steps(
         start = _start_of_each_row(problem, to, first, lengths)
         zeros = h_initial.new_zeros((1, N, D), dtype=dtype)
         starts.append(zeros if to is None else to[0].reshape(-1, N, D).to(dtype))
+    own = torch.arange(count, **whole)
+    is_step = None if lengths is None else _steps(problem, own, first, lengths)
     directions = []
     for backwards in (False,) if problem.reverse is False else (False, True):
-        # The neighbour, of rows that are no step's too, which have no gradient. Behind the last row
-        # is a place for sequences without steps.
+        # The neighbour. Behind the last row is a place for sequences without steps.
         table = torch.arange(count + 1, **whole)
         table = (table + 1).clamp_(max=max(0, count - 1)) if backwards else table - 1
         rows = table[:count]
@@ -177,8 +178,21 @@ def before_steps(
             rows.view(B, T)[:, -1 if backwards else 0] = of_sequences
         if not backwards and sequences.reset is not None and start is not None:
             rows = torch.where(sequences.reset.reshape(-1), start, rows)
+        if is_step is not None:
+            # Gradients are 0 in rows that are no step, and 0 times what resets go back to there may
+            # be NaN. Their own h is 0.
+            rows = torch.where(is_step, rows, own)
         directions.append(rows)
     return Before(torch.stack(directions), torch.cat(starts))
+
+
+def _steps(problem: Problem, row: Tensor, first: Tensor | None, lengths: Tensor) -> Tensor:
+    """``[rows]``, whether each is a step of a sequence."""
+    if first is None:
+        return (row[: problem.T] < lengths[:, None]).view(-1)
+    if not problem.B:
+        return row >= 0
+    return (row >= first[0]) & (row < first[-1] + lengths[-1])
 
 
 def _start_of_each_row(

@@ -86,7 +86,7 @@ def forward(
     if sequences is not None and problem.is_sequenced:
         before = before_steps(problem, sequences, states[0], Wx.dtype)
         h_starts = {"before_rows": before.rows, "h_starts": before.starts}
-        if problem.ragged and not problem.packed:
+        if problem.has_idle_rows:
             every_state.zero_()
     if B == 0:
         return autograd.kept(problem, every_state), last_states, gates
@@ -150,7 +150,7 @@ def backward(
     given, d_resets = _options(problem, sequences), zeros_like_starts(sequences)
     if d_resets is not None:
         given["d_reset_states"] = d_resets.expand(-1, B, problem.T, -1, -1)
-    if problem.ragged and not problem.packed:
+    if problem.has_idle_rows:
         d_gates.zero_()
     if B == 0:
         found = complete(problem, d_gates, d_initial, states_initial, states)

@@ -17,7 +17,14 @@ from tests.gpus import GPUS, planned
 from tests.kernels.regimes import GRID, take  # noqa: F401
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
 from tests.problems import BUILT_IN, sparse
-from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
+from tests.sequences import (
+    KINDS,
+    gradients_of,
+    hold_padding_out,
+    hold_ragged_to_vanilla,
+    hold_rows_of_no_sequence,
+    random_ragged,
+)
 
 
 @pytest.fixture
@@ -146,6 +153,21 @@ def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, backend, ragged
     runs = [case.call(backend, **{name: torch.tensor(x)}) for x in (given, meant)]
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("reverse", ["none", "some"])
+def test_padding_reaches_nothing(on_the_cpu, backend, reverse):
+    hold_padding_out(backend, reverse)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("reverse", ["none", "some"])
+def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch):
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    hold_rows_of_no_sequence(backend, reverse)
 
 
 @needs_compiler

@@ -48,7 +48,13 @@ from tests.problems import (
     undefined,
     wide,
 )
-from tests.sequences import KINDS, hold_ragged_to_vanilla, random_ragged
+from tests.sequences import (
+    KINDS,
+    hold_padding_out,
+    hold_ragged_to_vanilla,
+    hold_rows_of_no_sequence,
+    random_ragged,
+)
 from tests.stress import fuzz
 from tests.test_graphs import TABLES, check_table, table_inputs
 
@@ -131,6 +137,17 @@ def test_sequences(on_the_cpu, kinds, dtype):
     with torch.no_grad():
         given = case.call("triton")
     assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+
+
+@needs_triton
+def test_padding_reaches_nothing(on_the_cpu):
+    hold_padding_out("triton", "some")
+
+
+@needs_triton
+def test_rows_of_no_sequence_are_zero(on_the_cpu, monkeypatch):
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    hold_rows_of_no_sequence("triton", "some")
 
 
 @needs_triton
