@@ -292,7 +292,8 @@ class Recurrent(torch.nn.RNNBase):
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Run all layers one step further, as a decoder or an agent does.
 
-        The same as :meth:`forward` over a sequence of one step, at less cost.
+        The same as :meth:`forward` over a sequence of one step, at less cost; where the module has
+        hooks that run before it, it is that call.
 
         Args:
             x: the input of the step, ``[B, input_size]`` or ``[input_size]``.
@@ -321,8 +322,13 @@ class Recurrent(torch.nn.RNNBase):
                 f"{type(self).__name__}.step: Expected x to be 1D or 2D, got {x.dim()}D: accepted "
                 "are one row of features, [input_size], or a batch of rows"
             )
-        states = self._given(state, x.dim() + 1)
         batched = x.dim() == 2
+        if self._forward_pre_hooks:
+            # They may make the weights, as those of torch.nn.utils.prune and weight_norm do.
+            time = 1 if batched and self.batch_first else 0
+            y, state = self(x.unsqueeze(time), state)
+            return y.squeeze(time), state
+        states = self._given(state, x.dim() + 1)
         if not batched:
             x = x.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(1) for state in states]

@@ -227,6 +227,10 @@ class sLSTM(torch.nn.Module):
         """
         if x.ndim != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"x has shape {tuple(x.shape)}; accepted is [B, {self.hidden_size}]")
+        if self._forward_pre_hooks:
+            # They may make the weights, as those of torch.nn.utils.prune do.
+            y, state = self(x.unsqueeze(1), state)
+            return y.squeeze(1), state
         stepper = None
         R, b = self.recurrent_weight, self.bias
         weights = [self.conv_weight, self.conv_bias, self.weight, R, b, self.norm_weight]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import flashrnn.nn as ours
 from tests.nn.against import BACKENDS, KINDS, assert_same, leaf, pair, states, tensors
@@ -127,6 +128,21 @@ class TestSteps:
         layer, _ = pair(kind, 3, 5, 2, dropout=1.0)
         x = torch.randn(2, 3, dtype=torch.float64)
         assert_same(layer.step(x)[0], layer(x[None])[0][0])
+
+    @both_paths
+    @pytest.mark.parametrize("batch", [(2,), ()])
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_weights_that_a_hook_makes(self, backend, batch, batch_first):
+        """Steps have them as they are now, like a call: pruned ones are made before each."""
+        layer, _ = pair("LSTM", 3, 5, backend=backend, batch_first=batch_first)
+        prune.l1_unstructured(layer, "weight_hh_l0", 0.5)
+        x, before = torch.randn(*batch, 3, dtype=torch.float64), states(layer, *batch)
+        time = len(batch) if batch_first else 0
+        with torch.no_grad():
+            layer.weight_hh_l0_orig.mul_(2)
+            given = layer.step(x, before)
+            output, after = layer(x.unsqueeze(time), before)
+        assert_same(given, (output.squeeze(time), after))
 
     def test_errors(self):
         with pytest.raises(ValueError, match="a step has no end"):

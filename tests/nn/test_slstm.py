@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import flashrnn.nn as ours
 from flashrnn import FlashRNNConfig
@@ -91,6 +92,17 @@ def test_parts_and_steps_are_the_sequence(conv_size):
         step, state = layer.step(x_t, state)
         steps.append(step)
     assert_same((torch.stack(steps, 1), state), (y, last))
+
+
+def test_weights_that_a_hook_makes():
+    """Steps have them as they are now, like a call."""
+    layer, x = layer_of(), torch.randn(B, 1, H, dtype=torch.float64)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    with torch.no_grad():
+        layer.weight_orig.mul_(2)
+        y, after = layer.step(x[:, 0])
+        expected, last = layer(x)
+    assert_same((y, after), (expected[:, 0], last))
 
 
 def test_first_values():
