@@ -50,6 +50,19 @@ def test_vanilla_is_a_plain_call_of_each_episode(function, sizes, options):
     close(given, gradients_of(case, episode_by_episode(case)))
 
 
+@pytest.mark.parametrize("resets", ["sequence", "step"])
+@pytest.mark.parametrize("T", [0, 3])
+def test_without_steps_gradients_are_zero(resets, T):
+    """Each is there, as in any call."""
+    case = random_ragged("lstm", 2, T, 1, 2, resets=resets, ragged="lengths", dtype=torch.bfloat16)
+    lengths = torch.zeros_like(case.options["lengths"])
+    states, last_states = case.call("vanilla", lengths=lengths)
+    leaves = case.leaves()
+    found = torch.autograd.grad(states.sum() + last_states.sum(), list(leaves.values()))
+    for name, gradient in zip(leaves, found, strict=True):
+        assert (gradient == (name == "states")).all()
+
+
 def test_options_are_cast_under_autocast():
     case = random_ragged("lstm", 2, 3, 2, 4, resets="step", ragged="lengths", dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
