@@ -14,7 +14,12 @@ from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from tests.gpus import GPUS
 from tests.problems import random_inputs, sparse
-from tests.sequences import episode_by_episode, gradients_of, random_ragged
+from tests.sequences import (
+    episode_by_episode,
+    gradients_of,
+    hold_empty_sequences_out,
+    random_ragged,
+)
 
 sizes = {
     "B": st.integers(1, 4),
@@ -95,6 +100,11 @@ def test_nothing_past_the_end_reaches_a_gradient():
     case = replace(case, inputs=replace(case.inputs, Wx=planted.requires_grad_()))
     for name, x in gradients_of(case, case.call("vanilla")).items():
         assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_the_start_of_an_empty_sequence_reaches_no_gradient(ragged):
+    hold_empty_sequences_out("vanilla", ragged)
 
 
 @pytest.mark.parametrize("packed", [False, True])

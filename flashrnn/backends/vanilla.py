@@ -248,6 +248,9 @@ def _next(
         carried = tuple(torch.where(running, x, x.detach()) for x in carried)
     # h is rounded to dtype before it multiplies R: the same numbers as the returned h.
     h = carried[0].to(dtype).to(carry_dtype)
+    if running is not None:
+        # Nor a part of R's gradient, in which h is what 0 is multiplied by.
+        h = torch.where(running, h, 0.0)
     if problem.gradient_recurrent_cut:
         h = h.detach()
     elif problem.gradient_recurrent_clipval is not None:
