@@ -150,7 +150,7 @@ def test_compiles_whole_and_once_for_all_lengths():
         (
             {"reset": torch.zeros(2, 3)},
             TypeError,
-            "reset is of torch.float32; accepted is torch.bool",
+            "reset is of torch.float32; accepted is torch.bool: make it reset.bool()",
         ),
         (
             {"reset": torch.zeros(2, 2, dtype=torch.bool)},
