@@ -84,9 +84,10 @@ class FlashRNNConfig:
     The fields are those of upstream's class of this name, in its order, and ``allow_tf32``, so that
     one class serves both. Seven change what is computed: ``gradient_recurrent_cut``,
     ``gradient_recurrent_clipval``, ``forward_clipval``, ``enable_automatic_mixed_precision``,
-    ``dtype``, ``initial_val`` and ``allow_tf32``. A config that sets any other field is upstream's:
-    :mod:`flashrnn.compat.call` has what follows for the call. Fields may be changed later and are
-    checked whenever they are set.
+    ``dtype``, ``initial_val`` and ``allow_tf32``; ``simple_agg`` and the five numbers that follow
+    from ``function`` change nothing. A config of which any other field is not at its default is
+    upstream's: :mod:`flashrnn.compat.call` has what follows for the call. Fields may be changed
+    later and are checked whenever they are set.
 
     Attributes:
         backend: as the call's ``backend``; ``None``: that of the call.
@@ -220,9 +221,17 @@ class FlashRNNConfig:
         """Check a field before it is set."""
         if name in _CHECKS:
             _CHECKS[name](name, value)
-        if name in _UPSTREAM and value != _UPSTREAM[name]:
-            self.__dict__["of_upstream"] = True
+        before = getattr(self, name, value)
         super().__setattr__(name, value)
+        if name not in _UPSTREAM:
+            return
+        if value != _UPSTREAM[name]:
+            self.__dict__["of_upstream"] = True
+        elif before != value:
+            fields = self.__dict__ | self.given_sizes()
+            self.__dict__["of_upstream"] = any(
+                fields.get(name, nothing) != nothing for name, nothing in _UPSTREAM.items()
+            )
 
     @property
     def input_dim(self) -> int | None:
@@ -347,7 +356,6 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 _UPSTREAM: dict[str, Any] = {
     **dict.fromkeys(("backend", "function", "constants", *_SIZES, "batch_size")),
     **dict.fromkeys(f"dtype_{x}" for x in ("acc", *"brwgsa")),
-    **dict.fromkeys(("simple_agg", "num_states", *(f"num_gates_{x}" for x in "rwit"))),
     **dict.fromkeys(("trainable_r", "trainable_b"), True),
     **LAYOUTS,
 }

@@ -253,7 +253,7 @@ def _flags(reset: Any, rows: tuple[int, int], device: torch.device) -> Tensor:
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
     if reset.dtype != torch.bool:
-        raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool")
+        raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool: make it reset.bool()")
     if reset.device != device:
         raise ValueError(f"Wx on {device}, reset on {reset.device}; accepted is one device")
     if rows[0] == 1 and reset.ndim == 1:

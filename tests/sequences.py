@@ -289,3 +289,23 @@ def hold_rows_of_no_sequence(backend: str, reverse: str, device: str = "cpu") ->
         torch.testing.assert_close(x, expected[name], atol=1e-4, rtol=1e-3, msg=name)
     for rows in (given["states"][0], given["d_Wx"], given["d_reset_states"][0]):
         assert not rows[0, :1].any() and not rows[0, total - 2 :].any()
+
+
+def hold_empty_sequences_out(backend: str, ragged: str, device: str = "cpu") -> None:
+    """What a sequence without steps starts with is in no gradient but its own, whatever it is."""
+    case = random_ragged("lstm", 3, 4, 2, 16, ragged=ragged, dtype=torch.float32, device=device)
+    # Packed, it is of as many rows as it happens to have: the last sequence takes the rest.
+    total = case.inputs.Wx.shape[1]
+    options = {
+        "lengths": {"lengths": torch.tensor([2, 0, 4], device=device)},
+        "packed": {"cu_seqlens": torch.tensor([0, 2, 2, total], device=device)},
+    }[ragged]
+    leaves, found = [case.inputs.R, case.inputs.b], []
+    for planted in (0.0, torch.nan, torch.inf):
+        start = case.inputs.states.detach().clone()
+        start[:, 1] = planted
+        states, _ = flashrnn(case.inputs.Wx, *leaves, start, "lstm", backend, **options)
+        found.append((states, *torch.autograd.grad(states.sum(), leaves)))
+    for other in found[1:]:
+        for given, expected in zip(other, found[0], strict=True):
+            assert torch.equal(given, expected)

@@ -13,6 +13,7 @@ from tests.sequences import (
     BACKENDS,
     KINDS,
     gradients_of,
+    hold_empty_sequences_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -202,3 +203,8 @@ def test_padding_reaches_nothing(backend, reverse):
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_rows_of_no_sequence_are_zero(backend, reverse):
     hold_rows_of_no_sequence(backend, reverse, "cuda")
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_the_start_of_an_empty_sequence_reaches_no_gradient(backend, ragged):
+    hold_empty_sequences_out(backend, ragged, "cuda")

@@ -14,7 +14,12 @@ from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from tests.gpus import GPUS
 from tests.problems import random_inputs, sparse
-from tests.sequences import episode_by_episode, gradients_of, random_ragged
+from tests.sequences import (
+    episode_by_episode,
+    gradients_of,
+    hold_empty_sequences_out,
+    random_ragged,
+)
 
 sizes = {
     "B": st.integers(1, 4),
@@ -50,6 +55,19 @@ def test_vanilla_is_a_plain_call_of_each_episode(function, sizes, options):
     close(given, gradients_of(case, episode_by_episode(case)))
 
 
+@pytest.mark.parametrize("resets", ["sequence", "step"])
+@pytest.mark.parametrize("T", [0, 3])
+def test_without_steps_gradients_are_zero(resets, T):
+    """Each is there, as in any call."""
+    case = random_ragged("lstm", 2, T, 1, 2, resets=resets, ragged="lengths", dtype=torch.bfloat16)
+    lengths = torch.zeros_like(case.options["lengths"])
+    states, last_states = case.call("vanilla", lengths=lengths)
+    leaves = case.leaves()
+    found = torch.autograd.grad(states.sum() + last_states.sum(), list(leaves.values()))
+    for name, gradient in zip(leaves, found, strict=True):
+        assert (gradient == (name == "states")).all()
+
+
 def test_options_are_cast_under_autocast():
     case = random_ragged("lstm", 2, 3, 2, 4, resets="step", ragged="lengths", dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -82,6 +100,11 @@ def test_nothing_past_the_end_reaches_a_gradient():
     case = replace(case, inputs=replace(case.inputs, Wx=planted.requires_grad_()))
     for name, x in gradients_of(case, case.call("vanilla")).items():
         assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_the_start_of_an_empty_sequence_reaches_no_gradient(ragged):
+    hold_empty_sequences_out("vanilla", ragged)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -127,7 +150,7 @@ def test_compiles_whole_and_once_for_all_lengths():
         (
             {"reset": torch.zeros(2, 3)},
             TypeError,
-            "reset is of torch.float32; accepted is torch.bool",
+            "reset is of torch.float32; accepted is torch.bool: make it reset.bool()",
         ),
         (
             {"reset": torch.zeros(2, 2, dtype=torch.bool)},

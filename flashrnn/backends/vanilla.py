@@ -181,7 +181,9 @@ def _run(
     last_states = torch.stack(carried).transpose(1, 2).unsqueeze(2).contiguous()
     if T == 0:
         # Empty, but computed from all inputs, so that backward gives zeros for each.
-        return Wx.new_empty(S, B, 0, N, D) + (Wx.sum() + R.sum() + b.sum()), last_states
+        inputs_of_all = [Wx, R, b] if steps.to is None else [Wx, R, b, steps.to]
+        nothing = torch.stack([x.sum().to(dtype) for x in inputs_of_all]).sum()
+        return Wx.new_empty(S, B, 0, N, D) + nothing, last_states
     stacked = torch.stack([after[s] for s in range(S) for after in trajectory])
     every_state = stacked.view(S, T, N, B, D).permute(0, 3, 1, 2, 4)
     return every_state.to(dtype).contiguous(), last_states
@@ -246,6 +248,9 @@ def _next(
         carried = tuple(torch.where(running, x, x.detach()) for x in carried)
     # h is rounded to dtype before it multiplies R: the same numbers as the returned h.
     h = carried[0].to(dtype).to(carry_dtype)
+    if running is not None:
+        # Nor a part of R's gradient, in which h is what 0 is multiplied by.
+        h = torch.where(running, h, 0.0)
     if problem.gradient_recurrent_cut:
         h = h.detach()
     elif problem.gradient_recurrent_clipval is not None:

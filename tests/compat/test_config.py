@@ -139,3 +139,19 @@ def test_configs_are_copied_and_compared():
     assert replace(config, dtype="float16").torch_dtype_b == torch.float16
     assert replace(config, function="gru").num_states == 1
     assert config != replace(config, forward_clipval=1.0)
+
+
+def test_only_what_is_set_makes_a_config_upstreams():
+    """Not its copy with the values that follow from its function, nor what was set in between."""
+    inputs = random_inputs("lstm", 2, 3, 2, 4, dtype=torch.bfloat16)
+    ours = FlashRNNConfig(forward_clipval=1.0)
+    changed = copy.copy(ours)
+    changed.num_heads, changed.input_shape = 2, "TBGHD"
+    assert changed.of_upstream
+    changed.num_heads, changed.input_shape = None, "BTGHD"
+    for config in (ours, replace(ours), FlashRNNConfig(**asdict(ours)), changed):
+        assert config == ours and not config.of_upstream
+        assert flashrnn(**inputs.tensors(), config=config)[1].dtype == torch.float32
+    sizes = FlashRNNConfig(hidden_dim=8)
+    sizes.hidden_dim = None
+    assert not sizes.of_upstream and replace(FlashRNNConfig(num_heads=2)).of_upstream

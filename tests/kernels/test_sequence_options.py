@@ -20,6 +20,7 @@ from tests.problems import BUILT_IN, sparse
 from tests.sequences import (
     KINDS,
     gradients_of,
+    hold_empty_sequences_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -160,6 +161,13 @@ def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, backend, ragged
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_padding_reaches_nothing(on_the_cpu, backend, reverse):
     hold_padding_out(backend, reverse)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_the_start_of_an_empty_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
+    hold_empty_sequences_out(backend, ragged)
 
 
 @needs_compiler
