@@ -276,7 +276,7 @@ def test_a_step_compiles_without_spills(sizes, arch):
         problem = planned("lstm", *sizes, torch.bfloat16)._replace(returned=1, **fields)
         for backward in (False, True):
             plan = plan_step(cell, *sizes, "bfloat16", backward, sequenced=True)
-            options = source.backward_options(False, False)
+            options = source.backward_options(False, False, 1, False)
             options = options if backward else source.forward_options(True)
             parts = plan.source(cell, "bfloat16", (*options, *source.sequence_options(problem)))
             assert not spills_in_a_loop(parts, arch), (fields, backward)
