@@ -6,31 +6,32 @@ import sys
 
 PROBE = """
 import json, sys, time
+started = time.process_time()
 import torch
 # PyTorch loads cuda.bindings itself where they are installed.
 torchs = set(sys.modules)
 before = time.process_time()
 import flashrnn
-seconds = time.process_time() - before
+share = (time.process_time() - before) / (before - started)
 ours = ("ahead", "bench", "compat.call", "compat.names", "layer", "nn", "stepper")
 late = ("triton", "cuda", *(f"flashrnn.{name}" for name in ours))
 loaded = [x for x in {*sys.modules} - torchs if any(f"{x}.".startswith(f"{y}.") for y in late)]
-print(json.dumps([seconds, loaded, torch.cuda.is_initialized()]))
+print(json.dumps([share, loaded, torch.cuda.is_initialized()]))
 """
 
 
-def test_import_takes_50_ms_beyond_torch_and_loads_only_what_flashrnn_needs():
-    """Of CPU time, also where no bytecode is kept: the least of a few processes, as a busy machine
-    slows some of them."""
-    seconds = []
-    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.050:
+def test_import_takes_a_twentieth_of_torchs_and_loads_only_what_flashrnn_needs():
+    """Of CPU time, beside PyTorch's own import in the same process, as a busy machine slows both:
+    some 45 ms of 1.5 s. The least of a few processes."""
+    shares = []
+    while len(shares) < 5 and min(shares, default=1.0) >= 0.05:
         printed = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
         ).stdout
-        taken, loaded, initialized = json.loads(printed)
-        seconds.append(taken)
+        share, loaded, initialized = json.loads(printed)
+        shares.append(share)
         assert loaded == [] and not initialized
-    assert min(seconds) < 0.050
+    assert min(shares) < 0.05
 
 
 TRACE = """
