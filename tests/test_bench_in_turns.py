@@ -1,4 +1,4 @@
-"""The suites that measure contenders in turns: host, short, step, arena and layers."""
+"""The suites that measure contenders in turns: host, short, step, arena, layers, sequences."""
 
 import itertools
 import math
@@ -10,12 +10,23 @@ import torch
 
 from flashrnn import nn
 from flashrnn.__main__ import main
-from flashrnn.bench import arena, check, clocks, command, compared, in_turns, report, running
+from flashrnn.bench import (
+    arena,
+    check,
+    clocks,
+    command,
+    compared,
+    in_turns,
+    report,
+    running,
+    sequenced,
+)
 from flashrnn.bench.case import Case, tf32_allowed
 from flashrnn.bench.contender import Found
 from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.ours import Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
+from flashrnn.bench.sequenced import PackedTorchNN, Sequenced
 from flashrnn.bench.single_step import Stepping
 from flashrnn.bench.suites import SUITES, Entry, Selection
 
@@ -168,6 +179,39 @@ def test_stacks_are_checked_by_their_first_steps(directions, monkeypatch):
     assert torch.allclose(whole, cut) == (directions == 1)
 
 
+@pytest.mark.parametrize("option", sequenced.MEANING)
+def test_calls_with_options_are_checked_by_their_first_steps(option, monkeypatch):
+    monkeypatch.setattr("flashrnn.bench.contender.STEPS", 4)
+    monkeypatch.setattr(sequenced, "RESETS", 0.5)
+    case = replace(TINY, B=3, T=7, N=2)
+    found, plain = in_turns.measure(
+        [Sequenced(option), Sequenced(sequenced.PLAIN)], case, CPU, in_turns.WALL, seconds=0.0
+    )
+    for measured in (*found.values(), *plain.values()):
+        assert measured.reason is None and measured.error < 1e-5
+    outputs = []
+    for each in (option, sequenced.PLAIN):
+        torch.manual_seed(in_turns.SEED)
+        work = Sequenced(each).prepare(case, CPU)
+        outputs.append(work.run(*work.leaves))
+    same = outputs[0].shape == outputs[1].shape and torch.equal(*outputs)
+    # What an option asks for is computed, and nothing else.
+    assert same == (option in (sequenced.PLAIN, sequenced.EQUAL, sequenced.H))
+
+
+@pytest.mark.parametrize("function", MODULES)
+@pytest.mark.parametrize("equal", [True, False])
+def test_torch_on_packed_sequences_is_given_the_same_lengths(function, equal):
+    case = replace(TINY, function=function, B=4, T=6, dtype=torch.float64)
+    work = PackedTorchNN(torch.float64, full_width=False, equal=equal).prepare(case, CPU)
+    given = work.run(*work.leaves)
+    torch.testing.assert_close(given, work.reference(*work.leaves))
+    lengths = sequenced.lengths_of(case)
+    padding = torch.arange(case.T)[:, None] >= lengths
+    assert lengths.max() <= case.T and padding.any()
+    assert (given[padding] == 0).all() != equal
+
+
 def test_a_stepper_is_held_to_vanilla():
     case = replace(TINY, T=1, N=2)
     (found,) = in_turns.measure([Stepping()], case, CPU, in_turns.FORWARD_ALONE[:2], seconds=0.0)
@@ -245,6 +289,18 @@ def test_a_summary_says_what_was_won_and_what_was_worst():
     assert "1×7" in worst[2] and len(worst) == 3
 
 
+def test_a_summary_tells_the_plain_call_from_torch():
+    task = rows(2.0, 8.0)
+    plain = replace(task[0], contender=sequenced.PLAIN, value=1.0)
+    lines = compared.summary([[*task, plain]])
+    assert [line for line in lines if "beside" in line] == [
+        "arena: wall, forward, beside torch.nn",
+        "arena: wall, forward, beside plain call",
+    ]
+    assert lines[1].split(maxsplit=1)[1].startswith("1 of 1 won, 4 times")
+    assert any("0 of 1 won, 0.5 times" in line for line in lines)
+
+
 # Suites
 
 
@@ -270,6 +326,11 @@ def test_suites_have_the_cases_that_they_promise():
     stacks = [entry.contenders[0] for entry in SUITES["layers"].entries(Selection())]
     assert {(x.layers, x.directions) for x in stacks} == set(itertools.product((1, 2, 4), (1, 2)))
     assert len(stacks) == 36
+    options = [(e.contenders[0].option, e.case.N) for e in SUITES["sequences"].entries(Selection())]
+    assert {option for option, _ in options} == {*sequenced.MEANING} - {sequenced.PLAIN}
+    assert {option for option, N in options if N == 1} == {
+        option for option, N in options if N == 12
+    } - {sequenced.H}
 
 
 @pytest.mark.parametrize("suite", IN_TURNS)

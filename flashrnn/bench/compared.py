@@ -1,4 +1,4 @@
-"""Ours beside torch.nn over many cases: the share won, the geometric mean, the worst cases."""
+"""Ours beside a peer over many cases: the share won, the geometric mean, the worst cases."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flashrnn.bench.report import Row, headline, number
+from flashrnn.bench.sequenced import PLAIN
 
 WORST = 10
+# How the names of those begin who are compared with the first contender of a case.
+PEERS = ("torch.nn", PLAIN)
 # Of B·T·D, below which a call's time is the host's.
 SMALL = 10**6
 
 
 class Pair(NamedTuple):
-    """Ours and torch.nn on a case."""
+    """Ours and a peer on a case, and which of ``PEERS`` it is."""
 
     ours: Row
     peer: Row
+    kind: str
 
     @property
     def ratio(self) -> float | None:
-        """How many times as long torch.nn takes; 0 where we fail, ``None`` where it does."""
+        """How many times as long the peer takes; 0 where we fail, ``None`` where it does."""
         if self.peer.value is None:
             return None
         return self.peer.value / self.ours.value if self.ours.value else 0.0
@@ -35,9 +39,10 @@ def summary(tasks: Sequence[Sequence[Row]]) -> list[str]:
     """
     lines: list[str] = []
     pairs = [pair for rows in tasks for pair in _pairs(rows)]
-    for suite, measure in dict.fromkeys((pair.ours.suite, pair.ours.measure) for pair in pairs):
-        chosen = [p for p in pairs if (p.ours.suite, p.ours.measure) == (suite, measure)]
-        lines.append(f"{suite}: {measure}, beside torch.nn")
+    for about in dict.fromkeys(map(_about, pairs)):
+        chosen = [pair for pair in pairs if _about(pair) == about]
+        suite, measure, kind = about
+        lines.append(f"{suite}: {measure}, beside {kind}")
         lines += [f"  {name:17}  {_said(group)}" for name, group in _groups(chosen) if group]
         told = sorted((p.ratio, k) for k, p in enumerate(chosen) if p.ratio is not None)
         lines += [f"  worst: {_worst(chosen[k])}" for _, k in told[:WORST]]
@@ -47,8 +52,13 @@ def summary(tasks: Sequence[Sequence[Row]]) -> list[str]:
 def _pairs(rows: Sequence[Row]) -> Iterator[Pair]:
     ours = {row.measure: row for row in rows if row.contender == rows[0].contender}
     for row in rows:
-        if row.contender.startswith("torch.nn"):
-            yield Pair(ours[row.measure], row)
+        for kind in PEERS:
+            if row.contender.startswith(kind):
+                yield Pair(ours[row.measure], row, kind)
+
+
+def _about(pair: Pair) -> tuple[str, str, str]:
+    return pair.ours.suite, pair.ours.measure, pair.kind
 
 
 def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
@@ -72,7 +82,7 @@ def _said(pairs: Sequence[Pair]) -> str:
     if failed := sum(ratio == 0 for ratio in ratios):
         said += f", {failed} failed"
     if missing := len(pairs) - len(ratios):
-        said += f"; torch.nn failed in {missing} more"
+        said += f"; {pairs[0].kind} failed in {missing} more"
     return said
 
 

@@ -64,15 +64,30 @@ class TorchNN(Contender):
             (leaf(case.T, case.B, units, dtype=self.dtype, device=device),),
             tuple(module.parameters()),
             # The module holds its weights itself.
-            run=lambda x, *weights: module(x)[0],
-            reference=lambda *leaves: as_flashrnn(case.function, *leaves),
+            run=lambda x, *weights: self.output(module, x, case),
+            reference=lambda *leaves: self.reference(case, *leaves),
             time=0,
             ours=False,
         )
 
+    def output(self, module: nn.RNNBase, x: Tensor, case: Case) -> Tensor:
+        """What is timed: h of every step, ``[T, B, D]``."""
+        return module(x)[0]
+
+    def reference(self, case: Case, *leaves: Tensor) -> Tensor:
+        """The same by ``vanilla``."""
+        return as_flashrnn(case.function, *leaves)
+
 
 def as_flashrnn(
-    function: str, x: Tensor, W: Tensor, R: Tensor, b_input: Tensor, b_recurrent: Tensor
+    function: str,
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b_input: Tensor,
+    b_recurrent: Tensor,
+    *,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """h of every step, ``[T, B, D]``, of a module of ``torch.nn`` with these weights, by vanilla.
 
@@ -80,7 +95,7 @@ def as_flashrnn(
     """
     Wx = linear(x, W).unflatten(-1, (-1, 1, R.shape[1])).transpose(0, 1)
     R, b = converted(function, R, b_input, b_recurrent)
-    states, _ = flashrnn(Wx, R, b, function=function, backend="vanilla")
+    states, _ = flashrnn(Wx, R, b, function=function, backend="vanilla", lengths=lengths)
     return states[0].flatten(2).transpose(0, 1)
 
 

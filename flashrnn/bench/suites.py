@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flashrnn import available_functions, nn
-from flashrnn.bench import arena
+from flashrnn.bench import arena, sequenced
 from flashrnn.bench.case import Case
 from flashrnn.bench.contender import BOTH, FORWARD, Contender
 from flashrnn.bench.in_turns import FORWARD_ALONE, GRAPH, HOST, WALL, Measure
@@ -18,6 +18,7 @@ from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.memory import HELD, MIB
 from flashrnn.bench.ours import WITH_PRODUCT, Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
+from flashrnn.bench.sequenced import PackedTorchNN, Sequenced
 from flashrnn.bench.single_step import Stepping
 from flashrnn.cells import resolve
 from flashrnn.config import parse_dtype
@@ -267,6 +268,29 @@ def layers(selection: Selection) -> list[Entry]:
     return entries
 
 
+def sequences(selection: Selection) -> list[Entry]:
+    """Every option of sequences beside the plain call of the same shape, and torch.nn."""
+    shapes = (MANY,) if selection.quick else (MANY, ONE)
+    ragged, many = (B, B) if selection.quick else (64, 256)
+    asked = [(option, ragged, shape) for shape in shapes for option in _SEQUENCED]
+    asked += [(sequenced.BOTH, B, shape) for shape in shapes]
+    asked += [(sequenced.H, many, MANY)]
+    entries = []
+    for option, count, shape in asked:
+        case = selection.beside_torch(*shape, B=count, T=T)
+        peer: Contender = TorchNN(case.dtype, False)
+        if option == sequenced.BOTH:
+            peer = Stack(torch.nn, 1, 2)
+        elif option != sequenced.RESET and option != sequenced.H:
+            peer = PackedTorchNN(case.dtype, False, option == sequenced.EQUAL)
+        contenders = (Sequenced(option), Sequenced(sequenced.PLAIN), peer)
+        entries.append(Entry(case, contenders=contenders))
+    return entries
+
+
+_SEQUENCED = (sequenced.RESET, sequenced.EQUAL, sequenced.UNIFORM, sequenced.PACKED)
+
+
 SUITES = {
     "head-dim": Suite(
         f"over the head dimension: {WIDTH} units in all, and single heads beyond",
@@ -307,6 +331,12 @@ SUITES = {
     "layers": Suite(
         "1 to 4 layers of flashrnn.nn beside torch.nn, one direction and both",
         layers,
+        device="any",
+        measures=WALL,
+    ),
+    "sequences": Suite(
+        "resets, lengths, packed batches and directions beside plain calls and torch.nn",
+        sequences,
         device="any",
         measures=WALL,
     ),
