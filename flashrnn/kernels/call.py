@@ -10,7 +10,7 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from math import gcd
@@ -180,24 +180,22 @@ class Record:
     @property
     def parameters(self) -> str:
         """The macro ``CALL``, a kernel's list of parameters."""
-        found = []
-        for operand in self.operands:
-            found.append(f"{operand.element}* __restrict__ {operand.name}")
-            found += [f"long long {stride}" for stride in operand.strides]
-        found += [f"{kind} {number}" for number, kind in self.numbers.items()]
-        return f"#define CALL {', '.join(found)}"
+        numbers = [f"{kind} {name}" for name, kind in self.numbers.items()]
+        return f"#define CALL {', '.join([*self._tensors(' __restrict__'), *numbers])}"
 
     @property
     def struct(self) -> str:
         """The definition of the struct."""
-        fields = []
+        # All of them have 8 bytes.
+        numbers = [f"{'Clips' if x == 'clips' else 'long long'} {x}" for x in self.numbers]
+        fields = "".join(f"    {field};\n" for field in (*self._tensors(""), *numbers))
+        return f"struct {self.name} {{\n{fields}}};"
+
+    def _tensors(self, qualifier: str) -> Iterator[str]:
+        """The declarations of the tensors' addresses and strides."""
         for operand in self.operands:
-            fields.append(f"    {operand.element}* {operand.name};")
-            fields += [f"    long long {stride};" for stride in operand.strides]
-        for number, kind in self.numbers.items():
-            # All of them have 8 bytes.
-            fields.append(f"    {kind if number == 'clips' else 'long long'} {number};")
-        return "struct {} {{\n{}\n}};".format(self.name, "\n".join(fields))
+            yield f"{operand.element}*{qualifier} {operand.name}"
+            yield from (f"long long {stride}" for stride in operand.strides)
 
 
 @cache
