@@ -1,4 +1,4 @@
-"""Ours beside torch.nn over many cases: the share won, the geometric mean, the worst cases."""
+"""This package against torch.nn over many cases: share won, geometric mean, worst cases."""
 
 from __future__ import annotations
 
