@@ -139,9 +139,9 @@ class Contender(ABC):
     def includes(self, case: Case, device: torch.device) -> str:
         """What its measured times include, and the layout of its tensors."""
 
-    @abstractmethod
     def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
         """Why it cannot compute a case; ``None`` if it can."""
+        return None
 
     @abstractmethod
     def prepare(self, case: Case, device: torch.device) -> Work:
