@@ -1,4 +1,4 @@
-"""What a plan is: how one kernel computes a scan, from the text to the launch."""
+"""The interface of a plan: how one kernel computes a scan, from the text to the launch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from flashrnn.problem import Problem
 class Plan(ABC):
     """How a kernel computes a scan of heads of D units: its tiles, its text and its launch.
 
-    What is a field here or in a regime's own plan is compiled in; B, T, N, addresses, strides and
-    clip values are in the record of a call (:mod:`flashrnn.kernels.call`).
+    The fields here and in a regime's own plan are compiled in; B, T, N, addresses, strides and clip
+    values are in the record of a call (:mod:`flashrnn.kernels.call`).
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.
-        ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
+        ROW_ALIGNMENT: bytes. The kernel needs rows of D elements of ``Wx`` and ``R`` that begin at
+            multiples of it; other tensors are copied first.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
         estimated_cycles: of a step of all sequences; an estimate that plans are compared by.

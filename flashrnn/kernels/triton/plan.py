@@ -33,6 +33,11 @@ class ScanPlan:
     stages: int
     R_in_registers: bool
 
+    @property
+    def blocks(self) -> tuple[int, int, int, int]:
+        """The sizes of the tiles, in the order of the kernels' parameters."""
+        return self.BLOCK_D, self.BLOCK_B, self.BLOCK_S, self.BLOCK_G
+
 
 def plan_scan(problem: Problem, exact: bool, shared_memory: int) -> ScanPlan | str:
     """The tiles of the Triton scan for a problem, or the reason why there are none.
