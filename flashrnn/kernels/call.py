@@ -48,7 +48,7 @@ class Operand:
 
 
 class Layout(NamedTuple):
-    """What a launch depends on of its tensors, besides their addresses.
+    """What a launch depends on besides its tensors' addresses.
 
     Attributes:
         names: the operands that are given.
@@ -85,7 +85,7 @@ class Record:
         name: the struct's name.
         operands: its tensors.
         numbers: its other fields, and their types as parameters.
-        absent: operands that kernels name and that it lacks.
+        absent: operands that kernels mention but the record does not have; constants replace them.
     """
 
     name: str
@@ -95,14 +95,14 @@ class Record:
 
     @property
     def complete(self) -> Record:
-        """The same with the operands that it lacks."""
+        """The record with the absent operands."""
         return _complete(self)
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[list[int], Layout]:
-        """The addresses of tensors, in their order, and all else of them that a launch depends on.
+        """The tensors' addresses, in their order, and what else of them a launch depends on.
 
         Args:
-            tensors: by the operands' names; those that a call lacks are missing.
+            tensors: by the operands' names; operands that a call does not have are missing.
         """
         addresses = [*map(Tensor.data_ptr, tensors.values())]
         strides = [tensors[name].stride() for name in self._strided if name in tensors]
@@ -205,7 +205,7 @@ def _complete(record: Record) -> Record:
 
 
 _ALL_ROWS = "rows_of_all"
-"""How many rows all sequences have together: a number that only complete records have."""
+"""The number of rows of all sequences together, which only complete records have."""
 
 
 _NUMBERS = {
@@ -249,8 +249,8 @@ FORWARD = Record(
 
 ``h_initial`` is h before the first step, rounded, for kernels that read h from memory. ``packets``
 and ``R_in_memory`` are a plan's scratch memory. ``groups`` is the number of CTA groups of a launch.
-``done`` is for kernels of a step: the number of steps before the recorded run. What it lacks says
-how sequences run (``common/sequence.cuh``), and is passed where a call has such options;
+``done`` is for kernels of a step: the number of steps before the recorded run. The absent operands
+say how sequences run (``common/sequence.cuh``). They are passed if a call has such options;
 ``before_rows`` and ``h_starts`` say where h before each step is
 (:class:`flashrnn.backends.gradients.Before`).
 """
@@ -288,7 +288,7 @@ RECURRENT_GRADIENT = Record(
 )
 """Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
 
-What it lacks is passed where a call has options of sequences, and ``h_initial`` is not; see
+If a call has options of sequences, the absent operands are passed and ``h_initial`` is not; see
 :data:`FORWARD`.
 """
 

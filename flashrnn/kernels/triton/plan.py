@@ -1,4 +1,4 @@
-"""How the Triton scan is tiled."""
+"""The tile sizes of the Triton scan, and where R lies."""
 
 from __future__ import annotations
 

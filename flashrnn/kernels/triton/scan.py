@@ -10,8 +10,8 @@ step, since it takes shared memory and barriers. To split such a tile into gates
 again moves nothing between threads, as long as a warp has 16 units of every gate.
 
 BLOCK_D is D's next power of two, at least 16. BLOCK_G and BLOCK_S are the next powers of two of the
-numbers of gates and states, at least 2: the compiler copies such tiles asynchronously, and smaller
-ones not always.
+numbers of gates and states, at least 2, since the compiler does not always copy smaller tiles
+asynchronously.
 
 What lives where:
 
@@ -23,8 +23,8 @@ What lives where:
 - global memory: everything else, each element read or written once. Unless R_IN_REGISTERS, R is
   read again at every step, in slices, from the L2 cache.
 
-What orders the steps is the loop over t within a program, with the barriers that the compiler puts
-in.
+The steps are ordered by the loop over t within a program, with the barriers that the compiler
+inserts.
 
 The first product of the forward scan, and the last one of the backward scan, stand outside the
 loop. That keeps R in registers: with a single product, in the loop, the compiler would move the
@@ -32,10 +32,14 @@ copy of R from shared memory to registers into the loop too. In the forward scan
 next step comes before the stores of this step, since the next step needs it and nothing waits for
 the stores.
 
-Padding is masked, never computed away. A cell is not always finite where its inputs are 0, and zero
-times inf is NaN. So both operands of a product, R and what it multiplies, are masked in the summed
-dimension. A product also has rows for gates that R does not feed, and their results are dropped.
-Columns, which are sequences, are not summed over.
+Padding is masked, not multiplied by zeros. A cell is not always finite where its inputs are 0, and
+zero times inf is NaN. So both operands of a product, R and what it multiplies, are masked in the
+summed dimension. A product also has rows for gates that R does not feed, and their results are
+dropped. Columns, which are sequences, are not summed over.
+
+In a call with options of sequences (RESETS, RAGGED, PACKED or REVERSE, together SEQUENCED) each
+sequence has rows and a length of its own, and each head a direction. So addresses and masks differ
+from those of a plain call.
 
 A gate that a tensor does not feed has position -1 in that tensor's FED_... tuple. OPERAND is the
 dtype of a product's operands: that of the tensors, except in Triton's interpreter, whose product
@@ -126,7 +130,7 @@ def _of_units(tile, unit, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _only_fed(product, inputs, gate, FED: tl.constexpr):
-    """The product with the inputs added; for gates that R does not feed, the inputs alone."""
+    """The product, which includes the inputs; the inputs alone for gates that R does not feed."""
     for k in tl.static_range(len(FED)):
         if FED[k] < 0:
             product = tl.where(gate == k, inputs, product)
@@ -187,7 +191,7 @@ def _add_R_times_h(
 
 @triton.jit
 def _sequences(place, in_batch, T, order, rows, lengths, RAGGED: tl.constexpr):
-    """Of the sequences at places: which of the batch they are, their first rows, their lengths."""
+    """The sequences at places of the order: their indices, first rows and lengths."""
     if RAGGED:
         return (
             tl.load(order + place, mask=in_batch, other=0).to(tl.int64),
@@ -206,7 +210,7 @@ def _time(step, lengths, backwards):
 
 @triton.jit
 def _cuts(flags, step, first_row, lengths, backwards):
-    """Which sequences start anew before a step. A flag cuts its row from the one before."""
+    """Which sequences start anew before a step. A flag cuts its row from the row before."""
     may_be = (step >= 0) & (step < lengths) & ((step > 0) | (backwards == 0))
     row = first_row + _time(step, lengths, backwards) + backwards
     return tl.load(flags + row, mask=may_be, other=0) != 0
@@ -214,7 +218,7 @@ def _cuts(flags, step, first_row, lengths, backwards):
 
 @triton.jit
 def _starts(starts, mask, offsets, row, stride_t):
-    """What states start anew with, float32; zeros where ``starts`` is None."""
+    """The states that sequences start anew with, float32; zeros if ``starts`` is None."""
     if starts is None:
         return tl.zeros(mask.shape, tl.float32)
     else:
@@ -223,7 +227,7 @@ def _starts(starts, mask, offsets, row, stride_t):
 
 @triton.jit
 def _h_before(states, h_starts, before_rows, rows, mask, width: tl.constexpr):
-    """Where h before rows begins: of the row before, or of what the sequence starts with."""
+    """Pointers to h before rows: h of the row before, or what the sequence starts with."""
     of_h = tl.load(before_rows + rows, mask=mask, other=0).to(tl.int64)
     return tl.where(of_h >= 0, states + of_h * width, h_starts + (-1 - of_h) * width)
 
@@ -237,7 +241,7 @@ def _load_states(states, offsets, mask, BLOCK_S: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _chosen(condition, tiles, others):
-    """Of each tile the elements of those that the condition holds for, else of the others."""
+    """Each tile where the condition holds, else the tile of the others."""
     chosen = ()
     for k in tl.static_range(len(tiles)):
         chosen = chosen + (tl.where(condition, tiles[k], others[k]),)
@@ -457,10 +461,10 @@ def _through_R(
 
 @triton.jit
 def _left_behind(d_carried, cut, d_starts, offsets, mask, row_offset, BLOCK_S: tl.constexpr):
-    """Gradients that go on from steps that start anew: none; they are those of the starts."""
+    """The carried gradients, 0.0 where a step starts anew; there they are added to ``d_starts``."""
     if d_starts is not None:
-        # Atomic for its order: a load could be moved ahead of the store of the step before. Each
-        # number is one thread's alone, so that its sum has one order.
+        # Atomic because a plain load could be moved ahead of the store of an earlier step. Only one
+        # thread adds to each element, so the order of a sum is fixed.
         left = _pack(d_carried, BLOCK_S)
         tl.atomic_add(d_starts + offsets + row_offset, left, mask=mask & cut, sem="relaxed")
     zeros = ()
