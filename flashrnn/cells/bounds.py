@@ -40,10 +40,10 @@ def bound_of_h(forward: Graph) -> float | None:
 
 
 def intervals(forward: Graph) -> dict[str, Interval]:
-    """The interval of every named value of a cell's step.
+    """Where every named value of a cell's step lies.
 
-    States and gates may have any value, since a caller gives the first states. A clip value is
-    positive, and infinite where it is beyond float32.
+    States and gates may be anything: a call begins with states of the caller's. A value that
+    clips is positive, and infinite where float32 does not hold it.
     """
     known = dict.fromkeys(forward.inputs, ANYTHING)
     if FORWARD_CLIPVAL in known:

@@ -102,7 +102,7 @@ class Record:
         """The tensors' addresses, in their order, and what else of them a launch depends on.
 
         Args:
-            tensors: by the operands' names; operands that a call does not have are missing.
+            tensors: by the operands' names; those that a call lacks are missing.
         """
         addresses = [*map(Tensor.data_ptr, tensors.values())]
         strides = [tensors[name].stride() for name in self._strided if name in tensors]

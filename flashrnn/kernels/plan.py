@@ -21,8 +21,7 @@ class Plan(ABC):
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.
-        ROW_ALIGNMENT: bytes. The kernel needs rows of D elements of ``Wx`` and ``R`` that begin at
-            multiples of it; other tensors are copied first.
+        ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
         estimated_cycles: of a step of all sequences; an estimate that plans are compared by.
