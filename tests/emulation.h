@@ -591,7 +591,7 @@ static void ldmatrix_transposed(unsigned (&words)[4], unsigned row) {
     });
 }
 
-// ---- group.py
+// ---- common/wgmma.cuh
 
 // Of an operand's row the word that has the 2 j-th of the first or the second 8 summed elements.
 static unsigned word_of_operand(unsigned long long operand, int row, int half, int j) {

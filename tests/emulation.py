@@ -1,6 +1,6 @@
 """The CUDA kernels as plain C++ on the CPU, thread by thread (emulation.h).
 
-What is compiled is the very program that NVRTC gets, but for ptx.cuh.
+The compiled text is the program that NVRTC gets, except for ptx.cuh.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.gpus import H200
 HEADER = Path(__file__).with_name("emulation.h")
 COMPILE = (
     *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC"),
-    # What some compilers define by themselves forbids longjmp to another stack.
+    # Some compilers define this by default; it forbids longjmp to another stack.
     "-U_FORTIFY_SOURCE",
-    # Every access asks whether its address is a multiple of what its type is aligned to.
+    # Every access checks that its address is aligned for its type.
     "-fsanitize=alignment",
 )
-# Without the compiler's library for what such questions find: emulation.h has its own answer.
+# Without the compiler's run-time library for these checks: emulation.h reports them.
 LINK = ("g++", "-shared")
 
 needs_compiler = pytest.mark.skipif(
@@ -86,7 +86,7 @@ def _compile(source: str, library: Path) -> None:
 
 @cache
 def _header(folder: Path) -> Path:
-    """emulation.h beside what g++ has made of it, which it then reads in a fraction of the time."""
+    """emulation.h beside its precompiled header, which g++ reads in a fraction of the time."""
     text = HEADER.read_text(encoding="utf-8")
     key = sha256("\0".join([text, *COMPILE, _compiler()]).encode()).hexdigest()
     kept = folder / f"header-{key}"
@@ -107,13 +107,13 @@ def _header(folder: Path) -> Path:
 
 @cache
 def _compiler() -> str:
-    """Which one it is, and for which machine it compiles."""
+    """The compiler's version, and the machine for which it compiles."""
     command = ["g++", "-dumpfullversion", "-dumpmachine"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def emulated(parts: dict[str, str]) -> str:
-    """The program's text, but for ptx.cuh and wgmma.cuh: emulation.h stands for them too."""
+    """The program's text without ptx.cuh and wgmma.cuh, which emulation.h replaces."""
     assembly = dict.fromkeys(parts.keys() & {"common/ptx.cuh", "common/wgmma.cuh"}, "")
     return nvrtc.join({**parts, **assembly})
 
@@ -151,7 +151,7 @@ class EmulatedKernel:
 
 
 def plan_taken(problem: Problem, backward: bool) -> Plan:
-    """What ``cuda_fused`` computes a problem by."""
+    """The plan by which ``cuda_fused`` computes a problem."""
     return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 

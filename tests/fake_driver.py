@@ -1,6 +1,6 @@
 """NVIDIA's driver and PyTorch's view of it, without a GPU; see fake_driver.c.
 
-For a process of its own: what has been loaded stays. ``install`` comes before everything else.
+For a separate process, since what has been loaded stays. Call ``install`` before anything else.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class FakeDriver:
 
     @contextlib.contextmanager
     def within(self, context: int) -> Iterator[None]:
-        """A caller's way to make a context current."""
+        """Make a context current, as a caller does."""
         before, self.current = self.current, context
         yield
         self.current = before
 
     @contextlib.contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
-        """A caller's way to a stream, which leaves the context as it is."""
+        """Make a stream current, as a caller does; the context stays as it is."""
         before, self.stream = self.stream, stream
         yield
         self.stream = before
@@ -85,7 +85,7 @@ class FakeDriver:
 
     @contextlib.contextmanager
     def on(self, device: torch.device | int) -> Iterator[None]:
-        """Stands in for torch.cuda.device: primary contexts are all that it knows."""
+        """Stands in for torch.cuda.device, which knows only primary contexts."""
         index = device if isinstance(device, int) else device.index or 0
         before = self.device
         self._switch(index)

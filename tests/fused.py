@@ -1,4 +1,4 @@
-"""What every fused backend is held to, on the CPU as on a GPU."""
+"""The checks that every fused backend must pass, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRODUCTS = [(torch.bfloat16, False), (torch.float16, False)]
 PRODUCTS += [(torch.float32, False), (torch.float32, True)]
 # Half a unit in the last place.
 _HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
-# Elements of h below which a gradient's error is as much chance as arithmetic.
+# With fewer elements of h than this, a gradient's error depends on chance as much as on arithmetic.
 _FEW = 4096
 
 
@@ -56,9 +56,9 @@ def hold_to_vanilla(
     The error is at most twice that of vanilla in the same dtype; in float32 at most 1e-5; in
     bfloat16, over 64 steps or more, at most 3e-3 for the states and 7e-3 for gradients.
 
-    A gradient may be off by half a unit in the last place in any case. In small problems it may be
-    off by as much besides: the backward scan sees pre-activations that were rounded to 16 bits,
-    while vanilla's graph keeps float32, and chance decides by how much that shows.
+    A gradient may always be off by half a unit in the last place. In small problems it may be off
+    by the same amount again: the backward scan reads pre-activations that were rounded to 16 bits,
+    while vanilla's graph keeps float32, and the effect of that rounding varies.
     """
     config = FlashRNNConfig(**options)  # type: ignore[arg-type]
     inputs = change(random_inputs(kind, B, T, N, D, dtype, device, seed=B + T + N + D))
@@ -108,7 +108,7 @@ def largest_error(name: str, plain: float, dtype: torch.dtype, elements: int, T:
 
 
 def clips_h(backend: str, B: int, D: int) -> None:
-    """Hold outputs to vanilla in float64. Which h are clipped is chance to a gradient."""
+    """Hold outputs to vanilla in float64, not gradients: rounding decides which h are clipped."""
     inputs = random_inputs("gru", B, 4, 2, D, torch.float16)
     config = FlashRNNConfig(forward_clipval=0.3)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def continues_exactly(backend: str, D: int = 24, B: int = 3) -> bool:
 
 
 def gives_the_same_bits(backend: str, kind: str | Cell, *sizes: int) -> bool:
-    """Whether two calls of the same inputs, and their gradients, are alike."""
+    """Whether two calls of the same inputs give the same bits, gradients included."""
     inputs = random_inputs(kind, *sizes, torch.bfloat16)
     runs = []
     for _ in range(2):
@@ -338,7 +338,7 @@ def all_strided(inputs: Inputs) -> Inputs:
 
 
 def at_odd_addresses(inputs: Inputs) -> Inputs:
-    """Contiguous, one element after where they would begin."""
+    """The same values, contiguous, but one element behind an aligned address."""
     return Inputs(**{name: at_odd_address(x) for name, x in inputs.tensors().items()})
 
 
@@ -366,7 +366,7 @@ def as_the_backward_reads_R(inputs: Inputs) -> Inputs:
 
 
 def expanded(inputs: Inputs) -> Inputs:
-    """All sequences, steps and heads are one and the same memory."""
+    """All sequences, steps and heads share the same memory."""
 
     def first(x: Tensor, *dimensions: int) -> Tensor:
         kept = [slice(0, 1) if i in dimensions else slice(None) for i in range(x.ndim)]
@@ -405,7 +405,7 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a backend allocates begins as NaN, so that an element that it never writes shows."""
+    """Fill what a backend allocates with NaN, so that an element that it never writes shows."""
     poison(monkeypatch)
 
 
@@ -426,7 +426,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def round_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mend Triton's interpreter, which cuts digits off where a GPU rounds to bfloat16."""
+    """Mend Triton's interpreter, which truncates to bfloat16 where a GPU rounds."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""GPUs that plans are made for, without one, and what they are made of."""
+"""The GPUs that plans are made for on a machine without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the assembler made of a CUDA program, without a GPU."""
+"""The machine code of a CUDA program, read without a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Loop = tuple[int, int]
 
 
 def spills_in_a_loop(parts: Mapping[str, str], arch: str) -> bool:
-    """Whether a loop moves registers to memory and back. Outside of loops nobody would notice."""
+    """Whether a loop spills registers to memory. Outside of loops spills hardly cost time."""
     return _spills(parts, arch, lambda code, loops: loops, some=0)
 
 
@@ -82,7 +82,7 @@ def _loops(code: Code) -> list[Loop]:
 
 
 def _innermost_with_most_products(code: Code, loops: list[Loop]) -> list[Loop]:
-    """Of a loop's first turn the compiler may make a copy before it."""
+    """The compiler may have peeled a loop's first iteration."""
     products = [address for address, instruction in code if re.search(r"HG?MMA", instruction)]
 
     def most(loop: Loop) -> bool:

@@ -1,7 +1,7 @@
 """Problems whose numbers are not all finite, and cells that are not finite at 0.
 
-What a backend computes for units and sequences that do not exist begins with zeros: such a cell
-makes NaN of them, and no sum may meet that.
+A backend computes units and sequences that do not exist from zeros. Such a cell turns these into
+NaN, which must not reach any sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.problems import Inputs, random_inputs
 
 @cell(states=("h",), gates=("g",))
 def linear(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What is infinite stays so."""
+    """Infinite values stay infinite."""
     return (gates[0],)
 
 

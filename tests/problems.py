@@ -85,10 +85,9 @@ def random_inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Inputs of ordinary size: R keeps the recurrence neither dead nor chaotic.
+    """Inputs of ordinary size, with an R for which the recurrence neither dies out nor is chaotic.
 
-    The initial states are ones that a step could have left: for sLSTM n ≥ 1, elsewhere within
-    (−1, 1).
+    The initial states are ones that a step can return: n ≥ 1 for sLSTM, all others within (−1, 1).
     """
     cell = resolve(function)
     generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,12 @@
-"""What the residuals cost: vanilla, whose backward sees no more than fused backends keep.
+"""The error that rounded residuals cause: vanilla, with a backward that reads what fused backends
+keep.
 
-These keep every step's states and pre-activations rounded to the dtype of the call, and give the
-pre-activations' gradients, which are the next product's factor, in that dtype. Vanilla's own graph
-has all three in float32. For most cells that is as good as the same. Not where a derivative is
-ill-conditioned (of 1/g it is off by twice what g is) or steps (a clamp, a clip, a maximum): what
-rounding does to a pre-activation there shows in its gradient, and no kernel can undo it.
+Fused backends keep every step's states and pre-activations rounded to the dtype of the call. They
+give the pre-activations' gradients, a factor of the next product, in that dtype. Vanilla's own
+graph has all three in float32. For most cells the difference is negligible. It is not where a
+derivative is ill-conditioned (that of 1/g has twice g's relative error) or discontinuous (a clamp,
+a clip, a maximum). There the rounding of a pre-activation shows in its gradient, and no kernel can
+undo it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from flashrnn.problem import Problem, as_dtype_has_it
 
 @contextmanager
 def backward_from_residuals() -> Iterator[None]:
-    """Vanilla computes outputs as ever, and gradients from what fused backends keep."""
+    """Have vanilla compute gradients from what fused backends keep; outputs stay as they are."""
     run = vanilla.run
 
     def run_with_residuals(problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND``.
 
-Every way that a kernel may be tiled, at sizes that a sanitizer gets through.
+It covers every tiling of the kernels, at sizes that a sanitizer can finish.
 """
 
 import sys

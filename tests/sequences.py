@@ -1,4 +1,4 @@
-"""Random calls with resets, lengths, packing and directions, and what they mean."""
+"""Random calls with resets, lengths, packing and directions, and the same by plain calls."""
 
 from __future__ import annotations
 

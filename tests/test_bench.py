@@ -1,4 +1,4 @@
-"""The benchmark: it times what it should, refuses what is wrong, and keeps what it has."""
+"""The benchmark: it times the right calls, refuses wrong results, and keeps its rows."""
 
 import csv
 import itertools

@@ -1,4 +1,4 @@
-"""What a cell may be, how it is named, and what is refused with which words."""
+"""Which functions may be cells, their names, and the errors for those that may not."""
 
 import copy
 import io
@@ -440,7 +440,7 @@ def test_a_captured_value_that_changes_makes_another_cell(step, change):
 
 
 def test_signs_and_kinds_of_captured_values_count():
-    """What compares equal in Python need not compute the same."""
+    """Values that compare equal in Python may compute different results."""
     values = [0.0]
     inverse = step_of(lambda s, g: (1 / (g[0] * values[0]),))
     found = []

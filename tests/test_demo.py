@@ -200,7 +200,7 @@ def test_corpus_keeps_the_end_of_the_text_from_training(text, seed):
 
 
 def test_bits_per_character_of_a_model_that_knows_nothing():
-    """log2 of the number of characters, whoever reads which stream."""
+    """They are log2 of the number of characters, whichever process reads which stream."""
     corpus = language.Corpus.of("abcdefgh" * 500, shortest=10)
     network = RecurrentNetwork(8, 8, 1, "elman", N=1, D=2)
     nn.init.zeros_(network.output.weight), nn.init.zeros_(network.output.bias)

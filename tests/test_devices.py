@@ -1,4 +1,4 @@
-"""What is asked of devices, drivers and contexts, and what stays of a call; without a GPU."""
+"""What is asked of devices, drivers and contexts, and what a call leaves behind; without a GPU."""
 
 import json
 import shutil

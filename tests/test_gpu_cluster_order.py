@@ -1,4 +1,4 @@
-"""What CTAs of a cluster send each other, and whether a wait as the kernels' makes it readable.
+"""Whether packets that CTAs of a cluster send each other are readable after the kernels' wait.
 
 The kernels of ``flashrnn/kernels/cluster`` wait with ``mbarrier_wait`` for packets that other CTAs
 write into their shared memory. On Hopper that wait has no ``.acquire.cluster``, though PTX promises

@@ -1,4 +1,4 @@
-"""Contexts, devices and what stays of many calls, on a GPU; beside test_devices.py."""
+"""Contexts, devices and what many calls leave behind, on a GPU; see also test_devices.py."""
 
 import gc
 import threading
@@ -59,7 +59,7 @@ SIZES = [(16, 20, 1, 768), (64, 9, 3, 256), (256, 9, 1, 768), (200, 9, 2, 520), 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("multiprocessors", [8, 16, 64])
 def test_in_a_green_context(backend, sizes, multiprocessors):
-    """What does not fit there is planned anew, and is right."""
+    """A plan that does not fit there is replaced by one that does, with right results."""
     inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
     with torch.no_grad(), Green(multiprocessors):
         before = current()

@@ -1,4 +1,4 @@
-"""What kernels rely on of a GPU's memory, beyond what PTX promises: litmus tests on a GPU.
+"""Litmus tests of the memory order that kernels rely on beyond what PTX promises, on a GPU.
 
 A packet of ``kernels/common/ptx.cuh`` is stored and loaded in one access: a load that finds the
 flag finds the words that were stored with it. PTX promises that of ``.b128`` accesses only, which

@@ -1,4 +1,4 @@
-"""The CUDA backends on a GPU, by what their numbers are and where they lie."""
+"""The CUDA backends on a GPU with infinite and tiny numbers, odd addresses and large sizes."""
 
 import pytest
 import torch

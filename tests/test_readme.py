@@ -31,7 +31,7 @@ def run(line: int, text: str) -> dict[str, object]:
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""``python -m flashrnn bench``: speed, memory and start-up time beside those of others.
+"""``python -m flashrnn bench``: speed, memory and start-up time, compared with other packages.
 
-``suites`` says which cases are measured, and ``arena`` draws random ones. ``ours``, ``peers``,
-``layers``, ``single_step`` and ``upstream`` are who computes them, each a ``contender``.
-``timing``, ``memory`` and ``cold_start`` measure one contender after another, ``in_turns`` those of
-a case side by side by the ``clocks``, after ``check`` has found the results right. ``report``
-writes rows as they come, ``compared`` sums up, ``figure`` draws, and ``command`` is the command
-line.
+``suites`` lists the cases to be measured, and ``arena`` draws random ones. ``ours``, ``peers``,
+``layers``, ``single_step`` and ``upstream`` have the contenders that compute them (``contender`` is
+their base). ``check`` compares results with the truth before anything is timed. ``timing``,
+``memory`` and ``cold_start`` measure one contender after another; ``in_turns`` measures the
+contenders of a case alternately, with ``clocks``. ``report`` writes the rows, ``compared``
+summarizes them, ``figure`` draws them, and ``command`` is the command line.
 """

@@ -13,9 +13,9 @@ from flashrnn.bench.case import Case
 from flashrnn.bench.peers import DTYPES, MODULES
 
 B, T, D = (1, 4096), (1, 2048), (16, 2048)
-# Bytes for each of B·T·D: what a training step keeps in float32, twice, or its check in float64.
+# Bytes per element of B·T·D: twice what a training step keeps in float32, or its check in float64.
 BYTES = 256
-# B·T·D is not more, whatever there is of memory: a call of such a size takes a GPU long enough.
+# The most that B·T·D may be, however much memory there is: a call of this size takes long enough.
 LARGEST = {"cuda": 1 << 27, "cpu": 1 << 12}
 SHAPES = 95
 
@@ -27,11 +27,11 @@ def cases(
     functions: Sequence[str] = tuple(MODULES),
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> list[Case]:
-    """So many cases of one head; those of a smaller count are the first of a larger one's.
+    """Random cases of one head; a larger count begins with the cases of a smaller one.
 
     Args:
         count: how many.
-        seed: what they are drawn from.
+        seed: of the random numbers.
         device: ``"cuda"`` or ``"cpu"``, whose memory they are for.
         functions: out of which one is drawn for each.
         dtypes: likewise.
@@ -57,7 +57,7 @@ class Budget:
         self._end, self._left = time.perf_counter() + seconds, shapes
 
     def share(self) -> float | None:
-        """For the next shape; ``None``: the time is up."""
+        """Seconds for the next shape; ``None`` when the time is up."""
         left, shapes = self._end - time.perf_counter(), self._left
         self._left -= 1
         return left / shapes if left > 0 else None

@@ -1,8 +1,9 @@
-"""Whether what is timed computes what it should, before it has a time.
+"""Checks results before they are timed.
 
-The timed configuration itself is run, at its full length. The truth would take minutes there, but
-a recurrence is causal: its first steps, and the gradients of a loss of these alone, are those of a
-sequence that ends with them. So the truth is computed in float64 on a cut of a few steps.
+The timed configuration itself is run, at its full length. There the truth would take minutes. But a
+recurrence is causal: the first steps of a sequence, and the gradients of a loss of these steps
+alone, are the same if the sequence ends after them. So the truth is computed in float64 on the
+first few steps.
 
 As for its imports, see ``timing.py``.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 STEPS = 64
-# What a peer may be off by: it rounds as it likes, and a wrong order of gates is off by far more.
+# The error allowed to a peer, whose rounding may differ. A wrong order of gates gives far more.
 PEERS = 0.05
 # The same where TF32 may be used: its operands have 10 bits after the point, and vanilla's products
 # need not have taken it.
@@ -40,7 +41,7 @@ def results(
     gradient: Tensor,
     backward: bool,
 ) -> Results:
-    """Run, and keep what belongs to the first steps.
+    """Run a contender, and keep the results of the first steps.
 
     Args:
         run: what is checked.
@@ -65,7 +66,7 @@ def results(
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far off the results are, ‖given − truth‖ / ‖truth‖, and why they are wrong if so.
+    """The errors of results, ‖given − truth‖ / ‖truth‖, and the reason if they are wrong.
 
     Attributes:
         output: of the output.
@@ -79,7 +80,7 @@ class Verdict:
 
 
 def judge(given: Results, truth: Results, plain: Results | None, tf32: bool = False) -> Verdict:
-    """Hold results to the truth.
+    """Compare results with the truth.
 
     Args:
         given: what is judged.

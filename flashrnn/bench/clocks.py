@@ -1,8 +1,8 @@
 """Microseconds of a call: of the host, by the wall clock, and of the GPU within a CUDA graph.
 
-Each clock takes *calls*, a function that gets so many calls ready, and the device, and returns a
-sample: a function that makes such calls and returns the mean of them. ``timing.py`` has the clock
-for calls that are long enough to be measured one by one.
+Each clock takes the device and *calls*, a function that prepares a number of calls. It returns a
+sample: a function that makes the calls and returns their mean time. ``timing.py`` has the clock for
+calls that are long enough to be measured one by one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Clock = Callable[[Calls, torch.device], Sample]
 # Calls in a sample of the host's time: few enough that a GPU's queue of about 1000 launches, which
 # makes the host wait when it is full, takes them all.
 ENQUEUED = 10
-# Calls in a CUDA graph: the time until its first kernel starts is shared by so many.
+# Calls in a CUDA graph: they share the time until its first kernel starts.
 RECORDED = 20
-# Calls in a sample by the wall clock take about so long, and are not more than so many.
+# The seconds of a sample by the wall clock, about, and the most calls in it.
 SECONDS, MOST = 0.005, 100
 # Cycles for which the GPU is kept busy while the host launches a graph: about 0.25 ms.
 BUSY = 500_000
 
 
 def host(calls: Calls, device: torch.device) -> Sample:
-    """The time after which a call returns, whether or not the GPU has done its work."""
+    """The time until a call returns, whether or not the GPU has finished."""
 
     def sample() -> float:
         ready = calls(ENQUEUED)
@@ -43,9 +43,9 @@ def host(calls: Calls, device: torch.device) -> Sample:
 
 
 def wall(calls: Calls, device: torch.device) -> Sample:
-    """The time that a call takes where many are made in a row: the host's or the GPU's, the longer.
+    """The time of a call among many in a row: the host's or the GPU's time, whichever is longer.
 
-    A sample ends when the GPU has done all of it.
+    A sample ends when the GPU has finished.
     """
 
     def mean(count: int) -> float:

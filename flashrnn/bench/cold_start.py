@@ -1,4 +1,4 @@
-"""How long a user waits for the first results, with nothing compiled before and with all of it."""
+"""The time to the first results of a fresh process, with empty caches and with full ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashrnn.bench.case import Case
 from flashrnn.bench.contender import Found
 from flashrnn.bench.ours import Ours
 
-# Where this package, Triton and CUDA keep what they have compiled.
+# The variables that name the cache folders of this package, of Triton and of CUDA.
 CACHES = ("FLASHRNN_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH")
 STAGES = ("start of PyTorch", "first forward", "first training step")
 STATES = ("empty caches", "filled caches")
@@ -26,7 +26,7 @@ MEASURES = tuple(f"{stage}, {state}" for state in STATES for stage in STAGES)
 def measure(
     contender: Ours, case: Case, device: torch.device, repetitions: int
 ) -> dict[str, Found]:
-    """Seconds of the stages of a fresh process, each from the end of the one before.
+    """Seconds of each stage of a fresh process.
 
     Args:
         contender: who computes.

@@ -1,4 +1,4 @@
-"""Ours beside a peer over many cases: the share won, the geometric mean, the worst cases."""
+"""One contender against a peer over many cases: share won, geometric mean, worst cases."""
 
 from __future__ import annotations
 

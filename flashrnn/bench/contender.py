@@ -1,4 +1,4 @@
-"""Who takes part, and what is found out about it."""
+"""The base class of contenders, and the results of measuring one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Found:
         repetitions: how often it was measured.
         error: of the output against float64, relative.
         gradient_error: the largest of the gradients.
-        reason: why there is no value, or why one is not to be had here.
+        reason: why there is no value.
     """
 
     value: float | None = None
@@ -49,7 +49,7 @@ class Found:
 
     @staticmethod
     def timed(taken: timing.Timing, verdict: Verdict, unit: str = "ms") -> Found:
-        """A time, and the errors of what took it."""
+        """A time, and the errors of the results."""
         return Found(
             taken.median,
             unit,
@@ -62,7 +62,7 @@ class Found:
 
     @staticmethod
     def wrong(verdict: Verdict) -> Found:
-        """No time, since the results are wrong."""
+        """No time, because the results are wrong."""
         return Found(error=verdict.output, gradient_error=verdict.gradient, reason=verdict.reason)
 
 
@@ -71,13 +71,13 @@ class Work:
     """Something to time.
 
     Attributes:
-        inputs: leaves with an axis of time, others in every repetition.
-        weights: further leaves.
+        inputs: leaves with an axis of time; each repetition gets different ones.
+        weights: further leaves, the same in every repetition.
         run: ``run(*inputs, *weights)`` gives the output at every step.
         reference: the same in plain PyTorch, in any dtype and of any length.
         time: the axis of time of inputs and output.
-        ours: held to ``vanilla``'s accuracy rather than to a peer's.
-        causal: whether the first steps of a longer sequence are those of one that ends with them.
+        ours: whether the error must be within ``vanilla``'s bound rather than a peer's.
+        causal: whether the results of the first steps do not depend on later steps.
     """
 
     inputs: tuple[Tensor, ...]
@@ -99,7 +99,7 @@ class Work:
             return torch.randn_like(self.reference(*self._first(STEPS), *self.weights))
 
     def given(self, gradient: Tensor, backward: bool) -> Results:
-        """What ``run`` computes, of the whole sequence where that tells its first steps."""
+        """What ``run`` computes: on the whole sequence if it is causal, else on its first steps."""
         leaves = self.leaves
         if not self.causal:
             first = [x.requires_grad_() for x in self._first(gradient.shape[self.time])]
@@ -109,7 +109,7 @@ class Work:
     def truths(self, gradient: Tensor, backward: bool) -> tuple[Results, Results | None]:
         """What the reference computes on the first steps: in float64, and in the same dtype.
 
-        The second is ``None`` for a peer, who is not held to it.
+        The second is ``None`` for a peer, whose bound does not depend on it.
         """
         steps, count = gradient.shape[self.time], len(self.inputs)
 
@@ -128,27 +128,27 @@ class Work:
 
 
 class Contender(ABC):
-    """Computes cases, if it can; see ``ours.py``, ``peers.py`` and ``upstream.py``."""
+    """Something that computes cases; see ``ours.py``, ``peers.py`` and ``upstream.py``."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """In tables and figures."""
+        """Its name in tables and figures."""
 
     @abstractmethod
     def includes(self, case: Case, device: torch.device) -> str:
-        """What its figures include."""
+        """What its measured times include, and the layout of its tensors."""
 
-    @abstractmethod
     def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
-        """Why it cannot do a case; ``None`` where it can."""
+        """Why it cannot compute a case; ``None`` if it can."""
+        return None
 
     @abstractmethod
     def prepare(self, case: Case, device: torch.device) -> Work:
         """The case with random data, as something to time."""
 
     def times(self, case: Case, device: torch.device, seconds: float) -> dict[str, Found]:
-        """Time it forward and with backward, ``seconds`` each, once it is found to be right."""
+        """Time forward, and forward with backward, for ``seconds`` each, after checking results."""
         prepared: list[Work] = []
 
         def measure(backward: bool) -> Found:
@@ -162,7 +162,7 @@ class Contender(ABC):
         }
 
     def time(self, work: Work, case: Case, backward: bool, seconds: float) -> Found:
-        """Check, then measure."""
+        """Check the results, then measure the time."""
         gradient = work.weights_of_loss()
         truths = work.truths(gradient, backward)
         verdict = judge(work.given(gradient, backward), *truths, tf32=case.tf32)
@@ -172,7 +172,7 @@ class Contender(ABC):
         return Found.timed(taken, verdict)
 
     def memory(self, case: Case, device: torch.device) -> dict[str, Found]:
-        """What a training step allocates on the GPU beside inputs and weights."""
+        """What a training step allocates on the GPU besides inputs and weights."""
 
         def measure() -> dict[str, float]:
             work = self.prepare(case, device)
@@ -186,10 +186,10 @@ class Contender(ABC):
     def attempt(
         self, case: Case, device: torch.device, backward: bool, measure: Callable[[], T]
     ) -> T | Found:
-        """``measure()``, or the reason why that cannot be.
+        """``measure()``, or the reason why there is no measurement.
 
         Raises:
-            BenchError: the GPU does not work any more after this.
+            BenchError: after a failure the GPU no longer works in this process.
         """
         reason = self.refusal(case, device, backward)
         if reason:
@@ -197,7 +197,7 @@ class Contender(ABC):
         try:
             return measure()
         except Exception as error:
-            # A benchmark of an hour is not to end with one kernel that does not compile.
+            # One kernel that does not compile must not end a benchmark of an hour.
             words = str(error).strip().partition("\n")[0]
             failed = Found(reason=f"failed: {type(error).__name__}: {words}")
         if device.type == "cuda":

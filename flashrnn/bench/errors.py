@@ -1,4 +1,4 @@
-"""What stops the benchmark with a message instead of a traceback."""
+"""Errors that stop the benchmark with a message instead of a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contenders of one case, measured in turns: what slows the machine down meets all of them."""
+"""Measures the contenders of a case in turns, so that a slow phase of the machine affects all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flashrnn.bench.clocks import Call, Calls, Clock, Sample
 from flashrnn.bench.contender import Contender, Found, Work
 from flashrnn.bench.timing import Timing
 
-# Rounds, however long they take, and however much time is left.
+# The fewest rounds, however long they take.
 FEWEST, MOST = 3, 200
-# Every contender draws its data from here, so that equal shapes get equal numbers.
+# The seed of every contender's data: equal shapes get equal numbers.
 SEED = 0
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def with_gradients(work: Work) -> Calls:
 
 
 def backward(work: Work) -> Calls:
-    """The gradients of all leaves from a dense one of the output, forward being done."""
+    """The gradients of all leaves from a dense one of the output; forward is not timed."""
     gradient = _gradient(work)
 
     def ready(count: int) -> list[Call]:
@@ -140,7 +140,7 @@ def measure(
 def in_turns(
     samples: Sequence[Callable[[], float | Found] | Found], seconds: float
 ) -> list[list[float] | Found]:
-    """Samples of each for about so long, in rounds that go to and fro; or why there are none."""
+    """Samples of each runner for some seconds, in rounds of alternating order; or the reasons."""
     taken: list[list[float] | Found] = [each if isinstance(each, Found) else [] for each in samples]
     order = list(range(len(samples)))
     end = time.perf_counter() + seconds

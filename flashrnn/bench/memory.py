@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 
 def measure(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> dict[str, float]:
-    """MiB beside the leaves and the output's gradient: after forward, and at the highest.
+    """MiB besides the leaves and the output's gradient: after forward, and at the peak.
 
     Args:
         run: ``run(*leaves)`` gives the output.
@@ -21,7 +21,7 @@ def measure(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> dict[str, f
     """
     with torch.no_grad():
         gradient = torch.randn_like(run(*leaves))
-    # Once before: workspaces of libraries stay, and belong to no step.
+    # Run once before: libraries' workspaces stay allocated and are not part of a step.
     torch.autograd.grad(run(*leaves), leaves, gradient)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

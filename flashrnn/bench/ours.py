@@ -15,7 +15,7 @@ from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 
 WITH_PRODUCT = "+Wx"
-# torch.nn multiplies the input by W itself; the last one does so too, to be compared with it.
+# torch.nn includes the product of the input and W. So does the last entry, for a fair comparison.
 DEFAULT = (*backends.PREFERENCE, f"auto{WITH_PRODUCT}")
 
 

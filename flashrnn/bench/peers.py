@@ -12,6 +12,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from flashrnn import flashrnn
 from flashrnn.bench.case import Case, leaf
 from flashrnn.bench.contender import Contender, Work
+from flashrnn.cells import resolve
+from flashrnn.nn.modes import bias, mode_of, recurrent_matrix
 
 MODULES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -103,14 +105,8 @@ def converted(
     function: str, R: Tensor, b_input: Tensor, b_recurrent: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``R`` and ``b`` as :func:`flashrnn.flashrnn` takes them, out of a module of ``torch.nn``."""
-    D = R.shape[1]
-    R = R.view(-1, 1, D, D)
-    b_input, b_recurrent = b_input.view(-1, 1, D), b_recurrent.view(-1, 1, D)
-    b = b_input + b_recurrent
-    if function == "gru":
-        R = R.roll(1, 0)
-        b = torch.stack([b_recurrent[2], b[0], b[1], b_input[2]])
-    return R, b
+    mode, D = mode_of(resolve(function)), R.shape[1]
+    return recurrent_matrix(mode, R, 1, D), bias(mode, [b_input, b_recurrent], 1, D)
 
 
 @dataclass(frozen=True)
@@ -125,10 +121,6 @@ class Attention(Contender):
     def includes(self, case: Case, device: torch.device) -> str:
         """See :class:`Contender`."""
         return "causal, q, k, v given; gradients of q, k, v; [B, N, T, D]"
-
-    def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
-        """See :class:`Contender`."""
-        return None
 
     def prepare(self, case: Case, device: torch.device) -> Work:
         """See :class:`Contender`."""

@@ -1,4 +1,4 @@
-"""From suites to rows: who is measured on what, and by what kind of measurement."""
+"""From suites to rows: pairs cases with contenders and runs the measurements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Contestants:
     upstream: Path | None = None
 
     def of(self, suite: Suite, entry: Entry) -> list[tuple[Contender, ...]]:
-        """Those who are measured on an entry of a suite, together those who are in turns."""
+        """The contenders of an entry of a suite; those measured in turns form one group."""
         if entry.contenders:
             return [entry.contenders]
         return [(contender,) for contender in self._each_alone(suite, entry)]
@@ -53,7 +53,7 @@ class Contestants:
     def _peers(self, suite: Suite, entry: Entry) -> list[Contender]:
         peers: list[Contender] = []
         if "nn" in self.peers:
-            # On a GPU its speed depends on the dtype by more than on anything else.
+            # On a GPU torch.nn's speed depends on the dtype more than on anything else.
             dtypes = DTYPES if suite.device == "cuda" else (entry.case.dtype,)
             widths = (False, True) if entry.case.N > 1 else (False,)
             peers += [TorchNN(dtype, full) for full in widths for dtype in dtypes]

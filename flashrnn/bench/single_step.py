@@ -17,7 +17,7 @@ from flashrnn.problem import carry_dtype
 
 @dataclass(frozen=True)
 class Stepping(Contender):
-    """``flashrnn.Stepper`` on a given Wx and given states, into states that are there already.
+    """``flashrnn.Stepper`` on given Wx and states; it writes into given memory.
 
     It has no gradients, and a case's T is 1.
     """

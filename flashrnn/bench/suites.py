@@ -1,4 +1,4 @@
-"""What is measured: the suites and their cases."""
+"""The suites and their cases."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Selection:
         return Case(self.function or "lstm", B, T, N, D, self.dtype or torch.bfloat16)
 
     def beside_torch(self, N: int, D: int, B: int, T: int) -> Case:
-        """The same, or LSTM in what torch.nn is fastest in; on the CPU never more than a little."""
+        """The same, by default in torch.nn's fastest dtype; on the CPU with few steps and units."""
         usual = torch.float16 if self.device == "cuda" else torch.float32
         if self.device == "cpu":
             T, D = min(T, 8), min(D, 64)
@@ -72,7 +72,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a figure is held against.
+    """What a measured value is compared with.
 
     Attributes:
         goal: what this package aims for.
@@ -87,7 +87,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Entry:
-    """A case, and what is special to it.
+    """A case, and how it is measured if not as its suite says.
 
     Attributes:
         case: the case.
@@ -215,7 +215,7 @@ def cpu(selection: Selection) -> list[Entry]:
 
 
 def host(selection: Selection) -> list[Entry]:
-    """Calls that are over on the GPU before the host has made them."""
+    """Calls whose time on the GPU is shorter than on the host."""
     entries = []
     for N, D, B, T in ((2, 64, 4, 8),) if selection.quick else ((2, 64, 4, 8), (12, 64, 16, 8)):
         case = selection.beside_torch(N, D, B, T)
@@ -243,7 +243,7 @@ def step(selection: Selection) -> list[Entry]:
 
 
 def random_shapes(selection: Selection) -> list[Entry]:
-    """Shapes as nobody chose them."""
+    """Random shapes."""
     cases = arena.cases(
         min(selection.shapes, 12) if selection.quick else selection.shapes,
         selection.seed,

@@ -44,8 +44,8 @@ def measure(
 
     Args:
         run: what is timed.
-        inputs: leaves; repetitions take turns on copies of them, more than the cache holds.
-        weights: leaves that are the same in every repetition, as in a training.
+        inputs: leaves; repetitions alternate between copies, which exceed the cache.
+        weights: leaves that are the same in every repetition, as in training.
         backward: ``False``: under ``torch.no_grad()``. ``True``: with the gradients of all
             leaves, given a dense one of the result.
         seconds: repeat for about so long, but 3 times at least and 200 times at most.
@@ -66,7 +66,7 @@ def measure(
 
     clock = _by_events if device.type == "cuda" else _by_wall_clock
     (first,) = clock(call, 1)
-    # Warm up for a fifth of the time: clocks rise, and what is allocated is there.
+    # Warm up for a fifth of the time: clocks rise, and memory is allocated.
     *_, once = clock(call, _count(seconds / 5, first, fewest=1))
     samples = clock(call, _count(seconds, once, FEWEST))
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -84,7 +84,7 @@ def _cache(device: torch.device) -> int:
 
 
 def _turns(inputs: Sequence[Tensor], gradient: Tensor, cache: int) -> list[list[Tensor]]:
-    """Inputs and a gradient, in copies that fill the cache twice: none is found there."""
+    """Copies of the inputs and a gradient that fill the cache twice, so that no access hits."""
     given = [*inputs, gradient]
     size = sum(x.numel() * x.element_size() for x in given)
     count = min(max(math.ceil(2 * cache / max(size, 1)), 2), MOST_TURNS)

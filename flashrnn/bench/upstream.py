@@ -1,7 +1,7 @@
-"""The upstream package, PyPI's ``flashrnn``, which goes by the same name as this one.
+"""The upstream package, PyPI's ``flashrnn``, which has the same import name as this one.
 
-So it runs in a process of its own (``upstream_child.py``), one for each case: it compiles for every
-batch size, and what fails in it is over with the process.
+So it runs in a separate process (``upstream_child.py``), one for each case: it compiles for every
+batch size, and a failure ends only that process.
 """
 
 from __future__ import annotations

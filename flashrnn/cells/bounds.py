@@ -1,8 +1,8 @@
-"""Between which numbers a graph's values lie, whatever its inputs are.
+"""Intervals that contain a graph's values for any inputs.
 
-A bound holds for every value that is a number: NaN may come of anything. It holds for float32 as
-kernels compute it, approximations, lost digits and overflow included, and so in float64 too: every
-interval is a little wider than exact arithmetic would make it.
+An interval holds for every value that is not NaN; any operation may give NaN. It holds for float32
+as kernels compute it, with approximations, rounding and overflow, and for float64: every interval
+is a little wider than exact arithmetic would make it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 ANYTHING: Interval = (-math.inf, math.inf)
 
-# More than any operation is wrong by: tanh of 16-bit operands is to 2^-11.
+# An upper limit of the relative error of any operation: that of tanh for 16-bit operands is 2^-11.
 _RELATIVE_SLACK = 2.0**-10
 # Numbers below 2^-126 may be taken for 0.
 _ABSOLUTE_SLACK = 2.0**-120
@@ -60,7 +60,7 @@ def _of(argument: Argument, known: Mapping[str, Interval]) -> Interval:
 
 
 def _widened(interval: Interval) -> Interval:
-    """The interval with room for float32; any number where there is none in it."""
+    """The interval, widened by the rounding of float32; all numbers if an end is NaN."""
     least, largest = interval
     if math.isnan(least) or math.isnan(largest):
         return ANYTHING

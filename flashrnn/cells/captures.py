@@ -1,9 +1,9 @@
 """The Python values that a step function captures, compared at each call.
 
-A traced cell has such values for constants, so a value that has changed makes another cell. What a
-step captures is read off its bytecode: each chain of names, attributes and constant subscripts that
-begins at a global, a closure's variable, a default value or a method's ``self``. What such a chain
-ends at is compared by identity where it cannot change in place, and else by its content.
+A traced cell contains such values as constants, so a changed value means another cell. The captured
+values are found in the step's bytecode: each chain of names, attributes and constant subscripts
+that begins at a global, a closure's variable, a default value or a method's ``self``. The object at
+the end of a chain is compared by identity if it cannot change in place, else by its content.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _UNCHANGING = (
     *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), enum.Enum),
     *(type, torch.dtype, torch.device, types.BuiltinFunctionType, types.FunctionType),
 )
-# What their functions read is theirs, and stays.
+# Modules whose functions are not searched: what those read does not change between calls.
 _TRUSTED = {"torch", "numpy", "builtins", "flashrnn", *sys.stdlib_module_names} - {"test"}
 
 
 def _is_unchanging(value: Any) -> bool:
-    """Whether a value is another object when it is another value."""
+    """Whether an object cannot change in place, so that its identity tells its value."""
     numpy = sys.modules.get("numpy")
     is_number_of_numpy = numpy is not None and isinstance(value, numpy.generic)
     return is_number_of_numpy or isinstance(value, _UNCHANGING)
@@ -43,9 +43,9 @@ class _TooLargeError(Exception):
 
 
 def _content(value: Any) -> Any:
-    """What a value says, as nested tuples that are equal only where it says the same."""
+    """A value's content as nested tuples, which are equal only if the contents are."""
     if isinstance(value, (float, complex)):
-        return type(value), repr(value)  # It tells 0.0 from -0.0, and NaN is itself.
+        return type(value), repr(value)  # Tells 0.0 from -0.0; NaN equals NaN.
     room = [_MOST_PARTS]
     inside: set[int] = set()
 
@@ -56,7 +56,7 @@ def _content(value: Any) -> Any:
         if isinstance(x, (float, complex)):
             return type(x), repr(x)
         if isinstance(x, _UNCHANGING):
-            return type(x), x  # True is no 1.
+            return type(x), x  # True == 1, but the types differ.
         if isinstance(x, torch.Tensor | types.ModuleType):
             return type(x), id(x)
         if id(x) in inside:
@@ -89,11 +89,11 @@ class Captures:
     """What a step function captured when it was traced."""
 
     def __init__(self, reads: dict[str, Any], names: dict[str, Any]) -> None:
-        """``reads`` are expressions over ``names``, with what they gave."""
+        """``reads`` has expressions over ``names`` and the values that they had."""
         parts = [part for read in reads.items() for part in _parts(*read)]
         self._read: Callable[[], tuple[Any, ...]] = eval(f"lambda: ({''.join(parts)})", names)
         self._values = self._read()
-        # What can change in place, identity says nothing of.
+        # An object that can change in place is compared by content, not by identity.
         self._by_identity = all(map(_is_unchanging, self._values))
         self._contents = tuple(map(_content, self._values))
 
@@ -103,12 +103,12 @@ class Captures:
         return bool(self._values)
 
     def changed(self) -> bool:
-        """Whether any of it is another value now."""
+        """Whether any captured value has changed."""
         if not self._values:
             return False
         try:
             values = self._read()
-        except Exception:  # A name or an attribute that is no more.
+        except Exception:  # A name or an attribute that no longer exists.
             return True
         before = self._values
         if self._by_identity and len(values) == len(before) and all(map(is_, values, before)):
@@ -156,7 +156,7 @@ def captures_of(name: str, step: Any) -> Captures:
 
 
 class _Chain:
-    """An expression that the step reads, what it gives now, and how a message calls it."""
+    """An expression that the step reads, its present value, and its name in messages."""
 
     def __init__(self, expression: str, value: Any, path: str = "") -> None:
         self.expression, self.value, self.path = expression, value, path
@@ -176,7 +176,7 @@ class _Finder:
         self.reads: dict[str, Any] = {}
         self.paths: dict[str, str] = {}
         self.names: dict[str, Any] = {}
-        # Functions by their identity, for closures share code, and what each is a method of.
+        # Ids of functions (closures share their code) and of the objects whose methods they are.
         self._followed: set[tuple[int, int]] = set()
 
     def named(self, root: Any) -> str:
@@ -186,10 +186,10 @@ class _Finder:
         return name
 
     def follow(self, chain: _Chain) -> None:
-        """What a chain ends at is read, and where it is called, so is what it captures."""
+        """Read the value at a chain's end; of a function, also what it captures."""
         value = chain.value
         if isinstance(value, torch.Tensor | types.ModuleType):
-            return  # Refused when it is used; nothing by itself.
+            return  # Refused when the step uses it; harmless otherwise.
         if isinstance(value, types.MethodType):
             self._read(chain.attribute("__func__"))
             if isinstance(value.__func__, types.FunctionType):
@@ -247,7 +247,7 @@ class _Finder:
         for chain in self._chains(code, known, scope):
             self.follow(chain)
         for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):  # A function or comprehension within.
+            if isinstance(constant, types.CodeType):  # A nested function or comprehension.
                 inner = {name: known[name] for name in constant.co_freevars if name in known}
                 self._code(constant, inner, scope)
 
@@ -286,7 +286,7 @@ class _Finder:
             if x.opname == "BINARY_SUBSCR" and instructions[k - 1].opname == "LOAD_CONST":
                 key = instructions[k - 1].argval
                 return chain.item(key) if isinstance(key, (int, str)) else None
-        except Exception:  # The step fails there too, or never comes there.
+        except Exception:  # The step fails there too, or never gets there.
             return None
         return None
 

@@ -1,8 +1,8 @@
-"""Operations that the table lacks, written in those that it has.
+"""Operations that the table lacks, written in operations that it has.
 
-PyTorch has formulas of most composite operations; these are of those of which it has none. Each
-is right to a few units in the last place wherever its operation is, and finite, infinite, NaN or
--0 where it is. A derivative is never among them: it is the one that autograd has of the operation.
+PyTorch has formulas for most composite operations; here are those for which it has none. Each is
+right to a few units in the last place, and its result is finite, infinite, NaN or -0 where the
+operation's is. Derivatives are not here: autograd has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A graph of scalar operations: what is left of a cell once it is traced."""
+"""A graph of scalar operations: the form that tracing gives a cell's step and derivative."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class GraphBuilder:
         self._body: dict[tuple[str, ...], Assignment] = {}
 
     def emit(self, operation: str, *arguments: Argument) -> Argument:
-        """The name of an operation's result: the first one where it is a common subexpression.
+        """The name of an operation's result; a common subexpression keeps its first name.
 
-        Of constants it is a constant.
+        If all arguments are constants, the result is a constant.
         """
         constants = [x for x in arguments if not isinstance(x, str)]
         if len(constants) == len(arguments):

@@ -59,7 +59,7 @@ def _finite(function: Callable[[float], float]) -> Callable[[float], float]:
 
 
 def _floor(x: float) -> float:
-    # -0, infinities and NaN are their own.
+    # -0, infinities and NaN stay as they are.
     return float(math.floor(x)) if x != 0 and math.isfinite(x) else x
 
 

@@ -1,4 +1,4 @@
-"""What a cell is, and the names under which cells are known."""
+"""The class of a cell, and the registry of cells by name."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Step = Callable[
 class Cell(Signature):
     """A recurrent cell: named states and gates, and the pointwise step between them.
 
-    Made by :func:`cell`. Two cells are equal only if they are the same object, and a copy is the
-    cell itself: nothing of it changes.
+    Made by :func:`cell`. Two cells are equal only if they are the same object. A cell never
+    changes, so a copy is the cell itself.
 
     Attributes:
         step: ``step(states, gates) -> new states``; tensors of one shape and dtype.
@@ -38,7 +38,7 @@ class Cell(Signature):
 
     step: Step
     handle: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
-    # What the step was traced with, and what came of it.
+    # The captured values of the last trace, and its result.
     _trace: list[tuple[Captures, TracedCell]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Cell(Signature):
         from flashrnn.cells.trace import trace
         from flashrnn.cells.traced import TracedCell
 
-        # The built-in cells are functions of their tensors alone, as tests see to.
+        # The built-in cells capture nothing; tests check that.
         built_in = _library.get(self.name) is self
         captures = NOTHING if built_in else captures_of(self.name, self.step)
         graphs = trace(self, checked=not built_in)
@@ -86,7 +86,7 @@ class Cell(Signature):
 
     @property
     def captures(self) -> bool:
-        """Whether the step captures Python values, and may become another one."""
+        """Whether the step captures Python values, so that the cell may change."""
         return bool(self._trace) and self._trace[0][0].exist
 
     @property
@@ -112,13 +112,13 @@ class Cell(Signature):
         except (ImportError, AttributeError):
             by_name = False
         if by_name:
-            # Its function cannot be found by that name, for the cell has it.
+            # The cell has the function's name, so the function cannot be found by it.
             return _imported, (module, name)
         return Cell, (self.name, self.states, self.gates, self.step)
 
 
 def _imported(module: str, name: str) -> Any:
-    """What a module has under a qualified name."""
+    """The object with a qualified name in a module."""
     if module not in sys.modules:
         __import__(module)
     found: Any = sys.modules[module]
@@ -127,14 +127,14 @@ def _imported(module: str, name: str) -> Any:
     return found
 
 
-# For as long as somebody else has them.
+# A cell stays here as long as something else refers to it.
 _cells: WeakValueDictionary[str, Cell] = WeakValueDictionary()
 
 
 def cell_of(handle: str) -> Cell | None:
-    """The cell with this handle, where this process has made it and not forgotten.
+    """The cell with this handle; ``None`` if this process has not made it, or it is gone.
 
-    ``torch.compile`` takes strings, and no cells, as arguments of what it does not look into.
+    Functions that ``torch.compile`` does not trace may have strings as arguments, but not cells.
     """
     return _cells.get(handle)
 

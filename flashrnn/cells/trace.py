@@ -1,9 +1,9 @@
 """From a cell's step function to the graphs of the step and of its derivative.
 
 The step is called once, on tensors without data, and so is autograd's derivative of it. Every
-operation that PyTorch arrives at is written down as it is called, in the few operations of the
-table, on scalars: composite operations are taken apart, what is computed twice gets one name, and
-what no output depends on is dropped.
+operation that PyTorch dispatches is recorded as scalar operations of the table: composite
+operations are decomposed, common subexpressions get one name, and what no output depends on is
+dropped.
 
 ``make_fx`` records too, but importing it takes many times as long as all the rest of a first call.
 """
@@ -70,7 +70,7 @@ def _trace_checked(cell: Cell) -> CellGraphs:
 
 
 def _in_float32(graph: Graph) -> list[Any]:
-    """What a graph says, its constants rounded."""
+    """A graph with its constants rounded to float32."""
 
     def rounded(argument: Argument) -> str:
         if isinstance(argument, (str, bool)):
@@ -123,7 +123,7 @@ def _trace(
 def _pull_back(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """What autograd makes of gradients of the outputs: gradients of the inputs."""
+    """Gradients of the inputs from gradients of the outputs, by autograd."""
     if not any(y.requires_grad for y in outputs):
         return tuple(map(torch.zeros_like, inputs))
     number = _WithGradients.apply(cotangents, *outputs)
@@ -171,11 +171,11 @@ def _checked(
 
 
 class _Traced(Tensor):
-    """A tensor of which nothing is known but its shape, its dtype and its name in the graph."""
+    """A tensor without data: it has a shape, a dtype and a name in the graph."""
 
     argument: Argument
 
-    # Functions of PyTorch give tensors of this class only where the recorder does.
+    # PyTorch's functions return tensors of this class only if the recorder does.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -199,16 +199,16 @@ _ALWAYS_ALIKE |= {"__repr__", "__str__", "__format__"}
 
 
 class _Watch(TorchFunctionMode):
-    """Refuses what would make a cell another one in another call: captured tensors, and looks at
-    what tensors are beside their values.
+    """Refuses what would make a cell differ from call to call: captured tensors, and reads of
+    properties of tensors.
 
-    Shapes and devices may be handed on (``torch.zeros(h.shape, device=h.device)``), not looked at.
+    Shapes and devices may be passed on (``torch.zeros(h.shape, device=h.device)``), not inspected.
     """
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.cell = cell
-        # Tensors that the step made, by their identity; kept, so that it stays theirs.
+        # Tensors that the step made, by id; kept alive, so that no other object gets the same id.
         self.own: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -261,7 +261,7 @@ def _looked_at(cell: Cell, name: str) -> CellError:
 
 
 class _Shape(tuple[int, ...]):
-    """A shape that PyTorch's functions take and nobody can look at."""
+    """A shape that PyTorch's functions accept and that a step cannot inspect."""
 
     cell: Cell
 
@@ -280,7 +280,7 @@ class _Shape(tuple[int, ...]):
 
 
 class _Device(str):
-    """A device that PyTorch's functions take and nobody can look at."""
+    """A device that PyTorch's functions accept and that a step cannot inspect."""
 
     cell: Cell
 
@@ -298,7 +298,7 @@ class _Device(str):
     type = index = property(_refuse)
 
 
-# What operations are called in the table where all that they are of are truth values.
+# Names in the table of operations whose arguments are all truth values.
 _OF_TRUTHS = {
     **dict.fromkeys(["bitwise_and", "mul", "minimum"], "logical_and"),
     **dict.fromkeys(["bitwise_or", "add", "maximum"], "logical_or"),
@@ -324,7 +324,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.cell, self.shape, self.dtype = cell, shape, dtype
         self.builder = GraphBuilder()
-        # Whether the step itself calls, and not a formula of PyTorch's, which may work in place.
+        # Whether calls come from the step itself. A formula of PyTorch's may work in place.
         self.judging = True
         # The first operation of the step that a cell may not have.
         self.refusal: CellError | None = None
@@ -356,7 +356,7 @@ class _Recorder(TorchDispatchMode):
         except CellError as refusal:
             if not self.judging:
                 raise
-            # The step goes on, for what it does next may be what is wrong with it.
+            # The step goes on: a later operation may show the actual mistake.
             self.refusal = self.refusal or refusal
 
             def unknown(tensor: Tensor) -> Tensor:
@@ -373,13 +373,13 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._rename(func, args, kwargs)
         if _Traced not in types and name not in _FILLS:
-            return func(*args, **kwargs)  # Of constants alone: another constant.
+            return func(*args, **kwargs)  # All arguments are constants, so the result is one.
         value = self._lower(name, args, kwargs)
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
         if name == "div" and not result.is_floating_point():
-            raise self._refused(func)  # It cuts digits off, which the table's does not.
+            raise self._refused(func)  # It rounds the quotient; the table's div does not.
         if tuple(result.shape) not in ((), self.shape):
             raise CellError(
                 f"cell {self.cell.name!r} makes a tensor of shape {tuple(result.shape)}; "
@@ -388,7 +388,7 @@ class _Recorder(TorchDispatchMode):
         return _Traced(value, result.shape, result.dtype)
 
     def _rename(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation in place, by the one that is not: the tensor then means its result."""
+        """An in-place operation as its out-of-place form; the tensor then means the result."""
         name = func.overloadpacket.__name__.removesuffix("_")
         if self.judging or not isinstance(args[0], _Traced):
             raise self._refused(func)
@@ -399,7 +399,7 @@ class _Recorder(TorchDispatchMode):
         return args[0]
 
     def _take_apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of an operation that the table lacks, by way of those that it has."""
+        """The result of an operation that the table lacks, computed by operations that it has."""
         judging, self.judging = self.judging, False
         try:
             with self:
@@ -534,7 +534,7 @@ def _is_truth(argument: Any) -> bool:
 
 
 def _sample(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What comes out of ones: tensors of the shape and the dtype of the result."""
+    """The result for inputs of ones, which has the result's shape and dtype."""
 
     def ones(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape, dtype=tensor.dtype)

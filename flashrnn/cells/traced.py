@@ -1,7 +1,7 @@
-"""What a cell is once it is traced: all that kernels need of it, and no more.
+"""A traced cell: its names and graphs, which are all that kernels need.
 
-A traced cell holds none of the user's objects, so caches may keep it; it is equal to every other
-one that computes the same, and its text is all that another process needs to have it too.
+It holds none of the user's objects, so caches may keep it. It equals every other traced cell with
+the same names and graphs, and another process can make it from its text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FORWARD_CLIPVAL = "forward_clipval"
 
 @dataclass(frozen=True)
 class CellGraphs:
-    """What the compiler knows of a cell.
+    """The graphs of a cell's step and of its derivative.
 
     Attributes:
         forward: (states, gates) -> new states.
@@ -58,13 +58,13 @@ class TracedCell(Signature):
 
     @cached_property
     def text(self) -> str:
-        """All of it as a string, of which :func:`parsed` makes the cell again."""
+        """The cell as a string, from which :func:`parsed` makes it again."""
         return self.text_for("")
 
     def text_for(self, handle: str) -> str:
         """The same, with the handle of the cell that it was traced from."""
-        # Graphs of torch.compile are kept on disk, and the operators that those of another
-        # version call may lay out their results in another way.
+        # torch.compile keeps graphs on disk. Operators of another version of this package may lay
+        # out their results differently.
         about = {"version": flashrnn.__version__, "handle": handle, "cell": self._content}
         return json.dumps(about)
 
@@ -76,7 +76,7 @@ class TracedCell(Signature):
 
     @property
     def clips(self) -> bool:
-        """Whether it is a clipped one."""
+        """Whether :func:`clipped` made it."""
         return FORWARD_CLIPVAL in self.graphs.forward.inputs
 
 

@@ -1,7 +1,8 @@
 """What users of the upstream package, PyPI's ``flashrnn``, call.
 
-``call`` translates its calls into ours, ``names`` has what its modules offer besides, and
-``xlstm`` and ``tirex`` put this package in the place of other packages' own cells. The folder
-``flashrnn/flashrnn`` has its import paths. Nothing else imports from here but ``flashrnn()``, which
-hands over what is not its own kind of call, and ``import flashrnn``, for :mod:`.installed`.
+``call`` translates upstream's calls into this package's, ``names`` has the other functions of its
+modules, and ``xlstm`` and ``tirex`` replace other packages' cells with this one's. The folder
+``flashrnn/flashrnn`` has upstream's import paths. Only two other places import from here:
+``flashrnn()``, which hands over upstream's kind of calls, and ``import flashrnn``, for
+:mod:`.installed`.
 """

@@ -1,4 +1,4 @@
-"""A call as upstream's users write it, in terms of ours."""
+"""Translates a call with upstream's config and layouts into a call of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashrnn.cells.spec import Cell
 from flashrnn.config import LAYOUTS, FlashRNNConfig, parse_dtype
 from flashrnn.problem import autocast_enabled, carry_dtype
 
-# Upstream's plain versions, which compute in the tensors' dtype.
+# Upstream's PyTorch versions, which compute in the tensors' dtype.
 _PLAIN = ("vanilla", "vanilla_fwbw")
 _DTYPES = ("dtype_acc", "dtype_b", "dtype_r", "dtype_w", "dtype_g", "dtype_s", "dtype_a")
 
@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
     @property
     def of_upstream(self) -> bool:
-        """No field is upstream's alone."""
+        """Whether fields are set that only upstream has: here none."""
         return False
 
     def initial_values(self, states: Sequence[str]) -> tuple[float, ...]:
@@ -159,7 +159,7 @@ def _in_our_layout(name: str, tensor: Tensor, given: str, wanted: str) -> Tensor
 
 
 def _agreed(name: str, argument: Any, default: str, configured: Any) -> Any:
-    """What a call and its config ask for, where they do not contradict each other."""
+    """What a call and its config ask for; contradictions are an error."""
     if configured is None:
         return argument
     if argument not in (default, configured):

@@ -1,10 +1,10 @@
-"""Both packages are called ``flashrnn``: neither runs among the files of the other."""
+"""A check that no files of the upstream package, also called ``flashrnn``, lie in this one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# A module of upstream's, of which this package has none.
+# A module that only upstream has.
 _SIGN = Path(__file__).parents[1] / "flashrnn" / "cuda_init.py"
 DISTRIBUTION = "flashrnn-jit"
 

@@ -1,6 +1,6 @@
 """sLSTM cells of TiRex (the package ``tirex-ts`` 1.4.2) computed by this one.
 
-TiRex-2 needs nothing of this: it calls ``flashrnn`` itself.
+TiRex-2 does not need this: it calls ``flashrnn`` itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _replaced: dict[tuple[Any, str], Any] = {}
 
 
 def patch(backend: str = "auto", dtype: str | None = "bfloat16") -> None:
-    """Let this package compute TiRex's sLSTM cells, of both of its backends, in the whole process.
+    """Have this package compute TiRex's sLSTM cells, of both of its backends, in the whole process.
 
     Args:
         backend: one of this package's.
@@ -57,7 +57,7 @@ def patch(backend: str = "auto", dtype: str | None = "bfloat16") -> None:
 
 
 def unpatch() -> None:
-    """Give TiRex's cells back what :func:`patch` has replaced; nothing if it has not."""
+    """Undo :func:`patch`; does nothing if it was not called."""
     while _replaced:
         (owner, name), theirs = _replaced.popitem()
         setattr(owner, name, theirs)

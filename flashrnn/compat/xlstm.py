@@ -61,7 +61,7 @@ def patch(backend: str = "auto") -> None:
 
 
 def unpatch() -> None:
-    """Give xlstm's cells back what :func:`patch` has replaced; nothing if it has not."""
+    """Undo :func:`patch`; does nothing if it was not called."""
     while _replaced:
         (owner, name), theirs = _replaced.popitem()
         setattr(owner, name, theirs)

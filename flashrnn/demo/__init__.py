@@ -1,4 +1,4 @@
-"""``python -m flashrnn demo``: train small recurrent networks on what they are good at.
+"""``python -m flashrnn demo``: train small recurrent networks on tasks that need a state.
 
 ``automata`` states the tasks, ``state_tracking`` trains on them; ``language`` trains a character
 language model. Both use the network in ``model`` and run in one process or many

@@ -1,4 +1,4 @@
-"""A training's state in a file, and stopping in good order."""
+"""A training's state in a file, and a clean stop on a signal."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flashrnn.demo.output import write
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint; whoever reads the file finds the old one or the new one, whole.
+    """Write a checkpoint atomically: a reader finds the old file or the new one, complete.
 
     Args:
         path: where to.
         content: tensors, numbers, strings, and lists and dictionaries of them.
 
     Raises:
-        DemoError: the disk takes no more, say.
+        DemoError: the file cannot be written, for example since the disk is full.
     """
-    # Of a disk that takes no more, Python's own files tell; PyTorch's tell of a failed assertion.
+    # Python's own files report a full disk; PyTorch's report a failed assertion.
     whole = io.BytesIO()
     torch.save(content, whole)
     write(path, whole.getvalue())
@@ -52,7 +52,7 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     except OSError as error:
         raise DemoError(f"{path} cannot be read: {error.strerror}. {way_out}") from error
     except Exception as error:
-        # A file that is no checkpoint fails in as many ways as there are files.
+        # A file that is no checkpoint may raise any error.
         raise DemoError(f"{path} is not a checkpoint of this demo. {way_out}") from error
     differing = [
         f"{name} {found.get(name)} there, {settings.get(name)} now"
@@ -78,7 +78,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Note Ctrl-C and SIGTERM instead of dying of them, so that a step is finished and saved.
+    """Note Ctrl-C and SIGTERM instead of ending, so that the step is finished and saved.
 
     Further signals change nothing: ``torchrun`` sends one more to every process.
     """

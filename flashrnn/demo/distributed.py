@@ -1,7 +1,7 @@
-"""One process, or as many as ``torchrun`` started: the same code for both.
+"""One process, or as many as ``torchrun`` started, by the same code.
 
-All of them draw the whole batch from one seed, and each works on its share. So their number
-changes how fast a run is, and its results only by how sums are rounded.
+All processes draw the whole batch from one seed, and each computes its share. So their number
+changes the speed of a run, and its results only by the rounding of sums.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class World:
         return model if self.size == 1 else DistributedDataParallel(model)
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """Each value's sum over the processes, the same bits on all of them.
+        """Each value's sum over the processes, with the same bits on all of them.
 
-        What they decide by it, they decide alike.
+        So all processes take the same decisions by it.
         """
         if self.size == 1:
             return values
@@ -72,8 +72,8 @@ class World:
 def join(device: str | None) -> Iterator[World]:
     """Find the other processes, if ``torchrun`` started any, and leave them at the end.
 
-    A process on the CPU computes with one thread meanwhile: a step is too little work to share,
-    and threads that share it wait for each other for long wherever other programs want the cores.
+    A process on the CPU computes with one thread meanwhile: a step is too little work for several
+    threads, which wait for each other long if other programs use the cores.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``None``: a GPU if there is one.
@@ -108,11 +108,11 @@ def _device(name: str | None, local_rank: int) -> torch.device:
         if device.type == "cuda" and device.index is None:
             # torchrun's processes on one machine take a GPU each.
             device = torch.device("cuda", local_rank)
-        # What training does: there are devices that allocate and never compute.
+        # An operation of training: some devices allocate memory but cannot compute.
         x = torch.ones(1, device=device, requires_grad=True)
         torch.autograd.grad((2 * x).sum(), x)[0].item()
     except Exception as error:
-        # Devices that are not there fail in as many ways as there are devices.
+        # Each kind of device has an error of its own.
         count = torch.cuda.device_count()
         reason = str(error).partition("\n")[0]
         raise DemoError(

@@ -120,11 +120,11 @@ def read(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to.
+    """The result of a training.
 
     Attributes:
-        steps: how many it has behind it.
-        finished: whether it came to its end, or was asked to stop.
+        steps: how many were done.
+        finished: whether all steps were done; ``False`` if a signal stopped it.
         history: (step, bits per character of the training text since the entry before, bits
             per character of the held-out text).
     """
@@ -145,16 +145,16 @@ def train(
 ) -> Trained:
     """Train, from the checkpoint on where there is one, until the end or until Ctrl-C.
 
-    An interrupted training that goes on comes to the same bits as one without interruption.
+    An interrupted training that is continued gives the same bits as one without interruption.
 
     Args:
-        model: what to train; its outputs are the next character.
-        corpus: what on.
-        schedule: how.
+        model: its outputs are logits of the next character.
+        corpus: the text to train on.
+        schedule: steps, sizes and learning rate.
         seed: of the choice of windows.
         world: the processes that train together.
         path: the checkpoint, read and written by rank 0 alone.
-        settings: what makes this training another than the next; a checkpoint must agree.
+        settings: what identifies this training; a checkpoint must have the same.
 
     Raises:
         DemoError: there is a checkpoint, but none of this training; or it cannot be written.

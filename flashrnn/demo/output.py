@@ -1,4 +1,4 @@
-"""The files that the demo writes: whole or not at all, and known to be writable before any work."""
+"""The files that the demo writes: atomically, and checked to be writable before any work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_writable(*paths: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file; whoever reads it finds the old one or the new one, whole.
+    """Write a file atomically: a reader finds the old file or the new one, complete.
 
     Raises:
         DemoError: it cannot be written; says why.

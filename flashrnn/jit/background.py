@@ -1,11 +1,12 @@
-"""Programs that a later call will ask for, compiled in threads of their own meanwhile.
+"""Compiles programs that a later call will need in threads of their own, while other code runs.
 
-Whoever needs such a program asks :func:`flashrnn.jit.nvrtc.compile_program` for it as for any
-other: that waits for the thread that compiles it. Where that failed, it compiles once more and
-raises the error.
+A caller that needs such a program asks :func:`flashrnn.jit.nvrtc.compile_program` for it, as for
+any other program. That function waits for the thread that compiles it. If that thread failed, it
+compiles the program again and raises the error.
 
-A process that ends waits for the programs that are being compiled then: at its end NVRTC takes away
-what they use. So nothing is queued: a program for which no thread is free is left to who needs it.
+A process that ends waits for the programs that are being compiled, since NVRTC frees what they use
+when the process ends. So there is no queue: if no thread is free, the later call compiles the
+program.
 """
 
 from __future__ import annotations

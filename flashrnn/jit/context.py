@@ -56,7 +56,7 @@ def _made_current(device: int) -> Iterator[None]:
 
     before = _current()
     if torch.cuda.current_device() == device:
-        # In a thread where PyTorch has used its default device only, as in autograd's threads,
+        # In a thread where PyTorch has used only its default device, as in autograd's threads,
         # the driver may have no current context.
         if not int(before) or int(check(driver().cuCtxGetDevice())[0]) != device:
             Device(device).set_current()

@@ -69,9 +69,9 @@ class Launch(NamedTuple):
 class Program:
     """A cubin on a device. It stays loaded while this object exists or a CUDA graph may launch it.
 
-    Afterwards its launches may still be running. So it goes into a list of what is to be unloaded.
-    Once the list is long, the streams that there were launches on are waited for, and all of the
-    list is unloaded.
+    Afterwards its launches may still be running. So it goes into a list of cubins to be unloaded.
+    When the list is long, this waits for the streams on which programs were launched and unloads
+    the whole list.
 
     Attributes:
         device: the device's index.

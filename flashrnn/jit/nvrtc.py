@@ -32,7 +32,7 @@ _importing = threading.RLock()
 _lock = threading.Lock()
 # By key. A lock exists for as long as a thread holds it or waits for it.
 _compiling: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
-# The threads that are within NVRTC, and what says that one has left it.
+# The threads that are within NVRTC, and a condition that is notified when one of them leaves.
 _within: set[int] = set()
 _left = threading.Condition()
 

@@ -10,7 +10,7 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from math import gcd
@@ -48,7 +48,7 @@ class Operand:
 
 
 class Layout(NamedTuple):
-    """What a launch depends on of its tensors, besides their addresses.
+    """What a launch depends on besides its tensors' addresses.
 
     Attributes:
         names: the operands that are given.
@@ -85,7 +85,7 @@ class Record:
         name: the struct's name.
         operands: its tensors.
         numbers: its other fields, and their types as parameters.
-        absent: operands that kernels name and that it lacks.
+        absent: operands that kernels mention but the record does not have; constants replace them.
     """
 
     name: str
@@ -95,11 +95,11 @@ class Record:
 
     @property
     def complete(self) -> Record:
-        """The same with the operands that it lacks."""
+        """The record with the absent operands."""
         return _complete(self)
 
     def read(self, tensors: Mapping[str, Tensor]) -> tuple[list[int], Layout]:
-        """The addresses of tensors, in their order, and all else of them that a launch depends on.
+        """The tensors' addresses, in their order, and what else of them a launch depends on.
 
         Args:
             tensors: by the operands' names; those that a call lacks are missing.
@@ -180,24 +180,22 @@ class Record:
     @property
     def parameters(self) -> str:
         """The macro ``CALL``, a kernel's list of parameters."""
-        found = []
-        for operand in self.operands:
-            found.append(f"{operand.element}* __restrict__ {operand.name}")
-            found += [f"long long {stride}" for stride in operand.strides]
-        found += [f"{kind} {number}" for number, kind in self.numbers.items()]
-        return f"#define CALL {', '.join(found)}"
+        numbers = [f"{kind} {name}" for name, kind in self.numbers.items()]
+        return f"#define CALL {', '.join([*self._tensors(' __restrict__'), *numbers])}"
 
     @property
     def struct(self) -> str:
         """The definition of the struct."""
-        fields = []
+        # All of them have 8 bytes.
+        numbers = [f"{'Clips' if x == 'clips' else 'long long'} {x}" for x in self.numbers]
+        fields = "".join(f"    {field};\n" for field in (*self._tensors(""), *numbers))
+        return f"struct {self.name} {{\n{fields}}};"
+
+    def _tensors(self, qualifier: str) -> Iterator[str]:
+        """The declarations of the tensors' addresses and strides."""
         for operand in self.operands:
-            fields.append(f"    {operand.element}* {operand.name};")
-            fields += [f"    long long {stride};" for stride in operand.strides]
-        for number, kind in self.numbers.items():
-            # All of them have 8 bytes.
-            fields.append(f"    {kind if number == 'clips' else 'long long'} {number};")
-        return "struct {} {{\n{}\n}};".format(self.name, "\n".join(fields))
+            yield f"{operand.element}*{qualifier} {operand.name}"
+            yield from (f"long long {stride}" for stride in operand.strides)
 
 
 @cache
@@ -207,7 +205,7 @@ def _complete(record: Record) -> Record:
 
 
 _ALL_ROWS = "rows_of_all"
-"""How many rows all sequences have together: a number that only complete records have."""
+"""The number of rows of all sequences together, which only complete records have."""
 
 
 _NUMBERS = {
@@ -251,8 +249,8 @@ FORWARD = Record(
 
 ``h_initial`` is h before the first step, rounded, for kernels that read h from memory. ``packets``
 and ``R_in_memory`` are a plan's scratch memory. ``groups`` is the number of CTA groups of a launch.
-``done`` is for kernels of a step: the number of steps before the recorded run. What it lacks says
-how sequences run (``common/sequence.cuh``), and is passed where a call has such options;
+``done`` is for kernels of a step: the number of steps before the recorded run. The absent operands
+say how sequences run (``common/sequence.cuh``). They are passed if a call has such options;
 ``before_rows`` and ``h_starts`` say where h before each step is
 (:class:`flashrnn.backends.gradients.Before`).
 """
@@ -290,7 +288,7 @@ RECURRENT_GRADIENT = Record(
 )
 """Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
 
-What it lacks is passed where a call has options of sequences, and ``h_initial`` is not; see
+If a call has options of sequences, the absent operands are passed and ``h_initial`` is not; see
 :data:`FORWARD`.
 """
 

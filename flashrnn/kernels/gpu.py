@@ -30,7 +30,7 @@ def clusters_at_once(size: int, gpu: GPU) -> int:
 
 
 class Model(NamedTuple):
-    """A GPU that is not here.
+    """A model of GPU, for plans on a machine without one.
 
     Attributes:
         architecture: what kernels are compiled for: ``"sm_90a"``.
@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
 
 def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
-    """How many clusters of each size run at once, as a driver says it of an H200.
+    """How many clusters of each size run at once, as the driver reports for an H200.
 
     A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
     """
@@ -70,7 +70,7 @@ MODELS = {
     "B200": _model("sm_100", 148, 227),
     "RTX5090": _model("sm_120", 170, 99),
 }
-"""GPUs that plans can be made for where there is none.
+"""GPUs that plans can be made for on a machine without one.
 
-The numbers of clusters are those of an H200, and for B200 a guess from them.
+The numbers of clusters are those of an H200; for B200 they are a guess from these.
 """

@@ -1,4 +1,4 @@
-"""What a plan is: how one kernel computes a scan, from the text to the launch."""
+"""The interface of a plan: how one kernel computes a scan, from the text to the launch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flashrnn.problem import Problem
 class Plan(ABC):
     """How a kernel computes a scan of heads of D units: its tiles, its text and its launch.
 
-    What is a field here or in a regime's own plan is compiled in; B, T, N, addresses, strides and
-    clip values are in the record of a call (:mod:`flashrnn.kernels.call`).
+    The fields here and in a regime's own plan are compiled in; B, T, N, addresses, strides and clip
+    values are in the record of a call (:mod:`flashrnn.kernels.call`).
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.

@@ -1,7 +1,7 @@
 """The regimes of ``cuda_fused``, and the choice of the plan with the fewest estimated cycles.
 
-To add a regime, write its folder and name its planning function here, which takes a problem, a GPU
-and the direction, and gives a plan or the reason why there is none.
+To add a regime, write its folder and name its planning function here. That function takes a
+problem, a GPU and the direction, and returns a plan or the reason why there is none.
 """
 
 from __future__ import annotations

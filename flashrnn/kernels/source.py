@@ -54,12 +54,12 @@ def program(
 
     Args:
         kernel: the path of its file from this folder.
-        cell: its numbers and functions go in as :func:`flashrnn.cells.render.render_cuda` says.
+        cell: its constants and functions, which :func:`flashrnn.cells.render.render_cuda` writes.
         precision: out of ``PRECISIONS``; sets the types ``Element``, of the tensors, ``Bits``, an
             integer of the same size, and ``Operand``, which selects the product.
-        constants: what else is compiled in.
-        record: the call's.
-        generated: further files that are written by the host.
+        constants: all other constants that are compiled in.
+        record: of the call.
+        generated: further files that the host writes, by name.
     """
     of_cell = "cell " + cell.name.replace('"', "")
     element = "float" if precision == "tf32" else PRECISIONS[precision]
@@ -77,7 +77,7 @@ def program(
         f'#include "{of_cell}"',
         *starmap(_constant, (dict.fromkeys(SEQUENCE_OPTIONS, False) | dict(constants)).items()),
         record.struct,
-        # What the host packs, and allocates for it.
+        # The host packs and allocates so many bytes.
         f"static_assert(sizeof({record.name}) == {8 * record.size});",
         record.parameters,
         *(operand.absent for operand in record.absent),
@@ -111,10 +111,13 @@ def h_is_never_large(cell: TracedCell) -> bool:
 
 
 Options = tuple[tuple[str, bool | int], ...]
-"""Constants of a call, which are compiled in."""
+"""Names and values of constants of a call, which are compiled in."""
 
 SEQUENCE_OPTIONS = ("RESETS", "RAGGED", "PACKED", "REVERSE")
-"""Which of the options of sequences a call has (``common/sequence.cuh``); none by default."""
+"""Constants that say which options of sequences a call has (``common/sequence.cuh``).
+
+All are false by default.
+"""
 
 
 def sequence_options(problem: Problem) -> Options:
@@ -150,7 +153,7 @@ def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Opt
 
 
 def options_of_storing(problem: Problem, stored: int) -> Options:
-    """The constants that a forward scan has besides, of a call with options of sequences.
+    """The further constants of a forward scan of a call with options of sequences.
 
     Args:
         problem: what is computed.

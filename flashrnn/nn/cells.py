@@ -18,7 +18,7 @@ class LSTMCell(torch.nn.LSTMCell):
 
     Every argument up to ``dtype`` is torch.nn's, as are weights, results and the types of errors.
     ``backend`` is :class:`flashrnn.nn.Recurrent`'s: with ``"auto"``, PyTorch's own kernel computes
-    the step on devices without a fused backend, as the CPU.
+    the step on devices without a fused backend, such as the CPU.
 
     Example:
         >>> cell = LSTMCell(16, 32)
@@ -48,15 +48,15 @@ class LSTMCell(torch.nn.LSTMCell):
 
         Args:
             input: ``[B, input_size]`` or ``[input_size]``.
-            hx: ``(h, c)`` before it, each ``[B, hidden_size]`` or ``[hidden_size]``; ``None``:
-                zeros.
+            hx: ``(h, c)`` before the step, each ``[B, hidden_size]`` or ``[hidden_size]``;
+                ``None``: zeros.
 
         Returns:
-            ``(h, c)`` after it.
+            ``(h, c)`` after the step, of the shapes of ``hx``.
 
         Raises:
-            ValueError: other than one or two dimensions.
-            RuntimeError: another shape or dtype that does not fit.
+            ValueError: a tensor has neither one nor two dimensions.
+            RuntimeError: sizes or dtypes do not fit.
         """
         if torchs_compute("LSTM", 1, self.backend, input.device):
             return super().forward(input, hx)
@@ -112,7 +112,7 @@ class RNNCell(torch.nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h after one step: as :meth:`LSTMCell.forward`, with h in place of ``(h, c)``."""
         mode = f"RNN_{self.nonlinearity.upper()}"
-        # PyTorch's raises an error for a nonlinearity that is none.
+        # For an unknown nonlinearity PyTorch's method raises the error.
         if mode not in MODES or torchs_compute(mode, 1, self.backend, input.device):
             return super().forward(input, hx)
         (h,) = _step(self, mode, input, None if hx is None else (hx,))

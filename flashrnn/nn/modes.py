@@ -1,4 +1,4 @@
-"""Which cell a layer of torch.nn is, and how its weights become ``R`` and ``b``."""
+"""The cells of torch.nn's layers, and the conversion of their weights to ``R`` and ``b``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Mode(NamedTuple):
     """A recurrence that torch.nn has.
 
     Attributes:
-        cell: the same one here.
+        cell: the cell that computes the same here.
         layers: PyTorch's kernel for all layers of it.
         step: PyTorch's kernel for one step of one layer.
     """

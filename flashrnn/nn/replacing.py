@@ -1,4 +1,4 @@
-"""``replace`` and ``restore``: torch.nn's layers in a model become ours, and back."""
+"""``replace`` and ``restore``: turn a model's torch.nn layers into this package's, and back."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Replaced:
     """What :func:`replace` or :func:`restore` did.
 
     Attributes:
-        swapped: for each layer that was swapped, by its name in the model, what it now prints as.
-        left: for each that was not, why.
+        swapped: the printed form of each swapped layer, by its name in the model.
+        left: the reason for each layer that was not swapped, by its name.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -37,23 +37,24 @@ class Replaced:
 def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "auto") -> Replaced:
     """Make every ``torch.nn.LSTM``, ``GRU`` and ``RNN`` in a model one of this package, in place.
 
-    A layer stays the same object, with its parameters, hooks and mode, and changes its class alone.
-    So optimizers, tied weights and whoever refers to it need no care. :func:`restore` undoes it.
+    A layer stays the same object, with its parameters, hooks and mode; only its class changes. So
+    optimizers, tied weights and other references stay valid. :func:`restore` undoes it.
 
     Args:
         model: the model, or a layer itself.
-        keep_types: whether ``isinstance(layer, torch.nn.LSTM)`` holds afterwards, as initialisers
-            and wrappers of many libraries ask. ``False``: each becomes a :class:`Recurrent`, which
-            ``torch.compile`` traces with ``fullgraph=True``, as it does no ``torch.nn.LSTM``.
+        keep_types: whether ``isinstance(layer, torch.nn.LSTM)`` holds afterwards, which
+            initialisers and wrappers of many libraries check. ``False``: each becomes a
+            :class:`Recurrent`, which ``torch.compile`` traces with ``fullgraph=True``;
+            it refuses a ``torch.nn.LSTM``.
         backend: for all of them; see :class:`Recurrent`.
 
     Returns:
-        Which layers were swapped, and which were left and why: those of a subclass, whose
-        ``forward`` may be another one (the parametrizations of ``torch.nn.utils`` make such).
+        Which layers were swapped, and which were left and why: instances of a subclass, whose
+        ``forward`` may differ (the parametrizations of ``torch.nn.utils`` make subclasses).
 
     Raises:
-        TypeError: no module.
-        ValueError: no such backend.
+        TypeError: ``model`` is not a module.
+        ValueError: there is no such backend.
 
     Example:
         >>> model = torch.nn.ModuleDict({"encoder": torch.nn.LSTM(8, 16)})
@@ -80,14 +81,14 @@ def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "
 
 
 def restore(model: torch.nn.Module) -> Replaced:
-    """Make every layer of this package in a model torch.nn's again, in place, where there is one.
+    """Turn this package's layers in a model into torch.nn's, in place, where torch.nn has them.
 
     Returns:
         Which layers were swapped, and which were left and why: torch.nn has no heads and no other
         cells.
 
     Raises:
-        TypeError: no module.
+        TypeError: ``model`` is not a module.
     """
     report = Replaced()
     for name, layer in _modules(model):

@@ -19,11 +19,11 @@ _EPSILON = 1e-5
 
 
 class SLSTMState(NamedTuple):
-    """What an :class:`sLSTM` goes on from.
+    """The state of an :class:`sLSTM` between calls.
 
     Attributes:
-        window: ``[B, K - 1, H]``, the last inputs, which the convolution still sees.
-        cells: ``[4, B, N, D]``, the states h, c, n and m, float32 beside 16 bits.
+        window: ``[B, K - 1, H]``, the last inputs, which the convolution needs again.
+        cells: ``[4, B, N, D]``, the states h, c, n and m; float32 if the layer has 16 bits.
     """
 
     window: Tensor
@@ -35,8 +35,8 @@ class sLSTM(torch.nn.Module):
 
     A causal depthwise convolution with SiLU feeds the gates i and f, the input itself z and o, each
     by projections within its head and without bias. The cell is ``"slstm"``, with N heads. Its h is
-    normalized head by head. What is around the layer in a block, the norm before it, the residual
-    and the feed-forward network, is not in it.
+    normalized head by head. The rest of a block (the norm before the layer, the residual and the
+    feed-forward network) is not part of it.
 
     Args:
         hidden_size: H, features of the input and the output, in all heads together.

@@ -1,9 +1,9 @@
-"""One step of one direction of a layer where no gradient is asked for: a ``Stepper`` that is kept.
+"""One step of one direction of a layer without gradients, by a ``Stepper`` that is kept.
 
-A stepper belongs to the memory that its R lies in, and is made anew when the weights lie elsewhere,
-have another dtype, or something else changes that it rests on. It reads weights as they are at each
-step, however they were written: R where the layer has it, if a kernel can read it there, and else,
-like the bias, out of a copy that is renewed at every step.
+A stepper reads R from a fixed address. It is made anew when the weights move, change their dtype,
+or anything else changes that it depends on. Each step uses the weights' present values, however
+they were written: R is read from the layer's own memory if a kernel can read it there; otherwise R,
+and always the bias, is copied at every step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from flashrnn.stepper import Stepper
 
 
 class _Kept(NamedTuple):
-    """A stepper with what it rests on.
+    """A stepper with what it depends on.
 
     Attributes:
-        key: all that a stepper follows from but values.
+        key: all that determines a stepper, except the weights' values.
         R: ``[Gr, N, D, D]``, in the memory that the stepper reads.
         b: ``[Gb, N, D]``, the same.
         stepper: ``None`` where ``vanilla`` computes, whose steppers keep values.
@@ -42,19 +42,19 @@ class _Kept(NamedTuple):
     stepper: Stepper | None
 
 
-# One for each direction of a layer that lives.
+# One for each direction of each layer that exists.
 _kept: WeakKeyDictionary[torch.nn.Module, dict[int, _Kept]] = WeakKeyDictionary()
 
 
 def can_be_kept(x: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
-    """Whether a step is one for :func:`step`: else it is a sequence of one step."""
+    """Whether :func:`step` may compute a step; otherwise it runs as a sequence of length one."""
     tensors = (x, *weights, *states)
     return (
         backends.fused_on(x.device)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and backends.is_direct(*tensors)
         and not autocast_enabled(x.device.type)
-        # A graph outlives what is kept here.
+        # A CUDA graph may outlive what is kept here.
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

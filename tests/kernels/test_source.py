@@ -32,8 +32,6 @@ def cell_alone(cell, record=call.FORWARD):
 
 
 RECORDS = [call.FORWARD, call.BACKWARD, call.RECURRENT_GRADIENT, call.GRADIENT_SUMS]
-# Of which a quick run compiles for one.
-ARCHITECTURES = [x if x == "sm_90a" else pytest.param(x, marks=pytest.mark.slow) for x in GPUS]
 records = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
 
 # ---- what a program includes

@@ -448,9 +448,10 @@ def _is_beyond_float16(case: Case) -> bool:
     return case.values == "large gradients" and case.dtype == torch.float16
 
 
-# tanh of bfloat16 is one instruction, right to 2⁻¹¹ at worst (kernels/pointwise.cuh). Where no h
-# was rounded before, that is all the error of the carried states, and vanilla has nothing like it.
-# Over a tensor 2⁻¹⁸ was measured, on an H200; this is four times that, and h rounded is 2⁻⁹·³ off.
+# tanh of bfloat16 is one instruction, right to 2⁻¹¹ at worst (kernels/common/pointwise.cuh). Where
+# no h was rounded before, that is all the error of the carried states, and vanilla has nothing like
+# it. Over a tensor 2⁻¹⁸ was measured, on an H200; this is four times that, and h rounded is 2⁻⁹·³
+# off.
 _TANH = 2**-16
 # float32 in full is three products of factors cut to 11 bits and 11 more: right to 2⁻²¹ where a
 # product of vanilla's is to 2⁻²⁴. A cell that makes much of such errors does so of both.

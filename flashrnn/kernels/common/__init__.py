@@ -1,1 +1,1 @@
-"""What several kernels share."""
+"""Device code that several regimes include."""

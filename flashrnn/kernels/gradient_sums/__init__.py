@@ -1,4 +1,4 @@
-"""What completes the gradients of R and of the bias: sums of parts that kernels before it wrote."""
+"""Completes the gradients of R and of the bias: adds the parts that earlier kernels wrote."""
 
 from flashrnn.kernels.gradient_sums.plan import SumsPlan, plan_sums, program
 

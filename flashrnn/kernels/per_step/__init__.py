@@ -1,1 +1,1 @@
-"""A launch for each step, product and cell in one: any head dimension, on any GPU."""
+"""One launch for each step, which computes product and cell: any head dimension, on any GPU."""

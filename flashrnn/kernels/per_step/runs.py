@@ -1,14 +1,14 @@
-"""Runs of many steps, each a launch of the same kernel, which depends on the launch before.
+"""Runs of many steps, each a launch of the same kernel that depends on the launch before.
 
-To launch from Python takes longer than such a step. So runs of launches are recorded as CUDA
-graphs and replayed. What differs from call to call (addresses, strides, the batch, the step that a
-run begins with) the kernel reads from the record of the call (:mod:`flashrnn.kernels.call`) in
-device memory. A launch of its own writes that record before each run. So a recording depends
-neither on T nor on where the tensors are, and serves batches of many sizes.
+A launch from Python takes longer than a step. So runs of launches are recorded as CUDA graphs and
+replayed. The kernel reads what differs from call to call (addresses, strides, the batch, the first
+step of a run) from the record of the call (:mod:`flashrnn.kernels.call`) in device memory. A
+separate launch writes that record before each run. So a recording depends neither on T nor on the
+tensors' addresses, and serves batches of many sizes.
 
-A record must not be overwritten while a run that reads it has not ended. So a record and the
-recordings that read it belong to one stream, which runs its launches in order, and one thread at a
-time enqueues them.
+A record must not be overwritten before the run that reads it has ended. So a record and the
+recordings that read it belong to one stream, which runs its launches in order, and only one thread
+at a time enqueues them.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class _Recorded:
         for length in lengths(count):
             with self.lock:
                 launch.enqueue([stepper.set_call(record, (*fields, done))], stream, device)
-                # To record launches costs more than to enqueue them. So a length is recorded when
-                # it comes for the second time, which may be within one call.
+                # Recording launches costs more than enqueuing them. So a length is recorded when it
+                # is needed for the second time, which may be within one call.
                 if length in self.seen and length not in self.recordings:
                     steps = stepper.steps(record, length)
                     self.recordings[length] = launch.Recording(steps, stream)

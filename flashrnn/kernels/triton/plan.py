@@ -1,4 +1,4 @@
-"""How the Triton scan is tiled."""
+"""The tile sizes of the Triton scan, and where R lies."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class ScanPlan:
     warps: int
     stages: int
     R_in_registers: bool
+
+    @property
+    def blocks(self) -> tuple[int, int, int, int]:
+        """The sizes of the tiles, in the order of the kernels' parameters."""
+        return self.BLOCK_D, self.BLOCK_B, self.BLOCK_S, self.BLOCK_G
 
 
 def plan_scan(problem: Problem, exact: bool, shared_memory: int) -> ScanPlan | str:

@@ -1,8 +1,8 @@
 """The table's operations that a plain Triton expression does not give, on float32 values.
 
-None overflows into NaN, and none loses its relative precision near zero. What they rest on are the
-GPU's own approximations of 2ˣ and 1/x, each right to about two units in the last place, without
-the code around them that keeps numbers below 1e-38, which here may as well be zero.
+None overflows into NaN, and none loses its relative precision near zero. They use the GPU's own
+approximations of 2ˣ and 1/x, each right to about two units in the last place, and flush numbers
+below 1e-38 to zero.
 """
 
 import triton
@@ -10,8 +10,8 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Whether Triton's interpreter runs kernels: as it runs Triton's own library, which follows what
-# TRITON_INTERPRET said when it was first imported.
+# Whether Triton's interpreter runs kernels. Triton's own library shows it: it follows the value
+# that TRITON_INTERPRET had at the first import.
 INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
 
 if INTERPRETED:
@@ -23,7 +23,7 @@ if INTERPRETED:
 
     @triton.jit
     def fmod(x, y):
-        """What is left of ``x`` once ``y`` is taken from it as often as it fits."""
+        """The remainder of ``x / y``, with the sign of ``x``."""
         return x % y
 
     @triton.jit
@@ -35,7 +35,7 @@ else:
 
     @triton.jit
     def fmod(x, y):
-        """What is left of ``x`` once ``y`` is taken from it as often as it fits."""
+        """The remainder of ``x / y``, with the sign of ``x``."""
         return libdevice.fmod(tl.cast(x, tl.float32), tl.cast(y, tl.float32))
 
     @triton.jit
@@ -130,7 +130,7 @@ def pow(x, y):
 
 @triton.jit
 def atan(x):
-    """The arcus tangent."""
+    """The arctangent."""
     # By one of its addition theorems, of a z between -tan(pi / 8) and tan(pi / 8); there an odd
     # polynomial (Cephes) is exact to 2e-8.
     size = tl.abs(x)

@@ -10,8 +10,8 @@ step, since it takes shared memory and barriers. To split such a tile into gates
 again moves nothing between threads, as long as a warp has 16 units of every gate.
 
 BLOCK_D is D's next power of two, at least 16. BLOCK_G and BLOCK_S are the next powers of two of the
-numbers of gates and states, at least 2: the compiler copies such tiles asynchronously, and smaller
-ones not always.
+numbers of gates and states, at least 2, since the compiler does not always copy smaller tiles
+asynchronously.
 
 What lives where:
 
@@ -23,8 +23,8 @@ What lives where:
 - global memory: everything else, each element read or written once. Unless R_IN_REGISTERS, R is
   read again at every step, in slices, from the L2 cache.
 
-What orders the steps is the loop over t within a program, with the barriers that the compiler puts
-in.
+The steps are ordered by the loop over t within a program, with the barriers that the compiler
+inserts.
 
 The first product of the forward scan, and the last one of the backward scan, stand outside the
 loop. That keeps R in registers: with a single product, in the loop, the compiler would move the
@@ -32,10 +32,14 @@ copy of R from shared memory to registers into the loop too. In the forward scan
 next step comes before the stores of this step, since the next step needs it and nothing waits for
 the stores.
 
-Padding is masked, never computed away. A cell is not always finite where its inputs are 0, and zero
-times inf is NaN. So both operands of a product, R and what it multiplies, are masked in the summed
-dimension. A product also has rows for gates that R does not feed, and their results are dropped.
-Columns, which are sequences, are not summed over.
+Padding is masked, not multiplied by zeros. A cell is not always finite where its inputs are 0, and
+zero times inf is NaN. So both operands of a product, R and what it multiplies, are masked in the
+summed dimension. A product also has rows for gates that R does not feed, and their results are
+dropped. Columns, which are sequences, are not summed over.
+
+In a call with options of sequences (RESETS, RAGGED, PACKED or REVERSE, together SEQUENCED) each
+sequence has rows and a length of its own, and each head a direction. So addresses and masks differ
+from those of a plain call.
 
 A gate that a tensor does not feed has position -1 in that tensor's FED_... tuple. OPERAND is the
 dtype of a product's operands: that of the tensors, except in Triton's interpreter, whose product
@@ -46,6 +50,13 @@ made of them are computed in 64.
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _slots_and_units(SLOTS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For each row of a tile: which of its SLOTS tiles the row belongs to, and which unit it is."""
+    line = tl.arange(0, SLOTS * BLOCK_D)[:, None]
+    return line // BLOCK_D, line % BLOCK_D
 
 
 @triton.jit
@@ -119,7 +130,7 @@ def _of_units(tile, unit, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _only_fed(product, inputs, gate, FED: tl.constexpr):
-    """The product with the inputs added; for gates that R does not feed, the inputs alone."""
+    """The product, which includes the inputs; the inputs alone for gates that R does not feed."""
     for k in tl.static_range(len(FED)):
         if FED[k] < 0:
             product = tl.where(gate == k, inputs, product)
@@ -162,23 +173,12 @@ def _in_product_layout(tiles, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_product_from_memory(
-    accumulator,
-    h,
-    stride,
-    row_mask,
-    dtype: tl.constexpr,
-    R,
-    n,
-    gates,
-    produced,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``accumulator + R @ h``, both read from memory; ``h`` points at each row's first unit."""
+def _add_R_times_h(
+    accumulator, h, stride, row_mask, dtype: tl.constexpr, R, n, gates, produced,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``accumulator + R @ h``, R and h read from memory; ``h`` points at each row's first unit."""
     for first in tl.range(0, BLOCK_D, 16, num_stages=3):
         summed = first + tl.arange(0, 16)
         R_tile = _load_R(R, n, gates, produced, summed[None, :], N, D, OPERAND)
@@ -191,7 +191,7 @@ def _add_product_from_memory(
 
 @triton.jit
 def _sequences(place, in_batch, T, order, rows, lengths, RAGGED: tl.constexpr):
-    """Of the sequences at places: which of the batch they are, their first rows, their lengths."""
+    """The sequences at places of the order: their indices, first rows and lengths."""
     if RAGGED:
         return (
             tl.load(order + place, mask=in_batch, other=0).to(tl.int64),
@@ -210,7 +210,7 @@ def _time(step, lengths, backwards):
 
 @triton.jit
 def _cuts(flags, step, first_row, lengths, backwards):
-    """Which sequences start anew before a step. A flag cuts its row from the one before."""
+    """Which sequences start anew before a step. A flag cuts its row from the row before."""
     may_be = (step >= 0) & (step < lengths) & ((step > 0) | (backwards == 0))
     row = first_row + _time(step, lengths, backwards) + backwards
     return tl.load(flags + row, mask=may_be, other=0) != 0
@@ -218,7 +218,7 @@ def _cuts(flags, step, first_row, lengths, backwards):
 
 @triton.jit
 def _starts(starts, mask, offsets, row, stride_t):
-    """What states start anew with, float32; zeros where ``starts`` is None."""
+    """The states that sequences start anew with, float32; zeros if ``starts`` is None."""
     if starts is None:
         return tl.zeros(mask.shape, tl.float32)
     else:
@@ -227,14 +227,21 @@ def _starts(starts, mask, offsets, row, stride_t):
 
 @triton.jit
 def _h_before(states, h_starts, before_rows, rows, mask, width: tl.constexpr):
-    """Where h before rows begins: of the row before, or of what the sequence starts with."""
+    """Pointers to h before rows: h of the row before, or what the sequence starts with."""
     of_h = tl.load(before_rows + rows, mask=mask, other=0).to(tl.int64)
     return tl.where(of_h >= 0, states + of_h * width, h_starts + (-1 - of_h) * width)
 
 
 @triton.jit
+def _load_states(states, offsets, mask, BLOCK_S: tl.constexpr, S: tl.constexpr):
+    """A tile of states, or of their gradients, in float32; zeros where the mask does not hold."""
+    tile = tl.load(states + offsets, mask=mask, other=0.0)
+    return _unpack(tile.to(tl.float32), BLOCK_S, S)
+
+
+@triton.jit
 def _chosen(condition, tiles, others):
-    """Of each tile the elements of those that the condition holds for, else of the others."""
+    """Each tile where the condition holds, else the tile of the others."""
     chosen = ()
     for k in tl.static_range(len(tiles)):
         chosen = chosen + (tl.where(condition, tiles[k], others[k]),)
@@ -242,63 +249,22 @@ def _chosen(condition, tiles, others):
 
 
 def scan_forward(
-    Wx,
-    R,
-    b,
-    states_initial,
-    states,
-    last_states,
-    gates,
-    forward_clipval,
-    T,
-    B,
-    wx_stride_b,
-    wx_stride_t,
-    wx_stride_g,
-    wx_stride_n,
-    wx_stride_d,
-    initial_stride_s,
-    initial_stride_b,
-    initial_stride_n,
-    initial_stride_d,
-    sequence_order,
-    sequence_rows,
-    sequence_lengths,
-    runs_backwards,
-    reset_flags,
-    reset_states,
-    before_rows,
-    h_starts,
-    rows_of_all,
-    reset_stride_s,
-    reset_stride_b,
-    reset_stride_t,
-    reset_stride_n,
-    reset_stride_d,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    S: tl.constexpr,
-    FED_WX: tl.constexpr,
-    FED_R: tl.constexpr,
-    FED_B: tl.constexpr,
-    WX_ALIGN: tl.constexpr,
-    WX_WIDE: tl.constexpr,
-    STORE_GATES: tl.constexpr,
-    R_IN_REGISTERS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    step: tl.constexpr,
-    RESETS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PACKED: tl.constexpr,
-    REVERSE: tl.constexpr,
+    Wx, R, b, states_initial, states, last_states, gates,
+    forward_clipval, T, B,
+    wx_stride_b, wx_stride_t, wx_stride_g, wx_stride_n, wx_stride_d,
+    initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d,
+    sequence_order, sequence_rows, sequence_lengths, runs_backwards, reset_flags, reset_states,
+    before_rows, h_starts, rows_of_all,
+    reset_stride_s, reset_stride_b, reset_stride_t, reset_stride_n, reset_stride_d,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, S: tl.constexpr,
+    FED_WX: tl.constexpr, FED_R: tl.constexpr, FED_B: tl.constexpr,
+    WX_ALIGN: tl.constexpr, WX_WIDE: tl.constexpr, STORE_GATES: tl.constexpr,
+    R_IN_REGISTERS: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, step: tl.constexpr,
+    RESETS: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     STORED: tl.constexpr,
-):
+):  # fmt: skip
     """T steps of one head for BLOCK_B sequences.
 
     Wx [B, T, Gw, N, D] and states_initial [S, B, 1, N, D] have any strides, R [Gr, N, D, D] and
@@ -317,19 +283,16 @@ def scan_forward(
     wx_stride_t = tl.cast(wx_stride_t, tl.int64) * WX_ALIGN
     n = (tl.program_id(0) % N).to(tl.int64)
     row = (tl.program_id(0) // N).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
-    gate_line = tl.arange(0, BLOCK_G * BLOCK_D)[:, None]
-    gate, gate_unit = gate_line // BLOCK_D, gate_line % BLOCK_D
-    state_line = tl.arange(0, BLOCK_S * BLOCK_D)[:, None]
-    state, state_unit = state_line // BLOCK_D, state_line % BLOCK_D
+    gate, gate_unit = _slots_and_units(BLOCK_G, BLOCK_D)
+    state, state_unit = _slots_and_units(BLOCK_S, BLOCK_D)
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
     stored_mask = states_mask & (state < STORED)
     SEQUENCED: tl.constexpr = RESETS or RAGGED or REVERSE
     index, steps = row, T
     if SEQUENCED:
-        in_batch = row < B
         index, first_row, lengths = _sequences(
-            row, in_batch, length, sequence_order, sequence_rows, sequence_lengths, RAGGED
+            row, row < B, length, sequence_order, sequence_rows, sequence_lengths, RAGGED
         )
         backwards = tl.load(runs_backwards + n) if REVERSE else 0
         forwards = 1 - 2 * backwards
@@ -344,8 +307,7 @@ def scan_forward(
         state, index, n, state_unit,
         initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
     )  # fmt: skip
-    initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
-    carried = _unpack(initial.to(tl.float32), BLOCK_S, S)
+    carried = _load_states(states_initial, initial_offsets, states_mask, BLOCK_S, S)
     if RESETS:
         reset_offsets = _offsets(
             state, index, n, state_unit,
@@ -372,19 +334,11 @@ def scan_forward(
     wx_mask = gates_mask & (fed_wx >= 0)
     # In 64 bits only where they must be: with those, the assembler makes the products wait for the
     # stores.
-    if SEQUENCED:
+    if SEQUENCED or WX_WIDE:
         wx_offsets = _offsets(
             fed_wx, index, n, gate_unit,
             tl.cast(wx_stride_g, tl.int64) * WX_ALIGN,
             0 if PACKED else tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
-            tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
-        )  # fmt: skip
-        wx_offsets += (start + (first_row if PACKED else 0)) * wx_stride_t
-        wx_stride_t = wx_stride_t * forwards
-    elif WX_WIDE:
-        wx_offsets = _offsets(
-            fed_wx, row, n, gate_unit,
-            tl.cast(wx_stride_g, tl.int64) * WX_ALIGN, tl.cast(wx_stride_b, tl.int64) * WX_ALIGN,
             tl.cast(wx_stride_n, tl.int64) * WX_ALIGN, wx_stride_d
         )  # fmt: skip
     else:
@@ -393,6 +347,8 @@ def scan_forward(
             + fed_wx * (wx_stride_g * WX_ALIGN) + gate_unit * wx_stride_d
         )  # fmt: skip
     if SEQUENCED:
+        wx_offsets += (start + (first_row if PACKED else 0)) * wx_stride_t
+        wx_stride_t = wx_stride_t * forwards
         every = tl.cast(rows_of_all, tl.int64)
         states_offsets = _offsets(
             state, first_row + start, n, state_unit, every * width, width, D, 1
@@ -407,26 +363,23 @@ def scan_forward(
         states_stride_t, gates_stride_t = width, G * width
 
     # The product of the first step; each step in the loop computes that of the next step.
-    first_mask = tl.where(T > 0, wx_mask, False)
-    if SEQUENCED:
-        first_mask = wx_mask & (lengths > 0)
-    inputs = tl.load(Wx + wx_offsets, mask=first_mask, other=0.0)
+    any_step = lengths > 0 if SEQUENCED else T > 0
+    inputs = tl.load(Wx + wx_offsets, mask=wx_mask & any_step, other=0.0)
     inputs = inputs.to(tl.float32) + bias
     if R_IN_REGISTERS:
         # h is rounded before it multiplies R: the same numbers as the stored h.
         h = _of_units(carried[0], unit, D, BLOCK_D).to(dtype).to(OPERAND)
         preactivations = tl.dot(R_tile, h, inputs, input_precision=PRECISION)
-    elif SEQUENCED:
-        has = lengths > 0
-        rows_now = backwards * rows_of_all + first_row + start
-        preactivations = _add_product_from_memory(
-            inputs, _h_before(states, h_starts, before_rows, rows_now, has, width) + n * D,
-            1, has, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
-        )  # fmt: skip
     else:
-        preactivations = _add_product_from_memory(
-            inputs, states_initial + row * initial_stride_b + n * initial_stride_n,
-            initial_stride_d, row < B, dtype,
+        if SEQUENCED:
+            first = backwards * rows_of_all + first_row + start
+            h_initial = _h_before(states, h_starts, before_rows, first, any_step, width) + n * D
+            h_stride, h_mask = 1, any_step
+        else:
+            h_initial = states_initial + row * initial_stride_b + n * initial_stride_n
+            h_stride, h_mask = initial_stride_d, row < B
+        preactivations = _add_R_times_h(
+            inputs, h_initial, h_stride, h_mask, dtype,
             R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
         )  # fmt: skip
     preactivations = _only_fed(preactivations, inputs, gate, FED_R)
@@ -434,9 +387,9 @@ def scan_forward(
         wx_offsets += wx_stride_t
         if SEQUENCED:
             has, has_next = t < lengths, t + 1 < lengths
-            inputs = tl.load(Wx + wx_offsets, mask=wx_mask & has_next, other=0.0)
         else:
-            inputs = tl.load(Wx + wx_offsets, mask=wx_mask & (t + 1 < T), other=0.0)
+            has, has_next = True, t + 1 < T
+        inputs = tl.load(Wx + wx_offsets, mask=wx_mask & has_next, other=0.0)
         if RESETS:
             cut = _cuts(reset_flags, t + 1, first_row, lengths, backwards)
             time = _time(t + 1, lengths, backwards)
@@ -453,29 +406,21 @@ def scan_forward(
         if R_IN_REGISTERS:
             h = _of_units(carried[0], unit, D, BLOCK_D).to(dtype).to(OPERAND)
             following = tl.dot(R_tile, h, inputs, input_precision=PRECISION)
-        if SEQUENCED:
-            mask = stored_mask & has
-            tl.store(states + states_offsets, _pack(after, BLOCK_S).to(dtype), mask=mask)
-        else:
-            tl.store(states + states_offsets, _pack(carried, BLOCK_S).to(dtype), mask=stored_mask)
-        if not R_IN_REGISTERS and SEQUENCED:
+        tl.store(states + states_offsets, _pack(after, BLOCK_S).to(dtype), mask=stored_mask & has)
+        if not R_IN_REGISTERS:
             tl.debug_barrier()
-            rows_now = backwards * rows_of_all + first_row + _time(t + 1, lengths, backwards)
-            following = _add_product_from_memory(
-                inputs, _h_before(states, h_starts, before_rows, rows_now, has_next, width) + n * D,
-                1, has_next, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
-            )  # fmt: skip
-        elif not R_IN_REGISTERS:
-            tl.debug_barrier()
-            following = _add_product_from_memory(
-                inputs, states + (row * length + t) * width + n * D,
-                1, row < B, dtype, R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
+            if SEQUENCED:
+                rows_next = backwards * rows_of_all + first_row + _time(t + 1, lengths, backwards)
+                stored_h = _h_before(states, h_starts, before_rows, rows_next, has_next, width)
+                stored_h, stored_h_mask = stored_h + n * D, has_next
+            else:
+                stored_h, stored_h_mask = states + (row * length + t) * width + n * D, row < B
+            following = _add_R_times_h(
+                inputs, stored_h, 1, stored_h_mask, dtype,
+                R, n, fed_r, gate_unit, N, D, BLOCK_D, OPERAND, PRECISION
             )  # fmt: skip
         if STORE_GATES:
-            mask = gates_mask
-            if SEQUENCED:
-                mask = gates_mask & has
-            tl.store(gates + gates_offsets, preactivations.to(dtype), mask=mask)
+            tl.store(gates + gates_offsets, preactivations.to(dtype), mask=gates_mask & has)
         states_offsets += states_stride_t
         gates_offsets += gates_stride_t
         preactivations = _only_fed(following, inputs, gate, FED_R)
@@ -484,40 +429,42 @@ def scan_forward(
 
 
 @triton.jit
-def _product_from_memory(
-    d_gates,
-    row_mask,
-    R,
-    n,
-    unit,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FED_R: tl.constexpr,
-    CLIP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``Rᵀ @ d_gates``, both read from memory; ``d_gates`` points at each row's first element."""
-    total = tl.zeros([BLOCK_D, row_mask.shape[1]], tl.float32)
-    for first in tl.range(0, len(FED_R) * BLOCK_D, 16, num_stages=3):
-        summed = first + tl.arange(0, 16)
-        gate, produced = summed // BLOCK_D, summed % BLOCK_D
-        fed = _positions(gate, FED_R)
-        R_tile = _load_R(R, n, fed[None, :], produced[None, :], unit, N, D, OPERAND)
-        offsets = (gate.to(tl.int64) * (N * D) + produced)[:, None]
-        mask = ((fed >= 0) & (produced < D))[:, None] & row_mask
-        part = _in_range(tl.load(d_gates + offsets, mask=mask, other=0.0), CLIP).to(OPERAND)
-        total = tl.dot(R_tile, part, total, input_precision=PRECISION)
-    return total
+def _through_R(
+    came, operand, R_tile, d_gates, row_mask, R, n, unit, clipval,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FED_R: tl.constexpr,
+    CLIP: tl.constexpr, R_IN_REGISTERS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h's gradient that comes from the next step through R; 0.0 where ``came`` is not true.
+
+    ``Rᵀ @ d_gates``: of ``R_tile`` and ``operand`` if R_IN_REGISTERS, else of memory, where
+    ``d_gates`` points at the first element of each row.
+    """
+    if R_IN_REGISTERS:
+        d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
+    else:
+        d_h = tl.zeros([BLOCK_D, row_mask.shape[1]], tl.float32)
+        for first in tl.range(0, len(FED_R) * BLOCK_D, 16, num_stages=3):
+            summed = first + tl.arange(0, 16)
+            gate, produced = summed // BLOCK_D, summed % BLOCK_D
+            fed = _positions(gate, FED_R)
+            R_slice = _load_R(R, n, fed[None, :], produced[None, :], unit, N, D, OPERAND)
+            offsets = (gate.to(tl.int64) * (N * D) + produced)[:, None]
+            mask = ((fed >= 0) & (produced < D))[:, None] & row_mask
+            part = _in_range(tl.load(d_gates + offsets, mask=mask, other=0.0), CLIP).to(OPERAND)
+            d_h = tl.dot(R_slice, part, d_h, input_precision=PRECISION)
+    if CLIP:
+        d_h = _clamped(d_h, clipval)
+    # Chosen, not multiplied: zeros times an infinite R are NaN.
+    return tl.where(came, d_h, 0.0)
 
 
 @triton.jit
 def _left_behind(d_carried, cut, d_starts, offsets, mask, row_offset, BLOCK_S: tl.constexpr):
-    """Gradients that go on from steps that start anew: none; they are those of the starts."""
+    """The carried gradients, 0.0 where a step starts anew; there they are added to ``d_starts``."""
     if d_starts is not None:
-        # Atomic for its order: a load could be moved ahead of the store of the step before. Each
-        # number is one thread's alone, so that its sum has one order.
+        # Atomic because a plain load could be moved ahead of the store of an earlier step. Only one
+        # thread adds to each element, so the order of a sum is fixed.
         left = _pack(d_carried, BLOCK_S)
         tl.atomic_add(d_starts + offsets + row_offset, left, mask=mask & cut, sem="relaxed")
     zeros = ()
@@ -527,69 +474,23 @@ def _left_behind(d_carried, cut, d_starts, offsets, mask, row_offset, BLOCK_S: t
 
 
 def scan_backward(
-    R,
-    states_initial,
-    states,
-    gates,
-    d_states,
-    d_last_states,
-    d_gates,
-    d_states_initial,
-    clipval,
-    forward_clipval,
-    T,
-    B,
-    initial_stride_s,
-    initial_stride_b,
-    initial_stride_n,
-    initial_stride_d,
-    d_states_stride_s,
-    d_states_stride_b,
-    d_states_stride_t,
-    d_states_stride_n,
-    d_states_stride_d,
-    d_last_stride_s,
-    d_last_stride_b,
-    d_last_stride_n,
-    d_last_stride_d,
-    sequence_order,
-    sequence_rows,
-    sequence_lengths,
-    runs_backwards,
-    reset_flags,
-    reset_states,
-    d_reset_states,
-    rows_of_all,
-    reset_stride_s,
-    reset_stride_b,
-    reset_stride_t,
-    reset_stride_n,
-    reset_stride_d,
-    d_reset_stride_s,
-    d_reset_stride_b,
-    d_reset_stride_t,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    S: tl.constexpr,
-    FED_R: tl.constexpr,
-    D_STATES_ALIGN: tl.constexpr,
-    CUT: tl.constexpr,
-    CLIP: tl.constexpr,
-    GIVEN: tl.constexpr,
-    R_IN_REGISTERS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    derivative: tl.constexpr,
-    RESETS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PACKED: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
+    R, states_initial, states, gates, d_states, d_last_states, d_gates, d_states_initial,
+    clipval, forward_clipval, T, B,
+    initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d,
+    d_states_stride_s, d_states_stride_b, d_states_stride_t, d_states_stride_n, d_states_stride_d,
+    d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d,
+    sequence_order, sequence_rows, sequence_lengths, runs_backwards, reset_flags, reset_states,
+    d_reset_states, rows_of_all,
+    reset_stride_s, reset_stride_b, reset_stride_t, reset_stride_n, reset_stride_d,
+    d_reset_stride_s, d_reset_stride_b, d_reset_stride_t,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, S: tl.constexpr,
+    FED_R: tl.constexpr, D_STATES_ALIGN: tl.constexpr,
+    CUT: tl.constexpr, CLIP: tl.constexpr, GIVEN: tl.constexpr,
+    R_IN_REGISTERS: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, derivative: tl.constexpr,
+    RESETS: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
     """The scan backwards, from the residuals states and gates that the forward one wrote.
 
     Writes d_gates [B, T, G, N, D], the gradients of the pre-activations, and d_states_initial
@@ -608,19 +509,16 @@ def scan_backward(
     n = (tl.program_id(0) % N).to(tl.int64)
     row = (tl.program_id(0) // N).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
     unit = tl.arange(0, BLOCK_D)[:, None]
-    gate_line = tl.arange(0, BLOCK_G * BLOCK_D)[:, None]
-    gate, gate_unit = gate_line // BLOCK_D, gate_line % BLOCK_D
-    state_line = tl.arange(0, BLOCK_S * BLOCK_D)[:, None]
-    state, state_unit = state_line // BLOCK_D, state_line % BLOCK_D
+    gate, gate_unit = _slots_and_units(BLOCK_G, BLOCK_D)
+    state, state_unit = _slots_and_units(BLOCK_S, BLOCK_D)
     gates_mask = (gate < G) & (gate_unit < D) & (row < B)
     states_mask = (state < S) & (state_unit < D) & (row < B)
     given_mask = (state < GIVEN) & (state_unit < D) & (row < B)
     SEQUENCED: tl.constexpr = RESETS or RAGGED or REVERSE
     index, steps = row, T
     if SEQUENCED:
-        in_batch = row < B
         index, first_row, lengths = _sequences(
-            row, in_batch, length, sequence_order, sequence_rows, sequence_lengths, RAGGED
+            row, row < B, length, sequence_order, sequence_rows, sequence_lengths, RAGGED
         )
         backwards = tl.load(runs_backwards + n) if REVERSE else 0
         forwards = 1 - 2 * backwards
@@ -646,22 +544,23 @@ def scan_backward(
         state, index, n, state_unit,
         initial_stride_s, initial_stride_b, initial_stride_n, initial_stride_d
     )  # fmt: skip
-    initial = tl.load(states_initial + initial_offsets, mask=states_mask, other=0.0)
-    initial = _in_product_layout(_unpack(initial.to(tl.float32), BLOCK_S, S), OPERAND, PRECISION)
+    initial = _load_states(states_initial, initial_offsets, states_mask, BLOCK_S, S)
+    initial = _in_product_layout(initial, OPERAND, PRECISION)
     if d_last_states is None:
-        d_last = tl.zeros([BLOCK_S * BLOCK_D, BLOCK_B], tl.float32)
+        d_carried = _unpack(tl.zeros([BLOCK_S * BLOCK_D, BLOCK_B], tl.float32), BLOCK_S, S)
     else:
         d_last_offsets = _offsets(
             state, index, n, state_unit,
             d_last_stride_s, d_last_stride_b, d_last_stride_n, d_last_stride_d
         )  # fmt: skip
-        d_last = tl.load(d_last_states + d_last_offsets, mask=states_mask, other=0.0)
-    d_carried = _unpack(d_last.to(tl.float32), BLOCK_S, S)
+        d_carried = _load_states(d_last_states, d_last_offsets, states_mask, BLOCK_S, S)
     if R_IN_REGISTERS:
         # R transposed: columns are gates' units, as the rows of d_gates are.
         summed = tl.arange(0, BLOCK_G * BLOCK_D)[None, :]
         fed = _positions(summed // BLOCK_D, FED_R)
         R_tile = _load_R(R, n, fed, summed % BLOCK_D, unit, N, D, OPERAND)
+    else:
+        R_tile = None
 
     last = length - 1
     # `states` is read one step earlier than the rest: the states before the step.
@@ -703,18 +602,15 @@ def scan_backward(
     for i in tl.range(0, steps, num_stages=STAGES):
         if SEQUENCED:
             now = steps - 1 - i
-            has, came = now < lengths, now + 1 < lengths
-            mask = states_mask & has & (now > 0)
-            before = tl.load(states + states_offsets, mask=mask, other=0.0)
-            preactivations = tl.load(gates + gates_offsets, mask=gates_mask & has, other=0.0)
-            if GIVEN > 0:
-                d_given = tl.load(d_states + d_states_offsets, mask=given_mask & has, other=0.0)
+            has, has_before = now < lengths, now > 0
         else:
-            before = tl.load(states + states_offsets, mask=states_mask & (i + 1 < T), other=0.0)
-            preactivations = tl.load(gates + gates_offsets, mask=gates_mask, other=0.0)
-            if GIVEN > 0:
-                d_given = tl.load(d_states + d_states_offsets, mask=given_mask, other=0.0)
-            came = i > 0
+            has, has_before = True, i + 1 < T
+        mask = states_mask & has & has_before
+        before = tl.load(states + states_offsets, mask=mask, other=0.0)
+        preactivations = tl.load(gates + gates_offsets, mask=gates_mask & has, other=0.0)
+        if GIVEN > 0:
+            d_given = tl.load(d_states + d_states_offsets, mask=given_mask & has, other=0.0)
+        came = now + 1 < lengths if SEQUENCED else i > 0
         before = before.to(tl.float32)
         is_first = i + 1 == steps
         if RESETS:
@@ -731,25 +627,17 @@ def scan_backward(
             d_given = _unpack(d_given.to(tl.float32), BLOCK_S, S)
 
         if not CUT:
-            if R_IN_REGISTERS:
-                d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
-            else:
+            if not R_IN_REGISTERS:
                 tl.debug_barrier()
-                if SEQUENCED:
-                    rows_after = first_row + _time(now + 1, lengths, backwards)
-                    mask = came
-                else:
-                    rows_after = row * length + last - i + 1
-                    mask = tl.where(i > 0, row < B, False)
-                d_h = _product_from_memory(
-                    d_gates + rows_after * (G * width) + n * D,
-                    mask,
-                    R, n, unit, N, D, BLOCK_D, FED_R, CLIP, OPERAND, PRECISION
-                )  # fmt: skip
-            if CLIP:
-                d_h = _clamped(d_h, clipval)
-            # Chosen, not multiplied: zeros times an infinite R are NaN.
-            d_carried = (d_carried[0] + tl.where(came, d_h, 0.0),) + d_carried[1:]
+            if SEQUENCED:
+                rows_after, row_mask = first_row + _time(now + 1, lengths, backwards), came
+            else:
+                rows_after, row_mask = row * length + last - i + 1, tl.where(came, row < B, False)
+            d_h = _through_R(
+                came, operand, R_tile, d_gates + rows_after * (G * width) + n * D, row_mask,
+                R, n, unit, clipval, N, D, BLOCK_D, FED_R, CLIP, R_IN_REGISTERS, OPERAND, PRECISION
+            )  # fmt: skip
+            d_carried = (d_carried[0] + d_h,) + d_carried[1:]
         if RESETS:
             d_carried = _left_behind(
                 d_carried, cut, d_reset_states, d_reset_offsets, states_mask,
@@ -782,32 +670,21 @@ def scan_backward(
             d_preactivations = d_preactivations + (tl.zeros([BLOCK_D, BLOCK_B], dtype),)
             fed_by_R = fed_by_R + (tl.zeros([BLOCK_D, BLOCK_B], dtype),)
         operand = _in_range(_pack(fed_by_R, BLOCK_G), CLIP).to(OPERAND)
-        mask = gates_mask
-        if SEQUENCED:
-            mask = gates_mask & has
-        tl.store(d_gates + gates_offsets, _pack(d_preactivations, BLOCK_G), mask=mask)
+        tl.store(d_gates + gates_offsets, _pack(d_preactivations, BLOCK_G), mask=gates_mask & has)
         states_offsets -= states_stride_t
         gates_offsets -= gates_stride_t
         d_states_offsets -= d_states_stride_t
-    came = T > 0
-    if SEQUENCED:
-        came = lengths > 0
+    came = lengths > 0 if SEQUENCED else T > 0
     if not CUT:
-        if R_IN_REGISTERS:
-            d_h = tl.dot(R_tile, operand, input_precision=PRECISION)
-        else:
+        if not R_IN_REGISTERS:
             tl.debug_barrier()
-            rows_after = row * length
-            if SEQUENCED:
-                rows_after = first_row + _time(0, lengths, backwards)
-            d_h = _product_from_memory(
-                d_gates + rows_after * (G * width) + n * D,
-                tl.where(came, row < B, False),
-                R, n, unit, N, D, BLOCK_D, FED_R, CLIP, OPERAND, PRECISION
-            )  # fmt: skip
-        if CLIP:
-            d_h = _clamped(d_h, clipval)
-        d_carried = (d_carried[0] + tl.where(came, d_h, 0.0),) + d_carried[1:]
+        first_rows = first_row + _time(0, lengths, backwards) if SEQUENCED else row * length
+        d_h = _through_R(
+            came, operand, R_tile, d_gates + first_rows * (G * width) + n * D,
+            tl.where(came, row < B, False),
+            R, n, unit, clipval, N, D, BLOCK_D, FED_R, CLIP, R_IN_REGISTERS, OPERAND, PRECISION
+        )  # fmt: skip
+        d_carried = (d_carried[0] + d_h,) + d_carried[1:]
     if RESETS:
         d_carried = _left_behind(
             d_carried, cut, d_reset_states, d_reset_offsets, states_mask,
