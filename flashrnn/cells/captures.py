@@ -56,7 +56,7 @@ def _content(value: Any) -> Any:
         if isinstance(x, (float, complex)):
             return type(x), repr(x)
         if isinstance(x, _UNCHANGING):
-            return type(x), x  # True == 1, but the types differ.
+            return type(x), x  # True is no 1.
         if isinstance(x, torch.Tensor | types.ModuleType):
             return type(x), id(x)
         if id(x) in inside:
@@ -186,10 +186,10 @@ class _Finder:
         return name
 
     def follow(self, chain: _Chain) -> None:
-        """Read the value at a chain's end; of a function, also what it captures."""
+        """What a chain ends at is read, and where it is called, so is what it captures."""
         value = chain.value
         if isinstance(value, torch.Tensor | types.ModuleType):
-            return  # Refused when the step uses it; harmless otherwise.
+            return  # Refused when it is used; nothing by itself.
         if isinstance(value, types.MethodType):
             self._read(chain.attribute("__func__"))
             if isinstance(value.__func__, types.FunctionType):

@@ -71,9 +71,9 @@ class GraphBuilder:
         self._body: dict[tuple[str, ...], Assignment] = {}
 
     def emit(self, operation: str, *arguments: Argument) -> Argument:
-        """The name of an operation's result; a common subexpression keeps its first name.
+        """The name of an operation's result: the first one where it is a common subexpression.
 
-        If all arguments are constants, the result is a constant.
+        Of constants it is a constant.
         """
         constants = [x for x in arguments if not isinstance(x, str)]
         if len(constants) == len(arguments):

@@ -70,7 +70,7 @@ def _trace_checked(cell: Cell) -> CellGraphs:
 
 
 def _in_float32(graph: Graph) -> list[Any]:
-    """A graph with its constants rounded to float32."""
+    """What a graph says, its constants rounded."""
 
     def rounded(argument: Argument) -> str:
         if isinstance(argument, (str, bool)):

@@ -288,7 +288,7 @@ RECURRENT_GRADIENT = Record(
 )
 """Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
 
-If a call has options of sequences, the absent operands are passed and ``h_initial`` is not; see
+What it lacks is passed where a call has options of sequences, and ``h_initial`` is not; see
 :data:`FORWARD`.
 """
 
