@@ -205,12 +205,12 @@ def backward(
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
-    h_initial, h, parts = states_initial[0], states[0], None
+    parts = None
     if registry.is_small(D):
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, before)
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, states_initial, states, before)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
-        d_R = recurrent_gradient(cell, d_gates, h_initial, h)
+        d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0])
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 
@@ -376,12 +376,13 @@ def _recurrent_gradient_parts(
     problem: Problem,
     gpu: GPU,
     d_gates: Tensor,
-    h_initial: Tensor,
-    h: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
     before: Before | None,
 ) -> Tensor:
     """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
-    tensors, record = {"d_gates": d_gates, "h": h}, call.RECURRENT_GRADIENT
+    # h is the first state.
+    tensors, record = {"d_gates": d_gates, "h": states}, call.RECURRENT_GRADIENT
     if before is not None:
         record = record.complete
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
@@ -389,7 +390,8 @@ def _recurrent_gradient_parts(
             tensors["runs_backwards"] = runs_backwards(problem)
     else:
         # Copied as it is in float32; in 16 bits each element is rounded.
-        tensors["h_initial"] = h_initial.contiguous() if h.dtype == torch.float32 else h_initial
+        is_copied = states.dtype == torch.float32
+        tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
