@@ -242,7 +242,7 @@ def with_tensors(
 ) -> tuple[Problem, sequences.Sequences]:
     """A problem with what the values of its options tell, and the options' tensors, as
     :func:`flashrnn.backends.autograd.run` has them."""
-    check_values = not backends.recorded()
+    check_values = problem.ragged and not backends.recorded()
     options, longest = sequences.tensors_of(given, problem, check_values)
     if longest is not None:
         problem = problem._replace(longest=longest)

@@ -76,6 +76,11 @@ class Packing(NamedTuple):
         """The fields' values."""
         return self.order((*addresses, *self.constants))
 
+    def places(self, first: int, count: int) -> tuple[int, ...]:
+        """Which fields the first few of so many addresses become."""
+        order = self.order(range(count + len(self.constants)))
+        return tuple(map(order.index, range(first)))
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
