@@ -96,6 +96,8 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
 
 def operands(problem: Problem, sequences: Sequences) -> dict[str, Tensor]:
     """The operands of a record that say how sequences run, of :func:`arrange`'s tensors."""
+    if not problem.is_sequenced:
+        return {}
     arranged = arrange(problem, sequences)
     named = {
         "sequence_order": arranged.order,

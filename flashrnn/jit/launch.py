@@ -174,12 +174,12 @@ def enqueue(launches: Iterable[Launch], stream: int, device: int) -> None:
 
 def _enqueue(launches: Iterable[Launch], stream: int) -> None:
     launch, room = driver().cuLaunchKernelEx, _room
-    for one in launches:
-        config = _config(one.shape, stream)
+    for kernel, shape, arguments in launches:
+        config = _config(shape, stream)
         # The driver takes as many addresses as the kernel has parameters, and copies the arguments
         # before it returns. A parameter of 4 bytes is the lower half of its 8.
-        _packing(len(one.arguments)).pack_into(room.values, 0, *one.arguments)
-        check(launch(config, one.kernel, room.addresses, 0))
+        _packing(len(arguments)).pack_into(room.values, 0, *arguments)
+        check(launch(config, kernel, room.addresses, 0))
 
 
 class _Room(threading.local):
