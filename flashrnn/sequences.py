@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -118,11 +119,28 @@ def zeros_like_starts(sequences: Sequences | None) -> Tensor | None:
 
 
 def runs_backwards(problem: Problem) -> Tensor:
-    """``[N]`` of int32, 1 for heads that run backwards."""
+    """``[N]`` of int32, 1 for heads that run backwards. For reading: later calls get the same."""
+    device = problem.device
     heads = (
         problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,) * problem.N
     )
-    found = torch.zeros(problem.N, dtype=torch.int32, device=problem.device)
+    if device.type != "cuda":
+        return _kept_directions(heads, device, None)
+    if torch.cuda.is_current_stream_capturing():
+        return _directions_of(heads, device)  # The graph's own.
+    # What one stream fills, another might read too early.
+    return _kept_directions(heads, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=256)
+def _kept_directions(heads: tuple[bool, ...], device: torch.device, _: int | None) -> Tensor:
+    """For a stream, whose handle the last argument is: what leaves the cache goes back to it."""
+    with torch.inference_mode(False):
+        return _directions_of(heads, device)
+
+
+def _directions_of(heads: tuple[bool, ...], device: torch.device) -> Tensor:
+    found = torch.zeros(len(heads), dtype=torch.int32, device=device)
     begin = 0
     for backwards, group in groupby(heads):
         end = begin + len(tuple(group))
