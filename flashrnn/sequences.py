@@ -38,8 +38,10 @@ class Sequences(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of int64.
+def bounds(
+    sequences: Sequences, B: int, T: int, dtype: torch.dtype = torch.int64
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of ``dtype``.
 
     ``None`` for what the shapes tell: a sequence begins every T rows; all have T steps. Values that
     are out of range are moved into it, without waiting for the GPU: whatever was given, sequences
@@ -49,13 +51,19 @@ def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor 
         sequences: the options.
         B: the number of sequences.
         T: the number of steps; of a packed batch its rows.
+        dtype: int64, or int32, in which T must fit.
     """
     if sequences.cu_seqlens is not None:
-        cuts = sequences.cu_seqlens.long().clamp(0, T).cummax(0).values
+        cuts = _within(sequences.cu_seqlens, T, dtype).cummax(0).values
         return cuts[:-1], cuts.diff()
     if sequences.lengths is not None:
-        return None, sequences.lengths.long().clamp(0, T)
+        return None, _within(sequences.lengths, T, dtype)
     return None, None
+
+
+def _within(x: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """Moved into 0 to T, in a dtype that has all values and T: the wider one."""
+    return x.to(dtype).clamp(0, T) if dtype == torch.int64 else x.clamp(0, T).to(dtype)
 
 
 class Arranged(NamedTuple):
@@ -82,12 +90,13 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
     """See :class:`Arranged`. Nothing waits for the GPU, and nothing is copied from the host."""
     B, T = problem.B, problem.T
     order, rows = None, None
-    first, lengths = bounds(sequences, B, T)
+    # Of 32 bits, for as few launches as can be: each takes microseconds.
+    first, lengths = bounds(sequences, B, T, torch.int32)
     if lengths is not None:
-        # Of 32 bits, for as few launches as can be: each takes microseconds.
-        lengths, order = lengths.int().sort(descending=True, stable=True)
-        rows = order.int() * T if first is None else first[order].int()
+        lengths, order = lengths.sort(descending=True, stable=True)
+        rows = None if first is None else first[order]
         order = order.int()
+        rows = order * T if rows is None else rows
     backwards = None if problem.reverse is False else runs_backwards(problem)
     flags = None if sequences.reset is None else sequences.reset.reshape(-1).int()
     starts = sequences.reset_states
