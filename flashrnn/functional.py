@@ -170,20 +170,39 @@ def _with_options(
     dtype: torch.dtype | str | None,
     given: sequences.Given,
 ) -> tuple[Tensor, Tensor]:
-    """A call with options of sequences, whose problem is worked out anew each time."""
+    """A call with options of sequences."""
     of_Wx = Wx
+    tensors = (Wx, R, b) if states is None else (Wx, R, b, states)
+    key = None
+    if backends.is_direct(*tensors, *sequences.tensors_given(given)):
+        key = key_with(given, key_of(cell, Wx, R, b, states, config, dtype))
+    problem = None if key is None else problems.get(key)
     Wx = sequences.in_rows("Wx", Wx, "Gw, N, D", given)
     b = _whole_bias(cell, b)
-    tensors = {"Wx": Wx, "R": R, "b": b}
-    problem, options = problem_with(cell, Wx.shape, tensors, states, config, dtype, given)
+    if problem is None:
+        named = {"Wx": Wx, "R": R, "b": b}
+        problem = problem_with(cell, Wx.shape, named, states, config, dtype, given)
+        if key is not None:
+            remember(key, problem)
     chosen = backends.choose(backend, problem)
+    problem, options = with_tensors(problem, given, config)
     states = initial_states(problem, config) if states is None else one_for_each(states, problem)
     arguments = _as_computed(problem, Wx, R, b, states)
-    if not autograd.is_fused(chosen):
-        problem = problem._replace(step=cell.step)
-    with without_autocast(problem.device.type):
-        found, last_states = autograd.run(chosen, problem, *arguments, options)
+    if key is not None and autograd.is_fused(chosen):
+        fused = cast(FusedBackend, chosen)
+        found, last_states = autograd.run_directly(fused, problem, *arguments, options)
+    else:
+        if not autograd.is_fused(chosen):
+            problem = problem._replace(step=cell.step)
+        with without_autocast(problem.device.type):
+            found, last_states = autograd.run(chosen, problem, *arguments, options)
     return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
+
+
+def key_with(given: sequences.Given, key: tuple[object, ...] | None) -> tuple[object, ...] | None:
+    """What the problem of a call with options follows from, given that of the call without."""
+    of_options = sequences.key_of(given)
+    return None if key is None or of_options is None else (*key, of_options)
 
 
 def problem_with(
@@ -194,8 +213,8 @@ def problem_with(
     config: FlashRNNConfig,
     dtype: torch.dtype | str | None,
     given: sequences.Given,
-) -> tuple[Problem, sequences.Sequences]:
-    """The problem of a call with options of sequences, once all of it is found to fit.
+) -> Problem:
+    """The problem of a call with options of sequences, once all of it but values is found to fit.
 
     Args:
         cell: the cell.
@@ -205,9 +224,6 @@ def problem_with(
         config: ...
         dtype: ...
         given: the options.
-
-    Returns:
-        The problem, and the options' tensors, as :func:`flashrnn.backends.autograd.run` has them.
     """
     tensors = dict(tensors)
     if states is not None:
@@ -216,15 +232,28 @@ def problem_with(
         tensors["reset_states"] = given.reset_states
     needs_gradient = checked_kinds(tensors)
     device = next(iter(tensors.values())).device
-    count, options, fields = sequences.accept(
-        cell, of_Wx, device, given, check_values=not backends.recorded()
-    )
+    count, fields = sequences.accept(cell, of_Wx, device, given)
     sizes = fitting_sizes(cell, of_Wx, tensors["R"], tensors["b"], states, count)
-    problem = problem_of(cell, sizes, tensors, needs_gradient, config, dtype)._replace(**fields)
+    return problem_of(cell, sizes, tensors, needs_gradient, config, dtype)._replace(**fields)
+
+
+def with_tensors(
+    problem: Problem, given: sequences.Given, config: FlashRNNConfig
+) -> tuple[Problem, sequences.Sequences]:
+    """A problem with what the values of its options tell, and the options' tensors, as
+    :func:`flashrnn.backends.autograd.run` has them."""
+    check_values = problem.ragged and not backends.recorded()
+    options, longest = sequences.tensors_of(given, problem, check_values)
+    if longest is not None:
+        problem = problem._replace(longest=longest)
     if not problem.resets:
         return problem, options
     starts = options.reset_states
-    if starts is None and any(config.initial_values(cell.states)):
+    if (
+        starts is None
+        and config is not _DEFAULT
+        and any(config.initial_values(problem.cell.states))
+    ):
         starts = initial_states(problem, config)
     if starts is not None:
         options = options._replace(reset_states=cast_to(starts, carry_dtype(problem.dtype)))

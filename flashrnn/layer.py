@@ -101,10 +101,7 @@ def recurrent_layer(
     given = (x, W, R, b) if states is None else (x, W, R, b, states)
     key = None
     if backends.is_direct(*given):
-        key = functional.key_of(cell, x, R, b, states, config, dtype)
-    if key is not None:
-        requires_grad = W.requires_grad and torch.is_grad_enabled()
-        key = *key, W.shape, W.dtype, W.device, requires_grad
+        key = _key(cell, x, W, R, b, states, config, dtype)
     problem = None if key is None else functional.problems.get(key)
     if problem is None:
         problem = _problem(cell, x, W, R, b, states, config, dtype)
@@ -143,15 +140,24 @@ def _with_options(
     dtype: torch.dtype | str | None,
     given: sequences.Given,
 ) -> tuple[Tensor, Tensor]:
-    """A call with options of sequences, whose problem is worked out anew each time."""
+    """A call with options of sequences."""
     of_x = x
+    tensors = (x, W, R, b) if states is None else (x, W, R, b, states)
+    key = None
+    if backends.is_direct(*tensors, *sequences.tensors_given(given)):
+        key = _key(cell, x, W, R, b, states, config, dtype)
+        key = functional.key_with(given, key)
+    problem = None if key is None else functional.problems.get(key)
     x = sequences.in_rows("x", x, "I", given)
-    tensors = {"x": x, "W": W, "R": R, "b": b}
-    functional.checked_kinds(tensors)
-    problem, options = functional.problem_with(
-        cell, _shape_of_Wx(cell, x, W), tensors, states, config, dtype, given
-    )
+    if problem is None:
+        named = {"x": x, "W": W, "R": R, "b": b}
+        functional.checked_kinds(named)
+        sizes = _shape_of_Wx(cell, x, W)
+        problem = functional.problem_with(cell, sizes, named, states, config, dtype, given)
+        if key is not None:
+            functional.remember(key, problem)
     chosen = backends.choose(backend, problem)
+    problem, options = functional.with_tensors(problem, given, config)
     if states is None:
         states = functional.initial_states(problem, config)
     else:
@@ -160,15 +166,31 @@ def _with_options(
     with without_autocast(problem.device.type):
         if not autograd.is_fused(chosen):
             problem = problem._replace(step=cell.step)
-        elif problem.needs_gradient and backends.is_direct(
-            *inputs, *(option for option in options if option is not None)
-        ):
+        elif problem.needs_gradient and key is not None:
             every_state, last_states = _Layer.apply(*inputs, chosen, problem, *options)
             return (every_state if x.ndim == of_x.ndim else every_state.squeeze(1)), last_states
         x, W, R, b, states = _as_computed(problem, *inputs)
         Wx = _input_product(problem, x, W)
         every_state, last_states = autograd.run(chosen, problem, Wx, R, b, states, options)
     return (every_state if x.ndim == of_x.ndim else every_state.squeeze(1)), last_states
+
+
+def _key(
+    cell: Cell,
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None,
+    config: FlashRNNConfig,
+    dtype: torch.dtype | str | None,
+) -> tuple[object, ...] | None:
+    """As :func:`flashrnn.functional.key_of`."""
+    key = functional.key_of(cell, x, R, b, states, config, dtype)
+    if key is None:
+        return None
+    requires_grad = W.requires_grad and torch.is_grad_enabled()
+    return *key, W.shape, W.dtype, W.device, requires_grad
 
 
 def _problem(

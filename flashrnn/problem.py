@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -139,8 +140,12 @@ def tf32_allowed(problem: Problem) -> bool:
 def autocast_enabled(device_type: str) -> bool:
     """Whether ``torch.autocast`` is on, for devices that have it."""
     # Dynamo knows the second question only.
-    has_it = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    has_it = torch.compiler.is_compiling() or _has_autocast(device_type)
     return has_it and torch.is_autocast_enabled(device_type)
+
+
+# Of the kinds of devices that there are.
+_has_autocast = cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

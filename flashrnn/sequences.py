@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -37,8 +38,10 @@ class Sequences(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of int64.
+def bounds(
+    sequences: Sequences, B: int, T: int, dtype: torch.dtype = torch.int64
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of ``dtype``.
 
     ``None`` for what the shapes tell: a sequence begins every T rows; all have T steps. Values that
     are out of range are moved into it, without waiting for the GPU: whatever was given, sequences
@@ -48,13 +51,19 @@ def bounds(sequences: Sequences, B: int, T: int) -> tuple[Tensor | None, Tensor 
         sequences: the options.
         B: the number of sequences.
         T: the number of steps; of a packed batch its rows.
+        dtype: int64, or int32, in which T must fit.
     """
     if sequences.cu_seqlens is not None:
-        cuts = sequences.cu_seqlens.long().clamp(0, T).cummax(0).values
+        cuts = _within(sequences.cu_seqlens, T, dtype).cummax(0).values
         return cuts[:-1], cuts.diff()
     if sequences.lengths is not None:
-        return None, sequences.lengths.long().clamp(0, T)
+        return None, _within(sequences.lengths, T, dtype)
     return None, None
+
+
+def _within(x: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """Moved into 0 to T, in a dtype that has all values and T: the wider one."""
+    return x.to(dtype).clamp(0, T) if dtype == torch.int64 else x.clamp(0, T).to(dtype)
 
 
 class Arranged(NamedTuple):
@@ -81,12 +90,13 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
     """See :class:`Arranged`. Nothing waits for the GPU, and nothing is copied from the host."""
     B, T = problem.B, problem.T
     order, rows = None, None
-    first, lengths = bounds(sequences, B, T)
+    # Of 32 bits, for as few launches as can be: each takes microseconds.
+    first, lengths = bounds(sequences, B, T, torch.int32)
     if lengths is not None:
-        # Of 32 bits, for as few launches as can be: each takes microseconds.
-        lengths, order = lengths.int().sort(descending=True, stable=True)
-        rows = order.int() * T if first is None else first[order].int()
+        lengths, order = lengths.sort(descending=True, stable=True)
+        rows = None if first is None else first[order]
         order = order.int()
+        rows = order * T if rows is None else rows
     backwards = None if problem.reverse is False else runs_backwards(problem)
     flags = None if sequences.reset is None else sequences.reset.reshape(-1).int()
     starts = sequences.reset_states
@@ -96,6 +106,8 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
 
 def operands(problem: Problem, sequences: Sequences) -> dict[str, Tensor]:
     """The operands of a record that say how sequences run, of :func:`arrange`'s tensors."""
+    if not problem.is_sequenced:
+        return {}
     arranged = arrange(problem, sequences)
     named = {
         "sequence_order": arranged.order,
@@ -116,11 +128,28 @@ def zeros_like_starts(sequences: Sequences | None) -> Tensor | None:
 
 
 def runs_backwards(problem: Problem) -> Tensor:
-    """``[N]`` of int32, 1 for heads that run backwards."""
+    """``[N]`` of int32, 1 for heads that run backwards. For reading: later calls get the same."""
+    device = problem.device
     heads = (
         problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,) * problem.N
     )
-    found = torch.zeros(problem.N, dtype=torch.int32, device=problem.device)
+    if device.type != "cuda":
+        return _kept_directions(heads, device, None)
+    if torch.cuda.is_current_stream_capturing():
+        return _directions_of(heads, device)  # The graph's own.
+    # What one stream fills, another might read too early.
+    return _kept_directions(heads, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=256)
+def _kept_directions(heads: tuple[bool, ...], device: torch.device, _: int | None) -> Tensor:
+    """For a stream, whose handle the last argument is: what leaves the cache goes back to it."""
+    with torch.inference_mode(False):
+        return _directions_of(heads, device)
+
+
+def _directions_of(heads: tuple[bool, ...], device: torch.device) -> Tensor:
+    found = torch.zeros(len(heads), dtype=torch.int32, device=device)
     begin = 0
     for backwards, group in groupby(heads):
         end = begin + len(tuple(group))
@@ -139,6 +168,29 @@ class Given(NamedTuple):
     cu_seqlens: Tensor | None
     reverse: bool | Sequence[bool]
     return_states: str
+
+
+def tensors_given(given: Given) -> tuple[Tensor, ...]:
+    """The tensors among a call's options."""
+    found = given.reset, given.reset_states, given.lengths, given.cu_seqlens
+    return tuple([x for x in found if x is not None])
+
+
+def key_of(given: Given) -> tuple[object, ...] | None:
+    """All that the problem of a call follows from of its options, if they fit; ``None`` where they
+    do not. :func:`flashrnn.backends.is_direct` holds for their tensors."""
+    *tensors, reverse, return_states = given
+    if not isinstance(reverse, bool):
+        # 1 is equal to True, and is none.
+        if not isinstance(reverse, list | tuple) or {*map(type, reverse)} != {bool}:
+            return None
+        reverse = tuple(reverse)
+    if not isinstance(return_states, str):
+        return None
+    layouts = [None if x is None else (x.shape, x.dtype, x.device) for x in tensors]
+    starts = given.reset_states
+    requires_grad = starts is not None and starts.requires_grad and torch.is_grad_enabled()
+    return *layouts, requires_grad, reverse, return_states
 
 
 def in_rows(name: str, x: Tensor, of_step: str, given: Given) -> Tensor:
@@ -165,30 +217,26 @@ def accept(
     of_Wx: Sequence[int],
     device: torch.device,
     given: Given,
-    check_values: bool,
-) -> tuple[int, Sequences, dict[str, Any]]:
-    """Check the options of a call.
+) -> tuple[int, dict[str, Any]]:
+    """Check the options of a call, but for values of tensors, which :func:`tensors_of` sees.
 
     Args:
         cell: the cell.
         of_Wx: the shape of ``Wx``, five dimensions.
         device: that of the call.
         given: the options.
-        check_values: whether values on the CPU may be read.
 
     Returns:
-        The number of sequences; the tensors, those of integers and bool on the device of the call;
-        and the fields of the problem.
+        The number of sequences, and the fields of the problem.
 
     Raises:
         TypeError: something of another type or dtype.
-        ValueError: a shape that does not fit, options that exclude each other, or values on the CPU
-            that are out of range.
+        ValueError: a shape that does not fit, or options that exclude each other.
     """
     reset, reset_states, lengths, cu_seqlens, reverse, return_states = given
     packed = cu_seqlens is not None
     B, T, _, N, D = of_Wx
-    if packed:
+    if cu_seqlens is not None:
         if B != 1:
             raise ValueError(
                 f"Wx has shape {tuple(of_Wx)} and cu_seqlens is given; accepted is a packed "
@@ -196,20 +244,19 @@ def accept(
             )
         if lengths is not None:
             raise ValueError("lengths and cu_seqlens are given; accepted is one of them")
-        cu_seqlens = _integers("cu_seqlens", "[B + 1]", cu_seqlens, None, device)
+        _check_integers("cu_seqlens", "[B + 1]", cu_seqlens, None, device)
         B = cu_seqlens.shape[0] - 1
         if B == 0 and T > 0:
             raise ValueError(f"cu_seqlens has one element, no sequence; Wx has {T} rows")
     if lengths is not None:
-        lengths = _integers("lengths", "[B]", lengths, B, device)
-    longest = _longest(lengths, cu_seqlens, T) if check_values else None
+        _check_integers("lengths", "[B]", lengths, B, device)
     rows = (1, T) if packed else (B, T)
-    reset = None if reset is None else _flags(reset, rows, device)
+    if reset is not None:
+        _check_flags(reset, rows, device)
     if reset_states is not None:
         if reset is None:
             raise ValueError("reset_states is given without reset, which says where")
-        S = len(cell.states)
-        reset_states = _starts(reset_states, S, B, rows, N, D, device)
+        _check_starts(reset_states, len(cell.states), B, rows, N, D, device)
     if return_states not in RETURNED:
         raise ValueError(
             f"return_states is {return_states!r}; accepted are {', '.join(map(repr, RETURNED))}"
@@ -220,19 +267,43 @@ def accept(
         "ragged": lengths is not None or packed,
         "packed": packed,
         "reverse": _directions(reverse, N),
-        "longest": longest,
         "returned": {"all": len(cell.states), "h": 1, "last": 0}[return_states],
     }
-    if isinstance(lengths, Tensor):
-        lengths = lengths.to(device, non_blocking=True)
-    if isinstance(cu_seqlens, Tensor):
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    return B, Sequences(reset, reset_states, lengths, cu_seqlens), fields
+    return B, fields
 
 
-def _integers(
+def tensors_of(given: Given, problem: Problem, check_values: bool) -> tuple[Sequences, int | None]:
+    """The tensors of options that :func:`accept` has found to fit.
+
+    Args:
+        given: the options.
+        problem: the problem of the call.
+        check_values: whether values on the CPU may be read.
+
+    Returns:
+        The tensors, on the device of the call; and ``problem.longest``.
+
+    Raises:
+        ValueError: values on the CPU that are out of range.
+    """
+    reset, reset_states, lengths, cu_seqlens, _, _ = given
+    longest = None
+    if problem.ragged:
+        longest = _longest(lengths, cu_seqlens, problem.T) if check_values else None
+        if lengths is not None:
+            lengths = lengths.to(problem.device, non_blocking=True)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(problem.device, non_blocking=True)
+    if reset is not None and reset.ndim == 1:
+        reset = reset.unsqueeze(0)
+    if reset_states is not None and problem.B != 1 and reset_states.shape[1:3] == (1, 1):
+        reset_states = reset_states.expand(-1, problem.B, -1, -1, -1)
+    return Sequences(reset, reset_states, lengths, cu_seqlens), longest
+
+
+def _check_integers(
     name: str, layout: str, given: Any, count: int | None, device: torch.device
-) -> Tensor:
+) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} is {type(given).__name__}; accepted is a torch.Tensor")
     if given.dtype not in _INTEGERS:
@@ -246,42 +317,34 @@ def _integers(
         raise ValueError(
             f"Wx on {device}, {name} on {given.device}; accepted is Wx's device or the CPU"
         )
-    return given
 
 
-def _flags(reset: Any, rows: tuple[int, int], device: torch.device) -> Tensor:
+def _check_flags(reset: Any, rows: tuple[int, int], device: torch.device) -> None:
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool: make it reset.bool()")
     if reset.device != device:
         raise ValueError(f"Wx on {device}, reset on {reset.device}; accepted is one device")
-    if rows[0] == 1 and reset.ndim == 1:
-        reset = reset.unsqueeze(0)
-    if reset.shape != rows:
+    if reset.shape != rows and not (rows[0] == 1 and reset.shape == rows[1:]):
         raise ValueError(
             f"reset has shape {tuple(reset.shape)}; with this Wx it must be {rows}, a flag a step"
         )
-    return reset
 
 
-def _starts(
+def _check_starts(
     given: Any, S: int, B: int, rows: tuple[int, int], N: int, D: int, device: torch.device
-) -> Tensor:
-    """``reset_states`` with one start a sequence or one a step."""
+) -> None:
+    """``reset_states`` has one start for all, one a sequence or one a step."""
     if not isinstance(given, Tensor):
         raise TypeError(f"reset_states is {type(given).__name__}; accepted is a torch.Tensor")
     if given.device != device:
         raise ValueError(
             f"Wx on {device}, reset_states on {given.device}; accepted is one device for all"
         )
-    if given.shape == (S, *rows, N, D) and (rows[1] != 1 or rows[0] == B):
-        return given
-    if given.shape == (S, B, 1, N, D):
-        return given
-    if given.shape == (S, 1, 1, N, D):
-        return given.expand(S, B, 1, N, D)
     each, every = (S, B, 1, N, D), (S, *rows, N, D)
+    if given.shape in (every, each, (S, 1, 1, N, D)):
+        return
     raise ValueError(
         f"reset_states has shape {tuple(given.shape)}; with this Wx it must be {every}, a start a "
         f"step, or {each}, a start a sequence"
@@ -311,7 +374,7 @@ def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
 def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int | None:
     """The largest length, of tensors on the CPU, which are checked; a GPU is not waited for."""
     if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
-        least, most = int(lengths.min()), int(lengths.max())
+        least, most = map(int, lengths.aminmax())
         if least < 0 or most > T:
             raise ValueError(
                 f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
@@ -319,10 +382,11 @@ def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int |
         return most
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
-        if first != 0 or last != T or bool((each < 0).any()):
+        least, most = map(int, each.aminmax()) if each.numel() else (0, 0)
+        if first != 0 or last != T or least < 0:
             raise ValueError(
                 f"cu_seqlens goes from {first} to {last}; accepted are values that do not fall, "
                 f"from 0 to {T}, the rows of Wx"
             )
-        return int(each.max()) if each.numel() else 0
+        return most
     return None

@@ -13,8 +13,8 @@ from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem
 
-# Of a call's tensors: shapes, strides, dtypes and devices.
-_Layouts = tuple[tuple[object, ...], ...]
+# Whether a call is in place, and of its tensors shapes, strides, dtypes and devices.
+_Layouts = tuple[object, ...]
 _MOST_LAYOUTS = 64
 
 
@@ -137,7 +137,8 @@ class Stepper:
         if states is None and isinstance(wx, Tensor):
             of_batch = self._problem._replace(B=wx.shape[0])
             states = functional.initial_states(of_batch, self._config).squeeze(2)
-        tensors = (wx, states) if out is None else (wx, states, out)
+        # What is updated in place is looked at once.
+        tensors = (wx, states) if out is None or out is states else (wx, states, out)
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors):
             raise RuntimeError(
                 "a gradient is required of wx, states or out, and none flows through a step: call "
@@ -150,7 +151,7 @@ class Stepper:
         if traced is not self._problem.cell:
             # It captures a Python value, which has changed.
             self._prepare(self._problem._replace(cell=traced))
-        layouts = tuple([_layout(x) for x in tensors])
+        layouts = (out is states, *[_layout(x) for x in tensors])
         known = self._known.get(layouts) or self._know(layouts, wx, states, out)
         if out is not None:
             known.check_memory(wx.data_ptr(), states.data_ptr(), out.data_ptr())

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,6 +149,10 @@ class EmulatedKernel:
         call = (ctypes.c_int64 * len(fields))(*fields)
         at_once = shape.grid if shape.cooperative else shape.cluster_size or 1
         self.library.emulate(call, shape.grid, shape.threads, shape.shared_memory, at_once)
+
+    def kept(self, shape: launch.Shape, fields: tuple[int, ...]) -> SimpleNamespace:
+        arguments = list(fields)
+        return SimpleNamespace(arguments=arguments, enqueue=lambda: self.launch(shape, arguments))
 
 
 def plan_taken(problem: Problem, backward: bool) -> Plan:

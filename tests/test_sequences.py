@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from flashrnn import flashrnn
 from flashrnn.backends import cuda_fused
-from flashrnn.cells import resolve
+from flashrnn.cells import lstm, resolve
 from flashrnn.problem import Problem
+from flashrnn.sequences import runs_backwards
 from tests.gpus import GPUS
 from tests.problems import random_inputs, sparse
 from tests.sequences import (
@@ -105,6 +106,22 @@ def test_nothing_past_the_end_reaches_a_gradient():
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 def test_the_start_of_an_empty_sequence_reaches_no_gradient(ragged):
     hold_empty_sequences_out("vanilla", ragged)
+
+
+def test_directions_are_those_of_each_call():
+    """They are made once, and kept: within inference mode too for calls outside."""
+
+    def flags(reverse, N=3):
+        problem = Problem(lstm.traced, 1, 1, N, 4, torch.float32, torch.device("cpu"))
+        return runs_backwards(problem._replace(reverse=reverse))
+
+    with torch.inference_mode():
+        first = flags((False, True, True))
+    assert first.tolist() == [0, 1, 1] and not first.is_inference()
+    for _ in range(2):
+        assert flags(True).tolist() == [1, 1, 1] and flags(True, 2).tolist() == [1, 1]
+        assert flags((True, False, True)).tolist() == [1, 0, 1]
+        assert flags((False, True, True)) is first
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -327,6 +327,78 @@ def test_what_does_not_fit_is_refused_after_calls_that_did(launches):
     launched_by(launches, Wx, R, b)
 
 
+def test_options_that_do_not_fit_are_refused_after_calls_that_did(launches):
+    Wx, R, b = inputs(B=2)
+    lengths, cu_seqlens = torch.tensor([3, 1]), torch.tensor([0, 2, 3])
+    reset, starts = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 2, 1, 1, 64)
+    packed = Wx[:1]
+    fitting = [
+        (Wx, {"lengths": lengths}),
+        (packed, {"cu_seqlens": cu_seqlens}),
+        (Wx, {"reset": reset, "reset_states": starts}),
+        (Wx, {"reverse": True}),
+        (Wx, {"reverse": [True]}),
+        (Wx, {"return_states": "h"}),
+    ]
+    bad = [
+        (Wx, {"lengths": lengths + 1}, ValueError, "values from 2 to 4"),
+        (Wx, {"lengths": lengths - 2}, ValueError, "values from -1 to 1"),
+        (Wx, {"lengths": lengths.short()}, TypeError, "int16"),
+        (Wx, {"lengths": [3, 1]}, TypeError, "lengths is list"),
+        (Wx, {"lengths": lengths[:1]}, ValueError, "lengths has shape"),
+        (packed, {"cu_seqlens": torch.tensor([0, 4, 3])}, ValueError, "do not fall"),
+        (packed, {"cu_seqlens": cu_seqlens - 1}, ValueError, "from -1 to 2"),
+        (Wx, {"reset": reset.int()}, TypeError, "int32"),
+        (Wx, {"reset": reset[:, :2]}, ValueError, "reset has shape"),
+        (Wx, {"reset_states": starts}, ValueError, "without reset"),
+        (Wx, {"reset": reset, "reset_states": starts[:1]}, ValueError, "reset_states has shape"),
+        (Wx, {"reverse": 1}, TypeError, "reverse is int"),
+        (Wx, {"reverse": [1]}, TypeError, "accepted are bools"),
+        (Wx, {"reverse": [True, False]}, ValueError, "2 elements"),
+        (Wx, {"return_states": "c"}, ValueError, "return_states is 'c'"),
+        (Wx, {"return_states": ["h"]}, ValueError, "return_states is"),
+    ]
+    for x, options in 2 * fitting:
+        launched_by(launches, x, R, b, **options)
+    for x, options, error, message in bad:
+        with pytest.raises(error, match=message):
+            flashrnn(x, R, b, backend="cuda_fused", **options)
+    assert launches.take() == []
+    for x, options in fitting:
+        launched_by(launches, x, R, b, **options)
+
+
+def test_a_call_with_options_works_nothing_out_anew(launches, monkeypatch):
+    """Nor does a layer: what was found to fit is not checked again, but for values."""
+    Wx, R, b = inputs(requires_grad=True)
+    x, W = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(4, 1, 64, 64).bfloat16()
+    reset, starts = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 1, 1, 1, 64)
+    options = {"reset": reset, "reset_states": starts, "lengths": torch.tensor([3, 1])}
+
+    def calls():
+        flashrnn(Wx, R, b, backend="cuda_fused", **options)
+        recurrent_layer(x, W, R, b, backend="cuda_fused", **options)
+        return launches.take()
+
+    first = calls()
+    monkeypatch.setattr(functional, "problem_with", None)
+    again = calls()
+    assert [one[:3] for one in again] == [one[:3] for one in first]
+
+
+def test_the_gradient_of_starts_is_asked_for_at_each_call(launches):
+    """Of it alone, after a call without gradients too."""
+    Wx, R, b = inputs()
+    reset, starts = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 2, 1, 1, 64)
+    for needed in (False, True, False, True):
+        starts.requires_grad_(needed)
+        options = {"reset": reset, "reset_states": starts}
+        found, _ = flashrnn(Wx, R, b, backend="cuda_fused", **options)
+        assert found.requires_grad == needed
+        (one,) = launches.take()
+        assert bool(named(one)["gates"]) == needed
+
+
 @pytest.mark.slow
 def test_what_records_or_transforms_a_call_is_asked_for_at_each_call(launches):
     Wx, R, b = inputs(dtype=torch.float32)

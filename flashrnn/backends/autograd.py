@@ -481,7 +481,7 @@ class Scan(torch.autograd.Function):
         def pull_back(*tensors: Tensor | None) -> Gradients:
             # With a graph of the gradient: the operator's own derivative raises an error that says
             # that there is none.
-            plain = all(x is None or is_plain(x) for x in tensors)
+            plain = all(map(is_plain, [x for x in tensors if x is not None]))
             if recorded() or torch.is_grad_enabled() or not plain:
                 return Gradients(
                     *scan_backward(

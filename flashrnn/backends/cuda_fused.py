@@ -205,12 +205,12 @@ def backward(
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
-    h_initial, h, parts = states_initial[0], states[0], None
+    parts = None
     if registry.is_small(D):
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, before)
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, states_initial, states, before)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
-        d_R = recurrent_gradient(cell, d_gates, h_initial, h)
+        d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0])
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 
@@ -340,9 +340,13 @@ class _Steps:
             copy = wx.clone(memory_format=torch.contiguous_format)
             return self._prepare(precision, copy, states, out)._replace(copies_wx=True)
         scratch = _scratch(prepared, wx)
-        others = [*addresses[3:], *(memory.data_ptr() for memory in scratch)]
-        packets = scratch[0] if prepared.scratch.packets else None
-        return _Step(prepared, others, packets, [every_state, *scratch])
+        addresses += [memory.data_ptr() for memory in scratch]
+        return _Step(
+            prepared.kernel.kept(prepared.shape, prepared.packing(addresses)),
+            prepared.packing.places(3, len(addresses)),
+            scratch[0] if prepared.scratch.packets else None,
+            (prepared.kernel, every_state, *scratch),
+        )
 
 
 _MOST_STEPS = 16
@@ -352,36 +356,42 @@ class _Step(NamedTuple):
     """A launch that lacks the addresses of a step's tensors.
 
     Attributes:
-        prepared: what lacks all addresses.
-        others: the addresses behind those of ``Wx``, ``initial`` and ``last_states``.
+        kept: the launch, on the stream that it was prepared for.
+        places: which of its arguments are the addresses of wx, states and out.
         packets: where CTAs send each other packets, if they do.
-        scratch: memory that is this launch's own: packets, and the states in the problem's dtype.
+        held: what must be there for as long as the launch: its kernel, and memory that is its own,
+            packets and the states in the problem's dtype.
         copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.
     """
 
-    prepared: _Prepared
-    others: list[int]
+    kept: launch.Kept
+    places: tuple[int, ...]
     packets: Tensor | None
-    scratch: list[Tensor]
+    held: tuple[object, ...]
     copies_wx: bool = False
 
     def launch(self, wx: Tensor, states: Tensor, out: Tensor) -> None:
-        """Enqueue it on PyTorch's current stream."""
+        """Enqueue it; one thread at a time."""
         if self.packets is not None:
             self.packets.zero_()
-        self.prepared.launch([wx.data_ptr(), states.data_ptr(), out.data_ptr(), *self.others])
+        arguments, (of_wx, of_states, of_out) = self.kept.arguments, self.places
+        arguments[of_wx] = wx.data_ptr()
+        arguments[of_states] = states.data_ptr()
+        arguments[of_out] = out.data_ptr()
+        self.kept.enqueue()
 
 
 def _recurrent_gradient_parts(
     problem: Problem,
     gpu: GPU,
     d_gates: Tensor,
-    h_initial: Tensor,
-    h: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
     before: Before | None,
 ) -> Tensor:
     """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
-    tensors, record = {"d_gates": d_gates, "h": h}, call.RECURRENT_GRADIENT
+    # h is the first state.
+    tensors, record = {"d_gates": d_gates, "h": states}, call.RECURRENT_GRADIENT
     if before is not None:
         record = record.complete
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
@@ -389,7 +399,8 @@ def _recurrent_gradient_parts(
             tensors["runs_backwards"] = runs_backwards(problem)
     else:
         # Copied as it is in float32; in 16 bits each element is rounded.
-        tensors["h_initial"] = h_initial.contiguous() if h.dtype == torch.float32 else h_initial
+        is_copied = states.dtype == torch.float32
+        tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
@@ -539,14 +550,24 @@ class _Kernel:
     program: launch.Program
     shape: launch.Shape
 
+    def kept(self, shape: launch.Shape, fields: Sequence[int]) -> launch.Kept:
+        """A launch that stays, on PyTorch's current stream of the program's device."""
+        device, (kernel,) = self.program.device, self.program.kernels
+        with context.on_device(device):
+            return launch.Kept(launch.Launch(kernel, shape, fields), self._stream(), device)
+
     def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
-            if torch.cuda.is_current_stream_capturing():
-                self.program.keep_for_graphs()
-            stream = context.current_stream(device)
+            stream = self._stream()
             launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
+
+    def _stream(self) -> int:
+        """The current stream; if it is captured, the program stays for the graph."""
+        if torch.cuda.is_current_stream_capturing():
+            self.program.keep_for_graphs()
+        return context.current_stream(self.program.device)
 
 
 @lru_cache(maxsize=1024)

@@ -36,7 +36,7 @@ class Gradients(NamedTuple):
 
 def number_of(d_states: Tensor | None) -> int:
     """Of how many states, from ``h`` on, every step's gradients are given."""
-    return 0 if d_states is None else len(d_states)
+    return 0 if d_states is None else d_states.shape[0]
 
 
 def of_no_steps(
@@ -72,8 +72,10 @@ def complete(
 
 
 def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
-    """Some gates: a view if their indices are consecutive."""
+    """Some gates: all as they are, or a view if their indices are consecutive."""
     first, count = indices[0] if indices else 0, len(indices)
+    if count == gates.shape[dim]:
+        return gates
     if indices == tuple(range(first, first + count)):
         return gates.narrow(dim, first, count)
     # Not by a tensor of indices: its copy to the GPU would make the host wait, and a CUDA graph

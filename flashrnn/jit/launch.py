@@ -174,12 +174,12 @@ def enqueue(launches: Iterable[Launch], stream: int, device: int) -> None:
 
 def _enqueue(launches: Iterable[Launch], stream: int) -> None:
     launch, room = driver().cuLaunchKernelEx, _room
-    for one in launches:
-        config = _config(one.shape, stream)
+    for kernel, shape, arguments in launches:
+        config = _config(shape, stream)
         # The driver takes as many addresses as the kernel has parameters, and copies the arguments
         # before it returns. A parameter of 4 bytes is the lower half of its 8.
-        _packing(len(one.arguments)).pack_into(room.values, 0, *one.arguments)
-        check(launch(config, one.kernel, room.addresses, 0))
+        _packing(len(arguments)).pack_into(room.values, 0, *arguments)
+        check(launch(config, kernel, room.addresses, 0))
 
 
 class _Room(threading.local):
@@ -188,8 +188,42 @@ class _Room(threading.local):
     def __init__(self) -> None:
         self.values = (ctypes.c_int64 * _MOST_ARGUMENTS)()
         first = ctypes.addressof(self.values)
-        self._addresses = array("Q", range(first, first + ctypes.sizeof(self.values), 8))
-        self.addresses = self._addresses.buffer_info()[0]
+        self._places, self.addresses = _addresses_of(first, _MOST_ARGUMENTS)
+
+
+class Kept:
+    """A launch that is enqueued on one stream many times, each time with other arguments at a few
+    places. For one thread at a time.
+
+    Attributes:
+        arguments: of 8 bytes each; the driver copies them when the launch is enqueued.
+    """
+
+    def __init__(self, one: Launch, stream: int, device: int) -> None:
+        """Prepare.
+
+        Args:
+            one: the launch. Who keeps this holds its program.
+            stream: the stream.
+            device: the stream's.
+        """
+        self._device, self._kernel = device, one.kernel
+        self._config = _config(one.shape, stream or _DEFAULT)
+        self.arguments = array("q", one.arguments)
+        first, count = self.arguments.buffer_info()
+        self._places, self._addresses = _addresses_of(first, count)
+        _streams[device].add(stream or _DEFAULT)
+
+    def enqueue(self) -> None:
+        """Launch."""
+        with on_device(self._device):
+            check(driver().cuLaunchKernelEx(self._config, self._kernel, self._addresses, 0))
+
+
+def _addresses_of(first: int, count: int) -> tuple[array[int], int]:
+    """The addresses of values of 8 bytes each, and where these addresses lie."""
+    found = array("Q", range(first, first + 8 * count, 8))
+    return found, found.buffer_info()[0]
 
 
 _MOST_ARGUMENTS = 128

@@ -76,6 +76,11 @@ class Packing(NamedTuple):
         """The fields' values."""
         return self.order((*addresses, *self.constants))
 
+    def places(self, first: int, count: int) -> tuple[int, ...]:
+        """Which fields the first few of so many addresses become."""
+        order = self.order(range(count + len(self.constants)))
+        return tuple(map(order.index, range(first)))
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -102,10 +107,12 @@ class Record:
         """The tensors' addresses, in their order, and what else of them a launch depends on.
 
         Args:
-            tensors: by the operands' names; those that a call lacks are missing.
+            tensors: by the operands' names; those that a call lacks are missing. Of one with more
+                dimensions than its operand, the first element of the others is meant: no view has
+                to be made of it.
         """
         addresses = [*map(Tensor.data_ptr, tensors.values())]
-        strides = [tensors[name].stride() for name in self._strided if name in tensors]
+        strides = [tensors[name].stride()[n:] for name, n in self._strided if name in tensors]
         offsets = [address % 16 for address in addresses] if reduce(or_, addresses, 0) % 16 else ()
         return addresses, Layout((*tensors,), (*strides,), (*offsets,))
 
@@ -160,7 +167,7 @@ class Record:
             if name in names
         ):
             return False
-        strided = (name for name in self._strided if name in layout.names)
+        strided = (name for name, _ in self._strided if name in layout.names)
         return all(
             strides[-1] == 1 and gcd(*strides[:-1]) * size % multiple == 0
             for name, strides in zip(strided, layout.strides, strict=True)
@@ -168,9 +175,12 @@ class Record:
         )
 
     @cached_property
-    def _strided(self) -> tuple[str, ...]:
-        """The operands whose strides it has."""
-        return tuple(operand.name for operand in self.operands if operand.dims)
+    def _strided(self) -> tuple[tuple[str, int], ...]:
+        """The operands whose strides it has, and where the strides of their dimensions begin,
+        counted from the last."""
+        return tuple(
+            (operand.name, -len(operand.dims)) for operand in self.operands if operand.dims
+        )
 
     @property
     def size(self) -> int:

@@ -163,6 +163,15 @@ def test_a_packing_serves_all_tensors_of_a_layout(record):
         assert record.read(tensors(last=2))[1] != layout
 
 
+def test_of_more_dimensions_the_first_element_is_read():
+    """Of all states that is h: no view of it has to be made."""
+    states, d_gates = torch.empty(3, 2, 4, 1, 16)[:2], torch.empty(2, 1, 4, 1, 16)
+    initial = torch.empty(2, 4, 2, 1, 16).transpose(1, 2)[:, :, :1]
+    record = call.RECURRENT_GRADIENT
+    whole = record.read({"d_gates": d_gates, "h": states, "h_initial": initial})
+    assert whole == record.read({"d_gates": d_gates, "h": states[0], "h_initial": initial[0]})
+
+
 @pytest.mark.parametrize(
     ("offset", "stride", "last", "D", "multiple", "expected"),
     [
