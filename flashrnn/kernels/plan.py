@@ -90,6 +90,10 @@ class Scratch(NamedTuple):
     R_in_memory: int
 
 
+SEQUENCE_BYTES = 16
+"""Of a ``Sequence`` (``common/sequence.cuh``)."""
+
+
 def lacks_options(problem: Problem) -> str | None:
     """Why a regime that has no options of sequences has no plan, if a problem has such options."""
     if not problem.is_sequenced:
@@ -115,18 +119,31 @@ class Counts(NamedTuple):
         inputs: gates that Wx feeds.
         states: states.
         gates: gates of any kind.
+        starts: states that a reset goes back to; 0 without resets.
+        sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
+            without options of sequences.
     """
 
     recurrent: int
     inputs: int
     states: int
     gates: int
+    starts: int = 0
+    sequence_bytes: int = 0
 
     @staticmethod
     def of(cell: TracedCell) -> Counts:
-        """Those of a cell."""
+        """Those of a cell, in a call without options of sequences."""
         recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
         return Counts(recurrent, inputs, len(cell.states), len(cell.gates))
+
+    @staticmethod
+    def of_problem(problem: Problem) -> Counts:
+        """Those of a problem's cell, with what the problem's options add."""
+        return Counts.of(problem.cell)._replace(
+            starts=len(problem.cell.states) if problem.resets else 0,
+            sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
+        )
 
 
 class Values(NamedTuple):
@@ -140,6 +157,8 @@ class Values(NamedTuple):
         carried: those among them that pass from step to step.
         itemsize: bytes of a value.
         passes: tensor core instructions that a product of two operands takes.
+        sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
+            without options of sequences.
     """
 
     backward: bool
@@ -149,6 +168,7 @@ class Values(NamedTuple):
     carried: int
     itemsize: int
     passes: int
+    sequence_bytes: int = 0
 
     @staticmethod
     def of(problem: Problem, backward: bool) -> Values:
@@ -163,4 +183,5 @@ class Values(NamedTuple):
             carried=S,
             itemsize=problem.dtype.itemsize,
             passes=3 if problem.dtype.itemsize == 4 else 1,
+            sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
         )
