@@ -85,7 +85,7 @@ def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regi
                 return plan
             kept = plan.size * plan.units // 16 // 3
             plan = replace(plan, buffers=buffers, in_registers=kept)
-            memory = wgmma_plan.shared_memory_of(plan, Counts.of(problem.cell))
+            memory = wgmma_plan.shared_memory_of(plan, Counts.of_problem(problem))
             return replace(plan, shared_memory=memory)
         return "one CTA has all units"
 

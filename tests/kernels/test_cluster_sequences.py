@@ -21,7 +21,7 @@ from tests.machine_code import needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, sparse
 from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
 
-REGIMES = [*CLUSTER_MMA]
+REGIMES = [*CLUSTER_MMA, *CLUSTER_WGMMA]
 # Two clusters for each head: the sizes of regimes.py with few sequences leave one.
 TWO = CLUSTER_MMA[3]
 ALL = KINDS[-2:]
@@ -44,9 +44,10 @@ all_kinds = pytest.mark.parametrize("kinds", ALL, ids=named)
 
 @needs_compiler
 @every_kind
-def test_equals_vanilla(take, kinds):  # noqa: F811
-    case = random_ragged("lstm", 9, 5, 2, 136, dtype=BF16, **kinds)
-    hold_ragged_to_vanilla(take(TWO).backend, case)
+@pytest.mark.parametrize("regime", some([TWO, CLUSTER_WGMMA[0]], lambda x: x is TWO), ids=str)
+def test_equals_vanilla(take, regime, kinds):  # noqa: F811
+    case = random_ragged("lstm", regime.B, 5, 2, 136, dtype=BF16, **kinds)
+    hold_ragged_to_vanilla(take(regime).backend, case)
 
 
 @needs_compiler
@@ -65,7 +66,7 @@ def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 136), (20, 12, 3, 152), (41, 3, 1, 192)], ids=str)
 @pytest.mark.parametrize("regime", REGIMES, ids=str)
 def test_sizes(take, regime, sizes, kinds):  # noqa: F811
-    """Many steps, so that rings and buffers come round; clusters of which some have fewer steps."""
+    """Many steps, so that rings and buffers come round; clusters of which one ends before another."""
     case = random_ragged("lstm", *sizes, seed=5, dtype=BF16, **kinds)
     hold_ragged_to_vanilla(take(regime).backend, case)
 
