@@ -14,11 +14,11 @@ from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
-from tests.fused import OPTIONS
+from tests.fused import OPTIONS, at_odd_address, strided
 from tests.gpus import GPUS, planned
 from tests.kernels.regimes import CLUSTER_MMA, CLUSTER_WGMMA, take  # noqa: F401
 from tests.machine_code import needs_nvrtc, spills_in_the_loop_of_products
-from tests.problems import BUILT_IN, sparse
+from tests.problems import BUILT_IN, Inputs, sparse
 from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
 
 REGIMES = [*CLUSTER_MMA, *CLUSTER_WGMMA]
@@ -66,7 +66,7 @@ def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 136), (20, 12, 3, 152), (41, 3, 1, 192)], ids=str)
 @pytest.mark.parametrize("regime", REGIMES, ids=str)
 def test_sizes(take, regime, sizes, kinds):  # noqa: F811
-    """Many steps, so that rings and buffers come round; clusters of which one ends before another."""
+    """Many steps, so that rings and buffers come round; clusters that end at different steps."""
     case = random_ragged("lstm", *sizes, seed=5, dtype=BF16, **kinds)
     hold_ragged_to_vanilla(take(regime).backend, case)
 
@@ -125,6 +125,18 @@ def test_same_bits_without_gradients(take, regime, kinds):  # noqa: F811
         given = case.call(backend)
     for x, y in zip(given, expected, strict=True):
         assert torch.equal(x, y)
+
+
+@needs_compiler
+@pytest.mark.slow
+@all_kinds
+@pytest.mark.parametrize("change", [strided, at_odd_address])
+@pytest.mark.parametrize("regime", [TWO, CLUSTER_WGMMA[0]], ids=str)
+def test_any_layout(take, regime, change, kinds):  # noqa: F811
+    case = random_ragged("lstm", regime.B, 4, 2, 136, dtype=BF16, **kinds)
+    inputs = {name: change(x) for name, x in case.inputs.tensors().items()}
+    case = replace(case, inputs=Inputs(**inputs), reset_states=change(case.reset_states))
+    hold_ragged_to_vanilla(take(regime).backend, case)
 
 
 @needs_compiler
