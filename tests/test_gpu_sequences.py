@@ -37,6 +37,21 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def clusters():
+    """Skips where no cluster computes a head of more than 128 units with options of sequences."""
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("needs a GPU that launches clusters of thread blocks")
+
+
+# The last head dimension is one that a cluster computes.
+@pytest.fixture(params=[*((backend, 32) for backend in BACKENDS), ("cuda_fused", 256)], ids=str)
+def backend_and_D(request):
+    if request.param[1] > 128:
+        request.getfixturevalue("clusters")
+    return request.param
+
+
 LAST = {"return_states": "last"}
 LONG = (16, 70, 12, 64)
 CASES = [(sizes, kinds) for sizes in (LONG, (70, 33, 3, 32)) for kinds in KINDS]
@@ -98,9 +113,10 @@ def test_any_layout(backend, change):
 
 
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
-def test_same_bits_twice(backend, ragged):
+def test_same_bits_twice(backend_and_D, ragged):
+    backend, D = backend_and_D
     case = random_ragged(
-        *("lstm", 40, 64, 4, 64),
+        *("lstm", 40, 64, 4, 2 * D),
         resets="step",
         ragged=ragged,
         reverse="some",
@@ -113,9 +129,10 @@ def test_same_bits_twice(backend, ragged):
 
 
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
-def test_values_out_of_range_do_no_harm(backend, ragged):
+def test_values_out_of_range_do_no_harm(backend_and_D, ragged):
     """On a GPU nobody looks at them; they are what the nearest right ones are."""
-    case = random_ragged("lstm", 4, 9, 2, 32, ragged=ragged, dtype=torch.bfloat16, device="cuda")
+    backend, D = backend_and_D
+    case = random_ragged("lstm", 4, 9, 2, D, ragged=ragged, dtype=torch.bfloat16, device="cuda")
     total = case.inputs.Wx.shape[1]
     name, given, meant = (
         ("cu_seqlens", [-5, total + 9, 2, total - 1, 5], [0, total, total, total, total])
@@ -127,8 +144,9 @@ def test_values_out_of_range_do_no_harm(backend, ragged):
         assert torch.equal(x, y)
 
 
-def test_lengths_on_either_side_are_not_waited_for(backend):
-    case = random_ragged("lstm", 4, 9, 2, 32, ragged="lengths", dtype=torch.bfloat16, device="cuda")
+def test_lengths_on_either_side_are_not_waited_for(backend_and_D):
+    backend, D = backend_and_D
+    case = random_ragged("lstm", 4, 9, 2, D, ragged="lengths", dtype=torch.bfloat16, device="cuda")
     lengths = case.options["lengths"]
     expected = case.call(backend)
     torch.cuda.synchronize()
@@ -145,8 +163,9 @@ def test_lengths_on_either_side_are_not_waited_for(backend):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of its imports.
-def test_compiled_whole_and_once_for_all_lengths(backend):
-    case = random_ragged("lstm", 4, 9, 2, 32, **ALL[0], dtype=torch.bfloat16, device="cuda")
+def test_compiled_whole_and_once_for_all_lengths(backend_and_D):
+    backend, D = backend_and_D
+    case = random_ragged("lstm", 4, 9, 2, D, **ALL[0], dtype=torch.bfloat16, device="cuda")
     torch.compiler.reset()
     # Outside, since Dynamo of 2.11 does not follow what makes a dict of the inputs.
     given_always = {**case.inputs.tensors(), **case.options, "reset_states": case.reset_states}
@@ -166,10 +185,11 @@ def test_compiled_whole_and_once_for_all_lengths(backend):
                 assert torch.equal(x, expected[name]), name
 
 
-def test_recorded_as_a_graph(backend):
+def test_recorded_as_a_graph(backend_and_D):
     """Lengths and flags of a replay are those that memory holds then."""
+    backend, D = backend_and_D
     case = random_ragged(
-        *("lstm", 4, 9, 2, 32),
+        *("lstm", 4, 9, 2, D),
         resets="sequence",
         ragged="lengths",
         reverse="some",
@@ -214,3 +234,51 @@ def test_rows_of_no_sequence_are_zero(backend, reverse):
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 def test_the_start_of_an_empty_sequence_reaches_no_gradient(backend, ragged):
     hold_empty_sequences_out(backend, ragged, "cuda")
+
+
+LARGE = [(B, 40, N, D) for N, D in ((1, 256), (1, 512), (2, 768)) for B in (1, 9, 20)]
+# As in ALL: with h of every step.
+LARGE_KINDS = [kinds for kinds in KINDS if kinds != LAST and kinds not in KINDS[-2:]]
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("kinds", [*LARGE_KINDS, *ALL], ids=lambda kinds: "-".join(kinds.values()))
+@pytest.mark.parametrize("sizes", [*LARGE, (70, 33, 1, 512), (200, 12, 2, 768)], ids=str)
+def test_heads_of_clusters(sizes, kinds):
+    case = random_ragged("lstm", *sizes, seed=3, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_heads_of_clusters_of_every_cell(kind, dtype, kinds):
+    # The last CTA of a cluster has all its units, and not.
+    for D in (256, 136):
+        case = random_ragged(kind, 20, 20, 2, D, dtype=dtype, device="cuda", **kinds)
+        hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_clusters_without_a_step(ragged):
+    """Whose CTAs neither wait nor send."""
+    lengths = torch.zeros(100, dtype=torch.int64, device="cuda")
+    lengths[3] = 9
+    case = random_ragged("lstm", 100, 9, 2, 256, dtype=torch.bfloat16, device="cuda")
+    options = {"lengths": lengths}
+    if ragged == "packed":
+        case = replace(case, inputs=replace(case.inputs, Wx=case.inputs.Wx[3:4].detach()))
+        options = {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths]).cumsum(0)}
+    case.inputs.Wx.requires_grad_()
+    case = replace(case, options=case.options | options, lengths=lengths.tolist())
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@pytest.mark.usefixtures("clusters")
+@pytest.mark.parametrize("D", [256, 768])
+def test_heads_of_clusters_are_not_left_to_another_backend(D):
+    case = random_ragged("lstm", 9, 9, 1, D, dtype=torch.bfloat16, device="cuda", **ALL[0])
+    given, expected = case.call("auto"), case.call("cuda_fused")
+    assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))

@@ -21,6 +21,8 @@ class Plan(ABC):
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.
+        STORES_FEWER: whether its forward stores no more states of every step than ``STORED`` says;
+            else it stores all.
         ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
@@ -28,6 +30,7 @@ class Plan(ABC):
     """
 
     COOPERATIVE: ClassVar[bool] = False
+    STORES_FEWER: ClassVar[bool] = False
     ROW_ALIGNMENT: ClassVar[int] = 1
 
     D: int
@@ -87,6 +90,27 @@ class Scratch(NamedTuple):
     R_in_memory: int
 
 
+SEQUENCE_BYTES = 16
+"""Of a ``Sequence`` (``common/sequence.cuh``)."""
+
+
+def lacks_options(problem: Problem) -> str | None:
+    """Why a regime that has no options of sequences has no plan, if a problem has such options."""
+    if not problem.is_sequenced:
+        return None
+    asked = {
+        "reset": problem.resets,
+        "cu_seqlens": problem.packed,
+        "lengths": problem.ragged and not problem.packed,
+        "reverse": problem.reverse is not False,
+    }
+    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+    return (
+        f"for heads of {problem.D} units in {str(problem.dtype).removeprefix('torch.')} it has no "
+        f"{names} on this GPU; docs/sequences.md says which backends do"
+    )
+
+
 class Counts(NamedTuple):
     """How many numbers of a unit and sequence a step has of each kind.
 
@@ -95,18 +119,31 @@ class Counts(NamedTuple):
         inputs: gates that Wx feeds.
         states: states.
         gates: gates of any kind.
+        starts: states that a reset goes back to; 0 without resets.
+        sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
+            without options of sequences.
     """
 
     recurrent: int
     inputs: int
     states: int
     gates: int
+    starts: int = 0
+    sequence_bytes: int = 0
 
     @staticmethod
     def of(cell: TracedCell) -> Counts:
-        """Those of a cell."""
+        """Those of a cell, in a call without options of sequences."""
         recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
         return Counts(recurrent, inputs, len(cell.states), len(cell.gates))
+
+    @staticmethod
+    def of_problem(problem: Problem) -> Counts:
+        """Those of a problem's cell, with what the problem's options add."""
+        return Counts.of(problem.cell)._replace(
+            starts=len(problem.cell.states) if problem.resets else 0,
+            sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
+        )
 
 
 class Values(NamedTuple):
@@ -120,6 +157,8 @@ class Values(NamedTuple):
         carried: those among them that pass from step to step.
         itemsize: bytes of a value.
         passes: tensor core instructions that a product of two operands takes.
+        sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
+            without options of sequences.
     """
 
     backward: bool
@@ -129,6 +168,7 @@ class Values(NamedTuple):
     carried: int
     itemsize: int
     passes: int
+    sequence_bytes: int = 0
 
     @staticmethod
     def of(problem: Problem, backward: bool) -> Values:
@@ -143,4 +183,5 @@ class Values(NamedTuple):
             carried=S,
             itemsize=problem.dtype.itemsize,
             passes=3 if problem.dtype.itemsize == 4 else 1,
+            sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
         )

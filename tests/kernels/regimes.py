@@ -66,7 +66,7 @@ def _cluster_mma(size: int, n_tiles: int) -> registry.Regime:
     def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
         if isinstance(found := cluster.plan_mma_forward(problem, gpu, backward), str):
             return found
-        plans = mma_plan.possible_plans(Counts.of(problem.cell), problem.D, gpu)
+        plans = mma_plan.possible_plans(Counts.of_problem(problem), problem.D, gpu)
         return min(plans, key=lambda plan: (plan.size != size, plan.n_tiles != n_tiles))
 
     return plan
@@ -78,14 +78,14 @@ def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regi
     def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
         if isinstance(found := cluster.plan_wgmma_forward(problem, gpu, backward), str):
             return found
-        for plan in wgmma_plan.possible_plans(Counts.of(problem.cell), problem.D, gpu):
+        for plan in wgmma_plan.possible_plans(Counts.of_problem(problem), problem.D, gpu):
             if (plan.warpgroups, plan.n_tiles) != (warpgroups, n_tiles):
                 continue
             if buffers == plan.buffers:
                 return plan
             kept = plan.size * plan.units // 16 // 3
             plan = replace(plan, buffers=buffers, in_registers=kept)
-            memory = wgmma_plan.shared_memory_of(plan, Counts.of(problem.cell))
+            memory = wgmma_plan.shared_memory_of(plan, Counts.of_problem(problem))
             return replace(plan, shared_memory=memory)
         return "one CTA has all units"
 

@@ -99,7 +99,7 @@ def test_sixteen_ctas(take, kind):  # noqa: F811
     """Each lane that makes up a packet sends it to two of them."""
 
     def largest(problem, gpu, backward):
-        plans = mma_plan.possible_plans(Counts.of(problem.cell), problem.D, gpu)
+        plans = mma_plan.possible_plans(Counts.of_problem(problem), problem.D, gpu)
         return max(plans, key=lambda plan: (plan.size, plan.n_tiles))
 
     regime = take(replace(CLUSTER_MMA[0], forward=largest, gpu=LARGER))

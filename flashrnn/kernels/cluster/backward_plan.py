@@ -28,6 +28,8 @@ _MOST_IN_MEMORY = (2, 3)
 _OTHER_REGISTERS = 36
 _REGISTERS_AN_ELEMENT = 12
 _REGISTERS_A_ROW_TILE = 2
+# With options of sequences.
+_REGISTERS_OF_SEQUENCES = 36
 # While it adds up what it has received.
 _REGISTERS_OF_ADDING = 16
 # Words of the right operand that are loaded ahead.
@@ -101,7 +103,8 @@ class ClusterBackwardPlan(ClusterPlan):
             "SHARED_MEMORY": self.shared_memory,
             **dict(options),
         }
-        return source.program("cluster/backward.cu", cell, precision, constants, call.BACKWARD)
+        record = call.BACKWARD.complete if source.is_sequenced(options) else call.BACKWARD
+        return source.program("cluster/backward.cu", cell, precision, constants, record)
 
 
 def plan_backward(problem: Problem, gpu: GPU, backward: bool) -> ClusterBackwardPlan | str:
@@ -198,6 +201,7 @@ def _plan(choice: Choice, gpu: GPU) -> ClusterBackwardPlan | None:
     chains = max(1, 4 // (choice.row_tiles * n_tiles))
     working = _OTHER_REGISTERS + _REGISTERS_A_ROW_TILE * choice.row_tiles
     working += choice.elements * (values.kept + values.sent + _REGISTERS_AN_ELEMENT)
+    working += _REGISTERS_OF_SEQUENCES if values.sequence_bytes else 0
     # A thread either multiplies or adds up what it has received.
     multiplying = sums * chains + min(_MOST_WORDS_AHEAD, 4 * choice.slices * n_tiles)
     working += max(multiplying, choice.size + _REGISTERS_OF_ADDING)
@@ -207,7 +211,9 @@ def _plan(choice: Choice, gpu: GPU) -> ClusterBackwardPlan | None:
     in_registers = min(fragments, (registers - working) // 4)
     # Two buffers of packets, with a barrier each, and two of gradients.
     exchange = 2 * (16 * choice.received + 8 + 512 * choice.slices * n_tiles)
-    room = gpu.shared_memory - exchange
+    # What says where sequences' rows lie.
+    table = choice.sequences * values.sequence_bytes
+    room = gpu.shared_memory - exchange - table
     if in_registers < 1 or room < 0:
         return None
     in_shared = min(fragments - in_registers, room // (512 * warps))
@@ -224,7 +230,7 @@ def _plan(choice: Choice, gpu: GPU) -> ClusterBackwardPlan | None:
         in_registers=in_registers,
         in_shared=in_shared,
         in_memory=in_memory,
-        shared_memory=exchange + 512 * warps * in_shared,
+        shared_memory=exchange + 512 * warps * in_shared + table,
     )
 
 

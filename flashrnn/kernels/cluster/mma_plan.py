@@ -19,6 +19,8 @@ from flashrnn.problem import Problem
 # sums of the product for each n-tile. The tests compile such kernels and find no spills.
 _OTHER_REGISTERS = 56
 _REGISTERS_A_TILE = 8
+# With options of sequences; for resets the states that they go back to besides.
+_REGISTERS_OF_SEQUENCES = 8
 # Registers of a producer thread beside the addresses of what it copies, two registers each.
 _PRODUCER_REGISTERS = 65
 
@@ -55,6 +57,7 @@ class ClusterMmaPlan(ClusterPlan):
         in_shared: those that lie in shared memory.
     """
 
+    STORES_FEWER: ClassVar = True
     ROW_ALIGNMENT: ClassVar = 16
     PRODUCERS: ClassVar = 64
     STAGES: ClassVar = 8
@@ -91,9 +94,11 @@ class ClusterMmaPlan(ClusterPlan):
             "ALIGNED": True,
             # Must be what the kernel computes of its parts: a static_assert holds them together.
             "SHARED_MEMORY": self.shared_memory,
+            "STORED": len(cell.states),
             **dict(options),
         }
-        return source.program("cluster/mma_forward.cu", cell, precision, constants, call.FORWARD)
+        record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
+        return source.program("cluster/mma_forward.cu", cell, precision, constants, record)
 
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterMmaPlan | str:
@@ -103,7 +108,7 @@ def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterMmaPlan |
         return "it is for the forward scan, 16 bits and a D that is a multiple of 8"
     # Few kernels for all sizes of a batch.
     B, N = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N
-    counts = Counts.of(problem.cell)
+    counts = Counts.of_problem(problem)
     plan = best_plan(counts, B, N, problem.D, gpu)
     if plan is None:
         return f"no cluster of this GPU holds a head of {problem.D} units and its gates"
@@ -141,6 +146,8 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterMmaPlan]
             registers = min(255, 512 // tiles_of(threads, 128) // 8 * 8)
             working = _OTHER_REGISTERS + _REGISTERS_A_TILE * n_tiles
             working += elements * (2 * counts.gates + counts.states)
+            if counts.sequence_bytes:
+                working += _REGISTERS_OF_SEQUENCES + elements * counts.starts
             in_registers = min(steps, (registers - working) // 4)
             # A producer thread keeps the address of each 16 bytes that it copies, 8 units.
             copied = (counts.inputs, counts.states, counts.gates)
@@ -156,6 +163,7 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterMmaPlan]
             stages = ClusterMmaPlan.STAGES * line(counts.inputs)
             lines = stages + 2 * (line(counts.states) + line(counts.gates))
             exchange_bytes, in_shared = 2 * (steps * n_tiles * 256 + 8), steps - in_registers
+            lines += counts.sequence_bytes
             shared_memory = exchange_bytes + 512 * warps * in_shared + 8 * n_tiles * lines
             if shared_memory <= gpu.shared_memory:
                 yield ClusterMmaPlan(

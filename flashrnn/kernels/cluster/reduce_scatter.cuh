@@ -137,9 +137,9 @@ constexpr int EXCHANGE_BYTES = FIRST_BARRIER + 16;
 
 // As many gates of a unit as are neighbours in one chunk, whichever unit it is: they are written at
 // once.
-constexpr int PACKED = (GR & -GR) < CHUNK ? GR & -GR : CHUNK;
-struct alignas(PACKED * sizeof(Element)) PackedGates {
-    Element values[PACKED];
+constexpr int NEIGHBOURS = (GR & -GR) < CHUNK ? GR & -GR : CHUNK;
+struct alignas(NEIGHBOURS * sizeof(Element)) PackedGates {
+    Element values[NEIGHBOURS];
 };
 
 struct Exchange {
@@ -194,10 +194,10 @@ struct Exchange {
     __device__ void put_gradients(const float (&values)[GR], const ThreadElement& element) const {
         if (!element.exists) return;
 #pragma unroll
-        for (int first = 0; first < GR; first += PACKED) {
+        for (int first = 0; first < GR; first += NEIGHBOURS) {
             PackedGates packed;
 #pragma unroll
-            for (int i = 0; i < PACKED; ++i) round_to(packed.values[i], values[first + i]);
+            for (int i = 0; i < NEIGHBOURS; ++i) round_to(packed.values[i], values[first + i]);
             const int summed = element.unit * GR + first, chunk = summed / CHUNK;
             const int n_tile = element.cluster_sequence / 8;
             const int lane = element.cluster_sequence % 8 * 4 + chunk % 4;

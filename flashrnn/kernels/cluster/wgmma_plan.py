@@ -25,6 +25,8 @@ _MOST_REGISTERS = 240
 _OTHER_REGISTERS = 24
 _MANY_STATES = 20
 _REGISTERS_OF_MANY_STATES = 8
+# With options of sequences.
+_REGISTERS_OF_SEQUENCES = 8
 
 # Cycles of a step, fitted to the times of 37 plans on an H200 (docs/cost-model.md), the mean of
 # calls that save pre-activations and calls that do not: within 13%, 3% off in the median. All are
@@ -52,6 +54,7 @@ class ClusterWgmmaPlan(ClusterPlan):
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
 
+    STORES_FEWER: ClassVar = True
     ROW_ALIGNMENT: ClassVar = 16
     PRODUCERS: ClassVar = 128
     PRODUCER_REGISTERS: ClassVar = 56
@@ -94,11 +97,13 @@ class ClusterWgmmaPlan(ClusterPlan):
             "PRODUCER_REGISTERS": self.PRODUCER_REGISTERS,
             # Must be what the kernel computes of its parts: a static_assert holds them together.
             "SHARED_MEMORY": self.shared_memory,
+            "STORED": len(cell.states),
             **dict(options),
         }
         generated = {"common/wgmma.cuh": wgmma.instruction(8 * self.n_tiles, precision)}
         kernel = "cluster/wgmma_forward.cu"
-        return source.program(kernel, cell, precision, constants, call.FORWARD, generated)
+        record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
+        return source.program(kernel, cell, precision, constants, record, generated)
 
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterWgmmaPlan | str:
@@ -108,7 +113,7 @@ def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterWgmmaPlan
         return "it is for the forward scan, 16 bits and a D that is a multiple of 8"
     if not gpu.multiplies_by_groups:
         return "it needs a GPU with wgmma"
-    B, N, counts = max(1, problem.B), problem.N, Counts.of(problem.cell)
+    B, N, counts = max(1, problem.B), problem.N, Counts.of_problem(problem)
     # Few kernels for all sizes of a batch.
     plan = best_plan(counts, 8 * one_of_few(tiles_of(B, 8)), N, problem.D, gpu)
     if plan is None:
@@ -141,6 +146,7 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterWgmmaPla
             carried = 4 // padded(counts.recurrent) * n_tiles * counts.states
             working = _OTHER_REGISTERS + 4 * n_tiles + carried
             working += _REGISTERS_OF_MANY_STATES if carried > _MANY_STATES else 0
+            working += _REGISTERS_OF_SEQUENCES if counts.sequence_bytes else 0
             in_registers = min(steps, (registers_of(warpgroups) - working) // 4)
             if in_registers < 1:
                 continue
@@ -166,14 +172,18 @@ def shared_memory_of(plan: ClusterWgmmaPlan, counts: Counts) -> int:
     """Bytes of a CTA's shared memory, part by part as the kernel lays it out."""
     size, units = plan.size, plan.units
     tile = 16 * units * plan.n_tiles
-    # Of h, all CTAs' in each buffer; of each gate and each other state, the CTA's own.
-    tiles = plan.buffers * size + counts.gates + counts.states - 1
+    # Of h, all CTAs' in each buffer; of each gate and each other state, the CTA's own. With resets
+    # also of the h that is stored.
+    tiles = plan.buffers * size + counts.gates + counts.states - 1 + (counts.starts > 0)
     # Each counts up to four tiles; one counts the packets that say that tiles are consumed.
     barriers = plan.buffers * tiles_of(size, min(4, size)) + 1
     exchange = 16 + 16 * tiles_of(barriers, 2)
     bias = 4 * counts.gates * units
     in_shared = size * units // 16 - plan.in_registers
-    return tiles * tile + exchange + bias + 2048 * plan.warpgroups * in_shared
+    # Where sequences' rows lie, and with resets whether the next step starts anew.
+    table = counts.sequence_bytes + (4 if counts.starts else 0)
+    table *= 8 * plan.n_tiles
+    return tiles * tile + exchange + bias + 2048 * plan.warpgroups * in_shared + table
 
 
 def registers_of(warpgroups: int) -> int:

@@ -34,8 +34,9 @@ constexpr int CHUNK_UNITS = 8, UNIT_CHUNKS = UNITS / CHUNK_UNITS;
 constexpr int CHUNKS = UNIT_CHUNKS * SEQUENCES;
 constexpr int TILE = CHUNKS * CHUNK_UNITS;
 constexpr unsigned TILE_BYTES = TILE * sizeof(Element);
-// A tile for each gate, and for each state but h, whose tile is in the exchange's buffers.
-constexpr int TILES = G + S - 1;
+// A tile for each gate, and for each state but h, whose tile is in the exchange's buffers. With resets
+// the h that is stored, that before a reset, has one too.
+constexpr int TILES = G + S - 1 + RESETS;
 
 // Where a tile has a unit of a sequence.
 __device__ inline int tile_index(int unit, int sequence) {

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Counts, Plan
+from flashrnn.kernels.plan import SEQUENCE_BYTES, Counts, Plan
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -52,8 +52,8 @@ _GATES_OF_TWO = 4
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
 _FRAGMENT_BYTES = 512
-# Of struct Sequence of common/sequence.cuh.
-_SEQUENCE_BYTES = 16
+
+
 _READ_BEYOND_LINES = 16
 
 
@@ -70,6 +70,8 @@ class SingleCtaPlan(Plan):
         stages: slots of the ring of inputs: steps whose inputs are being fetched or read.
         at_once: CTAs on a multiprocessor that the compiler leaves registers for.
     """
+
+    STORES_FEWER: ClassVar = True
 
     backward: bool
     sequences: int
@@ -148,7 +150,7 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
         outputs,
         problem.D,
         problem.dtype.itemsize,
-        _SEQUENCE_BYTES if problem.is_sequenced else 0,
+        SEQUENCE_BYTES if problem.is_sequenced else 0,
     )
     return _plan(head, problem.B, problem.N, gpu)
 
