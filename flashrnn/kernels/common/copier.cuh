@@ -44,6 +44,9 @@ struct TiledCopy {
     long long row_stride = 0;
     int at = 0, direction = 1;
     T* addresses[Layout::ALIGNED ? THREAD_PIECES : 1];
+    // Where sequences are ragged, how many steps that of each piece has.
+    static constexpr bool ENDS_APART = Layout::SEQUENCED && RAGGED;
+    int lengths[Layout::ALIGNED && ENDS_APART ? THREAD_PIECES : 1];
 
     // `step` is the tensor's stride from one step to the next, `pitch` the number of elements from one
     // line to the next, `last` the last sequence that exists, `units` the number of units of this CTA's
@@ -66,7 +69,13 @@ struct TiledCopy {
           direction(direction) {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
+            for (int i = 0; i < THREAD_PIECES; ++i) {
+                addresses[i] = address(index(i));
+                if (ENDS_APART) {
+                    lengths[ENDS_APART ? i : 0] =
+                        exists(index(i)) ? sequences[sequence(index(i))].length : 0;
+                }
+            }
         }
     }
 
@@ -90,10 +99,11 @@ struct TiledCopy {
                index % ROW_PIECES * PIECE * (Layout::ALIGNED ? 1 : rows.unit);
     }
 
-    // Whether the piece's sequence has the present step.
-    __device__ bool has_step(int index) const {
-        if constexpr (!Layout::SEQUENCED) return true;
-        else return sequences[sequence(index)].has(at);
+    // Whether the sequence of the thread's piece i has the present step.
+    __device__ bool has_step(int i) const {
+        if constexpr (!ENDS_APART) return true;
+        else if constexpr (Layout::ALIGNED) return at < lengths[i];
+        else return sequences[sequence(index(i))].has(at);
     }
 
     // Where the piece lies among the lines.
@@ -138,12 +148,12 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && has_step(index(i))) cp_async(lines + place(index(i)), addresses[i]);
+                if (exists(index(i)) && has_step(i)) cp_async(lines + place(index(i)), addresses[i]);
             }
         } else {
 #pragma unroll 4
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && has_step(index(i))) {
+                if (exists(index(i)) && has_step(i)) {
                     lines[place(index(i))] = load_element(address(index(i)));
                 }
             }
@@ -155,7 +165,7 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last && has_step(index(i))) {
+                if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
                     *reinterpret_cast<uint4*>(addresses[i]) =
                         *reinterpret_cast<const uint4*>(lines + place(index(i)));
                 }
@@ -163,7 +173,7 @@ struct TiledCopy {
         } else {
 #pragma unroll 4
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last && has_step(index(i))) {
+                if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
                     *address(index(i)) = lines[place(index(i))];
                 }
             }

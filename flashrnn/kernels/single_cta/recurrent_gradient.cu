@@ -121,19 +121,20 @@ recurrent_gradient(CALL) {
     const Element* h_of_part = h + (begin - 1) * width + n * D;
     const int* before_part = before_rows + begin;
     if (GATHERED && runs_backwards) before_part += runs_backwards[n] * B * T;
-    const auto gathered = [&](int row) {
-        const long long of_h = before_part[row];
+    const auto row_of_h = [&](long long of_h) {
         return (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
     };
-    // The rows that the thread looks up for the next chunk: a chunk ahead, so that it need not wait.
+    // What the thread looks up for the next chunk, a chunk ahead. It does not wait for it before that
+    // chunk: no address is computed until then.
     constexpr int ROUNDS = (CHUNK * PIECES + THREADS - 1) / THREADS;
     constexpr bool AHEAD = GATHERED && ROUNDS <= 2;
-    const Element* looked_up[AHEAD ? ROUNDS : 1];
+    unsigned looked_up[AHEAD ? ROUNDS : 1];
     const auto look_up = [&](int chunk) {
 #pragma unroll
         for (int round = 0; round < (AHEAD ? ROUNDS : 0); ++round) {
             const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / PIECES;
-            looked_up[round] = gathered(row < rows ? row : 0);
+            const int* from = before_part + (row < rows ? row : 0);
+            looked_up[round] = load_opaque(reinterpret_cast<const unsigned*>(from));
         }
     };
     look_up(0);
@@ -166,9 +167,9 @@ recurrent_gradient(CALL) {
             const int piece = i % PIECES, row = i / PIECES;
             if constexpr (GATHERED) {
                 const bool exists = first + row < rows;
-                const Element* from = AHEAD ? looked_up[AHEAD ? round : 0]
-                                            : gathered(exists ? first + row : 0);
-                fetch_pieces(columns + row * COLUMNS_PITCH, from, exists, piece);
+                const int of_h = AHEAD ? static_cast<int>(looked_up[AHEAD ? round : 0])
+                                       : before_part[exists ? first + row : 0];
+                fetch_pieces(columns + row * COLUMNS_PITCH, row_of_h(of_h), exists, piece);
             } else {
                 Position position = next;
                 position.advance(row, T);
@@ -271,7 +272,7 @@ recurrent_gradient(CALL) {
         for (long long row = begin; row < begin + rows; ++row) {
             float before;
             if (GATHERED) {
-                before = to_float(gathered(row - begin)[p]);
+                before = to_float(row_of_h(before_part[row - begin])[p]);
             } else {
                 before = row % T ? to_float(h[(row - 1) * width + n * D + p])
                                  : h_initial[row / T * width + n * D + p];

@@ -67,18 +67,33 @@ __device__ inline int* flag_of(Element* lines, int sequence, int pitch) {
     return reinterpret_cast<int*>(lines + (sequence + 1) * pitch - VECTOR);
 }
 
-// Fetches whether a step of each sequence is cut off from the one before it.
-__device__ inline void fetch_flags(int step, Element* lines, int pitch, const Sequence* table,
-                                   const int* flags) {
-    const int line = threadIdx.x - CopyLayout::FIRST_PRODUCER;
-    if (line >= SEQUENCES) return;
-    int* to = flag_of(lines, line, pitch);
-    if (table[line].may_be_cut(step)) {
-        cp_async_word(to, flags + table[line].flag(step));
-    } else {
-        *to = 0;
+// Fetches whether steps are cut off from those before them. Each of the first producer threads has the
+// flags of a line.
+struct FlagCopy {
+    const int* flag_of_start;
+    int line, direction, least, length;
+
+    __device__ FlagCopy(const Sequence* table, const int* flags)
+        : line(threadIdx.x - CopyLayout::FIRST_PRODUCER) {
+        if (line >= SEQUENCES) return;
+        const Sequence own = table[line];
+        flag_of_start = flags + own.flag(0);
+        direction = own.backwards ? -1 : 1;
+        least = own.backwards;
+        length = own.length;
     }
-}
+
+    __device__ void fetch(int step, Element* lines, int pitch) const {
+        if (line >= SEQUENCES) return;
+        int* to = flag_of(lines, line, pitch);
+        // As Sequence::may_be_cut and Sequence::flag.
+        if (step >= least && step < length) {
+            cp_async_word(to, flag_of_start + direction * step);
+        } else {
+            *to = 0;
+        }
+    }
+};
 
 struct alignas(2 * sizeof(Element)) Pair {
     Element first, second;
