@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flashrnn.backends import Runs, autograd
 from flashrnn.backends.gradients import (
-    Before,
     Gradients,
     before_steps,
     number_of,
@@ -36,7 +35,7 @@ from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
-from flashrnn.sequences import Sequences, operands, runs_backwards, zeros_like_starts
+from flashrnn.sequences import Sequences, bounds, operands, runs_backwards, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -109,7 +108,8 @@ def programs(
         tiles = single_cta.plan_gradient(
             recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
         )
-        found.append(tiles.compiled.source(problem.cell, precision, aligned, problem.is_sequenced))
+        options = source.gradient_options(problem)
+        found.append(tiles.compiled.source(problem.cell, precision, aligned, options))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
     return found
@@ -191,15 +191,13 @@ def backward(
         tensors["d_last"] = d_last_states
     given = number_of(d_states), d_last_states is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
-    before, d_resets = None, None
+    d_resets = None
     if problem.packed and problem.has_idle_rows:
         d_gates.zero_()  # As forward's states.
     if sequences is not None:
         problem = problem._replace(longest=None)
         tensors |= operands(problem, sequences)
         options = (*options, *source.sequence_options(problem))
-        if problem.is_sequenced:
-            before = before_steps(problem, sequences, states_initial[0], states.dtype)
         d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
@@ -207,7 +205,7 @@ def backward(
     _scan(problem, gpu, True, tensors, options)
     h_initial, h, parts = states_initial[0], states[0], None
     if registry.is_small(D):
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, before)
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, sequences)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
@@ -378,18 +376,24 @@ def _recurrent_gradient_parts(
     d_gates: Tensor,
     h_initial: Tensor,
     h: Tensor,
-    before: Before | None,
+    sequences: Sequences | None,
 ) -> Tensor:
     """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
     tensors, record = {"d_gates": d_gates, "h": h}, call.RECURRENT_GRADIENT
-    if before is not None:
+    options = source.gradient_options(problem)
+    if problem.is_sequenced:
         record = record.complete
+    if sequences is not None and dict(options)["GATHERED"]:
+        before = before_steps(problem, sequences, h_initial, h.dtype)
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
         if problem.reverse is not False:
             tensors["runs_backwards"] = runs_backwards(problem)
     else:
         # Copied as it is in float32; in 16 bits each element is rounded.
         tensors["h_initial"] = h_initial.contiguous() if h.dtype == torch.float32 else h_initial
+        _, lengths = bounds(sequences or Sequences(), problem.B, problem.T)
+        if lengths is not None:
+            tensors["lengths"] = lengths.int()
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
@@ -489,14 +493,16 @@ def _prepared_gradient(
 ) -> tuple[_Prepared, tuple[int, ...]]:
     """The launch, and the shape of the parts of the sum that it gives."""
     cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
-    recurrent, gathered = len(cell.fed_by("R")), problem.is_sequenced
-    record = call.RECURRENT_GRADIENT.complete if gathered else call.RECURRENT_GRADIENT
+    recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
+    if problem.is_sequenced:
+        record = record.complete
     size = problem.dtype.itemsize
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
     # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
     in_pieces = _IN_PIECES if size == 4 else tuple(x for x in _IN_PIECES if x != "h_initial")
     aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, gathered, problem.device)
+    options = source.gradient_options(problem)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, options, problem.device)
     prepared = _Prepared(
         kernel,
         kernel.shape._replace(grid=plan.grid(N)),
@@ -661,11 +667,11 @@ def _gradient_kernel(
     precision: str,
     plan: single_cta.GradientPlan,
     aligned: bool,
-    gathered: bool,
+    options: source.Options,
     device: torch.device,
 ) -> _Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
-    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, gathered), shape, device)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, options), shape, device)
 
 
 @lru_cache(maxsize=256)

@@ -149,6 +149,13 @@ def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Opt
     return ("CUT", cut), ("CLIP", clip), ("GIVEN", given), ("GIVEN_LAST", given_last)
 
 
+def gradient_options(problem: Problem) -> Options:
+    """The constants of the kernel of R's gradient."""
+    # The row of h before a step is the row before, or the initial h, if only lengths are given.
+    gathered = problem.resets or problem.packed or problem.reverse is not False
+    return ("GATHERED", gathered), ("RAGGED", problem.ragged and not gathered)
+
+
 def options_of_storing(problem: Problem, stored: int) -> Options:
     """The constants that a forward scan has besides, of a call with options of sequences.
 

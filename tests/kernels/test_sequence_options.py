@@ -21,6 +21,7 @@ from tests.sequences import (
     KINDS,
     gradients_of,
     hold_empty_sequences_out,
+    hold_last_states_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -172,6 +173,15 @@ def test_the_start_of_an_empty_sequence_reaches_no_gradient(on_the_cpu, backend,
 
 @needs_compiler
 @every_backend
+@pytest.mark.parametrize(
+    "ragged", ["lengths", pytest.param("packed", marks=pytest.mark.slow)], ids=str
+)
+def test_the_end_of_a_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
+    hold_last_states_out(backend, ragged)
+
+
+@needs_compiler
+@every_backend
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch):
     monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
@@ -231,7 +241,10 @@ def test_compiles_without_spills(kind, sizes, precision, arch):
             assert not spills_in_a_loop(parts, arch), (fields, backward)
     B, N, D = sizes
     plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
-    assert not spills_in_a_loop(plan.source(cell, precision, True, gathered=True), arch)
+    for rows in ({"lengths"}, {"lengths", "reset"}):
+        problem = planned(kind, *sizes, dtype)._replace(ragged=True, resets="reset" in rows)
+        parts = plan.source(cell, precision, True, source.gradient_options(problem))
+        assert not spills_in_a_loop(parts, arch), rows
 
 
 @needs_compiler

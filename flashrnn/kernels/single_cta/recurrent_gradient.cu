@@ -2,8 +2,10 @@
 //
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
-// With GATHERED, a constant of the plan, what stands in the place of h[b, t - 1] is looked up: `before` has
-// for each row the row of h before it, or -1 - k where that is row k of `h_starts`, for each direction.
+// With RAGGED, a constant of the call, sequences have the steps that `lengths` says. Rows behind them, whose
+// gradients are 0, have no h before them. With GATHERED, another one, what stands in the place of
+// h[b, t - 1] is looked up: `before_rows` has for each row the row of h before it, or -1 - k where that is
+// row k of `h_starts`, for each direction.
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
 // the GATES recurrent gates from group * GATES on. gradient_sums.cu adds the parts afterwards, in a
@@ -138,6 +140,18 @@ recurrent_gradient(CALL) {
         }
     };
     look_up(0);
+    // Whether a row is a sequence's step. The length that was asked for last is kept: most rows next to
+    // each other are of one sequence.
+    long long asked_for = -1;
+    int its_length = 0;
+    const auto is_step = [&](const Position& position) {
+        if (!RAGGED) return true;
+        if (position.sequence != asked_for) {
+            asked_for = position.sequence;
+            its_length = lengths[asked_for];
+        }
+        return static_cast<int>(position.step) < its_length;
+    };
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
@@ -174,7 +188,7 @@ recurrent_gradient(CALL) {
                 Position position = next;
                 position.advance(row, T);
                 Element* to = columns + row * COLUMNS_PITCH;
-                const bool exists = first + row < rows;
+                const bool exists = first + row < rows && is_step(position);
                 const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
                 if (sizeof(Element) == 4) {
                     const Element* initial = reinterpret_cast<const Element*>(h_initial);
@@ -271,7 +285,9 @@ recurrent_gradient(CALL) {
 #pragma unroll 1
         for (long long row = begin; row < begin + rows; ++row) {
             float before;
-            if (GATHERED) {
+            if (RAGGED && row % T >= lengths[row / T]) {
+                continue;
+            } else if (GATHERED) {
                 before = to_float(row_of_h(before_part[row - begin])[p]);
             } else {
                 before = row % T ? to_float(h[(row - 1) * width + n * D + p])
