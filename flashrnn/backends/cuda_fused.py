@@ -205,7 +205,9 @@ def backward(
     _scan(problem, gpu, True, tensors, options)
     h_initial, h, parts = states_initial[0], states[0], None
     if registry.is_small(D):
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, sequences)
+        parts = _recurrent_gradient_parts(
+            problem, gpu, d_gates, h_initial, h, sequences, tensors.get("reset_flags")
+        )
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
         d_R = recurrent_gradient(cell, d_gates, h_initial, h)
@@ -377,8 +379,19 @@ def _recurrent_gradient_parts(
     h_initial: Tensor,
     h: Tensor,
     sequences: Sequences | None,
+    flags: Tensor | None,
 ) -> Tensor:
-    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
+    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient.
+
+    Args:
+        problem: what was computed.
+        gpu: on which GPU.
+        d_gates: ``[B, T, G, N, D]``.
+        h_initial: ``[B, 1, N, D]``.
+        h: ``[B, T, N, D]``.
+        sequences: the call's options.
+        flags: those of resets, as :class:`flashrnn.sequences.Arranged` has them.
+    """
     tensors, record = {"d_gates": d_gates, "h": h}, call.RECURRENT_GRADIENT
     options = source.gradient_options(problem)
     if problem.is_sequenced:
@@ -394,6 +407,8 @@ def _recurrent_gradient_parts(
         _, lengths = bounds(sequences or Sequences(), problem.B, problem.T)
         if lengths is not None:
             tensors["lengths"] = lengths.int()
+        if flags is not None:
+            tensors["reset_flags"] = flags
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)

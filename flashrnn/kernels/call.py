@@ -289,13 +289,14 @@ RECURRENT_GRADIENT = Record(
     absent=(
         *_BEFORE,
         Operand("runs_backwards", "const int"),
+        Operand("reset_flags", "const int"),
         Operand("lengths", "const int"),
     ),
 )
 """Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
 
-What it lacks is passed where a call has options of sequences: the sequences' ``lengths`` if that is
-the only one, else the others in the place of ``h_initial``; see :data:`FORWARD`.
+What it lacks is passed where a call has options of sequences: the flags and the sequences'
+``lengths``, or the others in the place of ``h_initial``; see ``source.gradient_options``.
 """
 
 GRADIENT_SUMS = Record(

@@ -113,13 +113,14 @@ def h_is_never_large(cell: TracedCell) -> bool:
 Options = tuple[tuple[str, bool | int], ...]
 """Constants of a call, which are compiled in."""
 
-SEQUENCE_OPTIONS = ("RESETS", "RAGGED", "PACKED", "REVERSE")
+SEQUENCE_OPTIONS = ("RESETS", "STARTS", "RAGGED", "PACKED", "REVERSE")
 """Which of the options of sequences a call has (``common/sequence.cuh``); none by default."""
 
 
 def sequence_options(problem: Problem) -> Options:
     """Those of a problem."""
-    has = (problem.resets, problem.ragged, problem.packed, problem.reverse is not False)
+    resets, lengths = (problem.resets, problem.starts), (problem.ragged, problem.packed)
+    has = (*resets, *lengths, problem.reverse is not False)
     return tuple(zip(SEQUENCE_OPTIONS, has, strict=True))
 
 
@@ -151,9 +152,10 @@ def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Opt
 
 def gradient_options(problem: Problem) -> Options:
     """The constants of the kernel of R's gradient."""
-    # The row of h before a step is the row before, or the initial h, if only lengths are given.
-    gathered = problem.resets or problem.packed or problem.reverse is not False
-    return ("GATHERED", gathered), ("RAGGED", problem.ragged and not gathered)
+    # Else h before a step is that of the row before, the initial h, or zeros.
+    gathered = problem.starts or problem.packed or problem.reverse is not False
+    resets, ragged = problem.resets and not gathered, problem.ragged and not gathered
+    return ("GATHERED", gathered), ("RESETS", resets), ("RAGGED", ragged)
 
 
 def options_of_storing(problem: Problem, stored: int) -> Options:

@@ -276,7 +276,7 @@ single_cta_backward(CALL) {
             const Sequence& own = table[elements.sequence(e)];
             is_cut[e] = own.may_be_cut(steps - 1) && reset_flags[own.flag(steps - 1)];
         }
-        load_starts(is_cut, steps - 1);
+        if (STARTS) load_starts(is_cut, steps - 1);
     }
     // Called before the barrier that lets the next product start.
     const auto record_infinity = [&](const float (&of_gates)[G][ELEMENTS], int done) {
@@ -356,13 +356,11 @@ single_cta_backward(CALL) {
         if (RESETS) {
             // Few steps are cut. What reads and writes memory for them stands under one branch, which the
             // whole warp takes or not; all else is a choice between registers.
-            bool gives_or_loads = false;
+            bool any = false;
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                gives_or_loads |= was_cut[e] && d_reset_states || next_is_cut[e] && starts.origin;
-            }
-            if (__any_sync(~0u, gives_or_loads)) {
-                if (d_reset_states) give_to_starts(steps - done);
+            for (int e = 0; e < ELEMENTS; ++e) any |= was_cut[e] || next_is_cut[e];
+            if (STARTS && __any_sync(~0u, any)) {
+                give_to_starts(steps - done);
                 load_starts(next_is_cut, steps - 2 - done);
             }
 #pragma unroll
@@ -381,7 +379,7 @@ single_cta_backward(CALL) {
     }
     if (!SEQUENCED || steps > 0) add_recurrent_gradient(steps);
     leave_cut_steps();
-    if (RESETS && d_reset_states) give_to_starts(0);
+    if (STARTS) give_to_starts(0);
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         if (elements.unit(e) >= D || elements.sequence(e) > last) continue;

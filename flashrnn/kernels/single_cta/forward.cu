@@ -168,11 +168,11 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
         if constexpr (RESETS) {
             // Few steps are cut. What they start from is loaded under a branch that the whole warp takes
             // or not; all else is a choice between registers.
-            bool loads = false;
+            bool any = false;
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) loads |= is_cut[e] && starts.origin;
+            for (int e = 0; e < ELEMENTS; ++e) any |= is_cut[e];
             float anew[S][ELEMENTS] = {};
-            if (__any_sync(~0u, loads)) {
+            if (STARTS && __any_sync(~0u, any)) {
 #pragma unroll
                 for (int i = 0; i < S * ELEMENTS; ++i) {
                     const int s = i / ELEMENTS, e = i % ELEMENTS;

@@ -2,9 +2,9 @@
 //
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
-// With RAGGED, a constant of the call, sequences have the steps that `lengths` says. Rows behind them, whose
-// gradients are 0, have no h before them. With GATHERED, another one, what stands in the place of
-// h[b, t - 1] is looked up: `before_rows` has for each row the row of h before it, or -1 - k where that is
+// Constants of the call say what else there is. With RAGGED, sequences have the steps that `lengths` says.
+// Rows behind them, whose gradients are 0, have no h before them; with RESETS, neither have those of
+// `reset_flags`. With GATHERED, what stands in the place of h[b, t - 1] is looked up: `before_rows` has for each row the row of h before it, or -1 - k where that is
 // row k of `h_starts`, for each direction.
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
@@ -126,16 +126,17 @@ recurrent_gradient(CALL) {
     const auto row_of_h = [&](long long of_h) {
         return (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
     };
+    const int* of_rows = GATHERED ? before_part : reset_flags + begin;
     // What the thread looks up for the next chunk, a chunk ahead. It does not wait for it before that
     // chunk: no address is computed until then.
     constexpr int ROUNDS = (CHUNK * PIECES + THREADS - 1) / THREADS;
-    constexpr bool AHEAD = GATHERED && ROUNDS <= 2;
+    constexpr bool AHEAD = (GATHERED || RESETS) && ROUNDS <= 2;
     unsigned looked_up[AHEAD ? ROUNDS : 1];
     const auto look_up = [&](int chunk) {
 #pragma unroll
         for (int round = 0; round < (AHEAD ? ROUNDS : 0); ++round) {
             const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / PIECES;
-            const int* from = before_part + (row < rows ? row : 0);
+            const int* from = of_rows + (row < rows ? row : 0);
             looked_up[round] = load_opaque(reinterpret_cast<const unsigned*>(from));
         }
     };
@@ -179,16 +180,17 @@ recurrent_gradient(CALL) {
             const int i = threadIdx.x + round * THREADS;
             if (H_PIECES % THREADS && i >= H_PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
+            const int of_row = AHEAD ? static_cast<int>(looked_up[AHEAD ? round : 0])
+                               : GATHERED || RESETS ? of_rows[first + row < rows ? first + row : 0]
+                                                    : 0;
             if constexpr (GATHERED) {
                 const bool exists = first + row < rows;
-                const int of_h = AHEAD ? static_cast<int>(looked_up[AHEAD ? round : 0])
-                                       : before_part[exists ? first + row : 0];
-                fetch_pieces(columns + row * COLUMNS_PITCH, row_of_h(of_h), exists, piece);
+                fetch_pieces(columns + row * COLUMNS_PITCH, row_of_h(of_row), exists, piece);
             } else {
                 Position position = next;
                 position.advance(row, T);
                 Element* to = columns + row * COLUMNS_PITCH;
-                const bool exists = first + row < rows && is_step(position);
+                const bool exists = first + row < rows && is_step(position) && !of_row;
                 const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
                 if (sizeof(Element) == 4) {
                     const Element* initial = reinterpret_cast<const Element*>(h_initial);
@@ -285,7 +287,7 @@ recurrent_gradient(CALL) {
 #pragma unroll 1
         for (long long row = begin; row < begin + rows; ++row) {
             float before;
-            if (RAGGED && row % T >= lengths[row / T]) {
+            if ((RAGGED && row % T >= lengths[row / T]) || (RESETS && reset_flags[row])) {
                 continue;
             } else if (GATHERED) {
                 before = to_float(row_of_h(before_part[row - begin])[p]);
