@@ -14,6 +14,7 @@ from tests.sequences import (
     KINDS,
     gradients_of,
     hold_empty_sequences_out,
+    hold_last_states_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -214,3 +215,8 @@ def test_rows_of_no_sequence_are_zero(backend, reverse):
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 def test_the_start_of_an_empty_sequence_reaches_no_gradient(backend, ragged):
     hold_empty_sequences_out(backend, ragged, "cuda")
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_the_end_of_a_sequence_reaches_no_gradient(backend, ragged):
+    hold_last_states_out(backend, ragged, "cuda")

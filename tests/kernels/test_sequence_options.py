@@ -189,6 +189,24 @@ def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch)
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("D", "dtype"),
+    [
+        # Pieces of 16 bytes, looked up a chunk ahead; so many single elements that they are not.
+        (16, torch.bfloat16),
+        pytest.param(20, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(16, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D, dtype):
+    """R's gradient of several chunks of rows, each of more than one sequence."""
+    monkeypatch.setattr(cuda_fused, "before_steps", None)
+    case = random_ragged("lstm", 5, 23, 2, D, resets="zeros", ragged="lengths", dtype=dtype)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
     for seed in (1, 2):
