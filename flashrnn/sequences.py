@@ -85,8 +85,8 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
     if lengths is not None:
         # Of 32 bits, for as few launches as can be: each takes microseconds.
         lengths, order = lengths.int().sort(descending=True, stable=True)
-        rows = order.int() * T if first is None else first[order].int()
-        order = order.int()
+        rows, order = None if first is None else first[order].int(), order.int()
+        rows = order * T if rows is None else rows
     backwards = None if problem.reverse is False else runs_backwards(problem)
     flags = None if sequences.reset is None else sequences.reset.reshape(-1).int()
     starts = sequences.reset_states

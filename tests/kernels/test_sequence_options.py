@@ -200,10 +200,12 @@ def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch)
     ids=str,
 )
 def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D, dtype):
-    """R's gradient of several chunks of rows, each of more than one sequence."""
+    """R's gradient of chunks of 16 or 32 rows: some are of two sequences, some of no step."""
     monkeypatch.setattr(cuda_fused, "before_steps", None)
-    case = random_ragged("lstm", 5, 23, 2, D, resets="zeros", ragged="lengths", dtype=dtype)
-    hold_ragged_to_vanilla("cuda_fused", case)
+    lengths = [90, 20, 0, 49]
+    case = random_ragged("lstm", 4, 90, 1, D, resets="zeros", ragged="lengths", dtype=dtype)
+    options = case.options | {"lengths": torch.tensor(lengths)}
+    hold_ragged_to_vanilla("cuda_fused", replace(case, options=options, lengths=lengths))
 
 
 @needs_compiler

@@ -2,9 +2,10 @@
 //
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
-// Constants of the call say what else there is. With RAGGED, sequences have the steps that `lengths` says.
-// Rows behind them, whose gradients are 0, have no h before them; with RESETS, neither have those of
-// `reset_flags`. With GATHERED, what stands in the place of h[b, t - 1] is looked up: `before_rows` has for each row the row of h before it, or -1 - k where that is
+// Constants of the call say what else there is. With RAGGED, sequences have the steps that `lengths` says:
+// rows behind them, whose gradients are 0, have no h before them, and chunks of such rows are passed over.
+// With RESETS, rows of `reset_flags` have none either. With GATHERED, what stands in the place of
+// h[b, t - 1] is looked up: `before_rows` has for each row the row of h before it, or -1 - k where that is
 // row k of `h_starts`, for each direction.
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
@@ -153,16 +154,22 @@ recurrent_gradient(CALL) {
         }
         return static_cast<int>(position.step) < its_length;
     };
+    // Whether all rows of the chunk that begins there lie behind a sequence's last step.
+    const auto is_idle = [&](const Position& position) {
+        return RAGGED && position.step + CHUNK <= T && !is_step(position);
+    };
+    Position present = next;
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
         Element* columns = lines + CHUNK * LINES_PITCH;
         const int first = chunk * CHUNK;
+        const bool idle = is_idle(next);
         // All threads take the same number of iterations, so that loops can be unrolled. Unrolled by
         // more than two, registers spill.
         constexpr int GATE_PIECES = CHUNK * GATES * PIECES, H_PIECES = CHUNK * PIECES;
 #pragma unroll 2
-        for (int round = 0; round < (GATE_PIECES + THREADS - 1) / THREADS; ++round) {
+        for (int round = 0; round < (idle ? 0 : (GATE_PIECES + THREADS - 1) / THREADS); ++round) {
             const int i = threadIdx.x + round * THREADS;
             if (GATE_PIECES % THREADS && i >= GATE_PIECES) break;
             const int piece = i % PIECES, s = i / PIECES % GATES, row = i / PIECES / GATES;
@@ -176,7 +183,7 @@ recurrent_gradient(CALL) {
             fetch_pieces(lines + row * LINES_PITCH + s * BLOCK_D, from, first + row < rows, piece);
         }
 #pragma unroll 2
-        for (int round = 0; round < (H_PIECES + THREADS - 1) / THREADS; ++round) {
+        for (int round = 0; round < (idle ? 0 : (H_PIECES + THREADS - 1) / THREADS); ++round) {
             const int i = threadIdx.x + round * THREADS;
             if (H_PIECES % THREADS && i >= H_PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
@@ -218,6 +225,11 @@ recurrent_gradient(CALL) {
         __syncthreads();
         if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
         cp_async_commit();
+        if constexpr (RAGGED) {
+            const bool idle = is_idle(present);
+            present.advance(CHUNK, T);
+            if (idle) continue;
+        }
         const Element* lines = ring + chunk % STAGES * SLOT;
         const Element* columns = lines + CHUNK * LINES_PITCH;
 #pragma unroll
