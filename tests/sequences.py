@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from flashrnn import Cell, FlashRNNConfig, flashrnn
 from flashrnn.cells import resolve
 from flashrnn.problem import carry_dtype
 from tests.fused import largest_error
+from tests.patterns import linear
 from tests.problems import Inputs, random_inputs, random_weights, relative_error
 
 BACKENDS = ("cuda_fused", "triton", "cuda")
@@ -306,6 +308,25 @@ def hold_empty_sequences_out(backend: str, ragged: str, device: str = "cpu") -> 
         start[:, 1] = planted
         states, _ = flashrnn(case.inputs.Wx, *leaves, start, "lstm", backend, **options)
         found.append((states, *torch.autograd.grad(states.sum(), leaves)))
+    for other in found[1:]:
+        for given, expected in zip(other, found[0], strict=True):
+            assert torch.equal(given, expected)
+
+
+def hold_last_states_out(backend: str, ragged: str, device: str = "cpu") -> None:
+    """No h follows a sequence's last one: it is in no gradient of R, whatever it is."""
+    case = random_ragged(linear, 3, 4, 2, 16, ragged=ragged, dtype=torch.float32, device=device)
+    lengths, cuts = torch.tensor(case.lengths), [0, *accumulate(case.lengths)]
+    leaves, found = [case.inputs.R, case.inputs.b, case.inputs.states], []
+    for planted in (0.0, torch.nan, torch.inf):
+        Wx = case.inputs.Wx.detach().clone()
+        for i, length in enumerate(lengths.tolist()):
+            if length and ragged == "packed":
+                Wx[0, cuts[i + 1] - 1] = planted
+            elif length:
+                Wx[i, length - 1] = planted
+        states, _ = replace(case, inputs=replace(case.inputs, Wx=Wx)).call(backend)
+        found.append(torch.autograd.grad(states, leaves, torch.ones_like(states)))
     for other in found[1:]:
         for given, expected in zip(other, found[0], strict=True):
             assert torch.equal(given, expected)

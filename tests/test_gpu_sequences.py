@@ -14,6 +14,7 @@ from tests.sequences import (
     KINDS,
     gradients_of,
     hold_empty_sequences_out,
+    hold_last_states_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -282,3 +283,8 @@ def test_heads_of_clusters_are_not_left_to_another_backend(D):
     case = random_ragged("lstm", 9, 9, 1, D, dtype=torch.bfloat16, device="cuda", **ALL[0])
     given, expected = case.call("auto"), case.call("cuda_fused")
     assert all(torch.equal(x, y) for x, y in zip(given, expected, strict=True))
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_the_end_of_a_sequence_reaches_no_gradient(backend, ragged):
+    hold_last_states_out(backend, ragged, "cuda")

@@ -221,7 +221,16 @@ def table_of(name, operations):
 # Those that have a formula; `test_what_users_write_agrees_with_torch` has all.
 COMPOSED = ("ceil", "trunc", "round", "log10", "tan", "sinh", "cosh", "asinh", "acosh", "atanh")
 COMPOSED += ("asin", "acos", "angle", "atan2", "hypot", "remainder", "fmax", "fmin")
-TABLES = [table_of("rows", tuple(OPERATIONS)), table_of("composed", COMPOSED)]
+
+
+@cell(states=("log1p",), gates=("x", "y", "z"))
+def within(states, gates):
+    """The rows with spellings for arguments that are known to lie somewhere, of such arguments."""
+    x, _, _ = gates
+    return (torch.log1p(x.abs().clamp(max=1.0)),)
+
+
+TABLES = [table_of("rows", tuple(OPERATIONS)), table_of("composed", COMPOSED), within]
 
 
 def table_inputs():

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flashrnn.backends import Runs, autograd
 from flashrnn.backends.gradients import (
-    Before,
     Gradients,
     before_steps,
     gathered,
@@ -37,7 +36,7 @@ from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
-from flashrnn.sequences import Sequences, operands, runs_backwards, zeros_like_starts
+from flashrnn.sequences import Sequences, bounds, operands, runs_backwards, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -95,7 +94,8 @@ def programs(
         tiles = single_cta.plan_gradient(
             recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
         )
-        found.append(tiles.compiled.source(problem.cell, precision, aligned, problem.is_sequenced))
+        options = source.gradient_options(problem)
+        found.append(tiles.compiled.source(problem.cell, precision, aligned, options))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
     return found
@@ -196,10 +196,10 @@ def backward(
     moved = sequences if problem.is_sequenced else None
     parts = None
     if registry.is_small(D):
-        before = None
-        if moved is not None:
-            before = before_steps(problem, moved, states_initial[0], states.dtype)
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, states_initial, states, before)
+        flags = tensors.get("reset_flags")
+        parts = _recurrent_gradient_parts(
+            problem, gpu, d_gates, states_initial, states, moved, flags
+        )
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
         h_initial, h = states_initial[0], states[0]
@@ -381,13 +381,26 @@ def _recurrent_gradient_parts(
     d_gates: Tensor,
     states_initial: Tensor,
     states: Tensor,
-    before: Before | None,
+    sequences: Sequences | None,
+    flags: Tensor | None,
 ) -> Tensor:
-    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient."""
-    # h is the first state.
+    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient.
+
+    Args:
+        problem: what was computed.
+        gpu: on which GPU.
+        d_gates: ``[B, T, G, N, D]``.
+        states_initial: ``[S, B, 1, N, D]``, of which h is the first.
+        states: ``[S, B, T, N, D]``, likewise.
+        sequences: the call's options, if they say how sequences run.
+        flags: those of resets, as :class:`flashrnn.sequences.Arranged` has them.
+    """
     tensors, record = {"d_gates": d_gates, "h": states}, call.RECURRENT_GRADIENT
-    if before is not None:
+    options = source.gradient_options(problem)
+    if problem.is_sequenced:
         record = record.complete
+    if sequences is not None and dict(options)["GATHERED"]:
+        before = before_steps(problem, sequences, states_initial[0], states.dtype)
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
         if problem.reverse is not False:
             tensors["runs_backwards"] = runs_backwards(problem)
@@ -395,6 +408,12 @@ def _recurrent_gradient_parts(
         # Copied as it is in float32; in 16 bits each element is rounded.
         is_copied = states.dtype == torch.float32
         tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
+        if sequences is not None:
+            _, lengths = bounds(sequences, problem.B, problem.T, torch.int32)
+            if lengths is not None:
+                tensors["lengths"] = lengths
+        if flags is not None:
+            tensors["reset_flags"] = flags
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
@@ -494,14 +513,16 @@ def _prepared_gradient(
 ) -> tuple[_Prepared, tuple[int, ...]]:
     """The launch, and the shape of the parts of the sum that it gives."""
     cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
-    recurrent, gathered = len(cell.fed_by("R")), problem.is_sequenced
-    record = call.RECURRENT_GRADIENT.complete if gathered else call.RECURRENT_GRADIENT
+    recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
+    if problem.is_sequenced:
+        record = record.complete
     size = problem.dtype.itemsize
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
     # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
     in_pieces = _IN_PIECES if size == 4 else tuple(x for x in _IN_PIECES if x != "h_initial")
     aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, gathered, problem.device)
+    options = source.gradient_options(problem)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, options, problem.device)
     prepared = _Prepared(
         kernel,
         kernel.shape._replace(grid=plan.grid(N)),
@@ -676,11 +697,11 @@ def _gradient_kernel(
     precision: str,
     plan: single_cta.GradientPlan,
     aligned: bool,
-    gathered: bool,
+    options: source.Options,
     device: torch.device,
 ) -> _Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
-    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, gathered), shape, device)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, options), shape, device)
 
 
 @lru_cache(maxsize=256)

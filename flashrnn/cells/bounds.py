@@ -39,16 +39,16 @@ def bound_of_h(forward: Graph) -> float | None:
     return bound if math.isfinite(bound) else None
 
 
-def intervals(forward: Graph) -> dict[str, Interval]:
-    """Where every named value of a cell's step lies.
+def intervals(graph: Graph) -> dict[str, Interval]:
+    """Where every named value of a cell's step, or of its derivative, lies.
 
-    States and gates may be anything: a call begins with states of the caller's. A value that
-    clips is positive, and infinite where float32 does not hold it.
+    States, gates and gradients may be anything: a call begins with states of the caller's. A value
+    that clips is positive, and infinite where float32 does not hold it.
     """
-    known = dict.fromkeys(forward.inputs, ANYTHING)
+    known = dict.fromkeys(graph.inputs, ANYTHING)
     if FORWARD_CLIPVAL in known:
         known[FORWARD_CLIPVAL] = (0.0, math.inf)
-    for x in forward.body:
+    for x in graph.body:
         known[x.name] = _widened(_applied(x.operation, [_of(y, known) for y in x.arguments]))
     return known
 

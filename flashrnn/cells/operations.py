@@ -91,6 +91,23 @@ def _sign(x: float) -> float:
 
 
 @dataclass(frozen=True)
+class Within:
+    """Spellings of an operation of one argument that hold only where that lies in an interval.
+
+    Attributes:
+        least: the interval's least number.
+        largest: its largest. NaN is an argument everywhere.
+        triton: as :class:`Operation` has it.
+        cuda: likewise.
+    """
+
+    least: float
+    largest: float
+    triton: str
+    cuda: str
+
+
+@dataclass(frozen=True)
 class Operation:
     """One row of the table.
 
@@ -99,12 +116,14 @@ class Operation:
         triton: its spelling, ``{0}``, ``{1}`` standing for the arguments.
         cuda: its spelling in CUDA C++, likewise. The compiler brings C's functions for float.
         returns_bool: whether the result is a truth value.
+        within: faster spellings, for arguments of which ``bounds.py`` tells that they lie there.
     """
 
     python: Callable[..., Scalar]
     triton: str
     cuda: str
     returns_bool: bool = False
+    within: Within | None = None
 
 
 def _comparison(python: Callable[..., bool], symbol: str) -> Operation:
@@ -126,7 +145,17 @@ OPERATIONS: dict[str, Operation] = {
     "expm1": Operation(_expm1, "pointwise.expm1({0})", "expm1f({0})"),
     "log": Operation(_log, "tl.log({0})", "logf({0})"),
     "log2": Operation(_log2, "tl.log2({0})", "log2f({0})"),
-    "log1p": Operation(_log1p, "pointwise.log1p({0})", "log1pf({0})"),
+    "log1p": Operation(
+        _log1p,
+        "pointwise.log1p({0})",
+        "log1pf({0})",
+        # From 0 to 1, and as much more as bounds are wide: of exp(-|x|), as in logsigmoid.
+        within=Within(
+            *(-(2.0**-10), 1 + 2.0**-8),
+            triton="pointwise.log1p_up_to_1({0})",
+            cuda="pointwise::log1p_up_to_1({0})",
+        ),
+    ),
     "pow": Operation(_power, "pointwise.pow({0}, {1})", "powf({0}, {1})"),
     "sin": Operation(_finite(math.sin), "tl.sin({0})", "sinf({0})"),
     "cos": Operation(_finite(math.cos), "tl.cos({0})", "cosf({0})"),

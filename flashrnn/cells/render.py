@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from flashrnn.cells.graph import Argument, Graph
-from flashrnn.cells.operations import LARGEST_FLOAT32, OPERATIONS, Scalar
+from flashrnn.cells.bounds import intervals
+from flashrnn.cells.graph import Argument, Assignment, Graph
+from flashrnn.cells.operations import (
+    LARGEST_FLOAT32,
+    OPERATIONS,
+    Operation,
+    Scalar,
+    Within,
+)
 from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import FORWARD_CLIPVAL, TracedCell
 
@@ -49,8 +56,8 @@ def _triton_function(name: str, graph: Graph, groups: Mapping[str, int]) -> str:
         return repr(argument) if math.isfinite(argument) else f'float("{argument}")'
 
     lines = []
-    for assignment in graph.body:
-        text = OPERATIONS[assignment.operation].triton.format(*map(spell, assignment.arguments))
+    for assignment, operation in _operations(graph):
+        text = operation.triton.format(*map(spell, assignment.arguments))
         lines.append(f"{assignment.name} = {text}")
     # A constant becomes a tile too, and so does a truth value a number.
     outputs = [
@@ -121,8 +128,8 @@ def _cuda_function(
         return _cuda_constant(argument)
 
     lines = []
-    for assignment in graph.body:
-        text = OPERATIONS[assignment.operation].cuda.format(*map(spell, assignment.arguments))
+    for assignment, operation in _operations(graph):
+        text = operation.cuda.format(*map(spell, assignment.arguments))
         lines.append(f"const auto {assignment.name} = {text};")
     for element, output in zip(_elements(outputs), graph.outputs, strict=True):
         lines.append(f"{element} = {spell(output)};")
@@ -131,6 +138,21 @@ def _cuda_function(
     parameters.append(f"float {FORWARD_CLIPVAL}")
     head = f"__device__ inline void {name}(\n    {', '.join(parameters)}) {{"
     return "\n    ".join([head, *lines]) + "\n}"
+
+
+def _operations(graph: Graph) -> Iterator[tuple[Assignment, Operation | Within]]:
+    """A graph's assignments, each with what has the spellings of its operation."""
+    known = intervals(graph)
+    for assignment in graph.body:
+        operation = OPERATIONS[assignment.operation]
+        within = operation.within
+        if within is None:
+            yield assignment, operation
+            continue
+        (name,) = assignment.arguments
+        least, largest = known[str(name)]
+        is_within = within.least <= least and largest <= within.largest
+        yield assignment, within if is_within else operation
 
 
 def _spelled(graph: Graph, groups: Mapping[str, int]) -> dict[str, str]:

@@ -294,12 +294,17 @@ RECURRENT_GRADIENT = Record(
         Operand("parts", "float"),
     ),
     {"rows_a_part": "int", "T": "unsigned", "B": "long long", "N": "int"},
-    absent=(*_BEFORE, Operand("runs_backwards", "const int")),
+    absent=(
+        *_BEFORE,
+        Operand("runs_backwards", "const int"),
+        Operand("reset_flags", "const int"),
+        Operand("lengths", "const int"),
+    ),
 )
 """Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
 
-What it lacks is passed where a call has options of sequences, and ``h_initial`` is not; see
-:data:`FORWARD`.
+What it lacks is passed where a call has options of sequences: the flags and the sequences'
+``lengths``, or the others in the place of ``h_initial``; see ``source.gradient_options``.
 """
 
 GRADIENT_SUMS = Record(

@@ -113,7 +113,7 @@ def h_is_never_large(cell: TracedCell) -> bool:
 Options = tuple[tuple[str, bool | int], ...]
 """Names and values of constants of a call, which are compiled in."""
 
-SEQUENCE_OPTIONS = ("RESETS", "RAGGED", "PACKED", "REVERSE")
+SEQUENCE_OPTIONS = ("RESETS", "STARTS", "RAGGED", "PACKED", "REVERSE")
 """Constants that say which options of sequences a call has (``common/sequence.cuh``).
 
 All are false by default.
@@ -122,7 +122,8 @@ All are false by default.
 
 def sequence_options(problem: Problem) -> Options:
     """Those of a problem."""
-    has = (problem.resets, problem.ragged, problem.packed, problem.reverse is not False)
+    resets, lengths = (problem.resets, problem.starts), (problem.ragged, problem.packed)
+    has = (*resets, *lengths, problem.reverse is not False)
     return tuple(zip(SEQUENCE_OPTIONS, has, strict=True))
 
 
@@ -150,6 +151,14 @@ def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Opt
         given_last: whether the last states' gradients are given. What is not is zero.
     """
     return ("CUT", cut), ("CLIP", clip), ("GIVEN", given), ("GIVEN_LAST", given_last)
+
+
+def gradient_options(problem: Problem) -> Options:
+    """The constants of the kernel of R's gradient."""
+    # Else h before a step is that of the row before, the initial h, or zeros.
+    gathered = problem.starts or problem.packed or problem.reverse is not False
+    resets, ragged = problem.resets and not gathered, problem.ragged and not gathered
+    return ("GATHERED", gathered), ("RESETS", resets), ("RAGGED", ragged)
 
 
 def options_of_storing(problem: Problem, stored: int) -> Options:

@@ -21,6 +21,7 @@ from tests.sequences import (
     KINDS,
     gradients_of,
     hold_empty_sequences_out,
+    hold_last_states_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -172,10 +173,39 @@ def test_the_start_of_an_empty_sequence_reaches_no_gradient(on_the_cpu, backend,
 
 @needs_compiler
 @every_backend
+@pytest.mark.parametrize(
+    "ragged", ["lengths", pytest.param("packed", marks=pytest.mark.slow)], ids=str
+)
+def test_the_end_of_a_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
+    hold_last_states_out(backend, ragged)
+
+
+@needs_compiler
+@every_backend
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch):
     monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
     hold_rows_of_no_sequence(backend, reverse)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("D", "dtype"),
+    [
+        # Pieces of 16 bytes, looked up a chunk ahead; so many single elements that they are not.
+        (16, torch.bfloat16),
+        pytest.param(20, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(16, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D, dtype):
+    """R's gradient of chunks of 16 or 32 rows: some are of two sequences, some of no step."""
+    monkeypatch.setattr(cuda_fused, "before_steps", None)
+    lengths = [90, 20, 0, 49]
+    case = random_ragged("lstm", 4, 90, 1, D, resets="zeros", ragged="lengths", dtype=dtype)
+    options = case.options | {"lengths": torch.tensor(lengths)}
+    hold_ragged_to_vanilla("cuda_fused", replace(case, options=options, lengths=lengths))
 
 
 @needs_compiler
@@ -193,9 +223,11 @@ def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
 
 FIELDS = [
     {"resets": True},
+    {"resets": True, "starts": True},
     {"ragged": True},
+    {"resets": True, "ragged": True},
     {"reverse": True},
-    {"resets": True, "ragged": True, "packed": True, "reverse": True},
+    {"resets": True, "starts": True, "ragged": True, "packed": True, "reverse": True},
 ]
 
 
@@ -231,7 +263,9 @@ def test_compiles_without_spills(kind, sizes, precision, arch):
             assert not spills_in_a_loop(parts, arch), (fields, backward)
     B, N, D = sizes
     plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
-    assert not spills_in_a_loop(plan.source(cell, precision, True, gathered=True), arch)
+    for fields in FIELDS[-3::2] if quick else FIELDS:
+        options = source.gradient_options(planned(kind, *sizes, dtype)._replace(**fields))
+        assert not spills_in_a_loop(plan.source(cell, precision, True, options), arch), fields
 
 
 @needs_compiler

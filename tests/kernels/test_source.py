@@ -4,16 +4,19 @@ import ctypes
 import math
 import re
 import struct
+import subprocess
 
 import pytest
 import torch
 
 from flashrnn.cells import lstm, resolve
+from flashrnn.cells.operations import OPERATIONS
+from flashrnn.cells.render import render_cuda, render_triton
 from flashrnn.jit import nvrtc
 from flashrnn.kernels import call, source
 from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.problem import Problem
-from tests.emulation import Library, emulated, needs_compiler
+from tests.emulation import HEADER, Library, emulated, needs_compiler
 from tests.gpus import GPUS, planned
 from tests.kernels.regimes import REGIMES
 from tests.machine_code import (
@@ -22,7 +25,7 @@ from tests.machine_code import (
     spills_in_the_loop_of_products,
 )
 from tests.problems import BUILT_IN, relative_error, sparse
-from tests.test_graphs import TABLES, check_table, everything, more, table_inputs
+from tests.test_graphs import TABLES, check_table, everything, more, table_inputs, within
 
 
 def cell_alone(cell, record=call.FORWARD):
@@ -384,6 +387,67 @@ def test_operations_are_right_to_float32_accuracy(cell_text, table):
     gates = table_inputs()
     states = [torch.zeros_like(gates[0])] * len(table.states)
     check_table(table, gates, cell_text(table, "step", [*states, *gates]))
+
+
+def test_spellings_for_an_interval_stand_where_arguments_lie_in_it():
+    """In the step and in the derivative; and nowhere else, for elsewhere they are wrong."""
+    ranged = {name: row.within for name, row in OPERATIONS.items() if row.within}
+    assert set(within.states) == set(ranged)
+    everywhere, rows = resolve("slstm"), TABLES[0]
+    for row in ranged.values():
+        for render, spelling in ((render_cuda, row.cuda), (render_triton, row.triton)):
+            name = spelling.split("(")[0]
+            assert name in render(within) and render(everywhere).count(name) == 2
+            assert name not in render(rows)
+
+
+# The largest distance from the number nearest to the truth, in units in the last place.
+EVERY_LOG1P = """
+extern "C" bool is_fused() {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return true;
+#else
+    return false;
+#endif
+}
+extern "C" int furthest(unsigned begin, unsigned end, int step) {
+    int furthest = 0;
+    for (unsigned bits = begin; bits <= end; bits += step) {
+        const float x = __uint_as_float(bits);
+        const int given = __float_as_uint(pointwise::log1p_up_to_1(x));
+        const int truth = __float_as_uint(float(log1p(double(x))));
+        const int distance = abs(given - truth);
+        if (distance > furthest) furthest = distance;
+    }
+    return furthest;
+}
+"""
+
+
+def bits_of(x):
+    return int.from_bytes(struct.pack("<f", x), "little")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fused", "step"), [(True, 1), (False, 16)], ids=["fused", "every 16th rounded twice"]
+)
+def test_log1p_of_every_number_of_its_interval(tmp_path, fused, step):
+    """With fused products, as on GPUs, it is as right as CUDA's log1pf is said to be: the nearest
+    number or one beside it. Without, as in Triton's interpreter, it is two away at most."""
+    text, library = tmp_path / "every.cpp", tmp_path / "every.so"
+    text.write_text(emulated(cell_alone(resolve("slstm"))) + EVERY_LOG1P, encoding="utf-8")
+    how = ["-march=native", "-ffp-contract=fast"] if fused else ["-ffp-contract=off"]
+    shared = ["-std=c++17", "-O2", "-w", "-fPIC", "-shared", "-include", str(HEADER)]
+    subprocess.run(["g++", *how, *shared, "-o", library, text], check=True)
+    functions = ctypes.CDLL(str(library))
+    if fused and not functions.is_fused():
+        pytest.skip("needs a processor with fused products")
+    row, sign = OPERATIONS["log1p"].within, bits_of(-0.0)
+    least, largest = bits_of(row.least), bits_of(row.largest)
+    assert functions.furthest(0, largest, step) == (1 if fused else 2)
+    assert functions.furthest(sign, least, step) <= 1
 
 
 # ---- that a spill would be noticed

@@ -92,9 +92,9 @@ cluster_mma_forward(CALL) {
                 {states + unit, T * width, all_rows * width, 1}, width, STATES, last, table, 0, 1, units);
             TiledCopy<ForwardLayout, G, Element> output_gates(
                 {gates + unit, T * G * width, width, 1}, G * width, GATES, last, table, 0, 1, units);
+            const FlagCopy<ForwardLayout> flags(table, reset_flags);
             const auto fetch_next_flags = [&](int step, Element* lines) {
-                if (!RESETS) return;
-                fetch_flags<ForwardLayout>(step + 1, lines, INPUTS, table, reset_flags);
+                if (RESETS) flags.fetch(step + 1, lines, INPUTS);
             };
             run_forward_producer(input, output, output_gates, ring, new_states, saved, steps,
                                  fetch_next_flags);

@@ -34,19 +34,34 @@ __device__ inline int* flag_of(Element* lines, int sequence, int pitch) {
     return reinterpret_cast<int*>(lines + (sequence + 1) * pitch - 16 / int(sizeof(Element)));
 }
 
-// Fetches whether a step of each sequence is cut off from the one before it.
+// Fetches whether steps are cut off from those before them. Each of the first producer threads has the
+// flags of a line.
 template <typename Layout>
-__device__ inline void fetch_flags(int step, Element* lines, int pitch, const Sequence* table,
-                                   const int* flags) {
-    const int line = threadIdx.x - Layout::FIRST_PRODUCER;
-    if (line >= Layout::LINES) return;
-    int* to = flag_of(lines, line, pitch);
-    if (table[line].may_be_cut(step)) {
-        cp_async_word(to, flags + table[line].flag(step));
-    } else {
-        *to = 0;
+struct FlagCopy {
+    const int* flag_of_start;
+    int line, direction, least, length;
+
+    __device__ FlagCopy(const Sequence* table, const int* flags)
+        : line(threadIdx.x - Layout::FIRST_PRODUCER) {
+        if (!RESETS || line >= Layout::LINES) return;
+        const Sequence own = table[line];
+        flag_of_start = flags + own.flag(0);
+        direction = own.backwards ? -1 : 1;
+        least = own.backwards;
+        length = own.length;
     }
-}
+
+    __device__ void fetch(int step, Element* lines, int pitch) const {
+        if (line >= Layout::LINES) return;
+        int* to = flag_of(lines, line, pitch);
+        // As Sequence::may_be_cut and Sequence::flag.
+        if (step >= least && step < length) {
+            cp_async_word(to, flag_of_start + direction * step);
+        } else {
+            *to = 0;
+        }
+    }
+};
 
 // The rows of one tensor, step after step. T is const if they are read.
 template <typename Layout, int COUNT, typename T>
@@ -64,6 +79,9 @@ struct TiledCopy {
     long long row_stride = 0;
     int at = 0, direction = 1;
     T* addresses[Layout::ALIGNED ? THREAD_PIECES : 1];
+    // Where sequences are ragged, how many steps that of each piece has.
+    static constexpr bool ENDS_APART = Layout::SEQUENCED && RAGGED;
+    int lengths[Layout::ALIGNED && ENDS_APART ? THREAD_PIECES : 1];
 
     // `step` is the tensor's stride from one step to the next, `pitch` the number of elements from one
     // line to the next, `last` the last sequence that exists, `units` the number of units of this CTA's
@@ -86,7 +104,13 @@ struct TiledCopy {
           units(units), sequences(sequences), row_stride(step), at(first), direction(direction) {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
+            for (int i = 0; i < THREAD_PIECES; ++i) {
+                addresses[i] = address(index(i));
+                if (ENDS_APART) {
+                    lengths[ENDS_APART ? i : 0] =
+                        exists(index(i)) ? sequences[sequence(index(i))].length : 0;
+                }
+            }
         }
     }
 
@@ -110,10 +134,11 @@ struct TiledCopy {
                index % ROW_PIECES * PIECE * (Layout::ALIGNED ? 1 : rows.unit);
     }
 
-    // Whether the piece's sequence has the present step.
-    __device__ bool has_step(int index) const {
-        if constexpr (!Layout::SEQUENCED) return true;
-        else return sequences[sequence(index)].has(at);
+    // Whether the sequence of the thread's piece i has the present step.
+    __device__ bool has_step(int i) const {
+        if constexpr (!ENDS_APART) return true;
+        else if constexpr (Layout::ALIGNED) return at < lengths[i];
+        else return sequences[sequence(index(i))].has(at);
     }
 
     // Where the piece lies among the lines.
@@ -158,12 +183,12 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && has_step(index(i))) cp_async(lines + place(index(i)), addresses[i]);
+                if (exists(index(i)) && has_step(i)) cp_async(lines + place(index(i)), addresses[i]);
             }
         } else {
 #pragma unroll 4
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && has_step(index(i))) {
+                if (exists(index(i)) && has_step(i)) {
                     lines[place(index(i))] = load_element(address(index(i)));
                 }
             }
@@ -175,7 +200,7 @@ struct TiledCopy {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last && has_step(index(i))) {
+                if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
                     *reinterpret_cast<uint4*>(addresses[i]) =
                         *reinterpret_cast<const uint4*>(lines + place(index(i)));
                 }
@@ -183,7 +208,7 @@ struct TiledCopy {
         } else {
 #pragma unroll 4
             for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last && has_step(index(i))) {
+                if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
                     *address(index(i)) = lines[place(index(i))];
                 }
             }

@@ -4,9 +4,10 @@
 // sequence first. Rows are those of [B, T], or of a packed batch, [1, total].
 //
 // Constants of the plan (problem.cuh), each false where a call does not have the option: RESETS, some
-// steps start anew; RAGGED, sequences have lengths of their own; PACKED, they lie one behind another;
-// REVERSE, some heads run backwards. The host sorts ragged sequences, the longest first. A CTA's
-// sequences are neighbours in that order, so that they end at nearly the same step.
+// steps start anew; STARTS, from given states and not from zeros; RAGGED, sequences have lengths of their
+// own; PACKED, they lie one behind another; REVERSE, some heads run backwards. The host sorts ragged
+// sequences, the longest first. A CTA's sequences are neighbours in that order, so that they end at
+// nearly the same step.
 
 #include "problem.cuh"
 

@@ -151,9 +151,10 @@ single_cta_backward(CALL) {
                                   d_states_t, INPUT_PITCH, last, table, begin, -1);
             TiledCopy<CopyLayout, G, Element> output({d_gates + n * D, T * G * width, width, 1},
                                                      G * width, GATE_PITCH, last, table, begin, -1);
+            // With the inputs of a step it is known whether the one computed next starts anew.
+            const FlagCopy<CopyLayout> flags(table, reset_flags);
             const auto fetch_step_flags = [&](int step, Element* lines) {
-                if (!RESETS) return;
-                fetch_flags<CopyLayout>(step, lines, INPUT_PITCH, table, reset_flags);
+                if (RESETS) flags.fetch(step - 1, lines, INPUT_PITCH);
             };
             run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, steps,
                                   fetch_step_flags);
@@ -206,6 +207,12 @@ single_cta_backward(CALL) {
     }
     named_barrier<THREADS>();
 
+    // How many steps are computed before a sequence's last one.
+    int ends[ELEMENTS];
+#pragma unroll
+    for (int e = 0; e < (RAGGED ? ELEMENTS : 0); ++e) {
+        ends[e] = steps - table[elements.sequence(e)].length;
+    }
     const unsigned line = matrix_line(gradients, GATE_PITCH);
     constexpr unsigned BUFFER_BYTES = GATES * sizeof(Element);
     // Adds the gradient that reaches h through R from the step computed last.
@@ -224,32 +231,51 @@ single_cta_backward(CALL) {
                 const Element* line = read + elements.sequence(e) * GATE_PITCH;
                 d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
             }
-            // The step computed last is a sequence's last one, where nothing comes back.
-            if (RAGGED && !table[elements.sequence(e)].has(steps - done)) continue;
+            // Nothing comes back to a sequence's last step.
+            if (RAGGED && done <= ends[e]) continue;
             if (FIRST_STEP_APART || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
         }
     };
-    // Whether the step computed last started anew.
-    bool is_cut[ELEMENTS] = {};
-    // Hands the gradients that a cut step's reset states have to those, and nothing to the step before.
-    const auto leave_cut_steps = [&](int done) {
-        if (!RESETS) return;
+    // Whether the present step starts anew, and from which states; whether the step computed last did, and
+    // the gradients that it left to its start.
+    bool is_cut[ELEMENTS] = {}, was_cut[ELEMENTS] = {};
+    float anew[S][ELEMENTS] = {}, left[S][ELEMENTS];
+    const auto load_starts = [&](const bool (&cut)[ELEMENTS], int step) {
 #pragma unroll
-        for (int e = 0; e < ELEMENTS; ++e) {
-            if (!is_cut[e]) continue;
-            const Sequence& own = table[elements.sequence(e)];
-            const bool exists = elements.unit(e) < D && elements.sequence(e) <= last;
-            float* to = d_reset_states +
-                        own.offset_of_start(steps - done, d_reset_states_b, d_reset_states_t) +
-                        n * D + elements.unit(e);
-#pragma unroll
-            for (int s = 0; s < S; ++s) {
-                // Only this thread adds to it.
-                if (d_reset_states && exists) to[s * d_reset_states_s] += d_carried[s][e];
-                d_carried[s][e] = 0.0f;
-            }
+        for (int i = 0; i < S * ELEMENTS; ++i) {
+            const int s = i / ELEMENTS, e = i % ELEMENTS, unit = elements.unit(e);
+            if (!cut[e] || unit >= D) continue;
+            anew[s][e] = starts.value(s, table[elements.sequence(e)], step, unit);
         }
     };
+    const auto leave_cut_steps = [&]() {
+#pragma unroll
+        for (int i = 0; i < (RESETS ? S * ELEMENTS : 0); ++i) {
+            const int s = i / ELEMENTS, e = i % ELEMENTS;
+            left[s][e] = d_carried[s][e];
+            d_carried[s][e] = was_cut[e] ? 0.0f : d_carried[s][e];
+        }
+    };
+    // `step` is that of was_cut.
+    const auto give_to_starts = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < S * ELEMENTS; ++i) {
+            const int s = i / ELEMENTS, e = i % ELEMENTS, unit = elements.unit(e);
+            const int sequence = elements.sequence(e);
+            if (!was_cut[e] || unit >= D || sequence > last) continue;
+            // Only this thread adds to it.
+            d_reset_states[table[sequence].offset_of_start(step, d_reset_states_b, d_reset_states_t) +
+                           s * d_reset_states_s + n * D + unit] += left[s][e];
+        }
+    };
+    if (RESETS) {
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            const Sequence& own = table[elements.sequence(e)];
+            is_cut[e] = own.may_be_cut(steps - 1) && reset_flags[own.flag(steps - 1)];
+        }
+        if (STARTS) load_starts(is_cut, steps - 1);
+    }
     // Called before the barrier that lets the next product start.
     const auto record_infinity = [&](const float (&of_gates)[G][ELEMENTS], int done) {
         if (!CONTAINS<Operand>) return;
@@ -284,17 +310,13 @@ single_cta_backward(CALL) {
             float& state = before[i / ELEMENTS][i % ELEMENTS];
             state = done == steps - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
         }
-        if (RESETS) {
+        bool next_is_cut[ELEMENTS];
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                const int sequence = elements.sequence(e), unit = elements.unit(e);
-                is_cut[e] = *flag_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH);
-                if (!is_cut[e] || unit >= D) continue;
+        for (int e = 0; e < (RESETS ? ELEMENTS : 0); ++e) {
+            next_is_cut[e] =
+                *flag_of(const_cast<Element*>(inputs), elements.sequence(e), INPUT_PITCH);
 #pragma unroll
-                for (int s = 0; s < S; ++s) {
-                    before[s][e] = starts.value(s, table[sequence], steps - 1 - done, unit);
-                }
-            }
+            for (int s = 0; s < S; ++s) before[s][e] = is_cut[e] ? anew[s][e] : before[s][e];
         }
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
@@ -308,7 +330,7 @@ single_cta_backward(CALL) {
                 if (s < GIVEN) d_after[s] += given[s][e];
             }
             derivative(state, gate, d_after, d_before, d_gate, clips.forward);
-            if (RAGGED && !table[elements.sequence(e)].has(steps - 1 - done)) {
+            if (RAGGED && done < ends[e]) {
                 // The gradients of the last states wait for the sequence's last step.
 #pragma unroll
                 for (int s = 0; s < S; ++s) d_before[s] = d_carried[s][e];
@@ -329,16 +351,33 @@ single_cta_backward(CALL) {
             store_elements(to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
         }
         record_infinity(preactivations, done + 1);
+        if (RESETS) {
+            // Few steps are cut. What reads and writes memory for them stands under one branch, which the
+            // whole warp takes or not; all else is a choice between registers.
+            bool any = false;
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) any |= was_cut[e] || next_is_cut[e];
+            if (STARTS && __any_sync(~0u, any)) {
+                give_to_starts(steps - done);
+                load_starts(next_is_cut, steps - 2 - done);
+            }
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                was_cut[e] = is_cut[e];
+                is_cut[e] = next_is_cut[e];
+            }
+        }
         named_barrier<THREADS>();
     };
     if (FIRST_STEP_APART) run_step(0);
     for (int done = FIRST_STEP_APART ? 1 : 0; done < steps; ++done) {
         add_recurrent_gradient(done);
-        leave_cut_steps(done);
+        leave_cut_steps();
         run_step(done);
     }
     if (!SEQUENCED || steps > 0) add_recurrent_gradient(steps);
-    leave_cut_steps(steps);
+    leave_cut_steps();
+    if (STARTS) give_to_starts(0);
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         if (elements.unit(e) >= D || elements.sequence(e) > last) continue;

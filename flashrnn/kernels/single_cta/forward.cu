@@ -65,13 +65,11 @@ __device__ inline bool product_may_make_nan(const Matrix& matrix, const Element*
     return __any_sync(~0u, large);
 }
 
-// Sets an element's states to what they go back to before a step.
-__device__ inline void reset(float (&carried)[S][ELEMENTS], int e, int step,
-                             const ThreadElements& elements, const Sequence& sequence,
-                             const ResetStates& starts) {
+// What an element's states go back to before a step.
+__device__ inline float start(int s, int e, int step, const ThreadElements& elements,
+                              const Sequence* table, const ResetStates& starts) {
     const int unit = elements.unit(e);
-#pragma unroll
-    for (int s = 0; s < S; ++s) carried[s][e] = unit < D ? starts.value(s, sequence, step, unit) : 0.0f;
+    return unit < D ? starts.value(s, table[elements.sequence(e)], step, unit) : 0.0f;
 }
 
 // All steps of the scan, of a computing warp. RECOMPUTE: elements whose pre-activations are NaN are
@@ -94,6 +92,11 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
                        scalar_product<true>(R, n, N, s, unit, h + sequence * STATE_PITCH);
         }
     };
+    int lengths[ELEMENTS];
+    if constexpr (RAGGED) {
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) lengths[e] = table[elements.sequence(e)].length;
+    }
     const unsigned line = matrix_line(new_states + H_ROW * BLOCK_D, STATE_PITCH);
     constexpr unsigned BUFFER_BYTES = STATES * sizeof(Element);
     int slot = 0;
@@ -111,6 +114,12 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
             }
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) preactivations[k][e] = input[e] + bias[k][e];
+        }
+        // Whether the next step starts anew.
+        bool is_cut[ELEMENTS];
+#pragma unroll
+        for (int e = 0; e < (RESETS ? ELEMENTS : 0); ++e) {
+            is_cut[e] = *flag_of(const_cast<Element*>(inputs), elements.sequence(e), INPUT_PITCH);
         }
 #pragma unroll
         for (int s = 0; s < GR; ++s) {
@@ -142,28 +151,40 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
                 }
             }
             // Past its end a sequence keeps its last states.
-            if (RAGGED && !table[elements.sequence(e)].has(t)) continue;
+            if (RAGGED && t >= lengths[e]) continue;
 #pragma unroll
             for (int s = 0; s < S; ++s) carried[s][e] = after[s];
         }
         Element* to = new_states + t % 2 * STATES;
 #pragma unroll
         for (int s = 0; s < S; ++s) store_elements(to + s * BLOCK_D, STATE_PITCH, carried[s], elements);
-        if (RESETS) {
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                const int sequence = elements.sequence(e);
-                if (!*flag_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH)) continue;
-                reset(carried, e, t + 1, elements, table[sequence], starts);
-            }
-            store_elements(to + H_ROW * BLOCK_D, STATE_PITCH, carried[0], elements);
-        }
         if (SAVE_GATES) {
             Element* gates_to = saved + t % 2 * GATES;
 #pragma unroll
             for (int k = 0; k < G; ++k) {
                 store_elements(gates_to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
             }
+        }
+        if constexpr (RESETS) {
+            // Few steps are cut. What they start from is loaded under a branch that the whole warp takes
+            // or not; all else is a choice between registers.
+            bool any = false;
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) any |= is_cut[e];
+            float anew[S][ELEMENTS] = {};
+            if (STARTS && __any_sync(~0u, any)) {
+#pragma unroll
+                for (int i = 0; i < S * ELEMENTS; ++i) {
+                    const int s = i / ELEMENTS, e = i % ELEMENTS;
+                    if (is_cut[e]) anew[s][e] = start(s, e, t + 1, elements, table, starts);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < S * ELEMENTS; ++i) {
+                const int s = i / ELEMENTS, e = i % ELEMENTS;
+                carried[s][e] = is_cut[e] ? anew[s][e] : carried[s][e];
+            }
+            store_elements(to + H_ROW * BLOCK_D, STATE_PITCH, carried[0], elements);
         }
         named_barrier<THREADS>();
     }
@@ -208,9 +229,9 @@ single_cta_forward(CALL) {
             TiledCopy<ForwardLayout, G, Element> output_gates({gates + n * D, T * G * width, width, 1},
                                                               G * width, GATE_PITCH, last, table, 0, 1);
             // With the inputs of a step it is known whether the next one starts anew.
+            const FlagCopy<ForwardLayout> flags(table, reset_flags);
             const auto fetch_next_flags = [&](int step, Element* lines) {
-                if (!RESETS) return;
-                fetch_flags<ForwardLayout>(step + 1, lines, INPUT_PITCH, table, reset_flags);
+                if (RESETS) flags.fetch(step + 1, lines, INPUT_PITCH);
             };
             run_forward_producer(input, output, output_gates, ring, new_states, saved, steps,
                                  fetch_next_flags);
@@ -246,9 +267,13 @@ single_cta_forward(CALL) {
                             elements.unit(e) * initial_d;
 #pragma unroll
         for (int s = 0; s < S; ++s) carried[s][e] = exists ? from[s * initial_s] : 0.0f;
-        if (RESETS) {
+        if constexpr (RESETS) {
             const Sequence& own = table[elements.sequence(e)];
-            if (own.may_be_cut(0) && reset_flags[own.flag(0)]) reset(carried, e, 0, elements, own, starts);
+            const bool is_cut = own.may_be_cut(0) && reset_flags[own.flag(0)];
+#pragma unroll
+            for (int s = 0; s < (is_cut ? S : 0); ++s) {
+                carried[s][e] = start(s, e, 0, elements, table, starts);
+            }
         }
     }
     float bias[G][ELEMENTS];

@@ -2,8 +2,11 @@
 //
 //     dR[g, n, d, p] = sum over b and t of d_gates[b, t, g, n, d] h[b, t - 1, n, p]
 //
-// With GATHERED, a constant of the plan, what stands in the place of h[b, t - 1] is looked up: `before` has
-// for each row the row of h before it, or -1 - k where that is row k of `h_starts`, for each direction.
+// Constants of the call say what else there is. With RAGGED, sequences have the steps that `lengths` says:
+// rows behind them, whose gradients are 0, have no h before them, and chunks of such rows are passed over.
+// With RESETS, rows of `reset_flags` have none either. With GATHERED, what stands in the place of
+// h[b, t - 1] is looked up: `before_rows` has for each row the row of h before it, or -1 - k where that is
+// row k of `h_starts`, for each direction.
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
 // the GATES recurrent gates from group * GATES on. gradient_sums.cu adds the parts afterwards, in a
@@ -121,32 +124,52 @@ recurrent_gradient(CALL) {
     const Element* h_of_part = h + (begin - 1) * width + n * D;
     const int* before_part = before_rows + begin;
     if (GATHERED && runs_backwards) before_part += runs_backwards[n] * B * T;
-    const auto gathered = [&](int row) {
-        const long long of_h = before_part[row];
+    const auto row_of_h = [&](long long of_h) {
         return (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
     };
-    // The rows that the thread looks up for the next chunk: a chunk ahead, so that it need not wait.
+    const int* of_rows = GATHERED ? before_part : reset_flags + begin;
+    // What the thread looks up for the next chunk, a chunk ahead. It does not wait for it before that
+    // chunk: no address is computed until then.
     constexpr int ROUNDS = (CHUNK * PIECES + THREADS - 1) / THREADS;
-    constexpr bool AHEAD = GATHERED && ROUNDS <= 2;
-    const Element* looked_up[AHEAD ? ROUNDS : 1];
+    constexpr bool AHEAD = (GATHERED || RESETS) && ROUNDS <= 2;
+    unsigned looked_up[AHEAD ? ROUNDS : 1];
     const auto look_up = [&](int chunk) {
 #pragma unroll
         for (int round = 0; round < (AHEAD ? ROUNDS : 0); ++round) {
             const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / PIECES;
-            looked_up[round] = gathered(row < rows ? row : 0);
+            const int* from = of_rows + (row < rows ? row : 0);
+            looked_up[round] = load_opaque(reinterpret_cast<const unsigned*>(from));
         }
     };
     look_up(0);
+    // Whether a row is a sequence's step. The length that was asked for last is kept: most rows next to
+    // each other are of one sequence.
+    long long asked_for = -1;
+    int its_length = 0;
+    const auto is_step = [&](const Position& position) {
+        if (!RAGGED) return true;
+        if (position.sequence != asked_for) {
+            asked_for = position.sequence;
+            its_length = lengths[asked_for];
+        }
+        return static_cast<int>(position.step) < its_length;
+    };
+    // Whether all rows of the chunk that begins there lie behind a sequence's last step.
+    const auto is_idle = [&](const Position& position) {
+        return RAGGED && position.step + CHUNK <= T && !is_step(position);
+    };
+    Position present = next;
 
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
         Element* columns = lines + CHUNK * LINES_PITCH;
         const int first = chunk * CHUNK;
+        const bool idle = is_idle(next);
         // All threads take the same number of iterations, so that loops can be unrolled. Unrolled by
         // more than two, registers spill.
         constexpr int GATE_PIECES = CHUNK * GATES * PIECES, H_PIECES = CHUNK * PIECES;
 #pragma unroll 2
-        for (int round = 0; round < (GATE_PIECES + THREADS - 1) / THREADS; ++round) {
+        for (int round = 0; round < (idle ? 0 : (GATE_PIECES + THREADS - 1) / THREADS); ++round) {
             const int i = threadIdx.x + round * THREADS;
             if (GATE_PIECES % THREADS && i >= GATE_PIECES) break;
             const int piece = i % PIECES, s = i / PIECES % GATES, row = i / PIECES / GATES;
@@ -160,20 +183,21 @@ recurrent_gradient(CALL) {
             fetch_pieces(lines + row * LINES_PITCH + s * BLOCK_D, from, first + row < rows, piece);
         }
 #pragma unroll 2
-        for (int round = 0; round < (H_PIECES + THREADS - 1) / THREADS; ++round) {
+        for (int round = 0; round < (idle ? 0 : (H_PIECES + THREADS - 1) / THREADS); ++round) {
             const int i = threadIdx.x + round * THREADS;
             if (H_PIECES % THREADS && i >= H_PIECES) break;
             const int piece = i % PIECES, row = i / PIECES;
+            const int of_row = AHEAD ? static_cast<int>(looked_up[AHEAD ? round : 0])
+                               : GATHERED || RESETS ? of_rows[first + row < rows ? first + row : 0]
+                                                    : 0;
             if constexpr (GATHERED) {
                 const bool exists = first + row < rows;
-                const Element* from = AHEAD ? looked_up[AHEAD ? round : 0]
-                                            : gathered(exists ? first + row : 0);
-                fetch_pieces(columns + row * COLUMNS_PITCH, from, exists, piece);
+                fetch_pieces(columns + row * COLUMNS_PITCH, row_of_h(of_row), exists, piece);
             } else {
                 Position position = next;
                 position.advance(row, T);
                 Element* to = columns + row * COLUMNS_PITCH;
-                const bool exists = first + row < rows;
+                const bool exists = first + row < rows && is_step(position) && !of_row;
                 const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
                 if (sizeof(Element) == 4) {
                     const Element* initial = reinterpret_cast<const Element*>(h_initial);
@@ -201,6 +225,11 @@ recurrent_gradient(CALL) {
         __syncthreads();
         if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
         cp_async_commit();
+        if constexpr (RAGGED) {
+            const bool idle = is_idle(present);
+            present.advance(CHUNK, T);
+            if (idle) continue;
+        }
         const Element* lines = ring + chunk % STAGES * SLOT;
         const Element* columns = lines + CHUNK * LINES_PITCH;
 #pragma unroll
@@ -270,8 +299,10 @@ recurrent_gradient(CALL) {
 #pragma unroll 1
         for (long long row = begin; row < begin + rows; ++row) {
             float before;
-            if (GATHERED) {
-                before = to_float(gathered(row - begin)[p]);
+            if ((RAGGED && row % T >= lengths[row / T]) || (RESETS && reset_flags[row])) {
+                continue;
+            } else if (GATHERED) {
+                before = to_float(row_of_h(before_part[row - begin])[p]);
             } else {
                 before = row % T ? to_float(h[(row - 1) * width + n * D + p])
                                  : h_initial[row / T * width + n * D + p];

@@ -44,7 +44,11 @@ class GradientPlan:
         return replace(self, parts=1, rows=0)
 
     def source(
-        self, cell: TracedCell, precision: str, aligned: bool, gathered: bool = False
+        self,
+        cell: TracedCell,
+        precision: str,
+        aligned: bool,
+        options: source.Options = (("GATHERED", False),),
     ) -> dict[str, str]:
         """The program's text in parts, each under the name that an error gives it.
 
@@ -52,7 +56,7 @@ class GradientPlan:
             cell: the cell.
             precision: out of ``source.PRECISIONS``.
             aligned: whether all rows of all tensors begin at multiples of 16 bytes.
-            gathered: whether h before each step is looked up.
+            options: of ``source.gradient_options``.
         """
         constants = {
             "D": self.D,
@@ -60,9 +64,11 @@ class GradientPlan:
             "STAGES": self.stages,
             "SHARED_MEMORY": self.shared_memory,
             "ALIGNED": aligned,
-            "GATHERED": gathered,
+            **dict(options),
         }
-        record = call.RECURRENT_GRADIENT.complete if gathered else call.RECURRENT_GRADIENT
+        record = call.RECURRENT_GRADIENT
+        if any(dict(options).values()):
+            record = record.complete
         kernel = "single_cta/recurrent_gradient.cu"
         return source.program(kernel, cell, precision, constants, record)
 

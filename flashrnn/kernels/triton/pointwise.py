@@ -89,6 +89,18 @@ def log1p(x):
 
 
 @triton.jit
+def log1p_up_to_1(x):
+    """``log(1 + x)`` for ``x`` from 0 to 1, and a little beyond."""
+    # The polynomial of pointwise.cuh.
+    square = x * x
+    series = -0.00330106635 * square + (0.0201304853 * x - 0.0575343296)
+    series = series * square + (0.106683888 * x - 0.153488159)
+    series = series * square + (0.196932629 * x - 0.24958165)
+    series = series * square + (0.333304763 * x - 0.499999374)
+    return series * square + x
+
+
+@triton.jit
 def expm1(x):
     """``eˣ − 1``."""
     # As log1p, with the roles of exp and log exchanged.
