@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
+from flashrnn.nn import at_once
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 from flashrnn.nn.segments import Segments, between_resets
@@ -223,11 +224,13 @@ class Recurrent(torch.nn.RNNBase):
                 ``(h, c)`` for LSTM, a cell of one state the tensor.
             reset: bool or numbers, of the input's shape but its last dimension: where it is not 0,
                 the states start anew from zeros before that step, in both directions as if a
-                sequence ended there and another began. Its values are read on the host.
+                sequence ended there and another began. ``hx`` is what the first part starts from,
+                and the last states are those of the last part.
             cu_seqlens: integers ``[B + 1]``, from 0 to the number of rows: ``input`` is then
                 ``[rows, input_size]``, B sequences one after the other, and sequence b has the rows
                 from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``, or none. ``hx`` and the last states
-                are those of a batch of B.
+                are those of a batch of B. On the CPU they are checked; on a GPU nobody waits for
+                their values, and what is out of range is moved into it.
 
         Returns:
             h of the last layer at every step, in the form of ``input``, with ``hidden_size``
@@ -276,14 +279,18 @@ class Recurrent(torch.nn.RNNBase):
                 f"Expected sequence length to be larger than 0 in RNN, got {tuple(input.shape)}"
             )
         self._check_states(states, input, B)
-        if reset is None:
-            output, last = self._run(input, states, None)
-        elif not isinstance(reset, Tensor):
-            raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
-        else:
+        if reset is not None:
+            if not isinstance(reset, Tensor):
+                raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
             if not batched:
                 reset = reset.unsqueeze(0 if self.batch_first else 1)
-            output, last = self._run_reset(input, states, reset)
+            if reset.shape != input.shape[:2]:
+                raise RuntimeError(
+                    f"reset has shape {tuple(reset.shape)}; accepted is {tuple(input.shape[:2])}, "
+                    "the input's without its features"
+                )
+            reset = reset.ne(0)
+        output, last = self._run(input, states, reset=reset)
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             last = [state.squeeze(1) for state in last]
@@ -397,9 +404,26 @@ class Recurrent(torch.nn.RNNBase):
         return tuple(states) if len(states) > 1 else states[0]
 
     def _run(
-        self, x: Tensor, states: list[Tensor] | None, batch_sizes: Tensor | None
+        self,
+        x: Tensor,
+        states: list[Tensor] | None,
+        batch_sizes: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers, over a batch as it is given or, with ``batch_sizes``, over packed rows."""
+        """All layers, over a batch as it is given, with ``batch_sizes`` over packed rows, or with
+        ``cu_seqlens`` over rows of sequences one after another."""
+        found = self._run_at_once(x, states, batch_sizes, reset, cu_seqlens)
+        if found is not None:
+            return found
+        if reset is not None:
+            return self._run_reset(x, states, reset)
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.cpu()
+            _check_bounds(bounds, len(x))
+            segments = Segments.of(bounds[:-1], bounds.diff(), 1)
+            return self._run_segments(x, states, segments, len(bounds) - 1)
         if self._is_torchs(x.device):
             return self._run_torchs(x, states, batch_sizes)
         if batch_sizes is not None:
@@ -409,6 +433,60 @@ class Recurrent(torch.nn.RNNBase):
             return output.transpose(0, 1), last
         output, last = self._run_ours(x, states, None)
         return output.contiguous(), last
+
+    def _run_at_once(
+        self,
+        x: Tensor,
+        states: list[Tensor] | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The same, a layer being one call; ``None`` where it is better not to be."""
+        plain = batch_sizes is None and cu_seqlens is None and reset is None
+        if (plain and not self.bidirectional) or 0 in x.shape[:-1]:
+            return None
+        # Where operations are recorded there are no values yet that the host could read.
+        unread = (reset is not None or cu_seqlens is not None) and backends.recorded()
+        if not unread and self._is_torchs(x.device):
+            return None
+        by_time = batch_sizes is None and cu_seqlens is None and not self.batch_first
+        there = back = None
+        if batch_sizes is not None:
+            cu_seqlens, there, back = at_once.packed_rows(batch_sizes, x.device)
+        elif reset is not None:
+            reset = (reset.t() if by_time else reset).to(x.device)
+        batch = at_once.Batch(reset, cu_seqlens)
+        sizes = self.heads, self.hidden_size // self.heads
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        rows = x.unsqueeze(0) if cu_seqlens is not None else x.transpose(0, 1) if by_time else x
+        if not unread and not at_once.can_be(
+            rows, weights, self.cell, self.backend, *sizes, self.bidirectional, batch
+        ):
+            return None
+        if there is not None:
+            rows = at_once.moved(x, there).unsqueeze(0)
+        last, directions = [], 1 + self.bidirectional
+        for layer in range(self.num_layers):
+            first, end = layer * directions, (layer + 1) * directions
+            rows, ended = at_once.layer(
+                rows,
+                [self._weights(row) for row in range(first, end)],
+                None if states is None else [state[first:end] for state in states],
+                self.cell,
+                self.backend,
+                batch,
+            )
+            last.append(ended)
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                rows = dropout(rows, self.dropout)
+        if back is not None:
+            output = at_once.moved(rows.squeeze(0), back)
+        elif cu_seqlens is not None:
+            output = rows.squeeze(0)
+        else:
+            output = rows.transpose(0, 1).contiguous() if by_time else rows
+        return output, [torch.cat(found).to(output.dtype) for found in zip(*last, strict=True)]
 
     def _is_torchs(self, device: torch.device) -> bool:
         """Whether PyTorch's kernels compute a call: they fail in a graph of training."""
@@ -425,14 +503,9 @@ class Recurrent(torch.nn.RNNBase):
         """All layers over ``[T, B, ·]``, or ``[B, T, ·]``: each part between resets by itself."""
         by_time = x.transpose(0, 1) if self.batch_first else x
         T, B = by_time.shape[:2]
-        if reset.shape != x.shape[:2]:
-            raise RuntimeError(
-                f"reset has shape {tuple(reset.shape)}; accepted is {tuple(x.shape[:2])}, the "
-                "input's without its features"
-            )
-        reset = (reset.t() if self.batch_first else reset).ne(0).cpu()
         if B == 0:
-            return self._run(x, states, None)
+            return self._run(x, states)
+        reset = (reset.t() if self.batch_first else reset).cpu()
         segments, first, last = between_resets(reset)
         n = len(segments.order)
         if states is not None:
@@ -449,20 +522,14 @@ class Recurrent(torch.nn.RNNBase):
 
     def _forward_rows(self, input: Tensor, hx: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
         self._check_input(input, 2)
-        bounds = cu_seqlens.cpu().long()
-        lengths = bounds.diff()
-        if bounds[0] != 0 or bounds[-1] != len(input) or (lengths < 0).any():
-            raise RuntimeError(
-                f"cu_seqlens is {bounds.tolist()} for {len(input)} rows; accepted are numbers that "
-                "do not fall, from 0 to the number of rows"
-            )
+        cu_seqlens = cu_seqlens.long()
+        if cu_seqlens.device.type == "cpu" and not backends.recorded():
+            _check_bounds(cu_seqlens, len(input))
         if len(input) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got no rows")
-        B = len(lengths)
         states = self._given(hx, 3)
-        self._check_states(states, input, B)
-        segments = Segments.of(bounds[:-1], lengths, 1)
-        output, last = self._run_segments(input, states, segments, B)
+        self._check_states(states, input, len(cu_seqlens) - 1)
+        output, last = self._run(input, states, cu_seqlens=cu_seqlens)
         return output, self._returned(last)
 
     def _run_segments(
@@ -511,7 +578,7 @@ class Recurrent(torch.nn.RNNBase):
             if found is not None:
                 return found
         time = 1 if self.batch_first else 0
-        output, last = self._run(x.unsqueeze(time), states, None)
+        output, last = self._run(x.unsqueeze(time), states)
         return output.squeeze(time), last
 
     def _step_kept(
@@ -577,16 +644,10 @@ class Recurrent(torch.nn.RNNBase):
         packing: Packing | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """One direction of a layer: h of every step, and each last state, ``[B, hidden_size]``."""
-        W, weight_hh, *others = (getattr(self, name) for name in self._all_weights[row])
-        weight_hr = others.pop() if self.proj_size else None
-        cell, N, D = self.cell, self.heads, self.hidden_size // self.heads
-        R = recurrent_matrix(
-            self.mode, weight_hh if weight_hr is None else weight_hh @ weight_hr, N, D
-        )
-        b = bias(self.mode, others, N, D) if others else W.new_zeros(len(cell.fed_by("b")), N, D)
+        W, R, b, weight_hh, weight_hr = self._weights(row)
+        cell, (_, N, D) = self.cell, b.shape
         if states is not None and weight_hr is not None:
-            # The state h within is not projected, and the one given is. It enters the first step's
-            # gates as further features of the input, absent at all other steps.
+            # As in `at_once.layer`.
             x = _with_first(x, states[0], reverse, packing)
             W = torch.cat([W, weight_hh], 1)
             states = [torch.zeros_like(states[1]), states[1]]
@@ -599,6 +660,20 @@ class Recurrent(torch.nn.RNNBase):
             h = linear(h, weight_hr)
             ended[0] = linear(ended[0].to(weight_hr.dtype), weight_hr)
         return h, ended
+
+    def _weights(self, row: int) -> at_once.Weights:
+        """Those of one direction of a layer, as ``recurrent_layer()`` takes them."""
+        W, weight_hh, *others = (getattr(self, name) for name in self._all_weights[row])
+        weight_hr = others.pop() if self.proj_size else None
+        N, D = self.heads, self.hidden_size // self.heads
+        R = recurrent_matrix(
+            self.mode, weight_hh if weight_hr is None else weight_hh @ weight_hr, N, D
+        )
+        if others:
+            b = bias(self.mode, others, N, D)
+        else:
+            b = W.new_zeros(len(self.cell.fed_by("b")), N, D)
+        return at_once.Weights(W, R, b, weight_hh, weight_hr)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles in place of it: torch.nn's layer, weights shared."""
@@ -619,6 +694,14 @@ def _with_first(x: Tensor, h: Tensor, reverse: bool, packing: Packing | None) ->
         first = torch.arange(len(rows) - B, len(rows), device=x.device)
     beside = h.new_zeros(len(rows), h.shape[1]).index_copy(0, first, h)
     return torch.cat([rows, beside.to(x.dtype)], 1).unflatten(0, x.shape[:-1])
+
+
+def _check_bounds(bounds: Tensor, rows: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != rows or (bounds.diff() < 0).any():
+        raise RuntimeError(
+            f"cu_seqlens is {bounds.tolist()} for {rows} rows; accepted are numbers that do not "
+            "fall, from 0 to the number of rows"
+        )
 
 
 def _check_types(**given: tuple[object, type]) -> None:

@@ -9,8 +9,9 @@ import torch
 
 import flashrnn.nn as ours
 from flashrnn import FlashRNNConfig, backends
-from flashrnn.nn import stepping
-from tests.nn.against import assert_like_torch, assert_same, pair, states
+from flashrnn.backends import triton
+from flashrnn.nn import at_once, stepping
+from tests.nn.against import assert_like_torch, assert_same, pair, states, tensors
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -33,6 +34,54 @@ def test_what_it_cannot_do_is_done_by_vanilla():
     mine, theirs = pair("GRU", 3, 16)
     x = torch.randn(3, 2, 3, dtype=torch.float64)
     assert_same(mine(x), theirs(x))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of each call of a layer, the directions."""
+    made = []
+    compute = at_once.recurrent_layer
+
+    def counted(*args, **options):
+        made.append(options["reverse"])
+        return compute(*args, **options)
+
+    monkeypatch.setattr(at_once, "recurrent_layer", counted)
+    return made
+
+
+def test_a_layer_is_one_call(calls):
+    x, bounds = torch.randn(3, 2, 3), torch.tensor([0, 4, 6])
+    reset = torch.tensor([[0, 1], [1, 0], [0, 0]])
+    for bidirectional in (False, True):
+        layer = ours.LSTM(3, 16, bidirectional=bidirectional)
+        plain = copy.deepcopy(layer).double()
+        for mine, given in ((layer, x), (plain, x.double())):
+            mine.found = [
+                mine(given),
+                mine(given, reset=reset),
+                mine(given.flatten(0, 1), cu_seqlens=bounds),
+            ]
+        # In float64 by `vanilla`, in turns.
+        directions = (False, True) if bidirectional else False
+        assert calls == [directions] * (3 if bidirectional else 2)
+        calls.clear()
+        for given, expected in zip(tensors(layer.found), tensors(plain.found), strict=True):
+            torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_call_of_both_directions_is_two(calls, monkeypatch):
+    """As of heads that fill a GPU each."""
+    unsupported = triton.unsupported
+    monkeypatch.setattr(
+        triton, "unsupported", lambda problem: "full" if problem.N > 1 else unsupported(problem)
+    )
+    at_once._does.cache_clear()
+    mine, theirs = pair("GRU", 3, 16, bidirectional=True, dtype=torch.float32)
+    x = torch.randn(3, 2, 3)
+    assert_same(mine(x), theirs(x), 1e-5)
+    assert not calls
+    at_once._does.cache_clear()
 
 
 def test_cells_and_steps():

@@ -38,6 +38,12 @@ CASES = {
     "two layers, two directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
     "packed": {"num_layers": 2, "bidirectional": True, "lengths": [7, 12, 3, 7]},
     "heads": {"heads": 2},
+    "two directions of heads": {"heads": 2, "bidirectional": True},
+    "packed, two directions, projection": {
+        "proj_size": 32,
+        "bidirectional": True,
+        "lengths": [7, 12, 3, 7],
+    },
     "projection": {"num_layers": 2, "proj_size": 32},
 }
 
@@ -84,7 +90,7 @@ def moved(value, dtype, device):
 @every_kind
 @pytest.mark.parametrize("case", CASES)
 def test_results_and_gradients(kind, case, setting):
-    if case == "projection" and kind != "LSTM":
+    if "proj_size" in CASES[case] and kind != "LSTM":
         pytest.skip("only an LSTM has a projection")
     dtype, of_results, of_gradients = setting
     options = dict(CASES[case])
@@ -110,6 +116,44 @@ def test_results_and_gradients(kind, case, setting):
         for mine, theirs in zip(found, true, strict=True):
             assert mine.dtype == dtype and mine.device.type == DEVICE
             assert relative_error(mine.cpu(), theirs) <= bound
+
+
+@every_kind
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("option", ["reset", "cu_seqlens"])
+def test_options_of_sequences(kind, option, bidirectional, setting):
+    """Nobody waits for their values, which lie on the GPU."""
+    dtype, of_results, of_gradients = setting
+    layer = on_gpu(kind, dtype, num_layers=2, bidirectional=bidirectional)
+    reference = in_float64(layer, num_layers=2, bidirectional=bidirectional)
+    rows = (T, B) if option == "reset" else (T * B,)
+    x = torch.randn(*rows, features).to(dtype)
+    hx = moved(states(reference, B), dtype, "cpu")
+    given_ = torch.rand(rows) < 0.2 if option == "reset" else torch.tensor([0, 9, 9, 30, T * B])
+    weight = torch.randn(*rows, units * (1 + bidirectional)).to(dtype)
+
+    def found(network, device, dtype):
+        tensors_ = leaf(moved(x, dtype, device)), leaf(moved(hx, dtype, device))
+        y, last = network(*tensors_, **{option: given_.to(device)})
+        loss = (y * moved(weight, dtype, device)).sum() + sum(s.sum() for s in tensors(last))
+        leaves = (tensors_[0], *tensors(tensors_[1]), *network.parameters())
+        return [y, *tensors(last)], torch.autograd.grad(loss, leaves)
+
+    found(layer, DEVICE, dtype)  # Kernels are loaded, which waits.
+    given_gpu = given_.to(DEVICE), x.to(DEVICE), moved(hx, dtype, DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(given_gpu[1], given_gpu[2], **{option: given_gpu[0]})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mine, theirs, bound in zip(
+        found(layer, DEVICE, dtype),
+        found(reference, "cpu", torch.float64),
+        (of_results, of_gradients),
+        strict=True,
+    ):
+        for given, true in zip(mine, theirs, strict=True):
+            assert relative_error(given.cpu(), true) <= bound
 
 
 @every_kind
