@@ -18,7 +18,9 @@ from flashrnn import backends
 from flashrnn.backends.autograd import is_fused
 from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import TracedCell
+from flashrnn.functional import flashrnn
 from flashrnn.layer import recurrent_layer
+from flashrnn.nn import masks as masks_of
 from flashrnn.nn.scan import config_on
 from flashrnn.problem import Problem, autocast_enabled
 
@@ -53,6 +55,20 @@ class Batch(NamedTuple):
     reset: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
+    def of_sequence(self, x: Tensor, like: Tensor) -> Tensor:
+        """What each sequence has in x ``[B, ...]``, for its rows: ``[B, 1, ...]``, or in a row one
+        after another ``[1, rows, ...]``, as many as ``like`` has."""
+        if self.cu_seqlens is None:
+            return x.unsqueeze(1)
+        row = torch.arange(like.shape[1], device=like.device)
+        ends = self.cu_seqlens[1:].to(like.device)
+        sequence = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
+        return x[sequence].unsqueeze(0)
+
+    def count(self, x: Tensor) -> int:
+        """The number of sequences in x ``[B, T, ·]``, or ``[1, rows, ·]``."""
+        return x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
 
 def can_be(
     x: Tensor,
@@ -83,7 +99,7 @@ def can_be(
     of_direction = Problem(
         # As of any call: a graph of torch.compile needs the cell's names alone.
         cast(TracedCell, cell) if compiling else cell.traced,
-        x.shape[0] if batch.cu_seqlens is None else batch.cu_seqlens.shape[0] - 1,
+        batch.count(x),
         x.shape[1],
         N,
         D,
@@ -161,6 +177,7 @@ def layer(
     cell: Cell,
     backend: str,
     batch: Batch,
+    masks: Masks | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """A layer, in all of its directions, the second of which is the reverse one.
 
@@ -172,6 +189,7 @@ def layer(
         cell: the cell.
         backend: a backend's name, or ``"auto"``.
         batch: where the sequences lie.
+        masks: what is random; ``None``: nothing.
 
     Returns:
         h of every step, ``[B, T, directions * N * D]``, or with P in place of ``N * D``; and for
@@ -193,21 +211,21 @@ def layer(
         start = start.flatten(2, 3).unsqueeze(2)
         if batch.reset is not None and directions == 2:
             start, reset_states = _starts_of_parts(start, batch.reset, N)
-    every_state, last_states = recurrent_layer(
-        x,
-        _beside(Ws),
-        _beside([each.R for each in weights]),
-        _beside([each.b for each in weights]),
-        start,
-        cell,
-        backend,
-        config=config_on(x.device),
-        reset=batch.reset,
-        reset_states=reset_states,
-        cu_seqlens=batch.cu_seqlens,
-        reverse=_directions(N, directions),
-        return_states="all" if _returned(cell, directions == 2, batch) > 1 else "h",
-    )
+    W, R, b = (_beside(parts) for parts in (Ws, [w.R for w in weights], [w.b for w in weights]))
+    options: dict[str, Any] = {
+        "config": config_on(x.device),
+        "reset": batch.reset,
+        "reset_states": reset_states,
+        "cu_seqlens": batch.cu_seqlens,
+        "reverse": _directions(N, directions),
+        "return_states": "all" if _returned(cell, directions == 2, batch) > 1 else "h",
+    }
+    if masks is None:
+        every_state, last_states = recurrent_layer(x, W, R, b, start, cell, backend, **options)
+    else:
+        every_state, last_states = _with_masks(
+            x, W, R, b, start, cell, backend, masks, batch, options
+        )
     # [S, directions, B, N * D]
     ended = last_states.squeeze(2).unflatten(2, (directions, N)).flatten(3).transpose(1, 2)
     if batch.reset is not None and directions == 2:
@@ -226,6 +244,58 @@ def layer(
             is_empty = batch.cu_seqlens.to(x.device).diff().eq(0)
             last[0] = torch.where(is_empty[:, None], given_h.to(last[0]), last[0])
     return h, last
+
+
+class Masks(NamedTuple):
+    """What is random within a layer; see :mod:`flashrnn.nn.masks`.
+
+    Attributes:
+        cell: the cell with gates for it.
+        dropout: the probability with which the recurrent matrix reads 0 for a unit of h.
+        zoneout: for each state, the probability with which a unit stays as it was.
+    """
+
+    cell: Cell
+    dropout: float
+    zoneout: tuple[float, ...]
+
+
+def _with_masks(
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    start: Tensor | None,
+    cell: Cell,
+    backend: str,
+    masks: Masks,
+    batch: Batch,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """``recurrent_layer()``'s results, of a cell with masks, which follow the input product."""
+    _, N, D = b.shape
+    Wx = linear(x, W.flatten(0, 2)).unflatten(-1, W.shape[:3])
+    dropped = None
+    if masks.dropout:
+        # One mask for each sequence.
+        dropped = torch.rand(batch.count(x), N, D, device=x.device) < masks.dropout
+        if start is not None:
+            start = _with_read(start, dropped, masks)
+        if options["reset_states"] is not None:
+            options["reset_states"] = _with_read(options["reset_states"], dropped, masks)
+        dropped = batch.of_sequence(dropped, x)
+        options["return_states"] = "all"
+    drawn = masks_of.drawn(Wx, dropped, masks.zoneout, N, D)
+    every_state, last_states = flashrnn(
+        torch.cat([Wx, drawn], 2), R, b, start, masks.cell, backend=backend, **options
+    )
+    return (every_state[1:], last_states[1:]) if masks.dropout else (every_state, last_states)
+
+
+def _with_read(states: Tensor, dropped: Tensor, masks: Masks) -> Tensor:
+    """States ``[S, B, T, N, D]``, and before them h as the recurrent matrix reads it."""
+    read = torch.where(dropped[:, None], 0, states[:1] / (1 - masks.dropout))
+    return torch.cat([read, states])
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:

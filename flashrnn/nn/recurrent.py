@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
-from flashrnn.nn import at_once
+from flashrnn.nn import at_once, masks
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 from flashrnn.nn.segments import Segments, between_resets
@@ -48,6 +48,15 @@ class Recurrent(torch.nn.RNNBase):
             ``None``: what torch.nn begins with.
         heads: N blocks of the recurrent matrix, each of ``hidden_size // heads`` units; in torch.nn
             one, and the matrix dense.
+        variational: whether ``dropout`` drops the same elements at all steps of a sequence (Gal &
+            Ghahramani, 2016), in place of others at each.
+        recurrent_dropout: the probability with which, in training, the recurrent matrix reads 0 for
+            a unit of h, the same units at all steps of a sequence (ibid.). What is read is scaled
+            by ``1 / (1 - recurrent_dropout)``. Less than 1.
+        zoneout: the probability with which, in training, a unit of a state stays as it was before
+            the step (Krueger et al., 2017): one for all states, or a tuple with one for each, such
+            as ``(0.05, 0.5)`` of ``(h, c)``. In evaluation a state is the mean of both, so
+            weighted. A new state is computed from the others' new values before any of them stays.
         backend: ``"auto"``, or one of :func:`flashrnn.flashrnn`'s, which then computes every call
             or an error says why it cannot. With ``"auto"``, what torch.nn computes, too, is
             computed by PyTorch's own kernels on devices without a fused backend, as the CPU.
@@ -79,6 +88,11 @@ class Recurrent(torch.nn.RNNBase):
     heads: int = 1
     backend: str = "auto"
     forget_bias: float | None = None
+    variational: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, ...] = ()
+    _masks: at_once.Masks | None = None
+    _evaluated: Cell | None = None
 
     def __init__(
         self,
@@ -97,6 +111,9 @@ class Recurrent(torch.nn.RNNBase):
         heads: int = 1,
         backend: str = "auto",
         forget_bias: float | None = None,
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
     ) -> None:
         # Not RNNBase's, which knows the cells of torch.nn alone.
         torch.nn.Module.__init__(self)
@@ -109,6 +126,7 @@ class Recurrent(torch.nn.RNNBase):
             proj_size=(proj_size, int),
             heads=(heads, int),
             backend=(backend, str),
+            variational=(variational, bool),
         )
         _check_values(input_size, hidden_size, num_layers, dropout, proj_size, heads)
         cell = resolve(cell)
@@ -132,6 +150,7 @@ class Recurrent(torch.nn.RNNBase):
                 "a cell with a bias of a gate f"
             )
         self.forget_bias = forget_bias
+        self._set_masks(variational, recurrent_dropout, zoneout)
 
         # RNNBase keeps both, and out of them `all_weights` and `_flat_weights`.
         self._all_weights: list[list[str]] = []
@@ -147,6 +166,35 @@ class Recurrent(torch.nn.RNNBase):
                 self._flat_weights_names.extend(names)
         self._init_flat_weights()
         self.reset_parameters()
+
+    def _set_masks(
+        self, variational: bool, recurrent_dropout: float, zoneout: float | Sequence[float]
+    ) -> None:
+        names = self.cell.states
+        each = (zoneout,) * len(names) if isinstance(zoneout, (int, float)) else tuple(zoneout)
+        if len(each) != len(names) or not all(_is_number(p) and 0 <= p <= 1 for p in each):
+            raise ValueError(
+                f"zoneout={zoneout!r}; accepted is a probability, from 0 to 1, or a tuple with one "
+                f"for each of {', '.join(names)}"
+            )
+        if not _is_number(recurrent_dropout) or not 0 <= recurrent_dropout < 1:
+            raise ValueError(
+                f"recurrent_dropout={recurrent_dropout!r}; accepted is a probability less than 1"
+            )
+        self.variational, self.recurrent_dropout = variational, float(recurrent_dropout)
+        self.zoneout = tuple(map(float, each)) if any(each) else ()
+        if not (self.recurrent_dropout or self.zoneout):
+            return
+        if self.proj_size:
+            raise ValueError(
+                f"proj_size={self.proj_size} with recurrent_dropout or zoneout; accepted is a "
+                "layer without a projection: h is what they are of"
+            )
+        zoned = self.zoneout or (0.0,) * len(names)
+        cell = masks.trained(self.cell, self.recurrent_dropout, zoned)
+        self._masks = at_once.Masks(cell, self.recurrent_dropout, zoned)
+        if self.zoneout:
+            self._evaluated = masks.evaluated(self.cell, self.zoneout)
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The weights of one direction of a layer, in torch.nn's order."""
@@ -202,6 +250,12 @@ class Recurrent(torch.nn.RNNBase):
             text += f", backend={self.backend!r}"
         if self.forget_bias is not None:
             text += f", forget_bias={self.forget_bias}"
+        if self.variational:
+            text += ", variational=True"
+        if self.recurrent_dropout:
+            text += f", recurrent_dropout={self.recurrent_dropout}"
+        if self.zoneout:
+            text += f", zoneout={self.zoneout}"
         return text
 
     def forward(
@@ -311,8 +365,9 @@ class Recurrent(torch.nn.RNNBase):
             states after the step.
 
         Raises:
-            ValueError: a layer with two directions, of which one begins at the end; an input of
-                other than one or two dimensions, or of another dtype than the weights.
+            ValueError: a layer with two directions, of which one begins at the end, or in training
+                with dropout that has one mask for all steps; an input of other than one or two
+                dimensions, or of another dtype than the weights.
             RuntimeError: another shape that does not fit.
             TypeError: ``state`` is no tensor, or no tuple of them.
 
@@ -324,6 +379,11 @@ class Recurrent(torch.nn.RNNBase):
         """
         if self.bidirectional:
             raise ValueError("bidirectional=True; accepted is one direction: a step has no end")
+        if self.training and (self.recurrent_dropout or (self.variational and self.dropout)):
+            raise ValueError(
+                "recurrent or variational dropout in training; accepted is a call with the whole "
+                "sequence, of which each step has one mask, or a layer in evaluation: layer.eval()"
+            )
         if x.dim() not in (1, 2):
             raise ValueError(
                 f"{type(self).__name__}.step: Expected x to be 1D or 2D, got {x.dim()}D: accepted "
@@ -444,11 +504,12 @@ class Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]] | None:
         """The same, a layer being one call; ``None`` where it is better not to be."""
         plain = batch_sizes is None and cu_seqlens is None and reset is None
-        if (plain and not self.bidirectional) or 0 in x.shape[:-1]:
+        has_masks = self._has_masks()
+        if (plain and not self.bidirectional and not has_masks) or 0 in x.shape[:-1]:
             return None
         # Where operations are recorded there are no values yet that the host could read.
         unread = (reset is not None or cu_seqlens is not None) and backends.recorded()
-        if not unread and self._is_torchs(x.device):
+        if not (unread or has_masks) and self._is_torchs(x.device):
             return None
         by_time = batch_sizes is None and cu_seqlens is None and not self.batch_first
         there = back = None
@@ -460,8 +521,8 @@ class Recurrent(torch.nn.RNNBase):
         sizes = self.heads, self.hidden_size // self.heads
         weights = [getattr(self, name) for name in self._flat_weights_names]
         rows = x.unsqueeze(0) if cu_seqlens is not None else x.transpose(0, 1) if by_time else x
-        if not unread and not at_once.can_be(
-            rows, weights, self.cell, self.backend, *sizes, self.bidirectional, batch
+        if not (unread or has_masks) and not at_once.can_be(
+            rows, weights, self._computed(), self.backend, *sizes, self.bidirectional, batch
         ):
             return None
         if there is not None:
@@ -473,13 +534,18 @@ class Recurrent(torch.nn.RNNBase):
                 rows,
                 [self._weights(row) for row in range(first, end)],
                 None if states is None else [state[first:end] for state in states],
-                self.cell,
+                self._computed(),
                 self.backend,
                 batch,
+                self._masks if self.training else None,
             )
             last.append(ended)
             if self.dropout and self.training and layer < self.num_layers - 1:
-                rows = dropout(rows, self.dropout)
+                if self.variational:
+                    ones = rows.new_ones(batch.count(rows), rows.shape[2])
+                    rows = rows * batch.of_sequence(dropout(ones, self.dropout), rows)
+                else:
+                    rows = dropout(rows, self.dropout)
         if back is not None:
             output = at_once.moved(rows.squeeze(0), back)
         elif cu_seqlens is not None:
@@ -488,11 +554,22 @@ class Recurrent(torch.nn.RNNBase):
             output = rows.transpose(0, 1).contiguous() if by_time else rows
         return output, [torch.cat(found).to(output.dtype) for found in zip(*last, strict=True)]
 
+    def _has_masks(self) -> bool:
+        """Whether a call has random masks that PyTorch's kernels have not."""
+        varied = self.variational and self.dropout > 0 and self.num_layers > 1
+        return self.training and (varied or self._masks is not None)
+
+    def _computed(self) -> Cell:
+        """The cell of a call without random masks."""
+        return self.cell if self.training or self._evaluated is None else self._evaluated
+
     def _is_torchs(self, device: torch.device) -> bool:
         """Whether PyTorch's kernels compute a call: they fail in a graph of training."""
         # The layer comes first: one that breaks the graph, as an LSTM does, then keeps this method
         # out of the compiler, where is_compiling() would hold for a call that runs eagerly.
         if not torchs_compute(self.mode, self.heads, self.backend, device):
+            return False
+        if self._has_masks() or self._computed() is not self.cell:
             return False
         in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         return not (in_graph and torch.is_grad_enabled())
@@ -586,7 +663,11 @@ class Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]] | None:
         """The same by steppers that are kept; ``None`` where there can be none."""
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        if (self.dropout and self.training) or not can_be_kept(x, weights, states or ()):
+        if (
+            (self.dropout and self.training)
+            or self._has_masks()
+            or not can_be_kept(x, weights, states or ())
+        ):
             return None
         last, sizes = [], (self.heads, self.hidden_size // self.heads)
         for layer, names in enumerate(self._all_weights):
@@ -595,7 +676,15 @@ class Recurrent(torch.nn.RNNBase):
                 before = torch.stack([state[layer] for state in states]).unflatten(-1, sizes)
             weights = [getattr(self, name) for name in names]
             after = step(
-                self, layer, x, weights, before, self.mode, self.cell, self.heads, self.backend
+                self,
+                layer,
+                x,
+                weights,
+                before,
+                self.mode,
+                self._computed(),
+                self.heads,
+                self.backend,
             )
             if after is None:
                 return None
@@ -645,7 +734,7 @@ class Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]]:
         """One direction of a layer: h of every step, and each last state, ``[B, hidden_size]``."""
         W, R, b, weight_hh, weight_hr = self._weights(row)
-        cell, (_, N, D) = self.cell, b.shape
+        cell, (_, N, D) = self._computed(), b.shape
         if states is not None and weight_hr is not None:
             # As in `at_once.layer`.
             x = _with_first(x, states[0], reverse, packing)
@@ -702,6 +791,10 @@ def _check_bounds(bounds: Tensor, rows: int) -> None:
             f"cu_seqlens is {bounds.tolist()} for {rows} rows; accepted are numbers that do not "
             "fall, from 0 to the number of rows"
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_types(**given: tuple[object, type]) -> None:

@@ -84,6 +84,22 @@ def test_what_is_no_call_of_both_directions_is_two(calls, monkeypatch):
     at_once._does.cache_clear()
 
 
+def test_masks_are_those_of_vanilla():
+    """One seed draws the same ones, whatever computes."""
+    masks = {"recurrent_dropout": 0.3, "zoneout": (0.2, 0.4)}
+    layer = ours.LSTM(3, 16, bidirectional=True, **masks)
+    x, results = torch.randn(3, 2, 3), []
+    for network, given in ((layer, x), (copy.deepcopy(layer).double(), x.double())):
+        network.backend = "triton" if given is x else "vanilla"
+        torch.manual_seed(0)
+        output, last = network(given)
+        output.square().sum().backward()
+        results.append([output, *last, *(weight.grad for weight in network.parameters())])
+        results[-1] += tensors(network.eval()(given))
+    for given, expected in zip(*results, strict=True):
+        torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_cells_and_steps():
     layer = ours.LSTM(3, 16)
     cell = ours.LSTMCell(3, 16)

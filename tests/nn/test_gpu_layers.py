@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
-from flashrnn.nn import stepping
+from flashrnn.nn import masks, stepping
 from tests.nn.against import KINDS, leaf, states, tensors
 from tests.problems import relative_error
 
@@ -152,6 +152,36 @@ def test_options_of_sequences(kind, option, bidirectional, setting):
         (of_results, of_gradients),
         strict=True,
     ):
+        for given, true in zip(mine, theirs, strict=True):
+            assert relative_error(given.cpu(), true) <= bound
+
+
+@every_kind
+def test_masks(kind, setting, monkeypatch):
+    """To our definition with the same masks: in training, and zoneout's mean without."""
+    dtype, of_results, of_gradients = setting
+    options = {"bidirectional": True, "recurrent_dropout": 0.3, "zoneout": 0.2, "heads": 2}
+    layer = on_gpu(kind, dtype, **options)
+    reference = in_float64(layer, **options)
+    x = torch.randn(T, B, features).to(dtype)
+    weight = torch.randn(T, B, 2 * units).to(dtype)
+    kept, draw = [], masks.drawn
+
+    def drawn(like, *args):
+        if like.is_cuda:
+            kept.append(draw(like, *args))
+            return kept[-1]
+        return kept.pop(0).to(like)
+
+    monkeypatch.setattr(masks, "drawn", drawn)
+    found = []
+    for network, given in ((layer, moved(x, dtype, DEVICE)), (reference, x.double())):
+        y, last = network(given.requires_grad_())
+        grads = torch.autograd.grad((y * weight.to(y)).sum(), (given, *network.parameters()))
+        with torch.no_grad():
+            evaluated = network.eval()(given)
+        found.append(([y, *tensors(last), *tensors(evaluated)], grads))
+    for mine, theirs, bound in zip(*found, (of_results, of_gradients), strict=True):
         for given, true in zip(mine, theirs, strict=True):
             assert relative_error(given.cpu(), true) <= bound
 
