@@ -194,6 +194,7 @@ class TestStepsWithoutGradients:
             (ours.LSTMCell(3, 16), torch.nn.LSTMCell(3, 16)),
             (ours.GRUCell(3, 16), torch.nn.GRUCell(3, 16)),
             (ours.RNNCell(3, 16, bias=False), torch.nn.RNNCell(3, 16, bias=False)),
+            (ours.GRUCell(3, 32, heads=2), ours.GRUCell(3, 32, heads=2, backend="vanilla")),
         ):
             for _ in range(3):
                 for weight, other in zip(mine.parameters(), theirs.parameters(), strict=True):

@@ -210,10 +210,11 @@ def test_steps_are_the_sequence(kind, setting):
 
 
 @every_kind
-def test_a_loop_of_cells_is_the_layer(kind, setting):
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_loop_of_cells_is_the_layer(kind, heads, setting):
     dtype, of_results, _ = setting
-    layer = on_gpu(kind, dtype)
-    cell = getattr(ours, f"{kind}Cell")(features, units, device=DEVICE, dtype=dtype)
+    layer = on_gpu(kind, dtype, heads=heads)
+    cell = getattr(ours, f"{kind}Cell")(features, units, device=DEVICE, dtype=dtype, heads=heads)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     x = torch.randn(T, B, features, device=DEVICE, dtype=dtype)
     for gradients in (True, False):
