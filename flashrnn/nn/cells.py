@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ class _Cell(torch.nn.RNNCellBase):
             made = torch.empty(shape, dtype=weight.dtype, device=device)
             setattr(self, name, torch.nn.Parameter(made))
         self.reset_parameters()
+
+    def _kernel(self, step: Callable[..., Any], input: Tensor, states: Any) -> Any:
+        """A batch's step by PyTorch's kernel.
+
+        As torch.nn's forward ends, for calls that need nothing of what comes before there: on a CPU
+        that takes as long as to choose who computes. All others, wrong ones too, go through it.
+        """
+        return step(input, states, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def extra_repr(self) -> str:
         """Torch.nn's, and behind it what torch.nn does not have."""
@@ -96,6 +105,12 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
             RuntimeError: another shape or dtype that does not fit.
         """
         if torchs_compute("LSTM", self.heads, self.backend, input.device):
+            if input.dim() == 2:
+                if hx is None:
+                    zeros = input.new_zeros(input.shape[0], self.hidden_size)
+                    return self._kernel(torch.lstm_cell, input, (zeros, zeros))
+                if len(hx) == 2 and hx[0].dim() == 2 == hx[1].dim():
+                    return self._kernel(torch.lstm_cell, input, hx)
             return super().forward(input, hx)
         h, c = _step(self, "LSTM", input, hx)
         return h, c
@@ -122,6 +137,9 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h after one step: as :meth:`LSTMCell.forward`, with h in place of ``(h, c)``."""
         if torchs_compute("GRU", self.heads, self.backend, input.device):
+            if input.dim() == 2 and (hx is None or hx.dim() == 2):
+                h = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
+                return self._kernel(torch.gru_cell, input, h)
             return super().forward(input, hx)
         (h,) = _step(self, "GRU", input, None if hx is None else (hx,))
         return h
@@ -150,7 +168,12 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         """h after one step: as :meth:`LSTMCell.forward`, with h in place of ``(h, c)``."""
         mode = f"RNN_{self.nonlinearity.upper()}"
         # PyTorch's raises an error for a nonlinearity that is none.
-        if mode not in MODES or torchs_compute(mode, self.heads, self.backend, input.device):
+        if mode not in MODES:
+            return super().forward(input, hx)
+        if torchs_compute(mode, self.heads, self.backend, input.device):
+            if input.dim() == 2 and (hx is None or hx.dim() == 2):
+                h = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
+                return self._kernel(MODES[mode].step, input, h)
             return super().forward(input, hx)
         (h,) = _step(self, mode, input, None if hx is None else (hx,))
         return h

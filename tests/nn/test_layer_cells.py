@@ -81,6 +81,8 @@ class TestCells:
             (torch.randn(2, 3).double(), hidden(kind, 3, 5)),
             (torch.randn(2, 3).double(), hidden(kind, 2, 4)),
             (torch.randn(2, 3).double(), hidden(kind, 1, 2, 5)),
+            (torch.randn(2, 3).double(), hidden(kind, 5)),
+            (torch.randn(3).double(), hidden(kind, 2, 5)),
         ):
             with pytest.raises(Exception) as expected:  # noqa: PT011
                 theirs(*args)
