@@ -70,6 +70,18 @@ def test_a_layer_is_one_call(calls):
             torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_is_one_call_in_a_graph(monkeypatch):
+    layer = ours.Recurrent("lstm", 3, 16, bidirectional=True)
+    x, reset = torch.randn(2, 2, 3), torch.tensor([[0, 1], [1, 0]])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = layer(x), layer(x, reset=reset)
+        # In turns there is none.
+        monkeypatch.delattr(ours.Recurrent, "_run_ours")
+        assert_same((compiled(x), compiled(x, reset=reset)), expected, 1e-6)
+
+
 def test_what_is_no_call_of_both_directions_is_two(calls, monkeypatch):
     """As of heads that fill a GPU each."""
     unsupported = triton.unsupported
