@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,20 +14,63 @@ from flashrnn.nn.scan import scan
 from flashrnn.nn.stepping import can_be_kept, step
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class _Cell(torch.nn.RNNCellBase):
+    """What the cells have beyond torch.nn's."""
+
+    backend: str = "auto"
+    heads: int = 1
+
+    def _begin(self, heads: int, backend: str, device: Any) -> None:
+        """Take the further arguments. The weights are on the device, or, of several heads, on the
+        meta device, as torch.nn has them: the recurrent matrix becomes one of blocks."""
+        self.backend, self.heads = backends.checked(backend), heads
+        if heads == 1:
+            return
+        D = self.hidden_size // heads
+        for name, weight in list(self.named_parameters()):
+            shape = (len(weight), D) if name == "weight_hh" else weight.shape
+            made = torch.empty(shape, dtype=weight.dtype, device=device)
+            setattr(self, name, torch.nn.Parameter(made))
+        self.reset_parameters()
+
+    def _kernel(self, step: Callable[..., Any], input: Tensor, states: Any) -> Any:
+        """A batch's step by PyTorch's kernel.
+
+        As torch.nn's forward ends, for calls that need nothing of what comes before there: on a CPU
+        that takes as long as to choose who computes. All others, wrong ones too, go through it.
+        """
+        return step(input, states, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    def extra_repr(self) -> str:
+        """Torch.nn's, and behind it what torch.nn does not have."""
+        text = super().extra_repr()
+        if self.heads != 1:
+            text += f", heads={self.heads}"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
+
+
+def _made_on(heads: int, hidden_size: int, device: Any) -> Any:
+    """Where torch.nn makes the weights, once the heads are found to be such."""
+    if not isinstance(heads, int):
+        raise TypeError(f"heads should be of type int, got: {type(heads).__name__}")
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"{hidden_size} units in {heads} heads; accepted is a multiple of heads")
+    return device if heads == 1 else "meta"
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
     """``torch.nn.LSTMCell``, by this package's backends.
 
     Every argument up to ``dtype`` is torch.nn's, as are weights, results and the types of errors.
-    ``backend`` is :class:`flashrnn.nn.Recurrent`'s: with ``"auto"``, PyTorch's own kernel computes
-    the step on devices without a fused backend, such as the CPU.
+    ``heads`` and ``backend`` are :class:`flashrnn.nn.Recurrent`'s: with N heads ``weight_hh`` is
+    ``[4 * hidden_size, hidden_size // N]``, as that of a layer; with ``"auto"``, PyTorch's own
+    kernel computes the step of one head on devices without a fused backend, such as the CPU.
 
     Example:
         >>> cell = LSTMCell(16, 32)
         >>> h, c = cell(torch.randn(4, 16))
         >>> h, c = cell(torch.randn(4, 16), (h, c))
     """
-
-    backend: str = "auto"
 
     def __init__(
         self,
@@ -36,10 +80,12 @@ class LSTMCell(torch.nn.LSTMCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        heads: int = 1,
         backend: str = "auto",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
-        self.backend = backends.checked(backend)
+        made_on = _made_on(heads, hidden_size, device)
+        super().__init__(input_size, hidden_size, bias, made_on, dtype)
+        self._begin(heads, backend, device)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -58,16 +104,20 @@ class LSTMCell(torch.nn.LSTMCell):
             ValueError: a tensor has neither one nor two dimensions.
             RuntimeError: sizes or dtypes do not fit.
         """
-        if torchs_compute("LSTM", 1, self.backend, input.device):
+        if torchs_compute("LSTM", self.heads, self.backend, input.device):
+            if input.dim() == 2:
+                if hx is None:
+                    zeros = input.new_zeros(input.shape[0], self.hidden_size)
+                    return self._kernel(torch.lstm_cell, input, (zeros, zeros))
+                if len(hx) == 2 and hx[0].dim() == 2 == hx[1].dim():
+                    return self._kernel(torch.lstm_cell, input, hx)
             return super().forward(input, hx)
         h, c = _step(self, "LSTM", input, hx)
         return h, c
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(_Cell, torch.nn.GRUCell):
     """``torch.nn.GRUCell``, by this package's backends; see :class:`LSTMCell`."""
-
-    backend: str = "auto"
 
     def __init__(
         self,
@@ -77,23 +127,26 @@ class GRUCell(torch.nn.GRUCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        heads: int = 1,
         backend: str = "auto",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
-        self.backend = backends.checked(backend)
+        made_on = _made_on(heads, hidden_size, device)
+        super().__init__(input_size, hidden_size, bias, made_on, dtype)
+        self._begin(heads, backend, device)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h after one step: as :meth:`LSTMCell.forward`, with h in place of ``(h, c)``."""
-        if torchs_compute("GRU", 1, self.backend, input.device):
+        if torchs_compute("GRU", self.heads, self.backend, input.device):
+            if input.dim() == 2 and (hx is None or hx.dim() == 2):
+                h = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
+                return self._kernel(torch.gru_cell, input, h)
             return super().forward(input, hx)
         (h,) = _step(self, "GRU", input, None if hx is None else (hx,))
         return h
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(_Cell, torch.nn.RNNCell):
     """``torch.nn.RNNCell``, by this package's backends; see :class:`LSTMCell`."""
-
-    backend: str = "auto"
 
     def __init__(
         self,
@@ -104,16 +157,23 @@ class RNNCell(torch.nn.RNNCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        heads: int = 1,
         backend: str = "auto",
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
-        self.backend = backends.checked(backend)
+        made_on = _made_on(heads, hidden_size, device)
+        super().__init__(input_size, hidden_size, bias, nonlinearity, made_on, dtype)
+        self._begin(heads, backend, device)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h after one step: as :meth:`LSTMCell.forward`, with h in place of ``(h, c)``."""
         mode = f"RNN_{self.nonlinearity.upper()}"
         # For an unknown nonlinearity PyTorch's method raises the error.
-        if mode not in MODES or torchs_compute(mode, 1, self.backend, input.device):
+        if mode not in MODES:
+            return super().forward(input, hx)
+        if torchs_compute(mode, self.heads, self.backend, input.device):
+            if input.dim() == 2 and (hx is None or hx.dim() == 2):
+                h = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
+                return self._kernel(MODES[mode].step, input, h)
             return super().forward(input, hx)
         (h,) = _step(self, mode, input, None if hx is None else (hx,))
         return h
@@ -123,7 +183,7 @@ def _step(
     layer: LSTMCell | GRUCell | RNNCell, mode: str, input: Tensor, states: tuple[Tensor, ...] | None
 ) -> list[Tensor]:
     """The states after one step, by a backend of this package."""
-    cell, D = MODES[mode].cell, layer.hidden_size
+    cell, H = MODES[mode].cell, layer.hidden_size
     kind = type(layer).__name__
     for name, tensor in zip(("input", *cell.states), (input, *(states or ())), strict=False):
         if tensor.dim() not in (1, 2):
@@ -140,12 +200,12 @@ def _step(
     start = None
     if states is not None:
         rows = [state if batched else state.unsqueeze(0) for state in states]
-        if len(rows) != len(cell.states) or any(row.shape != (len(x), D) for row in rows):
+        if len(rows) != len(cell.states) or any(row.shape != (len(x), H) for row in rows):
             raise RuntimeError(
                 f"{kind}: hx has shapes {[tuple(state.shape) for state in states]}; accepted is, "
-                f"for each of {', '.join(cell.states)}, {(len(x), D) if batched else (D,)}"
+                f"for each of {', '.join(cell.states)}, {(len(x), H) if batched else (H,)}"
             )
-        start = torch.stack(rows).unflatten(-1, (1, 1, D))
+        start = torch.stack(rows).unflatten(-1, (1, layer.heads, -1))
     _check_dtypes(kind, input, layer.weight_hh)
     last = _last(layer, mode, x, start)
     return [state if batched else state.squeeze(0) for state in last.flatten(2).unbind(0)]
@@ -155,16 +215,17 @@ def _last(
     layer: LSTMCell | GRUCell | RNNCell, mode: str, x: Tensor, start: Tensor | None
 ) -> Tensor:
     """The states after one step of ``x`` ``[B, I]``, in the dtype of h."""
-    cell, D = MODES[mode].cell, layer.hidden_size
+    cell, N = MODES[mode].cell, layer.heads
+    D = layer.hidden_size // N
     biases: list[Tensor] = [layer.bias_ih, layer.bias_hh] if layer.bias else []
     weights = [layer.weight_ih, layer.weight_hh, *biases]
     if can_be_kept(x, weights, () if start is None else (start,)):
         before = None if start is None else start.squeeze(2)
-        after = step(layer, 0, x, weights, before, mode, cell, 1, layer.backend)
+        after = step(layer, 0, x, weights, before, mode, cell, N, layer.backend)
         if after is not None:
             return after.to(x.dtype)
-    R = recurrent_matrix(mode, layer.weight_hh, 1, D)
-    b = bias(mode, biases, 1, D) if biases else R.new_zeros(len(cell.fed_by("b")), 1, D)
+    R = recurrent_matrix(mode, layer.weight_hh, N, D)
+    b = bias(mode, biases, N, D) if biases else R.new_zeros(len(cell.fed_by("b")), N, D)
     h, last = scan(x.unsqueeze(0), layer.weight_ih, R, b, start, cell, layer.backend)
     return last.squeeze(2).to(h.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from flashrnn.nn.recurrent import Recurrent
 class LSTM(Recurrent, torch.nn.LSTM):
     """``torch.nn.LSTM``, by this package's backends; see :class:`Recurrent`.
 
-    Every argument up to ``dtype`` is torch.nn's, in its order; ``heads``, ``backend`` and
-    ``forget_bias`` are :class:`Recurrent`'s, as is what is raised.
+    Every argument up to ``dtype`` is torch.nn's, in its order; those that follow are
+    :class:`Recurrent`'s, as is what is raised.
 
     Example:
         >>> layer = LSTM(16, 32, num_layers=2, bidirectional=True)
@@ -40,6 +41,9 @@ class LSTM(Recurrent, torch.nn.LSTM):
         heads: int = 1,
         backend: str = "auto",
         forget_bias: float | None = None,
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
     ) -> None:
         Recurrent.__init__(
             self,
@@ -57,13 +61,16 @@ class LSTM(Recurrent, torch.nn.LSTM):
             heads=heads,
             backend=backend,
             forget_bias=forget_bias,
+            variational=variational,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
 
 
 class GRU(Recurrent, torch.nn.GRU):
     """``torch.nn.GRU``, by this package's backends; see :class:`Recurrent`.
 
-    Every argument up to ``dtype`` is torch.nn's, in its order; ``heads`` and ``backend`` are
+    Every argument up to ``dtype`` is torch.nn's, in its order; those that follow are
     :class:`Recurrent`'s, as is what is raised. ``proj_size`` is refused, as there.
     """
 
@@ -82,6 +89,9 @@ class GRU(Recurrent, torch.nn.GRU):
         *,
         heads: int = 1,
         backend: str = "auto",
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
     ) -> None:
         _refuse_projection(proj_size)
         Recurrent.__init__(
@@ -99,13 +109,16 @@ class GRU(Recurrent, torch.nn.GRU):
             dtype,
             heads=heads,
             backend=backend,
+            variational=variational,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
 
 
 class RNN(Recurrent, torch.nn.RNN):
     """``torch.nn.RNN``, by this package's backends; see :class:`Recurrent`.
 
-    Every argument up to ``dtype`` is torch.nn's, in its order; ``heads`` and ``backend`` are
+    Every argument up to ``dtype`` is torch.nn's, in its order; those that follow are
     :class:`Recurrent`'s, as is what is raised. ``proj_size`` is refused, as there.
     """
 
@@ -125,6 +138,9 @@ class RNN(Recurrent, torch.nn.RNN):
         *,
         heads: int = 1,
         backend: str = "auto",
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
     ) -> None:
         _refuse_projection(proj_size)
         cells: dict[str, str | Cell] = {"tanh": "elman", "relu": elman_relu}
@@ -145,6 +161,9 @@ class RNN(Recurrent, torch.nn.RNN):
             dtype,
             heads=heads,
             backend=backend,
+            variational=variational,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
         self.nonlinearity = nonlinearity
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
+from flashrnn.nn import at_once, masks
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 from flashrnn.nn.segments import Segments, between_resets
@@ -47,6 +48,15 @@ class Recurrent(torch.nn.RNNBase):
             ``None``: what torch.nn begins with.
         heads: N blocks of the recurrent matrix, each of ``hidden_size // heads`` units; in torch.nn
             one, and the matrix dense.
+        variational: whether ``dropout`` drops the same elements at all steps of a sequence (Gal &
+            Ghahramani, 2016), in place of others at each.
+        recurrent_dropout: the probability with which, in training, the recurrent matrix reads 0 for
+            a unit of h, the same units at all steps of a sequence (ibid.). What is read is scaled
+            by ``1 / (1 - recurrent_dropout)``. Less than 1.
+        zoneout: the probability with which, in training, a unit of a state stays as it was before
+            the step (Krueger et al., 2017): one for all states, or a tuple with one for each, such
+            as ``(0.05, 0.5)`` of ``(h, c)``. In evaluation a state is the mean of both, so
+            weighted. A new state is computed from the others' new values before any of them stays.
         backend: ``"auto"``, or one of :func:`flashrnn.flashrnn`'s, which then computes every call
             or an error says why it cannot. With ``"auto"``, what torch.nn computes, too, is
             computed by PyTorch's own kernels on devices without a fused backend, as the CPU.
@@ -78,6 +88,11 @@ class Recurrent(torch.nn.RNNBase):
     heads: int = 1
     backend: str = "auto"
     forget_bias: float | None = None
+    variational: bool = False
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, ...] = ()
+    _masks: at_once.Masks | None = None
+    _evaluated: Cell | None = None
 
     def __init__(
         self,
@@ -96,6 +111,9 @@ class Recurrent(torch.nn.RNNBase):
         heads: int = 1,
         backend: str = "auto",
         forget_bias: float | None = None,
+        variational: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
     ) -> None:
         # Not RNNBase's, which knows the cells of torch.nn alone.
         torch.nn.Module.__init__(self)
@@ -108,6 +126,7 @@ class Recurrent(torch.nn.RNNBase):
             proj_size=(proj_size, int),
             heads=(heads, int),
             backend=(backend, str),
+            variational=(variational, bool),
         )
         _check_values(input_size, hidden_size, num_layers, dropout, proj_size, heads)
         cell = resolve(cell)
@@ -131,6 +150,7 @@ class Recurrent(torch.nn.RNNBase):
                 "a cell with a bias of a gate f"
             )
         self.forget_bias = forget_bias
+        self._set_masks(variational, recurrent_dropout, zoneout)
 
         # RNNBase keeps both, and out of them `all_weights` and `_flat_weights`.
         self._all_weights: list[list[str]] = []
@@ -146,6 +166,35 @@ class Recurrent(torch.nn.RNNBase):
                 self._flat_weights_names.extend(names)
         self._init_flat_weights()
         self.reset_parameters()
+
+    def _set_masks(
+        self, variational: bool, recurrent_dropout: float, zoneout: float | Sequence[float]
+    ) -> None:
+        names = self.cell.states
+        each = (zoneout,) * len(names) if isinstance(zoneout, (int, float)) else tuple(zoneout)
+        if len(each) != len(names) or not all(_is_number(p) and 0 <= p <= 1 for p in each):
+            raise ValueError(
+                f"zoneout={zoneout!r}; accepted is a probability, from 0 to 1, or a tuple with one "
+                f"for each of {', '.join(names)}"
+            )
+        if not _is_number(recurrent_dropout) or not 0 <= recurrent_dropout < 1:
+            raise ValueError(
+                f"recurrent_dropout={recurrent_dropout!r}; accepted is a probability less than 1"
+            )
+        self.variational, self.recurrent_dropout = variational, float(recurrent_dropout)
+        self.zoneout = tuple(map(float, each)) if any(each) else ()
+        if not (self.recurrent_dropout or self.zoneout):
+            return
+        if self.proj_size:
+            raise ValueError(
+                f"proj_size={self.proj_size} with recurrent_dropout or zoneout; accepted is a "
+                "layer without a projection: h is what they are of"
+            )
+        zoned = self.zoneout or (0.0,) * len(names)
+        cell = masks.trained(self.cell, self.recurrent_dropout, zoned)
+        self._masks = at_once.Masks(cell, self.recurrent_dropout, zoned)
+        if self.zoneout:
+            self._evaluated = masks.evaluated(self.cell, self.zoneout)
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The weights of one direction of a layer, in torch.nn's order."""
@@ -201,6 +250,12 @@ class Recurrent(torch.nn.RNNBase):
             text += f", backend={self.backend!r}"
         if self.forget_bias is not None:
             text += f", forget_bias={self.forget_bias}"
+        if self.variational:
+            text += ", variational=True"
+        if self.recurrent_dropout:
+            text += f", recurrent_dropout={self.recurrent_dropout}"
+        if self.zoneout:
+            text += f", zoneout={self.zoneout}"
         return text
 
     def forward(
@@ -223,11 +278,13 @@ class Recurrent(torch.nn.RNNBase):
                 ``(h, c)`` for LSTM, a cell of one state the tensor.
             reset: bool or numbers, of the input's shape but its last dimension: where it is not 0,
                 the states start anew from zeros before that step, in both directions as if a
-                sequence ended there and another began. Its values are read on the host.
+                sequence ended there and another began. ``hx`` is what the first part starts from,
+                and the last states are those of the last part.
             cu_seqlens: integers ``[B + 1]``, from 0 to the number of rows: ``input`` is then
                 ``[rows, input_size]``, B sequences one after the other, and sequence b has the rows
                 from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``, or none. ``hx`` and the last states
-                are those of a batch of B.
+                are those of a batch of B. On the CPU they are checked; on a GPU nobody waits for
+                their values, and what is out of range is moved into it.
 
         Returns:
             h of the last layer at every step, in the form of ``input``, with ``hidden_size``
@@ -276,14 +333,18 @@ class Recurrent(torch.nn.RNNBase):
                 f"Expected sequence length to be larger than 0 in RNN, got {tuple(input.shape)}"
             )
         self._check_states(states, input, B)
-        if reset is None:
-            output, last = self._run(input, states, None)
-        elif not isinstance(reset, Tensor):
-            raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
-        else:
+        if reset is not None:
+            if not isinstance(reset, Tensor):
+                raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
             if not batched:
                 reset = reset.unsqueeze(0 if self.batch_first else 1)
-            output, last = self._run_reset(input, states, reset)
+            if reset.shape != input.shape[:2]:
+                raise RuntimeError(
+                    f"reset has shape {tuple(reset.shape)}; accepted is {tuple(input.shape[:2])}, "
+                    "the input's without its features"
+                )
+            reset = reset.ne(0)
+        output, last = self._run(input, states, reset=reset)
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
             last = [state.squeeze(1) for state in last]
@@ -304,8 +365,9 @@ class Recurrent(torch.nn.RNNBase):
             states after the step.
 
         Raises:
-            ValueError: a layer with two directions, of which one begins at the end; an input of
-                other than one or two dimensions, or of another dtype than the weights.
+            ValueError: a layer with two directions, of which one begins at the end, or in training
+                with dropout that has one mask for all steps; an input of other than one or two
+                dimensions, or of another dtype than the weights.
             RuntimeError: another shape that does not fit.
             TypeError: ``state`` is no tensor, or no tuple of them.
 
@@ -317,6 +379,11 @@ class Recurrent(torch.nn.RNNBase):
         """
         if self.bidirectional:
             raise ValueError("bidirectional=True; accepted is one direction: a step has no end")
+        if self.training and (self.recurrent_dropout or (self.variational and self.dropout)):
+            raise ValueError(
+                "recurrent or variational dropout in training; accepted is a call with the whole "
+                "sequence, of which each step has one mask, or a layer in evaluation: layer.eval()"
+            )
         if x.dim() not in (1, 2):
             raise ValueError(
                 f"{type(self).__name__}.step: Expected x to be 1D or 2D, got {x.dim()}D: accepted "
@@ -397,9 +464,26 @@ class Recurrent(torch.nn.RNNBase):
         return tuple(states) if len(states) > 1 else states[0]
 
     def _run(
-        self, x: Tensor, states: list[Tensor] | None, batch_sizes: Tensor | None
+        self,
+        x: Tensor,
+        states: list[Tensor] | None,
+        batch_sizes: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers, over a batch as it is given or, with ``batch_sizes``, over packed rows."""
+        """All layers, over a batch as it is given, with ``batch_sizes`` over packed rows, or with
+        ``cu_seqlens`` over rows of sequences one after another."""
+        found = self._run_at_once(x, states, batch_sizes, reset, cu_seqlens)
+        if found is not None:
+            return found
+        if reset is not None:
+            return self._run_reset(x, states, reset)
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.cpu()
+            _check_bounds(bounds, len(x))
+            segments = Segments.of(bounds[:-1], bounds.diff(), 1)
+            return self._run_segments(x, states, segments, len(bounds) - 1)
         if self._is_torchs(x.device):
             return self._run_torchs(x, states, batch_sizes)
         if batch_sizes is not None:
@@ -410,11 +494,82 @@ class Recurrent(torch.nn.RNNBase):
         output, last = self._run_ours(x, states, None)
         return output.contiguous(), last
 
+    def _run_at_once(
+        self,
+        x: Tensor,
+        states: list[Tensor] | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The same, a layer being one call; ``None`` where it is better not to be."""
+        plain = batch_sizes is None and cu_seqlens is None and reset is None
+        has_masks = self._has_masks()
+        if (plain and not self.bidirectional and not has_masks) or 0 in x.shape[:-1]:
+            return None
+        # Where operations are recorded there are no values yet that the host could read.
+        unread = (reset is not None or cu_seqlens is not None) and backends.recorded()
+        if not (unread or has_masks) and self._is_torchs(x.device):
+            return None
+        by_time = batch_sizes is None and cu_seqlens is None and not self.batch_first
+        there = back = None
+        if batch_sizes is not None:
+            cu_seqlens, there, back = at_once.packed_rows(batch_sizes, x.device)
+        elif reset is not None:
+            reset = (reset.t() if by_time else reset).to(x.device)
+        batch = at_once.Batch(reset, cu_seqlens)
+        sizes = self.heads, self.hidden_size // self.heads
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        rows = x.unsqueeze(0) if cu_seqlens is not None else x.transpose(0, 1) if by_time else x
+        if not (unread or has_masks) and not at_once.can_be(
+            rows, weights, self._computed(), self.backend, *sizes, self.bidirectional, batch
+        ):
+            return None
+        if there is not None:
+            rows = at_once.moved(x, there).unsqueeze(0)
+        last, directions = [], 1 + self.bidirectional
+        for layer in range(self.num_layers):
+            first, end = layer * directions, (layer + 1) * directions
+            rows, ended = at_once.layer(
+                rows,
+                [self._weights(row) for row in range(first, end)],
+                None if states is None else [state[first:end] for state in states],
+                self._computed(),
+                self.backend,
+                batch,
+                self._masks if self.training else None,
+            )
+            last.append(ended)
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                if self.variational:
+                    ones = rows.new_ones(batch.count(rows), rows.shape[2])
+                    rows = rows * batch.of_sequence(dropout(ones, self.dropout), rows)
+                else:
+                    rows = dropout(rows, self.dropout)
+        if back is not None:
+            output = at_once.moved(rows.squeeze(0), back)
+        elif cu_seqlens is not None:
+            output = rows.squeeze(0)
+        else:
+            output = rows.transpose(0, 1).contiguous() if by_time else rows
+        return output, [torch.cat(found).to(output.dtype) for found in zip(*last, strict=True)]
+
+    def _has_masks(self) -> bool:
+        """Whether a call has random masks that PyTorch's kernels have not."""
+        varied = self.variational and self.dropout > 0 and self.num_layers > 1
+        return self.training and (varied or self._masks is not None)
+
+    def _computed(self) -> Cell:
+        """The cell of a call without random masks."""
+        return self.cell if self.training or self._evaluated is None else self._evaluated
+
     def _is_torchs(self, device: torch.device) -> bool:
         """Whether PyTorch's kernels compute a call: they fail in a graph of training."""
         # The layer comes first: one that breaks the graph, as an LSTM does, then keeps this method
         # out of the compiler, where is_compiling() would hold for a call that runs eagerly.
         if not torchs_compute(self.mode, self.heads, self.backend, device):
+            return False
+        if self._has_masks() or self._computed() is not self.cell:
             return False
         in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         return not (in_graph and torch.is_grad_enabled())
@@ -425,14 +580,9 @@ class Recurrent(torch.nn.RNNBase):
         """All layers over ``[T, B, ·]``, or ``[B, T, ·]``: each part between resets by itself."""
         by_time = x.transpose(0, 1) if self.batch_first else x
         T, B = by_time.shape[:2]
-        if reset.shape != x.shape[:2]:
-            raise RuntimeError(
-                f"reset has shape {tuple(reset.shape)}; accepted is {tuple(x.shape[:2])}, the "
-                "input's without its features"
-            )
-        reset = (reset.t() if self.batch_first else reset).ne(0).cpu()
         if B == 0:
-            return self._run(x, states, None)
+            return self._run(x, states)
+        reset = (reset.t() if self.batch_first else reset).cpu()
         segments, first, last = between_resets(reset)
         n = len(segments.order)
         if states is not None:
@@ -449,20 +599,14 @@ class Recurrent(torch.nn.RNNBase):
 
     def _forward_rows(self, input: Tensor, hx: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
         self._check_input(input, 2)
-        bounds = cu_seqlens.cpu().long()
-        lengths = bounds.diff()
-        if bounds[0] != 0 or bounds[-1] != len(input) or (lengths < 0).any():
-            raise RuntimeError(
-                f"cu_seqlens is {bounds.tolist()} for {len(input)} rows; accepted are numbers that "
-                "do not fall, from 0 to the number of rows"
-            )
+        cu_seqlens = cu_seqlens.long()
+        if cu_seqlens.device.type == "cpu" and not backends.recorded():
+            _check_bounds(cu_seqlens, len(input))
         if len(input) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got no rows")
-        B = len(lengths)
         states = self._given(hx, 3)
-        self._check_states(states, input, B)
-        segments = Segments.of(bounds[:-1], lengths, 1)
-        output, last = self._run_segments(input, states, segments, B)
+        self._check_states(states, input, len(cu_seqlens) - 1)
+        output, last = self._run(input, states, cu_seqlens=cu_seqlens)
         return output, self._returned(last)
 
     def _run_segments(
@@ -511,7 +655,7 @@ class Recurrent(torch.nn.RNNBase):
             if found is not None:
                 return found
         time = 1 if self.batch_first else 0
-        output, last = self._run(x.unsqueeze(time), states, None)
+        output, last = self._run(x.unsqueeze(time), states)
         return output.squeeze(time), last
 
     def _step_kept(
@@ -519,7 +663,11 @@ class Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]] | None:
         """The same by steppers that are kept; ``None`` where there can be none."""
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        if (self.dropout and self.training) or not can_be_kept(x, weights, states or ()):
+        if (
+            (self.dropout and self.training)
+            or self._has_masks()
+            or not can_be_kept(x, weights, states or ())
+        ):
             return None
         last, sizes = [], (self.heads, self.hidden_size // self.heads)
         for layer, names in enumerate(self._all_weights):
@@ -528,7 +676,15 @@ class Recurrent(torch.nn.RNNBase):
                 before = torch.stack([state[layer] for state in states]).unflatten(-1, sizes)
             weights = [getattr(self, name) for name in names]
             after = step(
-                self, layer, x, weights, before, self.mode, self.cell, self.heads, self.backend
+                self,
+                layer,
+                x,
+                weights,
+                before,
+                self.mode,
+                self._computed(),
+                self.heads,
+                self.backend,
             )
             if after is None:
                 return None
@@ -577,16 +733,10 @@ class Recurrent(torch.nn.RNNBase):
         packing: Packing | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """One direction of a layer: h of every step, and each last state, ``[B, hidden_size]``."""
-        W, weight_hh, *others = (getattr(self, name) for name in self._all_weights[row])
-        weight_hr = others.pop() if self.proj_size else None
-        cell, N, D = self.cell, self.heads, self.hidden_size // self.heads
-        R = recurrent_matrix(
-            self.mode, weight_hh if weight_hr is None else weight_hh @ weight_hr, N, D
-        )
-        b = bias(self.mode, others, N, D) if others else W.new_zeros(len(cell.fed_by("b")), N, D)
+        W, R, b, weight_hh, weight_hr = self._weights(row)
+        cell, (_, N, D) = self._computed(), b.shape
         if states is not None and weight_hr is not None:
-            # The state h within is not projected, and the one given is. It enters the first step's
-            # gates as further features of the input, absent at all other steps.
+            # As in `at_once.layer`.
             x = _with_first(x, states[0], reverse, packing)
             W = torch.cat([W, weight_hh], 1)
             states = [torch.zeros_like(states[1]), states[1]]
@@ -599,6 +749,20 @@ class Recurrent(torch.nn.RNNBase):
             h = linear(h, weight_hr)
             ended[0] = linear(ended[0].to(weight_hr.dtype), weight_hr)
         return h, ended
+
+    def _weights(self, row: int) -> at_once.Weights:
+        """Those of one direction of a layer, as ``recurrent_layer()`` takes them."""
+        W, weight_hh, *others = (getattr(self, name) for name in self._all_weights[row])
+        weight_hr = others.pop() if self.proj_size else None
+        N, D = self.heads, self.hidden_size // self.heads
+        R = recurrent_matrix(
+            self.mode, weight_hh if weight_hr is None else weight_hh @ weight_hr, N, D
+        )
+        if others:
+            b = bias(self.mode, others, N, D)
+        else:
+            b = W.new_zeros(len(self.cell.fed_by("b")), N, D)
+        return at_once.Weights(W, R, b, weight_hh, weight_hr)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles in place of it: torch.nn's layer, weights shared."""
@@ -619,6 +783,18 @@ def _with_first(x: Tensor, h: Tensor, reverse: bool, packing: Packing | None) ->
         first = torch.arange(len(rows) - B, len(rows), device=x.device)
     beside = h.new_zeros(len(rows), h.shape[1]).index_copy(0, first, h)
     return torch.cat([rows, beside.to(x.dtype)], 1).unflatten(0, x.shape[:-1])
+
+
+def _check_bounds(bounds: Tensor, rows: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != rows or (bounds.diff() < 0).any():
+        raise RuntimeError(
+            f"cu_seqlens is {bounds.tolist()} for {rows} rows; accepted are numbers that do not "
+            "fall, from 0 to the number of rows"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_types(**given: tuple[object, type]) -> None:

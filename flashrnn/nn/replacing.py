@@ -123,6 +123,8 @@ def _own(layer: Recurrent) -> str | None:
         return f"torch.nn has no cell {layer.cell.name!r}"
     if layer.heads != 1:
         return f"torch.nn has no heads, and it has {layer.heads}"
+    if layer.variational or layer.recurrent_dropout or layer.zoneout:
+        return "torch.nn has neither variational dropout nor zoneout"
     if type(layer) not in (*_OURS.values(), Recurrent):
         return f"its class {type(layer).__qualname__} may compute something else"
     return None
@@ -132,8 +134,8 @@ def _to_torchs(layer: Recurrent) -> None:
     if layer.mode in ("RNN_TANH", "RNN_RELU"):
         # A Recurrent, which has no such argument, is not to lack it.
         layer.nonlinearity = layer.mode.removeprefix("RNN_").lower()
-    layer.__dict__.pop("heads", None)
-    layer.__dict__.pop("backend", None)
+    for name in ("heads", "backend", "variational", "recurrent_dropout", "zoneout"):
+        layer.__dict__.pop(name, None)
     layer.__class__ = _TORCHS.get(layer.mode, torch.nn.RNN)
 
 

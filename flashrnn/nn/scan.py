@@ -1,8 +1,10 @@
 """One direction of a layer: the input product and the recurrence, by this package's backends.
 
-All that the layers compute with these backends passes here. Two layouts come in: ``[T, B, I]``,
-sequences of one length; and rows ``[rows, I]`` of sequences of several lengths, in the order of
-:class:`torch.nn.utils.rnn.PackedSequence`, with a :class:`Packing` that says which row is which.
+So layers are computed where :mod:`flashrnn.nn.at_once` is not chosen: by ``vanilla``, which is
+slower with the options of sequences, and by a fused backend where it lacks them. No call here has
+any. Two layouts come in: ``[T, B, I]``, sequences of one length; and rows ``[rows, I]`` of
+sequences of several lengths, in the order of :class:`torch.nn.utils.rnn.PackedSequence`, with a
+:class:`Packing` that says which row is which.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import torch
 
 import flashrnn.nn as ours
 from flashrnn import FlashRNNConfig, backends
-from flashrnn.nn import stepping
-from tests.nn.against import assert_like_torch, assert_same, pair, states
+from flashrnn.backends import triton
+from flashrnn.nn import at_once, stepping
+from tests.nn.against import assert_like_torch, assert_same, pair, states, tensors
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -33,6 +34,82 @@ def test_what_it_cannot_do_is_done_by_vanilla():
     mine, theirs = pair("GRU", 3, 16)
     x = torch.randn(3, 2, 3, dtype=torch.float64)
     assert_same(mine(x), theirs(x))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of each call of a layer, the directions."""
+    made = []
+    compute = at_once.recurrent_layer
+
+    def counted(*args, **options):
+        made.append(options["reverse"])
+        return compute(*args, **options)
+
+    monkeypatch.setattr(at_once, "recurrent_layer", counted)
+    return made
+
+
+def test_a_layer_is_one_call(calls):
+    x, bounds = torch.randn(3, 2, 3), torch.tensor([0, 4, 6])
+    reset = torch.tensor([[0, 1], [1, 0], [0, 0]])
+    for bidirectional in (False, True):
+        layer = ours.LSTM(3, 16, bidirectional=bidirectional)
+        plain = copy.deepcopy(layer).double()
+        for mine, given in ((layer, x), (plain, x.double())):
+            mine.found = [
+                mine(given),
+                mine(given, reset=reset),
+                mine(given.flatten(0, 1), cu_seqlens=bounds),
+            ]
+        # In float64 by `vanilla`, in turns.
+        directions = (False, True) if bidirectional else False
+        assert calls == [directions] * (3 if bidirectional else 2)
+        calls.clear()
+        for given, expected in zip(tensors(layer.found), tensors(plain.found), strict=True):
+            torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_is_one_call_in_a_graph(monkeypatch):
+    layer = ours.Recurrent("lstm", 3, 16, bidirectional=True)
+    x, reset = torch.randn(2, 2, 3), torch.tensor([[0, 1], [1, 0]])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = layer(x), layer(x, reset=reset)
+        # In turns there is none.
+        monkeypatch.delattr(ours.Recurrent, "_run_ours")
+        assert_same((compiled(x), compiled(x, reset=reset)), expected, 1e-6)
+
+
+def test_what_is_no_call_of_both_directions_is_two(calls, monkeypatch):
+    """As of heads that fill a GPU each."""
+    unsupported = triton.unsupported
+    monkeypatch.setattr(
+        triton, "unsupported", lambda problem: "full" if problem.N > 1 else unsupported(problem)
+    )
+    at_once._does.cache_clear()
+    mine, theirs = pair("GRU", 3, 16, bidirectional=True, dtype=torch.float32)
+    x = torch.randn(3, 2, 3)
+    assert_same(mine(x), theirs(x), 1e-5)
+    assert not calls
+    at_once._does.cache_clear()
+
+
+def test_masks_are_those_of_vanilla():
+    """One seed draws the same ones, whatever computes."""
+    masks = {"recurrent_dropout": 0.3, "zoneout": (0.2, 0.4)}
+    layer = ours.LSTM(3, 16, bidirectional=True, **masks)
+    x, results = torch.randn(3, 2, 3), []
+    for network, given in ((layer, x), (copy.deepcopy(layer).double(), x.double())):
+        network.backend = "triton" if given is x else "vanilla"
+        torch.manual_seed(0)
+        output, last = network(given)
+        output.square().sum().backward()
+        results.append([output, *last, *(weight.grad for weight in network.parameters())])
+        results[-1] += tensors(network.eval()(given))
+    for given, expected in zip(*results, strict=True):
+        torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_cells_and_steps():
@@ -129,6 +206,7 @@ class TestStepsWithoutGradients:
             (ours.LSTMCell(3, 16), torch.nn.LSTMCell(3, 16)),
             (ours.GRUCell(3, 16), torch.nn.GRUCell(3, 16)),
             (ours.RNNCell(3, 16, bias=False), torch.nn.RNNCell(3, 16, bias=False)),
+            (ours.GRUCell(3, 32, heads=2), ours.GRUCell(3, 32, heads=2, backend="vanilla")),
         ):
             for _ in range(3):
                 for weight, other in zip(mine.parameters(), theirs.parameters(), strict=True):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
-from flashrnn.nn import stepping
+from flashrnn.nn import masks, stepping
 from tests.nn.against import KINDS, leaf, states, tensors
 from tests.problems import relative_error
 
@@ -38,6 +38,12 @@ CASES = {
     "two layers, two directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
     "packed": {"num_layers": 2, "bidirectional": True, "lengths": [7, 12, 3, 7]},
     "heads": {"heads": 2},
+    "two directions of heads": {"heads": 2, "bidirectional": True},
+    "packed, two directions, projection": {
+        "proj_size": 32,
+        "bidirectional": True,
+        "lengths": [7, 12, 3, 7],
+    },
     "projection": {"num_layers": 2, "proj_size": 32},
 }
 
@@ -84,7 +90,7 @@ def moved(value, dtype, device):
 @every_kind
 @pytest.mark.parametrize("case", CASES)
 def test_results_and_gradients(kind, case, setting):
-    if case == "projection" and kind != "LSTM":
+    if "proj_size" in CASES[case] and kind != "LSTM":
         pytest.skip("only an LSTM has a projection")
     dtype, of_results, of_gradients = setting
     options = dict(CASES[case])
@@ -113,6 +119,74 @@ def test_results_and_gradients(kind, case, setting):
 
 
 @every_kind
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("option", ["reset", "cu_seqlens"])
+def test_options_of_sequences(kind, option, bidirectional, setting):
+    """Nobody waits for their values, which lie on the GPU."""
+    dtype, of_results, of_gradients = setting
+    layer = on_gpu(kind, dtype, num_layers=2, bidirectional=bidirectional)
+    reference = in_float64(layer, num_layers=2, bidirectional=bidirectional)
+    rows = (T, B) if option == "reset" else (T * B,)
+    x = torch.randn(*rows, features).to(dtype)
+    hx = moved(states(reference, B), dtype, "cpu")
+    given_ = torch.rand(rows) < 0.2 if option == "reset" else torch.tensor([0, 9, 9, 30, T * B])
+    weight = torch.randn(*rows, units * (1 + bidirectional)).to(dtype)
+
+    def found(network, device, dtype):
+        tensors_ = leaf(moved(x, dtype, device)), leaf(moved(hx, dtype, device))
+        y, last = network(*tensors_, **{option: given_.to(device)})
+        loss = (y * moved(weight, dtype, device)).sum() + sum(s.sum() for s in tensors(last))
+        leaves = (tensors_[0], *tensors(tensors_[1]), *network.parameters())
+        return [y, *tensors(last)], torch.autograd.grad(loss, leaves)
+
+    found(layer, DEVICE, dtype)  # Kernels are loaded, which waits.
+    given_gpu = given_.to(DEVICE), x.to(DEVICE), moved(hx, dtype, DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(given_gpu[1], given_gpu[2], **{option: given_gpu[0]})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mine, theirs, bound in zip(
+        found(layer, DEVICE, dtype),
+        found(reference, "cpu", torch.float64),
+        (of_results, of_gradients),
+        strict=True,
+    ):
+        for given, true in zip(mine, theirs, strict=True):
+            assert relative_error(given.cpu(), true) <= bound
+
+
+@every_kind
+def test_masks(kind, setting, monkeypatch):
+    """To our definition with the same masks: in training, and zoneout's mean without."""
+    dtype, of_results, of_gradients = setting
+    options = {"bidirectional": True, "recurrent_dropout": 0.3, "zoneout": 0.2, "heads": 2}
+    layer = on_gpu(kind, dtype, **options)
+    reference = in_float64(layer, **options)
+    x = torch.randn(T, B, features).to(dtype)
+    weight = torch.randn(T, B, 2 * units).to(dtype)
+    kept, draw = [], masks.drawn
+
+    def drawn(like, *args):
+        if like.is_cuda:
+            kept.append(draw(like, *args))
+            return kept[-1]
+        return kept.pop(0).to(like)
+
+    monkeypatch.setattr(masks, "drawn", drawn)
+    found = []
+    for network, given in ((layer, moved(x, dtype, DEVICE)), (reference, x.double())):
+        y, last = network(given.requires_grad_())
+        grads = torch.autograd.grad((y * weight.to(y)).sum(), (given, *network.parameters()))
+        with torch.no_grad():
+            evaluated = network.eval()(given)
+        found.append(([y, *tensors(last), *tensors(evaluated)], grads))
+    for mine, theirs, bound in zip(*found, (of_results, of_gradients), strict=True):
+        for given, true in zip(mine, theirs, strict=True):
+            assert relative_error(given.cpu(), true) <= bound
+
+
+@every_kind
 def test_steps_are_the_sequence(kind, setting):
     dtype, of_results, _ = setting
     layer = on_gpu(kind, dtype, num_layers=2)
@@ -136,10 +210,11 @@ def test_steps_are_the_sequence(kind, setting):
 
 
 @every_kind
-def test_a_loop_of_cells_is_the_layer(kind, setting):
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_loop_of_cells_is_the_layer(kind, heads, setting):
     dtype, of_results, _ = setting
-    layer = on_gpu(kind, dtype)
-    cell = getattr(ours, f"{kind}Cell")(features, units, device=DEVICE, dtype=dtype)
+    layer = on_gpu(kind, dtype, heads=heads)
+    cell = getattr(ours, f"{kind}Cell")(features, units, device=DEVICE, dtype=dtype, heads=heads)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     x = torch.randn(T, B, features, device=DEVICE, dtype=dtype)
     for gradients in (True, False):

@@ -81,11 +81,47 @@ class TestCells:
             (torch.randn(2, 3).double(), hidden(kind, 3, 5)),
             (torch.randn(2, 3).double(), hidden(kind, 2, 4)),
             (torch.randn(2, 3).double(), hidden(kind, 1, 2, 5)),
+            (torch.randn(2, 3).double(), hidden(kind, 5)),
+            (torch.randn(3).double(), hidden(kind, 2, 5)),
         ):
             with pytest.raises(Exception) as expected:  # noqa: PT011
                 theirs(*args)
             with pytest.raises(expected.type):
                 mine(*args)
+
+    @every_kind
+    @both_paths
+    def test_heads_are_those_of_the_layer(self, kind, backend):
+        made = []
+        for name, layers in ((f"{kind}Cell", ()), (kind, (1,))):
+            torch.manual_seed(0)
+            options = {"heads": 3, "backend": backend, "dtype": torch.float64}
+            made.append(getattr(ours, name)(4, 6, *layers, **options))
+        cell, layer = made
+        given = {f"{name}_l0": weight for name, weight in cell.state_dict().items()}
+        assert_same(list(given.values()), list(layer.state_dict().values()), 0)
+        assert list(given) == list(layer.state_dict())
+        x, hx, gradients = torch.randn(5, 2, 4, dtype=torch.float64), hidden(kind, 2, 6), []
+        steps, state = [], hx
+        for x_t in x:
+            state = cell(x_t, state)
+            steps.append(tensors(state)[0])
+        start = tuple(s[None] for s in hx) if kind == "LSTM" else hx[None]
+        output, last = layer(x, start)
+        assert_same([torch.stack(steps), *(s[None] for s in tensors(state))], [output, last])
+        for network, y in ((cell, steps[-1]), (layer, output[-1])):
+            gradients.append(torch.autograd.grad(y.square().sum(), list(network.parameters())))
+        assert_same(*gradients)
+        alone, batch = tensors(cell(x[0, 0])), tensors(cell(x[0, :1]))
+        assert_same(alone, [s[0] for s in batch])
+        assert "heads=3" in repr(cell)
+
+    def test_heads_that_are_none(self):
+        for heads in (0, 4, -1):
+            with pytest.raises(ValueError, match="accepted is a multiple of heads"):
+                ours.GRUCell(3, 6, heads=heads)
+        with pytest.raises(TypeError, match="heads should be of type int"):
+            ours.GRUCell(3, 6, heads=2.0)
 
     def test_an_unknown_backend(self):
         with pytest.raises(ValueError, match="unknown backend 'tritom'"):

@@ -1,0 +1,114 @@
+"""Variational dropout and zoneout: cells with gates that random masks feed.
+
+A fused kernel draws no random numbers. What is random at a step comes as a gate that ``Wx`` alone
+feeds, of zeros and ones, drawn before the call. So it is exact, seeded as all of PyTorch is, and
+takes the memory of a gate for each mask, in ``Wx`` and in what is kept for the backward pass.
+
+Variational dropout (Gal & Ghahramani, 2016, arXiv:1512.05287) drops units of h where the recurrent
+matrix reads them, the same at all steps of a sequence. Zoneout (Krueger et al., 2017,
+arXiv:1606.01305) lets units of a state stay as they were at a step; without training, each goes
+that far from what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashrnn.cells.signature import Gate
+from flashrnn.cells.spec import Cell
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The step of :func:`trained`, whose gates end with the masks."""
+
+    inner: Cell
+    scale: float | None
+    zoned: tuple[bool, ...]
+
+    def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        count = len(self.inner.gates)
+        masks = list(gates[count:])
+        if self.scale is None:
+            return tuple(self._stayed(states, gates[:count], masks))
+        read = masks.pop(0)
+        after = self._stayed(states[1:], gates[:count], masks)
+        return torch.where(read > 0.5, after[0] * self.scale, 0.0), *after
+
+    def _stayed(
+        self, before: tuple[Tensor, ...], gates: tuple[Tensor, ...], masks: list[Tensor]
+    ) -> list[Tensor]:
+        after = list(self.inner.step(before, gates))
+        zoned = [k for k, is_zoned in enumerate(self.zoned) if is_zoned]
+        for k, stay in zip(zoned, masks, strict=True):
+            after[k] = torch.where(stay > 0.5, before[k], after[k])
+        return after
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """The step of :func:`evaluated`."""
+
+    inner: Cell
+    zoneout: tuple[float, ...]
+
+    def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        after = self.inner.step(states, gates)
+        return tuple(
+            p * x + (1 - p) * y if p else y
+            for p, x, y in zip(self.zoneout, states, after, strict=True)
+        )
+
+
+def trained(cell: Cell, dropout: float, zoneout: Sequence[float]) -> Cell:
+    """A cell with the masks of training.
+
+    Args:
+        cell: the cell.
+        dropout: the probability with which the recurrent matrix reads 0 for a unit of h. If it is
+            not 0, the cell has a state more, before its others: h as that matrix reads it.
+        zoneout: for each state, the probability with which a unit stays as it was.
+
+    Returns:
+        The cell, whose last gates are masks, fed by ``Wx`` alone: 1 for a unit that is read, if
+        ``dropout`` is not 0; and 1 for one that stays, for each state with a probability.
+    """
+    states, masks = cell.states, []
+    if dropout:
+        states, masks = (_unlike("r", cell.states), *cell.states), ["read"]
+    masks += [f"stay_{name}" for name, p in zip(cell.states, zoneout, strict=True) if p]
+    taken = [gate.name for gate in cell.gates]
+    gates = (*cell.gates, *(Gate(_unlike(name, taken), ("Wx",)) for name in masks))
+    scale = 1 / (1 - dropout) if dropout else None
+    return Cell(cell.name, states, gates, _Trained(cell, scale, tuple(p > 0 for p in zoneout)))
+
+
+def evaluated(cell: Cell, zoneout: Sequence[float]) -> Cell:
+    """A cell with zoneout's mean in place of its masks, as it is without training."""
+    return Cell(cell.name, cell.states, cell.gates, _Evaluated(cell, tuple(zoneout)))
+
+
+def _unlike(name: str, taken: Sequence[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def drawn(like: Tensor, dropped: Tensor | None, zoneout: Sequence[float], N: int, D: int) -> Tensor:
+    """The masks of :func:`trained` for rows ``[B, T]``: ``[B, T, masks, N, D]``.
+
+    Args:
+        like: whose device and dtype they have, and whose first two dimensions.
+        dropped: where h is not read, ``[B or 1, T or 1, N, D]`` of bool; ``None``: there is none.
+        zoneout: as there.
+        N: the number of heads.
+        D: their units.
+    """
+    sizes = *like.shape[:2], N, D
+    masks = [] if dropped is None else [(~dropped).expand(sizes)]
+    masks += [torch.rand(sizes, device=like.device) < p for p in zoneout if p]
+    return torch.stack(masks, 2).to(like.dtype)
