@@ -19,6 +19,7 @@ from flashrnn.backends.gradients import (
     Before,
     Gradients,
     before_steps,
+    gathered,
     number_of,
     of_no_steps,
     recurrent_gradient,
@@ -54,25 +55,10 @@ def _refused(problem: Problem, gpu: GPU) -> str | None:
     # Whether there is a plan does not depend on B.
     return (
         refusal(problem)
-        or _without_options(problem)
         or too_many_numbered_rows(problem)
         or too_large(problem)
         or _without_plan(_planned(problem, B=1), gpu)
     )
-
-
-def _without_options(problem: Problem) -> str | None:
-    """Which options of sequences its regimes of large heads lack."""
-    if registry.is_small(problem.D) or not problem.is_sequenced:
-        return None
-    asked = {
-        "reset": problem.resets,
-        "cu_seqlens": problem.packed,
-        "lengths": problem.ragged and not problem.packed,
-        "reverse": problem.reverse is not False,
-    }
-    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
-    return f"for heads of more than 128 units it has no {names}; docs/sequences.md says which do"
 
 
 @lru_cache(maxsize=1024)
@@ -102,7 +88,7 @@ def programs(
     D, plan = problem.D, _plan(problem, backward, gpu)
     aligned = D * problem.dtype.itemsize % 16 == 0
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    options = source.options_of(problem, backward, _stored(problem))
+    options = source.options_of(problem, backward, _stored(problem, gpu))
     found = [plan.source(cell, precision, options, aligned)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
@@ -124,7 +110,8 @@ def forward(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
-    count = None if sequences is None else _stored(problem)
+    gpu = _gpu(problem)
+    count = None if sequences is None else _stored(problem, gpu)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx, count)
     if problem.B == 0 or problem.T == 0:
         every_state = autograd.kept(problem, every_state)
@@ -146,15 +133,17 @@ def forward(
         problem = problem._replace(longest=None)
         tensors |= operands(problem, sequences)
         options = (*options, *source.options_of_storing(problem, len(every_state)))
-    _scan(problem, _gpu(problem), False, tensors, options)
+    _scan(problem, gpu, False, tensors, options)
     if sequences is not None:
         every_state = autograd.kept(problem, every_state)
     return every_state, last_states, gates
 
 
-def _stored(problem: Problem) -> int:
-    """How many states are stored of every step."""
-    return autograd.stored(problem) if registry.is_small(problem.D) else len(problem.cell.states)
+def _stored(problem: Problem, gpu: GPU) -> int:
+    """How many states forward stores of every step."""
+    if _plan(problem, False, gpu).STORES_FEWER:
+        return autograd.stored(problem)
+    return len(problem.cell.states)
 
 
 def backward(
@@ -191,26 +180,33 @@ def backward(
         tensors["d_last"] = d_last_states
     given = number_of(d_states), d_last_states is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
-    before, d_resets = None, None
+    d_resets = None
     if problem.packed and problem.has_idle_rows:
         d_gates.zero_()  # As forward's states.
     if sequences is not None:
         problem = problem._replace(longest=None)
         tensors |= operands(problem, sequences)
         options = (*options, *source.sequence_options(problem))
-        if problem.is_sequenced:
-            before = before_steps(problem, sequences, states_initial[0], states.dtype)
         d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
-    h_initial, h, parts = states_initial[0], states[0], None
+    h_initial, h = states_initial[0], states[0]
+    # What says that h before a step is not that of the row before.
+    moved = sequences if problem.is_sequenced else None
+    parts = None
     if registry.is_small(D):
+        before = None
+        if moved is not None:
+            before = before_steps(problem, moved, h_initial, h.dtype)
         parts = _recurrent_gradient_parts(problem, gpu, d_gates, h_initial, h, before)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
-        d_R = recurrent_gradient(cell, d_gates, h_initial, h)
+        every_h = None
+        if moved is not None:
+            every_h = gathered(problem, moved, h_initial, h)
+        d_R = recurrent_gradient(cell, d_gates, h_initial, h, every_h)
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 

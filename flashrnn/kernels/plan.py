@@ -21,6 +21,8 @@ class Plan(ABC):
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.
+        STORES_FEWER: whether its forward stores no more states of every step than ``STORED`` says;
+            else it stores all.
         ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
@@ -28,6 +30,7 @@ class Plan(ABC):
     """
 
     COOPERATIVE: ClassVar[bool] = False
+    STORES_FEWER: ClassVar[bool] = False
     ROW_ALIGNMENT: ClassVar[int] = 1
 
     D: int
@@ -85,6 +88,23 @@ class Scratch(NamedTuple):
 
     packets: int
     R_in_memory: int
+
+
+def lacks_options(problem: Problem) -> str | None:
+    """Why a regime that has no options of sequences has no plan, if a problem has such options."""
+    if not problem.is_sequenced:
+        return None
+    asked = {
+        "reset": problem.resets,
+        "cu_seqlens": problem.packed,
+        "lengths": problem.ragged and not problem.packed,
+        "reverse": problem.reverse is not False,
+    }
+    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+    return (
+        f"for heads of {problem.D} units in {str(problem.dtype).removeprefix('torch.')} it has no "
+        f"{names} on this GPU; docs/sequences.md says which backends do"
+    )
 
 
 class Counts(NamedTuple):

@@ -16,7 +16,8 @@ from flashrnn.problem import Problem
 
 Regime = Callable[[Problem, GPU, bool], Plan | str]
 
-# If no regime has a plan, a user is told the reason of the first, which takes the most problems.
+# A regime that lacks an option of a problem has no plan for it, so that the others are compared. If
+# none has a plan, a user is told the reason of the first, which takes the most problems.
 SMALL_HEADS: tuple[Regime, ...] = (single_cta.plan_scan,)
 LARGE_HEADS: tuple[Regime, ...] = (
     grid.plan_scan,

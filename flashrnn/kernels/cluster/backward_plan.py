@@ -11,7 +11,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Scratch, Values
+from flashrnn.kernels.plan import Scratch, Values, lacks_options
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -108,6 +108,8 @@ def plan_backward(problem: Problem, gpu: GPU, backward: bool) -> ClusterBackward
     """The plan of a problem's backward scan, or the reason why there is none."""
     if not backward:
         return "it is for the backward scan"
+    if reason := lacks_options(problem):
+        return reason
     values = Values.of(problem, backward=True)
     # Few kernels for all sizes of a batch, an empty one among them.
     B, N = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N

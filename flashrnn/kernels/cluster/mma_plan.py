@@ -11,7 +11,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Counts
+from flashrnn.kernels.plan import Counts, lacks_options
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -98,6 +98,8 @@ class ClusterMmaPlan(ClusterPlan):
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterMmaPlan | str:
     """The plan of a problem's forward scan, or the reason why there is none."""
+    if reason := lacks_options(problem):
+        return reason
     # A CTA's units of a sequence are copied in chunks of 16 bytes.
     if backward or problem.dtype.itemsize != 2 or problem.D % 8:
         return "it is for the forward scan, 16 bits and a D that is a multiple of 8"

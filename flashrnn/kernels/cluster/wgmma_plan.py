@@ -13,7 +13,7 @@ from flashrnn.kernels.cluster.mma_plan import padded
 from flashrnn.kernels.cluster.plan import ClusterPlan
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Counts
+from flashrnn.kernels.plan import Counts, lacks_options
 from flashrnn.kernels.sizes import one_of_few, tiles_of
 from flashrnn.problem import Problem
 
@@ -103,6 +103,8 @@ class ClusterWgmmaPlan(ClusterPlan):
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterWgmmaPlan | str:
     """The plan of a problem's forward scan, or the reason why there is none."""
+    if reason := lacks_options(problem):
+        return reason
     # A CTA's units of a sequence are copied in chunks of 16 bytes.
     if backward or problem.dtype.itemsize != 2 or problem.D % 8:
         return "it is for the forward scan, 16 bits and a D that is a multiple of 8"

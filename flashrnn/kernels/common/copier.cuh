@@ -28,6 +28,26 @@ struct TensorRows {
     long long sequence, row, unit;
 };
 
+// Where a line of a pitch says whether its step is cut off from another: in its last 16 bytes, which
+// must be no row's. The producer threads fetch it with the step's inputs.
+__device__ inline int* flag_of(Element* lines, int sequence, int pitch) {
+    return reinterpret_cast<int*>(lines + (sequence + 1) * pitch - 16 / int(sizeof(Element)));
+}
+
+// Fetches whether a step of each sequence is cut off from the one before it.
+template <typename Layout>
+__device__ inline void fetch_flags(int step, Element* lines, int pitch, const Sequence* table,
+                                   const int* flags) {
+    const int line = threadIdx.x - Layout::FIRST_PRODUCER;
+    if (line >= Layout::LINES) return;
+    int* to = flag_of(lines, line, pitch);
+    if (table[line].may_be_cut(step)) {
+        cp_async_word(to, flags + table[line].flag(step));
+    } else {
+        *to = 0;
+    }
+}
+
 // The rows of one tensor, step after step. T is const if they are read.
 template <typename Layout, int COUNT, typename T>
 struct TiledCopy {
@@ -60,10 +80,10 @@ struct TiledCopy {
     // Of a sequenced layout: `step` is the tensor's stride from row to row, `first` the step that is
     // copied first, and `direction` 1 or -1, to the steps after it or before it.
     __device__ TiledCopy(TensorRows<T> rows, long long step, int pitch, int last,
-                         const Sequence* sequences, int first, int direction)
+                         const Sequence* sequences, int first, int direction,
+                         int units = Layout::UNITS)
         : rows(rows), step(direction * sequences->advance(step)), pitch(pitch), last(last),
-          units(Layout::UNITS), sequences(sequences), row_stride(step), at(first),
-          direction(direction) {
+          units(units), sequences(sequences), row_stride(step), at(first), direction(direction) {
         if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));

@@ -11,7 +11,7 @@ from typing import ClassVar
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch, Values
+from flashrnn.kernels.plan import Plan, Scratch, Values, lacks_options
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -121,6 +121,8 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> GridPlan | str:
         gpu: the device.
         backward: whether for the backward scan.
     """
+    if reason := lacks_options(problem):
+        return reason
     values = Values.of(problem, backward)
     # Powers of two, so that batches of all sizes, empty ones too, take few different kernels.
     B, N = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N

@@ -9,7 +9,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch
+from flashrnn.kernels.plan import Plan, Scratch, lacks_options
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -97,6 +97,8 @@ class GridWgmmaPlan(Plan):
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> GridWgmmaPlan | str:
     """How groups of CTAs own the heads of a problem in a forward scan, or why they do not."""
+    if reason := lacks_options(problem):
+        return reason
     cell, N, D = problem.cell, problem.N, problem.D
     recurrent = len(cell.fed_by("R"))
     if backward or problem.dtype.itemsize != 2 or D % 2:

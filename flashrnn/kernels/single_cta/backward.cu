@@ -114,10 +114,8 @@ single_cta_backward(CALL) {
     Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + FRAGMENT_BYTES + LINES_BYTES);
     long long steps = T;
     if (SEQUENCED) {
-        for (int i = threadIdx.x; i < SEQUENCES; i += THREADS) {
-            table[i] = sequence_at(first + (i < last ? i : last), T, sequence_order, sequence_rows,
-                                   sequence_lengths, runs_backwards, n);
-        }
+        fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
+                                       sequence_lengths, runs_backwards, n);
         __syncthreads();
         // The longest comes first.
         steps = table[0].length;
@@ -154,7 +152,8 @@ single_cta_backward(CALL) {
             TiledCopy<CopyLayout, G, Element> output({d_gates + n * D, T * G * width, width, 1},
                                                      G * width, GATE_PITCH, last, table, begin, -1);
             const auto fetch_step_flags = [&](int step, Element* lines) {
-                if (RESETS) fetch_flags(step, lines, INPUT_PITCH, table, reset_flags);
+                if (!RESETS) return;
+                fetch_flags<CopyLayout>(step, lines, INPUT_PITCH, table, reset_flags);
             };
             run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, steps,
                                   fetch_step_flags);

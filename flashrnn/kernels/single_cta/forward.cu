@@ -184,10 +184,8 @@ single_cta_forward(CALL) {
     Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + LAYOUT_BYTES - TABLE_BYTES);
     long long steps = T;
     if (SEQUENCED) {
-        for (int i = threadIdx.x; i < SEQUENCES; i += THREADS) {
-            table[i] = sequence_at(first + (i < last ? i : last), T, sequence_order, sequence_rows,
-                                   sequence_lengths, runs_backwards, n);
-        }
+        fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
+                                       sequence_lengths, runs_backwards, n);
         __syncthreads();
         // The longest comes first.
         steps = table[0].length;
@@ -211,7 +209,8 @@ single_cta_forward(CALL) {
                                                               G * width, GATE_PITCH, last, table, 0, 1);
             // With the inputs of a step it is known whether the next one starts anew.
             const auto fetch_next_flags = [&](int step, Element* lines) {
-                if (RESETS) fetch_flags(step + 1, lines, INPUT_PITCH, table, reset_flags);
+                if (!RESETS) return;
+                fetch_flags<ForwardLayout>(step + 1, lines, INPUT_PITCH, table, reset_flags);
             };
             run_forward_producer(input, output, output_gates, ring, new_states, saved, steps,
                                  fetch_next_flags);

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
@@ -70,6 +70,8 @@ class SingleCtaPlan(Plan):
         stages: slots of the ring of inputs: steps whose inputs are being fetched or read.
         at_once: CTAs on a multiprocessor that the compiler leaves registers for.
     """
+
+    STORES_FEWER: ClassVar = True
 
     backward: bool
     sequences: int

@@ -61,25 +61,6 @@ struct CopyLayout {
 // The CTA's sequences, behind all else in shared memory.
 constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
 
-// Where a line of a pitch says whether its step is cut off from another: in the padding. The producer
-// threads fetch it with the step's inputs.
-__device__ inline int* flag_of(Element* lines, int sequence, int pitch) {
-    return reinterpret_cast<int*>(lines + (sequence + 1) * pitch - VECTOR);
-}
-
-// Fetches whether a step of each sequence is cut off from the one before it.
-__device__ inline void fetch_flags(int step, Element* lines, int pitch, const Sequence* table,
-                                   const int* flags) {
-    const int line = threadIdx.x - CopyLayout::FIRST_PRODUCER;
-    if (line >= SEQUENCES) return;
-    int* to = flag_of(lines, line, pitch);
-    if (table[line].may_be_cut(step)) {
-        cp_async_word(to, flags + table[line].flag(step));
-    } else {
-        *to = 0;
-    }
-}
-
 struct alignas(2 * sizeof(Element)) Pair {
     Element first, second;
 };
