@@ -90,6 +90,10 @@ class Scratch(NamedTuple):
     R_in_memory: int
 
 
+SEQUENCE_BYTES = 16
+"""Of a ``Sequence`` (``common/sequence.cuh``)."""
+
+
 def lacks_options(problem: Problem) -> str | None:
     """Why a regime that has no options of sequences has no plan, if a problem has such options."""
     if not problem.is_sequenced:
@@ -140,6 +144,8 @@ class Values(NamedTuple):
         carried: those among them that pass from step to step.
         itemsize: bytes of a value.
         passes: tensor core instructions that a product of two operands takes.
+        sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
+            without options of sequences.
     """
 
     backward: bool
@@ -149,6 +155,7 @@ class Values(NamedTuple):
     carried: int
     itemsize: int
     passes: int
+    sequence_bytes: int
 
     @staticmethod
     def of(problem: Problem, backward: bool) -> Values:
@@ -163,4 +170,5 @@ class Values(NamedTuple):
             carried=S,
             itemsize=problem.dtype.itemsize,
             passes=3 if problem.dtype.itemsize == 4 else 1,
+            sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
         )
