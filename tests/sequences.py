@@ -236,11 +236,11 @@ def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
             assert (found["d_Wx"][i, length:] == 0).all()
 
 
-def hold_padding_out(backend: str, reverse: str, device: str = "cpu") -> None:
+def hold_padding_out(backend: str, reverse: str, device: str = "cpu", D: int = 16) -> None:
     """What lies past a sequence's end reaches no output and no gradient: neither inputs, nor resets
     and what they go back to, nor gradients of the states there, even if none of it is finite."""
     case = random_ragged(
-        *("lstm", 4, 5, 2, 16, 1),
+        *("lstm", 4, 5, 2, D, 1),
         resets="step",
         ragged="lengths",
         reverse=reverse,
@@ -272,11 +272,11 @@ def hold_padding_out(backend: str, reverse: str, device: str = "cpu") -> None:
         assert torch.equal(expected, given)
 
 
-def hold_rows_of_no_sequence(backend: str, reverse: str, device: str = "cpu") -> None:
+def hold_rows_of_no_sequence(backend: str, reverse: str, device: str = "cpu", D: int = 16) -> None:
     """Rows of a packed batch before its first sequence and behind its last one, as they may be
     where nobody looks at ``cu_seqlens``: states and gradients are 0 there."""
     case = random_ragged(
-        *("lstm", 3, 6, 2, 16, 3),
+        *("lstm", 3, 6, 2, D, 3),
         resets="step",
         ragged="packed",
         reverse=reverse,
@@ -293,9 +293,9 @@ def hold_rows_of_no_sequence(backend: str, reverse: str, device: str = "cpu") ->
         assert not rows[0, :1].any() and not rows[0, total - 2 :].any()
 
 
-def hold_empty_sequences_out(backend: str, ragged: str, device: str = "cpu") -> None:
+def hold_empty_sequences_out(backend: str, ragged: str, device: str = "cpu", D: int = 16) -> None:
     """What a sequence without steps starts with is in no gradient but its own, whatever it is."""
-    case = random_ragged("lstm", 3, 4, 2, 16, ragged=ragged, dtype=torch.float32, device=device)
+    case = random_ragged("lstm", 3, 4, 2, D, ragged=ragged, dtype=torch.float32, device=device)
     # Packed, it is of as many rows as it happens to have: the last sequence takes the rest.
     total = case.inputs.Wx.shape[1]
     options = {

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn.backends import cuda_fused
+from flashrnn.kernels import grid, registry
 from tests.fused import OPTIONS, at_odd_address, poisoned, strided  # noqa: F401
+from tests.gpus import planned
 from tests.problems import BUILT_IN, Inputs, sparse
 from tests.sequences import (
     BACKENDS,
@@ -51,6 +54,61 @@ def backend_and_D(request):
     if request.param[1] > 128:
         request.getfixturevalue("clusters")
     return request.param
+
+
+# Of several thread blocks a head: one sequence, an odd number of units, float32, several tiles,
+# more of them than groups at once.
+LARGE = [
+    ((1, 40, 1, 2048), torch.bfloat16),
+    ((5, 40, 1, 1000), torch.bfloat16),
+    ((3, 20, 2, 333), torch.float16),
+    ((16, 20, 1, 768), torch.float32),
+    ((100, 33, 1, 768), torch.bfloat16),
+    ((256, 20, 1, 768), torch.bfloat16),
+    ((200, 12, 8, 260), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize(("sizes", "dtype"), LARGE, ids=str)
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("slstm", marks=pytest.mark.slow)])
+def test_large_heads(kind, sizes, dtype, kinds):
+    case = random_ragged(kind, *sizes, seed=4, dtype=dtype, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+    runs = [gradients_of(case, case.call("cuda_fused")) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(x, runs[0][name]) for name, x in run.items())
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
+@pytest.mark.parametrize("D", [200, 512])
+def test_each_option_of_large_heads(D, kinds):
+    case = random_ragged("lstm", 40, 20, 2, D, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@pytest.mark.parametrize("regime", ["plan_scan", "plan_wgmma_forward"])
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_large_heads_by_groups_all_over_the_gpu(monkeypatch, regime, kinds):
+    """Forward by this kernel and backward by the grid's, whatever is reckoned to be faster."""
+
+    def plan(problem, gpu, backward):
+        return (grid.plan_scan if backward else getattr(grid, regime))(problem, gpu, backward)
+
+    monkeypatch.setattr(registry, "LARGE_HEADS", (plan,))
+    registry.best_plan.cache_clear()
+    for cached in cuda_fused.KERNELS:
+        cached.cache_clear()
+    try:
+        case = random_ragged("lstm", 300, 20, 1, 768, dtype=torch.bfloat16, device="cuda", **kinds)
+        problem = planned("lstm", 300, 1, 768, torch.bfloat16)
+        if isinstance(reason := plan(problem, cuda_fused._gpu(problem), False), str):
+            pytest.skip(f"the kernel is not for this GPU: {reason}")
+        hold_ragged_to_vanilla("cuda_fused", case)
+    finally:
+        registry.best_plan.cache_clear()
+        for cached in cuda_fused.KERNELS:
+            cached.cache_clear()
 
 
 LAST = {"return_states": "last"}

@@ -87,7 +87,7 @@ def programs(
     D, plan = problem.D, _plan(problem, backward, gpu)
     aligned = D * problem.dtype.itemsize % 16 == 0
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
-    options = source.options_of(problem, backward, _stored(problem, gpu))
+    options = source.options_of(problem, backward, autograd.stored(problem))
     found = [plan.source(cell, precision, options, aligned)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
@@ -111,7 +111,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     gpu = _gpu(problem)
-    count = None if sequences is None else _stored(problem, gpu)
+    count = None if sequences is None else autograd.stored(problem)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx, count)
     if problem.B == 0 or problem.T == 0:
         every_state = autograd.kept(problem, every_state)
@@ -137,13 +137,6 @@ def forward(
     if sequences is not None:
         every_state = autograd.kept(problem, every_state)
     return every_state, last_states, gates
-
-
-def _stored(problem: Problem, gpu: GPU) -> int:
-    """How many states forward stores of every step."""
-    if _plan(problem, False, gpu).STORES_FEWER:
-        return autograd.stored(problem)
-    return len(problem.cell.states)
 
 
 def backward(

@@ -21,8 +21,6 @@ class Plan(ABC):
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.
-        STORES_FEWER: whether its forward stores no more states of every step than ``STORED`` says;
-            else it stores all.
         ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
@@ -30,7 +28,6 @@ class Plan(ABC):
     """
 
     COOPERATIVE: ClassVar[bool] = False
-    STORES_FEWER: ClassVar[bool] = False
     ROW_ALIGNMENT: ClassVar[int] = 1
 
     D: int
@@ -94,23 +91,6 @@ SEQUENCE_BYTES = 16
 """Of a ``Sequence`` (``common/sequence.cuh``)."""
 
 
-def lacks_options(problem: Problem) -> str | None:
-    """Why a regime that has no options of sequences has no plan, if a problem has such options."""
-    if not problem.is_sequenced:
-        return None
-    asked = {
-        "reset": problem.resets,
-        "cu_seqlens": problem.packed,
-        "lengths": problem.ragged and not problem.packed,
-        "reverse": problem.reverse is not False,
-    }
-    names = ", ".join(name for name, is_asked in asked.items() if is_asked)
-    return (
-        f"for heads of {problem.D} units in {str(problem.dtype).removeprefix('torch.')} it has no "
-        f"{names} on this GPU; docs/sequences.md says which backends do"
-    )
-
-
 class Counts(NamedTuple):
     """How many numbers of a unit and sequence a step has of each kind.
 
@@ -168,7 +148,7 @@ class Values(NamedTuple):
     carried: int
     itemsize: int
     passes: int
-    sequence_bytes: int = 0
+    sequence_bytes: int
 
     @staticmethod
     def of(problem: Problem, backward: bool) -> Values:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
@@ -12,11 +13,20 @@ from flashrnn.kernels.grid import GridPlan
 from flashrnn.kernels.grid import plan as planning
 from flashrnn.kernels.sizes import tiles_of
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
-from tests.fused import hold_to_vanilla, others_keep_their_bits
+from tests.fused import OPTIONS, at_odd_address, hold_to_vanilla, others_keep_their_bits, strided
 from tests.gpus import GPUS, H200, LARGER, SMALL, planned
-from tests.kernels.regimes import GRID, take  # noqa: F401
+from tests.kernels.regimes import GRID, GRID_WGMMA, take  # noqa: F401
 from tests.machine_code import instructions, needs_nvrtc, spills_in_the_loop_of_products
-from tests.problems import BUILT_IN, call, gradients, random_inputs
+from tests.problems import BUILT_IN, Inputs, call, gradients, random_inputs, sparse
+from tests.sequences import (
+    KINDS,
+    gradients_of,
+    hold_empty_sequences_out,
+    hold_padding_out,
+    hold_ragged_to_vanilla,
+    hold_rows_of_no_sequence,
+    random_ragged,
+)
 
 # ---- the machine code
 
@@ -251,3 +261,262 @@ def test_no_kernel_of_its_own_for_a_length(take):  # noqa: F811
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_others_keep_their_bits_by_the_plans_of_an_h200(fused_emulation, dtype):  # noqa: F811
     assert others_keep_their_bits("cuda_fused", 4, 131, dtype)
+
+
+# ---- options of sequences
+
+ALL = KINDS[-2:]
+FIELDS = [
+    {"resets": True},
+    {"ragged": True},
+    {"reverse": True},
+    {"resets": True, "ragged": True, "packed": True, "reverse": True},
+]
+
+
+def slow_but(quick, values):
+    """Parameters, of which a quick run takes one."""
+    return [x if x == quick else pytest.param(x, marks=pytest.mark.slow) for x in values]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kinds", slow_but(ALL[1], KINDS), ids=lambda x: "-".join(x.values()))
+def test_options_of_sequences_equal_vanilla(take, kinds):  # noqa: F811
+    case = random_ragged("lstm", 7, 5, 3, GRID.D, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(take(GRID).backend, case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", GRID.dtypes, ids=str)
+@pytest.mark.parametrize("kind", GRID.cells, ids=str)
+def test_options_of_sequences_with_every_cell_and_dtype(take, kind, dtype, kinds):  # noqa: F811
+    case = random_ragged(kind, 9, 4, 2, 130, seed=3, dtype=dtype, **kinds)
+    hold_ragged_to_vanilla(take(GRID).backend, case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("sizes", [*GRID.sizes, (1, 1, 1, 129), (2, 9, 2, 260)], ids=str)
+def test_options_of_sequences_of_any_sizes(take, sizes, kinds):  # noqa: F811
+    case = random_ragged("slstm", *sizes, seed=5, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(take(GRID).backend, case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_options_of_sequences_and_of_the_config(take, options, dtype):  # noqa: F811
+    case = random_ragged("gru", 5, 4, 2, GRID.D, dtype=dtype, **ALL[0])
+    config = FlashRNNConfig(**options, initial_val=0.5)
+    hold_ragged_to_vanilla(take(GRID).backend, case, config=config)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [strided, at_odd_address])
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+def test_options_of_sequences_in_any_layout(take, regime, change):  # noqa: F811
+    sizes = (regime.B, 3, 1, regime.D)
+    case = random_ragged("lstm", *sizes, dtype=torch.bfloat16, **ALL[0])
+    inputs = {name: change(x) for name, x in case.inputs.tensors().items()}
+    case = replace(case, inputs=Inputs(**inputs), reset_states=change(case.reset_states))
+    hold_ragged_to_vanilla(take(regime).backend, case)
+
+
+def with_lengths(case, lengths):
+    """The case with such lengths, the sequences in an order that is not sorted."""
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(1))
+    shuffled = torch.tensor(lengths)[order]
+    options = case.options | {"lengths": shuffled}
+    return replace(case, options=options, lengths=shuffled.tolist())
+
+
+# Steps of each batch tile of 8 sequences, of which a group has two at a time; all numbers of both
+# parities beside each other, then the next work tile with its own, then none.
+STEPS_OF_TILES = {
+    "one less": [5, 4, 4, 3, 3],
+    "one step, then many": [4, 1, 1, 0, 0],
+    "without steps": [3, 0, 0, 0, 0],
+    "two less": [5, 3, 2, 0, 0],
+    "equal": [2, 2, 2, 2, 1],
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", slow_but("one less", STEPS_OF_TILES))
+@pytest.mark.parametrize("interleaved", slow_but(2, [1, 2]))
+def test_batch_tiles_have_steps_of_their_own(prefer, interleaved, name):
+    """A group computes several work tiles, of one head and of another: what it exchanges of a tile
+    that ends sooner does not get into the way of what it exchanges of the next."""
+    prefer(lambda plan: (plan.interleaved != interleaved, plan.n_tiles, 100 - plan.size))
+    B, N = 36, 3
+    for plan in plans("elman", B, N, 131, torch.bfloat16):
+        assert plan.interleaved == interleaved
+        assert plan.work_tiles(B, N) > 2 * plan.groups(B, N, SMALL), plan
+    lengths = [steps for steps in STEPS_OF_TILES[name] for _ in range(8)][:B]
+    case = random_ragged(
+        *("elman", B, 5, N, 131),
+        ragged="lengths",
+        reverse="some",
+        resets="sequence",
+        dtype=torch.bfloat16,
+    )
+    case = with_lengths(case, lengths)
+    hold_ragged_to_vanilla("cuda_fused", case)
+    runs = [gradients_of(case, case.call("cuda_fused")) for _ in range(4)]
+    for run in runs[1:]:
+        assert all(torch.equal(x, runs[0][key]) for key, x in run.items())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_many_interleaved_batch_tiles_have_options(prefer, dtype, kinds):
+    prefer(lambda plan: (8 - plan.interleaved, plan.n_tiles))
+    assert all(plan.interleaved == 8 for plan in plans("slstm", 60, 1, 131, dtype))
+    case = random_ragged("slstm", 60, 7, 1, 131, seed=2, dtype=dtype, **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_wide_batch_tiles_have_options(prefer, kinds):
+    """Two n-tiles, and two elements of a thread or more."""
+    prefer(lambda plan: (-plan.n_tiles, plan.size))
+    case = random_ragged("lstm", 20, 4, 2, 140, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+def test_a_sequence_has_the_bits_that_it_has_alone(take, regime, ragged):  # noqa: F811
+    """Where its rows lie, and beside which others, changes no bit of what is its own."""
+    B = 4 if regime is GRID else regime.B
+    case = random_ragged("lstm", B, 5, 2, regime.D, 2, ragged=ragged, dtype=torch.bfloat16)
+    case = case.to(torch.bfloat16)
+    take(regime)
+    found, first = gradients_of(case, case.call("cuda_fused")), 0
+    plan = regime.plans(planned("lstm", B, 2, regime.D, torch.bfloat16), regime.gpu, False)
+    for i, length in enumerate(case.lengths):
+        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
+        first += length
+        if length == 0 or i > 6:
+            continue
+        # In a batch as large as the other, which has the same plan.
+        Wx, states = case.inputs.Wx[rows[0], rows[1]], case.inputs.states[:, i : i + 1]
+        inputs = case.inputs.tensors() | {
+            "Wx": Wx.expand(B, *Wx.shape),
+            "states": states.expand(-1, B, -1, -1, -1),
+        }
+        states, last_states = flashrnn(**inputs, backend="cuda_fused")
+        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
+        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
+    assert isinstance(plan, GridPlan) == (regime is GRID)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+def test_same_bits_of_options_without_gradients(take, regime, kinds):  # noqa: F811
+    """Where less is stored: nothing for a backward pass, and only the states that are asked for."""
+    take(regime)
+    case = random_ragged("lstm", regime.B, 4, 1, regime.D, dtype=torch.bfloat16, **kinds)
+    expected = case.call("cuda_fused")
+    with torch.no_grad():
+        given = case.call("cuda_fused")
+    for x, y in zip(given, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", ["none", "some"])
+def test_what_is_no_step_reaches_nothing(take, monkeypatch, reverse):  # noqa: F811
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    backend = take(GRID).backend
+    hold_padding_out(backend, reverse, D=GRID.D)
+    hold_rows_of_no_sequence(backend, reverse, D=GRID.D)
+    for ragged in ("lengths", "packed"):
+        hold_empty_sequences_out(backend, ragged, D=GRID.D)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+def test_no_sequence_of_a_batch_has_a_step(take, regime):  # noqa: F811
+    case = random_ragged(
+        "lstm", regime.B, 3, 1, regime.D, ragged="lengths", resets="zeros", dtype=torch.bfloat16
+    )
+    case = with_lengths(case, [0] * regime.B)
+    found = gradients_of(case, case.call(take(regime).backend))
+    assert torch.equal(found["last_states"], case.inputs.states)
+    assert not found["states"].any() and not found["d_Wx"].any() and not found["d_R"].any()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
+def test_many_sequences_by_wgmma_have_options(take, kinds):  # noqa: F811
+    """More than a group has at a time, and some of another head."""
+    case = random_ragged("lstm", 65, 4, 2, 130, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(take(GRID_WGMMA).backend, case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+def test_every_cell_by_wgmma_has_options(take, kind):  # noqa: F811
+    case = random_ragged(kind, 33, 3, 1, 146, dtype=torch.float16, **ALL[0])
+    hold_ragged_to_vanilla(take(GRID_WGMMA).backend, case)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", slow_but("sm_90a", GPUS))
+@pytest.mark.parametrize(
+    ("kind", "sizes", "precision"),
+    [
+        ("lstm", (16, 1, 768), "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("lstm", (1, 1, 2048), "bfloat16"),
+                ("lstm", (64, 1, 1000), "bfloat16"),
+                ("slstm", (64, 2, 320), "bfloat16"),
+                ("gru", (64, 1, 1024), "float16"),
+                ("lstm", (16, 1, 768), "float32"),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_options_compile_without_spills(kind, sizes, precision, arch):
+    cell, dtype = resolve(kind), getattr(torch, precision)
+    quick = arch == "sm_90a" and sizes == (16, 1, 768)
+    for fields in FIELDS[-1:] if quick else FIELDS:
+        problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
+        for backward in (False, True):
+            plan = grid.plan_scan(problem, GPUS[arch], backward)
+            options = source.options_of(problem, backward, stored=1)
+            parts = plan.source(cell, precision, options, aligned=True)
+            assert not spills_in_the_loop_of_products(parts, arch), (fields, backward)
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_options_compile_without_spills_by_wgmma(kind):
+    for fields in FIELDS:
+        problem = planned(kind, 256, 1, 768, torch.bfloat16)._replace(returned=1, **fields)
+        plan = grid.plan_wgmma_forward(problem, H200, False)
+        options = source.options_of(problem, False, stored=1)
+        parts = plan.source(resolve(kind), "bfloat16", options, aligned=True)
+        assert not spills_in_the_loop_of_products(parts, "sm_90a"), fields

@@ -57,7 +57,6 @@ class ClusterMmaPlan(ClusterPlan):
         in_shared: those that lie in shared memory.
     """
 
-    STORES_FEWER: ClassVar = True
     ROW_ALIGNMENT: ClassVar = 16
     PRODUCERS: ClassVar = 64
     STAGES: ClassVar = 8

@@ -54,7 +54,6 @@ class ClusterWgmmaPlan(ClusterPlan):
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
 
-    STORES_FEWER: ClassVar = True
     ROW_ALIGNMENT: ClassVar = 16
     PRODUCERS: ClassVar = 128
     PRODUCER_REGISTERS: ClassVar = 56

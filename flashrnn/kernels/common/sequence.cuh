@@ -21,6 +21,9 @@ struct alignas(16) Sequence {
     // Where in the sequence a step is.
     __device__ long long time(int step) const { return backwards ? length - 1 - step : step; }
 
+    // Which of all rows a step is.
+    __device__ long long row(int step) const { return first_row + time(step); }
+
     // The offset of a step in a tensor with such strides from sequence to sequence and from row to row.
     __device__ long long offset(int step, long long sequence_stride, long long row_stride) const {
         const long long first = PACKED ? first_row * row_stride : index * sequence_stride;
@@ -43,6 +46,11 @@ struct alignas(16) Sequence {
     // or, backwards, by the other's.
     __device__ bool may_be_cut(int step) const { return has(step) && (step > 0 || !backwards); }
     __device__ long long flag(int step) const { return first_row + time(step) + backwards; }
+
+    // Whether a step is cut from the one before it; not 0 if so. The load is not waited for.
+    __device__ unsigned is_cut(int step, const int* flags) const {
+        return may_be_cut(step) ? load_opaque(reinterpret_cast<const unsigned*>(flags) + flag(step)) : 0;
+    }
 };
 
 // The sequence at a place of the order in which CTAs take them.

@@ -6,7 +6,7 @@
 //   the thread's elements of the current batch tile; their next Wx, which is loaded while the group
 //   exchanges h;
 // - shared memory: more fragments of R; the sums of the warps, of two products; with interleaved batch
-//   tiles, the carried states of all of them;
+//   tiles, the carried states of all of them; with options of sequences, where their rows lie;
 // - global memory: the remaining fragments of R; packets; Wx, states and gates, which each thread loads
 //   or stores for its own elements.
 //
@@ -20,6 +20,11 @@
 //
 // A warp receives packets of a part of the group's CTAs, so behind the first barrier the CTA has
 // received those of all. CTAs wait for each other, so the launch is a cooperative one.
+//
+// Batch tiles may have different numbers of steps; sequences.cuh says why the exchange stays right. A
+// sequence past its end keeps its last states and sends their h on and on, and nothing of it is stored.
+// After a step whose next one starts anew, what is sent and carried is what the states go back to, and
+// what is stored is what they were.
 
 #include "grid/product.cuh"
 #include "common/loads.cuh"
@@ -32,10 +37,12 @@ grid_forward(CALL) {
     const Exchange exchange(static_cast<Packet*>(packets), group);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory());
     Carried carried(reinterpret_cast<float*>(partial + 2));
+    WorkSequences sequences = {reinterpret_cast<Sequence*>(shared_memory() + SEQUENCES_OFFSET)};
     Matrix matrix(shared_memory() + MATRIX_OFFSET, static_cast<Fragment*>(R_in_memory));
     ReceivedPackets received;
 
     const long long width = static_cast<long long>(N) * D;
+    const long long all_rows = PACKED ? T : B * T;
     const long long work_tiles = N * WorkTile::count_of_head(B);
     unsigned flag = 1, products = 0;
     int loaded_head = -1;
@@ -44,21 +51,37 @@ grid_forward(CALL) {
         const WorkTile work(index, B);
         if (work.n != loaded_head) load_matrix(matrix, R, work.n, N, rank);
         loaded_head = work.n;
+        sequences.begin(work, B, T, sequence_order, sequence_rows, sequence_lengths,
+                        runs_backwards);
+        const ResetStates starts = {reset_states ? reset_states + work.n * reset_states_n : nullptr,
+                                    reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
         float bias[ELEMENTS][G];
-        Loaded input[ELEMENTS][GW];
+        Loaded input[ELEMENTS][GW] = {};
         const auto fetch_input = [&](int tile, long long t) {
-            const long long later = t + PREFETCHED < T ? PREFETCHED * Wx_t : 0;
+            const long long steps_later = t + PREFETCHED < T ? PREFETCHED * Wx_t : 0;
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) {
                 const ThreadElement element(e, rank, work, tile, B);
-                const Element* from =
-                    Wx + element.sequence * Wx_b + t * Wx_t + work.n * Wx_n + element.d * Wx_d;
+                const Sequence own = sequences.of(element, tile);
+                if (SEQUENCED && !own.has(t)) continue;
+                const long long of_step = SEQUENCED ? own.offset(t, Wx_b, Wx_t)
+                                                    : element.sequence * Wx_b + t * Wx_t;
+                const Element* from = Wx + of_step + work.n * Wx_n + element.d * Wx_d;
+                long long later = steps_later;
+                if (SEQUENCED) later = own.has(t + PREFETCHED) ? PREFETCHED * own.advance(Wx_t) : 0;
 #pragma unroll
                 for (int k = 0; k < GW; ++k) {
                     input[e][k].load(from + k * Wx_g);
                     prefetch_l2(from + k * Wx_g + later);
                 }
+            }
+        };
+        // Sets an element's states to what they go back to before a step.
+        const auto reset = [&](int e, const ThreadElement& element, const Sequence& own, long long t) {
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                carried.now[e][s] = element.exists ? starts.value(s, own, t, element.d) : 0.0f;
             }
         };
         const auto send_h = [&](int tile, unsigned flag) {
@@ -83,23 +106,43 @@ grid_forward(CALL) {
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) {
                 const ThreadElement element(e, rank, work, tile, B);
+                const Sequence own = sequences.of(element, tile);
+                const long long batch_index = SEQUENCED ? own.index : element.sequence;
                 const float* from =
-                    initial + element.sequence * initial_b + work.n * initial_n + element.d * initial_d;
+                    initial + batch_index * initial_b + work.n * initial_n + element.d * initial_d;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
                     carried.now[e][s] = element.exists ? from[s * initial_s] : 0.0f;
                 }
+                if constexpr (RESETS) {
+                    if (own.is_cut(0, reset_flags)) reset(e, element, own, 0);
+                }
             }
             carried.store(tile);
-            send_h(tile, flag);
+            if (!RAGGED || sequences.steps(tile) > 0) send_h(tile, flag);
         }
         fetch_input(0, 0);
         if (INTERLEAVED > 1) received.begin(exchange, 0, flag);
 
-        for (long long t = 0; t < T; ++t, ++flag) {
-            for (int tile = 0; tile < work.tiles; ++tile, ++products) {
-                const bool last = tile + 1 == work.tiles;
+        const long long steps = RAGGED ? sequences.steps(0) : T;
+        int tiles = work.tiles;
+        for (long long t = 0; t < steps; ++t, ++flag) {
+            if constexpr (RAGGED) {
+                while (sequences.steps(tiles - 1) <= t) --tiles;
+            }
+            for (int tile = 0; tile < tiles; ++tile, ++products) {
+                const bool last = tile + 1 == tiles;
                 const int next = last ? 0 : tile + 1;
+                const long long tile_steps = RAGGED ? sequences.steps(tile) : T;
+                // Whether each element's next step starts anew. The flag arrives before the packets.
+                unsigned next_is_cut[ELEMENTS];
+                if constexpr (RESETS) {
+#pragma unroll
+                    for (int e = 0; e < ELEMENTS; ++e) {
+                        const ThreadElement element(e, rank, work, tile, B);
+                        next_is_cut[e] = sequences.of(element, tile).is_cut(t + 1, reset_flags);
+                    }
+                }
                 if (INTERLEAVED == 1) received.begin(exchange, tile, flag);
                 multiply<Operand>(partial[products % 2], matrix, received, R, work.n, N, rank);
                 // The next batch tile's packets have been sent while the group computed other tiles.
@@ -112,7 +155,7 @@ grid_forward(CALL) {
                 }
 
                 carried.load(tile);
-                float preactivations[ELEMENTS][G];
+                float preactivations[ELEMENTS][G], stored[ELEMENTS][S];
 #pragma unroll
                 for (int e = 0; e < ELEMENTS; ++e) {
                     const ThreadElement element(e, rank, work, tile, B);
@@ -127,26 +170,38 @@ grid_forward(CALL) {
                     }
                     float after[S];
                     step(carried.now[e], preactivations[e], after, clips.forward);
+                    const Sequence own = sequences.of(element, tile);
+                    // Past its end a sequence keeps its last states.
+                    const bool goes_on = !RAGGED || own.has(t);
 #pragma unroll
-                    for (int s = 0; s < S; ++s) carried.now[e][s] = after[s];
+                    for (int s = 0; s < S; ++s) {
+                        carried.now[e][s] = stored[e][s] = goes_on ? after[s] : carried.now[e][s];
+                    }
+                    if constexpr (RESETS) {
+                        if (next_is_cut[e]) reset(e, element, own, t + 1);
+                    }
                 }
-                if (t + 1 < T) send_h(tile, flag + 1);
+                if (t + 1 < tile_steps) send_h(tile, flag + 1);
                 exchange.signal_sent();
                 // What follows overlaps with the exchange.
                 carried.store(tile);
-                fetch_input(next, last && t + 1 < T ? t + 1 : t);
+                fetch_input(next, last && t + 1 < steps ? t + 1 : t);
 #pragma unroll
                 for (int e = 0; e < ELEMENTS; ++e) {
                     const ThreadElement element(e, rank, work, tile, B);
-                    if (!element.exists) continue;
+                    const Sequence own = sequences.of(element, tile);
+                    if (!element.exists || (RAGGED && !own.has(t))) continue;
                     const long long place = work.n * D + element.d;
+                    const long long own_row = own.row(t);
 #pragma unroll
-                    for (int s = 0; s < S; ++s) {
-                        Element* to = states + ((s * B + element.sequence) * T + t) * width + place;
-                        round_to(*to, carried.now[e][s]);
+                    for (int s = 0; s < STORED; ++s) {
+                        const long long row =
+                            SEQUENCED ? s * all_rows + own_row : (s * B + element.sequence) * T + t;
+                        round_to(states[row * width + place], stored[e][s]);
                     }
                     if (SAVE_GATES) {
-                        Element* to = gates + (element.sequence * T + t) * G * width + place;
+                        const long long row = SEQUENCED ? own_row : element.sequence * T + t;
+                        Element* to = gates + row * G * width + place;
 #pragma unroll
                         for (int k = 0; k < G; ++k) round_to(to[k * width], preactivations[e][k]);
                     }
@@ -159,9 +214,22 @@ grid_forward(CALL) {
             for (int e = 0; e < ELEMENTS; ++e) {
                 const ThreadElement element(e, rank, work, tile, B);
                 if (!element.exists) continue;
-                float* to = last_states + element.sequence * width + work.n * D + element.d;
+                const Sequence own = sequences.of(element, tile);
+                const long long batch_index = SEQUENCED ? own.index : element.sequence;
+                const long long place = work.n * D + element.d;
+                float* to = last_states + batch_index * width + place;
 #pragma unroll
                 for (int s = 0; s < S; ++s) to[s * B * width] = carried.now[e][s];
+                if constexpr (RAGGED && !PACKED && STORED > 0) {
+                    // Rows past the end.
+                    for (long long t = own.length; t < T; ++t) {
+#pragma unroll
+                        for (int s = 0; s < STORED; ++s) {
+                            const long long row = s * all_rows + own.first_row + t;
+                            round_to(states[row * width + place], 0.0f);
+                        }
+                    }
+                }
             }
         }
     }

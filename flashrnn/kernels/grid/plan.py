@@ -11,7 +11,7 @@ from typing import ClassVar
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch, Values, lacks_options
+from flashrnn.kernels.plan import Plan, Scratch, Values
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -103,11 +103,14 @@ class GridPlan(Plan):
             "GROUP_PACKETS": self.packets,
             "SHARED_BYTES": self.shared_memory,
             "MOST_UNROLLED": _MOST_UNROLLED,
+            "STORED": len(cell.states),
             **dict(options),
         }
         direction, record = (
             ("backward", call.BACKWARD) if self.backward else ("forward", call.FORWARD)
         )
+        if source.is_sequenced(options):
+            record = record.complete
         return source.program(f"grid/{direction}.cu", cell, precision, constants, record)
 
 
@@ -121,8 +124,6 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> GridPlan | str:
         gpu: the device.
         backward: whether for the backward scan.
     """
-    if reason := lacks_options(problem):
-        return reason
     values = Values.of(problem, backward)
     # Powers of two, so that batches of all sizes, empty ones too, take few different kernels.
     B, N = 8 * power_of_two(tiles_of(max(1, problem.B), 8)), problem.N
@@ -310,12 +311,13 @@ def _registers_for_R(choice: Choice, ahead: int) -> int:
 
 
 def _shared_memory_without_R(choice: Choice) -> int:
-    """Bytes for the sums of two products, and for what threads carry of interleaved batch tiles."""
+    """Bytes of two products' sums, what threads carry of interleaved tiles, and sequences."""
     threads = 32 * choice.warps
     kept_tiles = choice.interleaved if choice.interleaved > 1 else 0
     carried = kept_tiles * choice.elements * choice.values.carried * threads * 4
     sums = 2 * choice.warps * choice.columns * (16 * choice.row_tiles + 4) * 4
-    return sums + carried
+    table = choice.values.sequence_bytes * choice.interleaved * choice.columns
+    return sums + carried + table
 
 
 # ---- what a step takes, in cycles

@@ -6,6 +6,7 @@
 // memory, and unit_sums() adds those of a unit and sequence.
 
 #include "grid/all_gather.cuh"
+#include "grid/sequences.cuh"
 #include "common/r_matrix.cuh"
 
 namespace grid {
@@ -64,8 +65,9 @@ __device__ inline void load_matrix(Matrix& matrix, const Element* R, int n, int 
 constexpr int PITCH = 16 * ROW_TILES + 4;
 using Partial = float[SUM_PARTS][COLUMNS][PITCH];
 
-// Shared memory: the sums of two products, what threads carry, and fragments of R.
-constexpr int MATRIX_OFFSET = 2 * sizeof(Partial) + Carried::BYTES;
+// Shared memory: the sums of two products, what threads carry, the sequences, and fragments of R.
+constexpr int SEQUENCES_OFFSET = 2 * sizeof(Partial) + Carried::BYTES;
+constexpr int MATRIX_OFFSET = SEQUENCES_OFFSET + WorkSequences::BYTES;
 static_assert(MATRIX_OFFSET + WARPS * IN_SHARED * 32 * sizeof(Fragment) == SHARED_BYTES,
               "the plan and the kernel lay out the same shared memory");
 

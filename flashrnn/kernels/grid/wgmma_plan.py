@@ -9,7 +9,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch, lacks_options
+from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -87,18 +87,18 @@ class GridWgmmaPlan(Plan):
             "SLICES_AT_ONCE": self.slices_at_once,
             "GROUP_PACKETS": self.packets,
             "SHARED_BYTES": self.shared_memory,
+            "STORED": len(cell.states),
             **dict(options),
         }
         columns = self.UNITS * self.recurrent
         generated = {"common/wgmma.cuh": wgmma.instruction(columns, precision)}
+        record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
         kernel = "grid/wgmma_forward.cu"
-        return source.program(kernel, cell, precision, constants, call.FORWARD, generated)
+        return source.program(kernel, cell, precision, constants, record, generated)
 
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> GridWgmmaPlan | str:
     """How groups of CTAs own the heads of a problem in a forward scan, or why they do not."""
-    if reason := lacks_options(problem):
-        return reason
     cell, N, D = problem.cell, problem.N, problem.D
     recurrent = len(cell.fed_by("R"))
     if backward or problem.dtype.itemsize != 2 or D % 2:

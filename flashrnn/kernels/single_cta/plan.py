@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
@@ -52,8 +52,6 @@ _GATES_OF_TWO = 4
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
 _FRAGMENT_BYTES = 512
-
-
 _READ_BEYOND_LINES = 16
 
 
@@ -70,8 +68,6 @@ class SingleCtaPlan(Plan):
         stages: slots of the ring of inputs: steps whose inputs are being fetched or read.
         at_once: CTAs on a multiprocessor that the compiler leaves registers for.
     """
-
-    STORES_FEWER: ClassVar = True
 
     backward: bool
     sequences: int
