@@ -226,10 +226,9 @@ def problem_with(
     starts = options.reset_states
     if starts is None and any(config.initial_values(cell.states)):
         starts = initial_states(problem, config)
-    if starts is None:
-        return problem, options
-    options = options._replace(reset_states=cast_to(starts, carry_dtype(problem.dtype)))
-    return problem._replace(starts=True), options
+    if starts is not None:
+        options = options._replace(reset_states=cast_to(starts, carry_dtype(problem.dtype)))
+    return problem, options
 
 
 def one_for_each(states: Tensor, problem: Problem) -> Tensor:
