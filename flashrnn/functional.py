@@ -255,10 +255,9 @@ def with_tensors(
         and any(config.initial_values(problem.cell.states))
     ):
         starts = initial_states(problem, config)
-    if starts is None:
-        return problem, options
-    options = options._replace(reset_states=cast_to(starts, carry_dtype(problem.dtype)))
-    return problem._replace(starts=True), options
+    if starts is not None:
+        options = options._replace(reset_states=cast_to(starts, carry_dtype(problem.dtype)))
+    return problem, options
 
 
 def one_for_each(states: Tensor, problem: Problem) -> Tensor:

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
         packed: whether they lie one behind another in ``[1, T]`` rows, not each in T of ``[B, T]``.
         reverse: whether time runs backwards; a tuple of one for each head where they differ.
         longest: the largest length, where it is known: T or less.
-        starts: whether what states go back to is given; else it is zeros.
+        starts: whether what states go back to is given, else it is zeros; of ``cuda_fused`` alone.
         returned: how many states are returned of every step; ``None``: all.
     """
 

@@ -268,7 +268,6 @@ def _fields(
     heads = tuple(reverse or ())
     return {
         "resets": sequences.reset is not None,
-        "starts": sequences.reset_states is not None,
         "ragged": sequences.lengths is not None or sequences.cu_seqlens is not None,
         "packed": sequences.cu_seqlens is not None,
         "reverse": any(heads) if len(heads) < 2 else heads,

@@ -130,13 +130,18 @@ def forward(
     if problem.packed and problem.has_idle_rows:
         every_state.zero_()  # The kernel does that for the rows of [B, T].
     if sequences is not None:
-        problem = problem._replace(longest=None)
+        problem = _as_planned(problem, sequences)
         tensors |= operands(problem, sequences)
         options = (*options, *source.options_of_storing(problem, len(every_state)))
     _scan(problem, gpu, False, tensors, options)
     if sequences is not None:
         every_state = autograd.kept(problem, every_state)
     return every_state, last_states, gates
+
+
+def _as_planned(problem: Problem, sequences: Sequences) -> Problem:
+    """The problem with what kernels are compiled for of the options' tensors, and no length."""
+    return problem._replace(longest=None, starts=sequences.reset_states is not None)
 
 
 def backward(
@@ -177,7 +182,7 @@ def backward(
     if problem.packed and problem.has_idle_rows:
         d_gates.zero_()  # As forward's states.
     if sequences is not None:
-        problem = problem._replace(longest=None)
+        problem = _as_planned(problem, sequences)
         tensors |= operands(problem, sequences)
         options = (*options, *source.sequence_options(problem))
         d_resets = zeros_like_starts(sequences)

@@ -155,8 +155,10 @@ def backward_options(cut: bool, clip: bool, given: int, given_last: bool) -> Opt
 
 def gradient_options(problem: Problem) -> Options:
     """The constants of the kernel of R's gradient."""
-    # Else h before a step is that of the row before, the initial h, or zeros.
+    # Else h before a step is that of the row before, the initial h, or zeros. To tell takes more
+    # registers than float32 leaves.
     gathered = problem.starts or problem.packed or problem.reverse is not False
+    gathered = gathered or (problem.is_sequenced and problem.dtype.itemsize == 4)
     resets, ragged = problem.resets and not gathered, problem.ragged and not gathered
     return ("GATHERED", gathered), ("RESETS", resets), ("RAGGED", ragged)
 
