@@ -61,7 +61,7 @@ class Batch(NamedTuple):
         if self.cu_seqlens is None:
             return x.unsqueeze(1)
         row = torch.arange(like.shape[1], device=like.device)
-        ends = self.cu_seqlens[1:].to(like.device)
+        ends = _there(self.cu_seqlens, like.device)[1:]
         sequence = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
         return x[sequence].unsqueeze(0)
 
@@ -156,13 +156,18 @@ def packed_rows(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tens
     lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0)
     cu_seqlens = pad(lengths.cumsum(0), (1, 0))
     rows = int(cu_seqlens[-1])
-    sizes, first = batch_sizes.to(device), cu_seqlens.to(device)
+    sizes, first = _there(batch_sizes, device), _there(cu_seqlens, device)
     steps = torch.arange(T, device=device)
     step = steps.repeat_interleave(sizes, output_size=rows)
     every_row = torch.arange(rows, device=device)
     sequence = every_row - (sizes.cumsum(0) - sizes)[step]
     there = first[sequence] + step
     return cu_seqlens, there, moved(every_row, there)
+
+
+def _there(numbers: Tensor, device: torch.device) -> Tensor:
+    """On a device, whose work nobody waits for."""
+    return numbers.to(device, non_blocking=True)
 
 
 def moved(x: Tensor, to: Tensor) -> Tensor:
@@ -241,7 +246,7 @@ def layer(
         )
         if given_h is not None and batch.cu_seqlens is not None:
             # A sequence of no steps ends as it begins.
-            is_empty = batch.cu_seqlens.to(x.device).diff().eq(0)
+            is_empty = _there(batch.cu_seqlens, x.device).diff().eq(0)
             last[0] = torch.where(is_empty[:, None], given_h.to(last[0]), last[0])
     return h, last
 
@@ -315,7 +320,7 @@ def _with_first(
     """x and, as further features, h ``[directions, B, P]`` where each direction begins; and W."""
     rows, T = x.shape[0] * x.shape[1], x.shape[1]
     if batch.cu_seqlens is not None:
-        cuts = batch.cu_seqlens.to(x.device)
+        cuts = _there(batch.cu_seqlens, x.device)
         first, last, enters = cuts[:-1], cuts[1:] - 1, cuts.diff() > 0
     else:
         first = T * torch.arange(x.shape[0], device=x.device)

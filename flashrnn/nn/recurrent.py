@@ -474,6 +474,8 @@ class Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers, over a batch as it is given, with ``batch_sizes`` over packed rows, or with
         ``cu_seqlens`` over rows of sequences one after another."""
+        if reset is None and cu_seqlens is None and self._is_torchs(x.device):
+            return self._run_torchs(x, states, batch_sizes)
         found = self._run_at_once(x, states, batch_sizes, reset, cu_seqlens)
         if found is not None:
             return found
@@ -484,8 +486,6 @@ class Recurrent(torch.nn.RNNBase):
             _check_bounds(bounds, len(x))
             segments = Segments.of(bounds[:-1], bounds.diff(), 1)
             return self._run_segments(x, states, segments, len(bounds) - 1)
-        if self._is_torchs(x.device):
-            return self._run_torchs(x, states, batch_sizes)
         if batch_sizes is not None:
             return self._run_ours(x, states, Packing.of(batch_sizes, x.device))
         if self.batch_first:

@@ -1,5 +1,7 @@
 """Layers on a GPU to torch.nn's in float64 on the CPU; steps, models, graphs."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -118,6 +120,26 @@ def test_results_and_gradients(kind, case, setting):
             assert relative_error(mine.cpu(), theirs) <= bound
 
 
+@contextmanager
+def nobody_waits():
+    """Within it an error says what waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_kind
+def test_packed_sequences_wait_for_nothing(kind):
+    layer = on_gpu(kind, torch.bfloat16, num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, features, device=DEVICE, dtype=torch.bfloat16)
+    packed = pack_padded_sequence(x, torch.tensor([7, 12, 3, 7]), enforce_sorted=False)
+    layer(packed)
+    with nobody_waits():
+        layer(packed)
+
+
 @every_kind
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("option", ["reset", "cu_seqlens"])
@@ -140,12 +162,9 @@ def test_options_of_sequences(kind, option, bidirectional, setting):
         return [y, *tensors(last)], torch.autograd.grad(loss, leaves)
 
     found(layer, DEVICE, dtype)  # Kernels are loaded, which waits.
-    given_gpu = given_.to(DEVICE), x.to(DEVICE), moved(hx, dtype, DEVICE)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer(given_gpu[1], given_gpu[2], **{option: given_gpu[0]})
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    on_device = given_.to(DEVICE), x.to(DEVICE), moved(hx, dtype, DEVICE)
+    with nobody_waits():
+        layer(on_device[1], on_device[2], **{option: on_device[0]})
     for mine, theirs, bound in zip(
         found(layer, DEVICE, dtype),
         found(reference, "cpu", torch.float64),
