@@ -367,9 +367,8 @@ def test_batch_tiles_have_steps_of_their_own(prefer, interleaved, name):
     )
     case = with_lengths(case, lengths)
     hold_ragged_to_vanilla("cuda_fused", case)
-    runs = [gradients_of(case, case.call("cuda_fused")) for _ in range(4)]
-    for run in runs[1:]:
-        assert all(torch.equal(x, runs[0][key]) for key, x in run.items())
+    runs = [gradients_of(case, case.call("cuda_fused")) for _ in range(2)]
+    assert all(torch.equal(x, runs[1][key]) for key, x in runs[0].items())
 
 
 @needs_compiler

@@ -239,6 +239,8 @@ def _units(work_tiles: int, D: int, gpu: GPU) -> list[int]:
 # Registers of a thread for all but R, sums, packets and elements. With so many, the loop over time
 # of no plan spills; tests hold the machine code to that.
 _OTHER_REGISTERS = 68
+# Where a sequence's rows lie, backward, in calls with options of sequences.
+_SEQUENCE_REGISTERS = 16
 # float32 in full splits each operand into two, in registers of their own.
 _SPLIT_OPERANDS = 64
 # A thread of a fragment has 4 of its words, a warp 512 bytes.
@@ -306,6 +308,7 @@ def _registers_for_R(choice: Choice, ahead: int) -> int:
     sums = 4 * choice.row_tiles * n_tiles
     working = _OTHER_REGISTERS + sums + packets + choice.elements * values.kept
     working += _SPLIT_OPERANDS if values.passes > 1 else 0
+    working += _SEQUENCE_REGISTERS if values.sequence_bytes and values.backward else 0
     # Of 65536 of a multiprocessor, by the 8; a thread cannot have more than 255.
     return min(255, 65536 // (32 * choice.warps) // 8 * 8) - working
 
