@@ -82,7 +82,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,FOLDER,OPTIONS) makes an environment. setuptools comes first, and the package is built
-# with it: pip's isolated build would fetch one that no constraint pins.
+# with it: pip's isolated build would fetch one that no constraint pins. It is upgraded, since Python 3.10
+# and 3.11 bring one with each environment that is older than pyproject.toml asks for.
 define install
 	@command -v '$(PYTHON)' >/dev/null || { \
 	  echo 'No $(PYTHON) found. Install Python 3.10 to 3.13, or name one: make PYTHON=/path/to/python3' >&2; \
@@ -92,7 +93,7 @@ define install
 	  echo 'Name another: make PYTHON=python3.12' >&2; \
 	  exit 1; }
 	'$(PYTHON)' -m venv $(1)
-	$(1)/bin/python $(PIP_INSTALL) $(2) setuptools
+	$(1)/bin/python $(PIP_INSTALL) $(2) --upgrade setuptools
 	$(1)/bin/python $(PIP_INSTALL) $(2) --no-build-isolation -e '.[dev]'
 endef
 
