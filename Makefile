@@ -9,7 +9,8 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 # What other versions of the dependencies may break: tracing, derivatives, every way of compiling.
 TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/test_graphs.py tests/test_import.py \
-  tests/nn tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py tests/test_vanilla.py
+  tests/compat tests/nn tests/test_info.py tests/test_jit.py tests/test_private_torch.py tests/test_readme.py \
+  tests/test_sequences.py tests/test_vanilla.py
 
 # Triton's interpreter, in place of its compiler, is chosen when a process starts.
 INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/test_layer.py tests/test_stepper.py \

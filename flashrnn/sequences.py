@@ -292,7 +292,7 @@ def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
     """One for all heads where they agree."""
     if isinstance(reverse, bool):
         return reverse
-    if isinstance(reverse, Tensor | str) or not isinstance(reverse, Sequence):
+    if isinstance(reverse, (Tensor, str)) or not isinstance(reverse, Sequence):
         raise TypeError(
             f"reverse is {type(reverse).__name__}; accepted is a bool, or a list with one a head"
         )
