@@ -78,7 +78,7 @@ test-models: .venv-models/installed
 
 test-upstream: $(INSTALLED) $(UPSTREAM)
 	$(BIN)/python -m pytest -p tests.compat.upstream --clone $(UPSTREAM) -c $(UPSTREAM)/pyproject.toml \
-	  -p no:cacheprovider -q -n auto $(ARGS) $(UPSTREAM)/flashrnn/tests
+	  -p no:cacheprovider -q $(ARGS) $(UPSTREAM)/flashrnn/tests
 
 $(UPSTREAM):
 	git clone --quiet --depth 1 --branch $(UPSTREAM_TAG) $(UPSTREAM_AT) $@
