@@ -65,14 +65,17 @@ class Ragged:
             starts = starts.detach().to(carry_dtype(dtype)).requires_grad_()
         return replace(self, inputs=self.inputs.to(dtype), reset_states=starts)
 
-    def call(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
-        return flashrnn(
+    def arguments(self, backend: str) -> dict[str, Any]:
+        return {
             **self.inputs.tensors(),
-            function=self.function,
-            backend=backend,
-            reset_states=self.reset_states,
-            **{**self.options, **options},
-        )
+            "function": self.function,
+            "backend": backend,
+            "reset_states": self.reset_states,
+            **self.options,
+        }
+
+    def call(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
+        return flashrnn(**{**self.arguments(backend), **options})
 
 
 def random_ragged(

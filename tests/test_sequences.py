@@ -145,9 +145,12 @@ def test_values_out_of_range_are_moved_into_it_where_nobody_may_look(packed):
 
 def test_compiles_whole_and_once_for_all_lengths():
     case = random_ragged("lstm", 3, 4, 2, 2, resets="sequence", ragged="lengths", reverse="some")
+    # Collected out of the graph: Dynamo of PyTorch 2.9 does not follow that.
+    others = case.arguments("auto")
+    del others["lengths"], others["reset"]
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda lengths, reset: case.call("auto", lengths=lengths, reset=reset),
+        lambda lengths, reset: flashrnn(**others, lengths=lengths, reset=reset),
         fullgraph=True,
         backend="eager",
     )

@@ -57,7 +57,7 @@ def _content(value: Any) -> Any:
             return type(x), repr(x)
         if isinstance(x, _UNCHANGING):
             return type(x), x  # True is no 1.
-        if isinstance(x, torch.Tensor | types.ModuleType):
+        if isinstance(x, (torch.Tensor, types.ModuleType)):
             return type(x), id(x)
         if id(x) in inside:
             return "itself"
@@ -188,7 +188,7 @@ class _Finder:
     def follow(self, chain: _Chain) -> None:
         """What a chain ends at is read, and where it is called, so is what it captures."""
         value = chain.value
-        if isinstance(value, torch.Tensor | types.ModuleType):
+        if isinstance(value, (torch.Tensor, types.ModuleType)):
             return  # Refused when it is used; nothing by itself.
         if isinstance(value, types.MethodType):
             self._read(chain.attribute("__func__"))
@@ -306,6 +306,6 @@ def _is_trusted(value: Any) -> bool:
     """Whether a module, function or class is PyTorch's, NumPy's or Python's own."""
     if isinstance(value, types.ModuleType):
         return value.__name__.partition(".")[0] in _TRUSTED
-    if isinstance(value, types.FunctionType | type):
+    if isinstance(value, (types.FunctionType, type)):
         return value.__module__.partition(".")[0] in _TRUSTED
     return False

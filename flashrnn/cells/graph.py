@@ -73,11 +73,16 @@ class GraphBuilder:
     def emit(self, operation: str, *arguments: Argument) -> Argument:
         """The name of an operation's result: the first one where it is a common subexpression.
 
-        Of constants it is a constant.
+        Of constants it is a constant, as is what one of them decides: ``logical_and`` of false, and
+        ``where`` of a constant condition, which is one of the two others.
         """
         constants = [x for x in arguments if not isinstance(x, str)]
         if len(constants) == len(arguments):
             return OPERATIONS[operation].python(*constants)
+        if operation == "logical_and" and False in constants:
+            return False
+        if operation == "where" and not isinstance(arguments[0], str):
+            return arguments[1 if arguments[0] else 2]
         # repr tells 0.0 from -0.0 and True from 1.0.
         key = (operation, *map(repr, arguments))
         assignment = Assignment(f"v{len(self._body)}", operation, arguments)

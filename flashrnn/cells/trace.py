@@ -70,10 +70,13 @@ def _trace_checked(cell: Cell) -> CellGraphs:
 
 
 def _in_float32(graph: Graph) -> list[Any]:
-    """What a graph says, its constants rounded."""
+    """What a graph says, its constants rounded; the numbers of names have no gaps."""
+    numbers = {x.name: number for number, x in enumerate(graph.body)}
 
     def rounded(argument: Argument) -> str:
-        if isinstance(argument, (str, bool)):
+        if isinstance(argument, str):
+            return repr(numbers.get(argument, argument))
+        if isinstance(argument, bool):
             return repr(argument)
         return repr(ctypes.c_float(argument).value)
 

@@ -39,7 +39,8 @@ def by_position(
     if len(further) > 3:
         raise TypeError(f"{5 + len(further)} arguments by position; {_ORDERS}")
     found: dict[str, Any] = {"config": config, "backend": backend, "dtype": dtype}
-    for name, value in zip(found, further, strict=False):
+    # Cut to one length: within Dynamo of PyTorch 2.9 zip() is strict whenever it is told which.
+    for name, value in zip(tuple(found)[: len(further)], further, strict=True):
         if value is not None and found[name] not in (None, "auto"):
             raise TypeError(f"{name} is given twice, by position and by name; {_ORDERS}")
         found[name] = found[name] if value is None else value

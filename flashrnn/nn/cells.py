@@ -185,7 +185,9 @@ def _step(
     """The states after one step, by a backend of this package."""
     cell, H = MODES[mode].cell, layer.hidden_size
     kind = type(layer).__name__
-    for name, tensor in zip(("input", *cell.states), (input, *(states or ())), strict=False):
+    given = (input, *(states or ()))
+    # Cut to one length: within Dynamo of PyTorch 2.9 zip() is strict whenever it is told which.
+    for name, tensor in zip(("input", *cell.states)[: len(given)], given, strict=True):
         if tensor.dim() not in (1, 2):
             raise ValueError(
                 f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D: accepted are one "

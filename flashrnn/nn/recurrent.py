@@ -566,13 +566,14 @@ class Recurrent(torch.nn.RNNBase):
     def _is_torchs(self, device: torch.device) -> bool:
         """Whether PyTorch's kernels compute a call: they fail in a graph of training."""
         # The layer comes first: one that breaks the graph, as an LSTM does, then keeps this method
-        # out of the compiler, where is_compiling() would hold for a call that runs eagerly.
+        # out of the compiler, where is_dynamo_compiling() would hold for a call that runs eagerly.
         if not torchs_compute(self.mode, self.heads, self.backend, device):
             return False
         if self._has_masks() or self._computed() is not self.cell:
             return False
-        in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        return not (in_graph and torch.is_grad_enabled())
+        # Of an export the compiler takes nothing apart; is_exporting() holds within Dynamo of
+        # PyTorch 2.9 whatever it traces for.
+        return not (torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled())
 
     def _run_reset(
         self, x: Tensor, states: list[Tensor] | None, reset: Tensor

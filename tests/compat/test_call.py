@@ -280,15 +280,18 @@ def test_gru_with_three_biases(dtype):
         flashrnn(**{**whole, "b": three.detach()[:2]}, function="gru")
 
 
-@pytest.mark.slow
-def test_compiled_with_upstreams_config():
+@pytest.mark.parametrize("by_position", [False, True])
+def test_compiled_with_upstreams_config(by_position):
     inputs = random_inputs("lstm", B, T, N, D)
     config = FlashRNNConfig(num_heads=N, input_shape="TBGHD", function="lstm", backend="vanilla")
     Wx, R, b = (x.detach() for x in (inputs.Wx.transpose(0, 1), inputs.R, inputs.b))
 
     def run(Wx):
+        if by_position:
+            return flashrnn(Wx, R, b, None, "lstm", config)
         return flashrnn(Wx, R, b, config=config)
 
+    torch.compiler.reset()
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     assert all(map(torch.equal, compiled(Wx), run(Wx)))
 

@@ -123,6 +123,14 @@ class TestCells:
         with pytest.raises(TypeError, match="heads should be of type int"):
             ours.GRUCell(3, 6, heads=2.0)
 
+    def test_one_graph(self, kind):
+        mine, _ = cells(kind, 3, 5, backend="vanilla")
+        torch.compiler.reset()
+        compiled = torch.compile(mine, backend="eager", fullgraph=True)
+        x = torch.randn(4, 3, dtype=torch.float64)
+        for hx in (None, hidden(kind, 4, 5)):
+            assert_same(compiled(x, hx), mine(x, hx))
+
     def test_an_unknown_backend(self):
         with pytest.raises(ValueError, match="unknown backend 'tritom'"):
             ours.LSTMCell(3, 4, backend="tritom")

@@ -380,9 +380,15 @@ class TestErrors:
         ],
     )
     def test_of_arguments(self, kind, args, options):
-        with pytest.raises(Exception) as expected:  # noqa: PT011
+        expected = (TypeError, ValueError)
+        try:
             getattr(nn, kind)(*args, **options)
-        with pytest.raises(expected.type):
+        except Exception as error:
+            expected = type(error)
+        else:
+            # Sizes of 0, and anything for a bool, were taken once.
+            assert torch.__version__ < "2.13"
+        with pytest.raises(expected):
             getattr(ours, kind)(*args, **options)
 
     def test_of_arguments_that_are_ours(self):
