@@ -123,6 +123,7 @@ class TestCells:
         with pytest.raises(TypeError, match="heads should be of type int"):
             ours.GRUCell(3, 6, heads=2.0)
 
+    @every_kind
     def test_one_graph(self, kind):
         mine, _ = cells(kind, 3, 5, backend="vanilla")
         torch.compiler.reset()
