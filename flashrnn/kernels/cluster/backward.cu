@@ -83,15 +83,14 @@ cluster_reduce_scatter_backward(CALL) {
         const long long plane = (PACKED ? T : B * T) * width;
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
-            bool ahead = t > PREFETCHED;
+            bool exists = true;
             // From a row that the head computes to the one that it computes next.
             long long next_row = 1;
             if constexpr (SEQUENCED) {
                 const ThreadElement element(e, rank, work, B);
                 const Sequence& own = table[element.cluster_sequence];
                 // In place of a step that is not there it loads row 0, and does not use it.
-                const bool exists = own.has(t);
-                ahead = ahead && exists;
+                exists = own.has(t);
                 next_row = own.advance(1);
                 const long long row = exists ? own.first_row + own.time(t) : 0;
                 const long long before = exists && t > 0 ? row - next_row : row;
@@ -106,6 +105,7 @@ cluster_reduce_scatter_backward(CALL) {
                 from_states[e] -= t > 0 ? width : 0;
                 from_given[e] -= t >= 0 ? d_states_t : 0;
             }
+            const bool ahead = exists && t > PREFETCHED;
             const Element* const ahead_gates =
                 from_gates[e] - (ahead ? PREFETCHED * next_row * G * width : 0);
             const Element* const ahead_states =
@@ -208,7 +208,7 @@ cluster_reduce_scatter_backward(CALL) {
                         before[s] = initial[s * initial_s + index_of(element) * initial_b +
                                             work.n * initial_n + element.d * initial_d];
                     }
-                    if (cuts[e]) before[s] = starts.value(s, own, t, element.d);
+                    if (RESETS && cuts[e]) before[s] = starts.value(s, own, t, element.d);
                     d_after[e][s] = d_carried[e][s];
                     if (s < GIVEN) d_after[e][s] += given[e][s].value();
                 }
