@@ -70,5 +70,7 @@ def slstm(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor
     i = torch.exp(i - m)
     f = torch.exp(torch.clamp(decayed - m, max=_LARGEST_EXPONENT))
     c = f * c + i * torch.tanh(z)
-    n = torch.clamp(f * n + i, min=1.0)
+    n = f * n + i
+    # Not a clamp: n is 1 after a first step, and at its bound PyTorch 2.14 gives it no gradient.
+    n = torch.where(n < 1, 1.0, n)
     return torch.sigmoid(o) * c / n, c, n, m
