@@ -16,7 +16,13 @@ from flashrnn.kernels import cluster, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import OPTIONS, at_odd_address, strided
 from tests.gpus import GPUS, planned
-from tests.kernels.regimes import CLUSTER_MMA, CLUSTER_WGMMA, has_plans, take  # noqa: F401
+from tests.kernels.regimes import (
+    CLUSTER_BACKWARD,
+    CLUSTER_MMA,
+    CLUSTER_WGMMA,
+    has_plans,
+    take,  # noqa: F401
+)
 from tests.machine_code import needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, Inputs, sparse
 from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
@@ -66,6 +72,17 @@ def test_equals_vanilla(take, regime, kinds):  # noqa: F811
 def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
     case = random_ragged(kind, regime.B, 4, 2, regime.D, dtype=torch.float16, **kinds)
     hold_ragged_to_vanilla(take(regime).backend, case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@all_kinds
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_backward_behind_the_grids_forward(take, kind, dtype, kinds):  # noqa: F811
+    """Clusters compute float32 and any number of units backward alone."""
+    case = random_ragged(kind, CLUSTER_BACKWARD.B, 4, 2, CLUSTER_BACKWARD.D, dtype=dtype, **kinds)
+    hold_ragged_to_vanilla(take(CLUSTER_BACKWARD).backend, case)
 
 
 @needs_compiler
