@@ -255,14 +255,23 @@ class Masks(NamedTuple):
     """What is random within a layer; see :mod:`flashrnn.nn.masks`.
 
     Attributes:
-        cell: the cell with gates for it.
+        trained: the cell with gates for it.
+        evaluated: the cell without training.
         dropout: the probability with which the recurrent matrix reads 0 for a unit of h.
         zoneout: for each state, the probability with which a unit stays as it was.
     """
 
-    cell: Cell
+    trained: Cell
+    evaluated: Cell
     dropout: float
     zoneout: tuple[float, ...]
+
+    @classmethod
+    def of(cls, cell: Cell, dropout: float, zoneout: tuple[float, ...]) -> Masks:
+        """The masks of a cell with these probabilities."""
+        trained = masks_of.trained(cell, dropout, zoneout)
+        evaluated = masks_of.evaluated(cell, zoneout) if any(zoneout) else cell
+        return cls(trained, evaluated, dropout, zoneout)
 
 
 def _with_masks(
@@ -292,7 +301,7 @@ def _with_masks(
         options["return_states"] = "all"
     drawn = masks_of.drawn(Wx, dropped, masks.zoneout, N, D)
     every_state, last_states = flashrnn(
-        torch.cat([Wx, drawn], 2), R, b, start, masks.cell, backend=backend, **options
+        torch.cat([Wx, drawn], 2), R, b, start, masks.trained, backend=backend, **options
     )
     return (every_state[1:], last_states[1:]) if masks.dropout else (every_state, last_states)
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
-from flashrnn.nn import at_once, masks
+from flashrnn.nn import at_once
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 from flashrnn.nn.segments import Segments, between_resets
@@ -89,10 +89,7 @@ class Recurrent(torch.nn.RNNBase):
     backend: str = "auto"
     forget_bias: float | None = None
     variational: bool = False
-    recurrent_dropout: float = 0.0
-    zoneout: tuple[float, ...] = ()
     _masks: at_once.Masks | None = None
-    _evaluated: Cell | None = None
 
     def __init__(
         self,
@@ -149,8 +146,8 @@ class Recurrent(torch.nn.RNNBase):
                 f"forget_bias={forget_bias} for biases of the gates {gates}; accepted is None, or "
                 "a cell with a bias of a gate f"
             )
-        self.forget_bias = forget_bias
-        self._set_masks(variational, recurrent_dropout, zoneout)
+        self.forget_bias, self.variational = forget_bias, variational
+        self._set_masks(recurrent_dropout, zoneout)
 
         # RNNBase keeps both, and out of them `all_weights` and `_flat_weights`.
         self._all_weights: list[list[str]] = []
@@ -167,11 +164,27 @@ class Recurrent(torch.nn.RNNBase):
         self._init_flat_weights()
         self.reset_parameters()
 
-    def _set_masks(
-        self, variational: bool, recurrent_dropout: float, zoneout: float | Sequence[float]
-    ) -> None:
+    @property
+    def recurrent_dropout(self) -> float:
+        """The probability, 0 without; as ``dropout``, it may be set at any time."""
+        return 0.0 if self._masks is None else self._masks.dropout
+
+    @recurrent_dropout.setter
+    def recurrent_dropout(self, probability: float) -> None:
+        self._set_masks(probability, self.zoneout or 0.0)
+
+    @property
+    def zoneout(self) -> tuple[float, ...]:
+        """The probability for each state, ``()`` without; it may be set as it is given at first."""
+        return self._masks.zoneout if self._masks is not None and any(self._masks.zoneout) else ()
+
+    @zoneout.setter
+    def zoneout(self, probabilities: float | Sequence[float]) -> None:
+        self._set_masks(self.recurrent_dropout, probabilities)
+
+    def _set_masks(self, recurrent_dropout: float, zoneout: float | Sequence[float]) -> None:
         names = self.cell.states
-        each = (zoneout,) * len(names) if isinstance(zoneout, (int, float)) else tuple(zoneout)
+        each = tuple(zoneout) if isinstance(zoneout, Sequence) else (zoneout,) * len(names)
         if len(each) != len(names) or not all(_is_number(p) and 0 <= p <= 1 for p in each):
             raise ValueError(
                 f"zoneout={zoneout!r}; accepted is a probability, from 0 to 1, or a tuple with one "
@@ -181,20 +194,15 @@ class Recurrent(torch.nn.RNNBase):
             raise ValueError(
                 f"recurrent_dropout={recurrent_dropout!r}; accepted is a probability less than 1"
             )
-        self.variational, self.recurrent_dropout = variational, float(recurrent_dropout)
-        self.zoneout = tuple(map(float, each)) if any(each) else ()
-        if not (self.recurrent_dropout or self.zoneout):
+        if not (recurrent_dropout or any(each)):
+            self._masks = None
             return
         if self.proj_size:
             raise ValueError(
                 f"proj_size={self.proj_size} with recurrent_dropout or zoneout; accepted is a "
                 "layer without a projection: h is what they are of"
             )
-        zoned = self.zoneout or (0.0,) * len(names)
-        cell = masks.trained(self.cell, self.recurrent_dropout, zoned)
-        self._masks = at_once.Masks(cell, self.recurrent_dropout, zoned)
-        if self.zoneout:
-            self._evaluated = masks.evaluated(self.cell, self.zoneout)
+        self._masks = at_once.Masks.of(self.cell, float(recurrent_dropout), tuple(map(float, each)))
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The weights of one direction of a layer, in torch.nn's order."""
@@ -561,7 +569,7 @@ class Recurrent(torch.nn.RNNBase):
 
     def _computed(self) -> Cell:
         """The cell of a call without random masks."""
-        return self.cell if self.training or self._evaluated is None else self._evaluated
+        return self.cell if self.training or self._masks is None else self._masks.evaluated
 
     def _is_torchs(self, device: torch.device) -> bool:
         """Whether PyTorch's kernels compute a call: they fail in a graph of training."""

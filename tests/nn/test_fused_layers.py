@@ -160,6 +160,13 @@ class TestStepsWithoutGradients:
             with torch.no_grad():
                 self.hold(layer)
 
+    def test_another_zoneout(self):
+        layer = ours.LSTM(3, 16, zoneout=0.1).eval()
+        with torch.no_grad():
+            for probability in (0.1, 0.6, 0.0):
+                layer.zoneout = probability
+                self.hold(layer)
+
     def test_of_the_slstm_layer(self):
         layer = ours.sLSTM(32, heads=2)
         x = torch.randn(2, 3, 32)
