@@ -303,7 +303,8 @@ class Recurrent(torch.nn.RNNBase):
             ValueError: an input of other than two or three dimensions, or of another dtype than the
                 weights.
             RuntimeError: another shape that does not fit, or no steps.
-            TypeError: ``hx`` is no tensor, or no tuple of them; ``reset`` is no tensor.
+            TypeError: ``hx`` is no tensor, or no tuple of them; ``reset`` is no tensor;
+                ``cu_seqlens`` is no tensor of integers.
         """
         if cu_seqlens is not None:
             if reset is not None or isinstance(input, PackedSequence):
@@ -608,6 +609,7 @@ class Recurrent(torch.nn.RNNBase):
 
     def _forward_rows(self, input: Tensor, hx: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
         self._check_input(input, 2)
+        _check_bounds_are_integers(cu_seqlens)
         cu_seqlens = cu_seqlens.long()
         if cu_seqlens.device.type == "cpu" and not backends.recorded():
             _check_bounds(cu_seqlens, len(input))
@@ -792,6 +794,18 @@ def _with_first(x: Tensor, h: Tensor, reverse: bool, packing: Packing | None) ->
         first = torch.arange(len(rows) - B, len(rows), device=x.device)
     beside = h.new_zeros(len(rows), h.shape[1]).index_copy(0, first, h)
     return torch.cat([rows, beside.to(x.dtype)], 1).unflatten(0, x.shape[:-1])
+
+
+def _check_bounds_are_integers(bounds: Any) -> None:
+    if not isinstance(bounds, Tensor):
+        raise TypeError(f"cu_seqlens is {type(bounds).__name__}; accepted is a torch.Tensor")
+    if bounds.is_floating_point() or bounds.is_complex() or bounds.dtype == torch.bool:
+        raise TypeError(f"cu_seqlens is of {bounds.dtype}; accepted are integers")
+    if bounds.dim() != 1 or len(bounds) == 0:
+        raise RuntimeError(
+            f"cu_seqlens has shape {tuple(bounds.shape)}; accepted is [B + 1]: 0, and where each "
+            "sequence ends"
+        )
 
 
 def _check_bounds(bounds: Tensor, rows: int) -> None:
