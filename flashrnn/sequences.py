@@ -386,8 +386,8 @@ def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int |
         if first != 0 or last != T or least < 0:
             falls = f" and falls by {-least} between" if least < 0 else ""
             raise ValueError(
-                f"cu_seqlens goes from {first} to {last}{falls}; accepted are values that do not fall, "
-                f"from 0 to {T}, the rows of Wx"
+                f"cu_seqlens goes from {first} to {last}{falls}; accepted are values that do not "
+                f"fall, from 0 to {T}, the rows of Wx"
             )
         return most
     return None
