@@ -72,7 +72,7 @@ class Batch(NamedTuple):
 
 def can_be(
     x: Tensor,
-    weights: Sequence[Tensor],
+    others: Sequence[Tensor],
     cell: Cell,
     backend: str,
     N: int,
@@ -84,7 +84,7 @@ def can_be(
 
     Args:
         x: ``[B, T, I]``, or ``[1, rows, I]`` with ``batch.cu_seqlens``.
-        weights: those of all layers.
+        others: the weights of all layers, and the states, if given.
         cell: the cell.
         backend: a backend's name, or ``"auto"``.
         N: the heads of a direction.
@@ -106,7 +106,7 @@ def can_be(
         torch.get_autocast_dtype(kind) if autocast_enabled(kind) else x.dtype,
         x.device,
         torch.is_grad_enabled()
-        and (x.requires_grad or any(weight.requires_grad for weight in weights)),
+        and (x.requires_grad or any(other.requires_grad for other in others)),
         allow_tf32=None if config is None else config.allow_tf32,
     )
     options: dict[str, Any] = {

@@ -528,10 +528,11 @@ class Recurrent(torch.nn.RNNBase):
             reset = (reset.t() if by_time else reset).to(x.device)
         batch = at_once.Batch(reset, cu_seqlens)
         sizes = self.heads, self.hidden_size // self.heads
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        others = [getattr(self, name) for name in self._flat_weights_names]
+        others += states or ()
         rows = x.unsqueeze(0) if cu_seqlens is not None else x.transpose(0, 1) if by_time else x
         if not (unread or has_masks) and not at_once.can_be(
-            rows, weights, self._computed(), self.backend, *sizes, self.bidirectional, batch
+            rows, others, self._computed(), self.backend, *sizes, self.bidirectional, batch
         ):
             return None
         if there is not None:
