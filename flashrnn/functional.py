@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -188,14 +188,12 @@ def _with_options(
     problem, options = with_tensors(problem, given, config)
     states = initial_states(problem, config) if states is None else one_for_each(states, problem)
     arguments = _as_computed(problem, Wx, R, b, states)
-    if key is not None and autograd.is_fused(chosen):
-        fused = cast(FusedBackend, chosen)
-        found, last_states = autograd.run_directly(fused, problem, *arguments, options)
-    else:
-        if not autograd.is_fused(chosen):
-            problem = problem._replace(step=cell.step)
-        with without_autocast(problem.device.type):
-            found, last_states = autograd.run(chosen, problem, *arguments, options)
+    is_fused = autograd.is_fused(chosen)
+    if not is_fused:
+        problem = problem._replace(step=cell.step)
+    run = autograd.run_directly if is_fused and key is not None else autograd.run
+    with without_autocast(problem.device.type):
+        found, last_states = run(cast(Any, chosen), problem, *arguments, options)
     return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
 
 

@@ -384,9 +384,10 @@ def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int |
         first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
         least, most = map(int, each.aminmax()) if each.numel() else (0, 0)
         if first != 0 or last != T or least < 0:
+            falls = f" and falls by {-least} between" if least < 0 else ""
             raise ValueError(
-                f"cu_seqlens goes from {first} to {last}; accepted are values that do not fall, "
-                f"from 0 to {T}, the rows of Wx"
+                f"cu_seqlens goes from {first} to {last}{falls}; accepted are values that do not "
+                f"fall, from 0 to {T}, the rows of Wx"
             )
         return most
     return None

@@ -402,6 +402,15 @@ def steps_in_a_graph_have_its_memory(driver):
     assert given == step_arguments(driver, run, *tensors)
 
 
+def steps_begin_within_inference_mode(driver):
+    """And go on outside of it, where PyTorch refuses to write what was made within."""
+    for D in (64, 256, 768):
+        with torch.inference_mode():
+            run, *tensors = steps(D=D)
+            run(*tensors)
+        run(*[tensor.clone() for tensor in tensors])
+
+
 def steps_on_many_streams_level_off(driver):
     run, *tensors = steps()
     for _ in range(2 * cuda_fused._MOST_STEPS):
@@ -441,6 +450,7 @@ TESTS = [
     steps_are_prepared_once,
     steps_on_two_streams_share_no_memory,
     steps_in_a_graph_have_its_memory,
+    steps_begin_within_inference_mode,
     steps_on_many_streams_level_off,
     unaligned_steps_are_copied_where_they_must_be,
 ]

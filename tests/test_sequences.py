@@ -212,7 +212,8 @@ def test_compiles_whole_and_once_for_all_lengths():
         (
             {"cu_seqlens": torch.tensor([0, 2, 1, 3]), "B": 1},
             ValueError,
-            "cu_seqlens goes from 0 to 3; accepted are values that do not fall, from 0 to 3",
+            "cu_seqlens goes from 0 to 3 and falls by 1 between; accepted are values that do not "
+            "fall, from 0 to 3",
         ),
         (
             {"cu_seqlens": torch.tensor([0, 2]), "B": 1},

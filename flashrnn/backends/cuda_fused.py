@@ -331,7 +331,9 @@ class _Steps:
         if prepared.copied:
             copy = wx.clone(memory_format=torch.contiguous_format)
             return self._prepare(precision, copy, states, out)._replace(copies_wx=True)
-        scratch = _scratch(prepared, wx)
+        with torch.inference_mode(False):
+            # Later steps write it too, within inference mode or not.
+            scratch = _scratch(prepared, wx)
         addresses += [memory.data_ptr() for memory in scratch]
         return _Step(
             prepared.kernel.kept(prepared.shape, prepared.packing(addresses)),

@@ -72,7 +72,7 @@ class Batch(NamedTuple):
 
 def can_be(
     x: Tensor,
-    weights: Sequence[Tensor],
+    others: Sequence[Tensor],
     cell: Cell,
     backend: str,
     N: int,
@@ -84,7 +84,7 @@ def can_be(
 
     Args:
         x: ``[B, T, I]``, or ``[1, rows, I]`` with ``batch.cu_seqlens``.
-        weights: those of all layers.
+        others: the weights of all layers, and the states, if given.
         cell: the cell.
         backend: a backend's name, or ``"auto"``.
         N: the heads of a direction.
@@ -106,7 +106,7 @@ def can_be(
         torch.get_autocast_dtype(kind) if autocast_enabled(kind) else x.dtype,
         x.device,
         torch.is_grad_enabled()
-        and (x.requires_grad or any(weight.requires_grad for weight in weights)),
+        and (x.requires_grad or any(other.requires_grad for other in others)),
         allow_tf32=None if config is None else config.allow_tf32,
     )
     options: dict[str, Any] = {
@@ -255,14 +255,23 @@ class Masks(NamedTuple):
     """What is random within a layer; see :mod:`flashrnn.nn.masks`.
 
     Attributes:
-        cell: the cell with gates for it.
+        trained: the cell with gates for it.
+        evaluated: the cell without training.
         dropout: the probability with which the recurrent matrix reads 0 for a unit of h.
         zoneout: for each state, the probability with which a unit stays as it was.
     """
 
-    cell: Cell
+    trained: Cell
+    evaluated: Cell
     dropout: float
     zoneout: tuple[float, ...]
+
+    @classmethod
+    def of(cls, cell: Cell, dropout: float, zoneout: tuple[float, ...]) -> Masks:
+        """The masks of a cell with these probabilities."""
+        trained = masks_of.trained(cell, dropout, zoneout)
+        evaluated = masks_of.evaluated(cell, zoneout) if any(zoneout) else cell
+        return cls(trained, evaluated, dropout, zoneout)
 
 
 def _with_masks(
@@ -292,7 +301,7 @@ def _with_masks(
         options["return_states"] = "all"
     drawn = masks_of.drawn(Wx, dropped, masks.zoneout, N, D)
     every_state, last_states = flashrnn(
-        torch.cat([Wx, drawn], 2), R, b, start, masks.cell, backend=backend, **options
+        torch.cat([Wx, drawn], 2), R, b, start, masks.trained, backend=backend, **options
     )
     return (every_state[1:], last_states[1:]) if masks.dropout else (every_state, last_states)
 

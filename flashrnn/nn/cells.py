@@ -185,9 +185,14 @@ def _step(
     """The states after one step, by a backend of this package."""
     cell, H = MODES[mode].cell, layer.hidden_size
     kind = type(layer).__name__
-    given = (input, *(states or ()))
-    # Cut to one length: within Dynamo of PyTorch 2.9 zip() is strict whenever it is told which.
-    for name, tensor in zip(("input", *cell.states)[: len(given)], given, strict=True):
+    given = () if states is None else tuple(states)
+    if states is not None and len(given) != len(cell.states):
+        raise RuntimeError(
+            f"{kind}: hx has {len(given)} tensors; accepted are {len(cell.states)}, "
+            f"{', '.join(cell.states)}"
+        )
+    names = ("input", *cell.states)[: 1 + len(given)]
+    for name, tensor in zip(names, (input, *given), strict=True):
         if tensor.dim() not in (1, 2):
             raise ValueError(
                 f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D: accepted are one "
@@ -201,10 +206,10 @@ def _step(
         )
     start = None
     if states is not None:
-        rows = [state if batched else state.unsqueeze(0) for state in states]
-        if len(rows) != len(cell.states) or any(row.shape != (len(x), H) for row in rows):
+        rows = [state if batched else state.unsqueeze(0) for state in given]
+        if any(row.shape != (len(x), H) for row in rows):
             raise RuntimeError(
-                f"{kind}: hx has shapes {[tuple(state.shape) for state in states]}; accepted is, "
+                f"{kind}: hx has shapes {[tuple(state.shape) for state in given]}; accepted is, "
                 f"for each of {', '.join(cell.states)}, {(len(x), H) if batched else (H,)}"
             )
         start = torch.stack(rows).unflatten(-1, (1, layer.heads, -1))

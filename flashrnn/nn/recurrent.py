@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flashrnn import backends
 from flashrnn.cells.spec import Cell, resolve
-from flashrnn.nn import at_once, masks
+from flashrnn.nn import at_once
 from flashrnn.nn.modes import MODES, bias, mode_of, recurrent_matrix, torchs_compute
 from flashrnn.nn.scan import Packing, scan
 from flashrnn.nn.segments import Segments, between_resets
@@ -89,10 +89,7 @@ class Recurrent(torch.nn.RNNBase):
     backend: str = "auto"
     forget_bias: float | None = None
     variational: bool = False
-    recurrent_dropout: float = 0.0
-    zoneout: tuple[float, ...] = ()
     _masks: at_once.Masks | None = None
-    _evaluated: Cell | None = None
 
     def __init__(
         self,
@@ -149,8 +146,8 @@ class Recurrent(torch.nn.RNNBase):
                 f"forget_bias={forget_bias} for biases of the gates {gates}; accepted is None, or "
                 "a cell with a bias of a gate f"
             )
-        self.forget_bias = forget_bias
-        self._set_masks(variational, recurrent_dropout, zoneout)
+        self.forget_bias, self.variational = forget_bias, variational
+        self._set_masks(recurrent_dropout, zoneout)
 
         # RNNBase keeps both, and out of them `all_weights` and `_flat_weights`.
         self._all_weights: list[list[str]] = []
@@ -167,11 +164,27 @@ class Recurrent(torch.nn.RNNBase):
         self._init_flat_weights()
         self.reset_parameters()
 
-    def _set_masks(
-        self, variational: bool, recurrent_dropout: float, zoneout: float | Sequence[float]
-    ) -> None:
+    @property
+    def recurrent_dropout(self) -> float:
+        """The probability, 0 without; as ``dropout``, it may be set at any time."""
+        return 0.0 if self._masks is None else self._masks.dropout
+
+    @recurrent_dropout.setter
+    def recurrent_dropout(self, probability: float) -> None:
+        self._set_masks(probability, self.zoneout or 0.0)
+
+    @property
+    def zoneout(self) -> tuple[float, ...]:
+        """The probability for each state, ``()`` without; it may be set as it is given at first."""
+        return self._masks.zoneout if self._masks is not None and any(self._masks.zoneout) else ()
+
+    @zoneout.setter
+    def zoneout(self, probabilities: float | Sequence[float]) -> None:
+        self._set_masks(self.recurrent_dropout, probabilities)
+
+    def _set_masks(self, recurrent_dropout: float, zoneout: float | Sequence[float]) -> None:
         names = self.cell.states
-        each = (zoneout,) * len(names) if isinstance(zoneout, (int, float)) else tuple(zoneout)
+        each = tuple(zoneout) if isinstance(zoneout, Sequence) else (zoneout,) * len(names)
         if len(each) != len(names) or not all(_is_number(p) and 0 <= p <= 1 for p in each):
             raise ValueError(
                 f"zoneout={zoneout!r}; accepted is a probability, from 0 to 1, or a tuple with one "
@@ -181,20 +194,15 @@ class Recurrent(torch.nn.RNNBase):
             raise ValueError(
                 f"recurrent_dropout={recurrent_dropout!r}; accepted is a probability less than 1"
             )
-        self.variational, self.recurrent_dropout = variational, float(recurrent_dropout)
-        self.zoneout = tuple(map(float, each)) if any(each) else ()
-        if not (self.recurrent_dropout or self.zoneout):
+        if not (recurrent_dropout or any(each)):
+            self._masks = None
             return
         if self.proj_size:
             raise ValueError(
                 f"proj_size={self.proj_size} with recurrent_dropout or zoneout; accepted is a "
                 "layer without a projection: h is what they are of"
             )
-        zoned = self.zoneout or (0.0,) * len(names)
-        cell = masks.trained(self.cell, self.recurrent_dropout, zoned)
-        self._masks = at_once.Masks(cell, self.recurrent_dropout, zoned)
-        if self.zoneout:
-            self._evaluated = masks.evaluated(self.cell, self.zoneout)
+        self._masks = at_once.Masks.of(self.cell, float(recurrent_dropout), tuple(map(float, each)))
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The weights of one direction of a layer, in torch.nn's order."""
@@ -295,7 +303,8 @@ class Recurrent(torch.nn.RNNBase):
             ValueError: an input of other than two or three dimensions, or of another dtype than the
                 weights.
             RuntimeError: another shape that does not fit, or no steps.
-            TypeError: ``hx`` is no tensor, or no tuple of them; ``reset`` is no tensor.
+            TypeError: ``hx`` is no tensor, or no tuple of them; ``reset`` is no tensor;
+                ``cu_seqlens`` is no tensor of integers.
         """
         if cu_seqlens is not None:
             if reset is not None or isinstance(input, PackedSequence):
@@ -519,10 +528,11 @@ class Recurrent(torch.nn.RNNBase):
             reset = (reset.t() if by_time else reset).to(x.device)
         batch = at_once.Batch(reset, cu_seqlens)
         sizes = self.heads, self.hidden_size // self.heads
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        others = [getattr(self, name) for name in self._flat_weights_names]
+        others += states or ()
         rows = x.unsqueeze(0) if cu_seqlens is not None else x.transpose(0, 1) if by_time else x
         if not (unread or has_masks) and not at_once.can_be(
-            rows, weights, self._computed(), self.backend, *sizes, self.bidirectional, batch
+            rows, others, self._computed(), self.backend, *sizes, self.bidirectional, batch
         ):
             return None
         if there is not None:
@@ -561,7 +571,7 @@ class Recurrent(torch.nn.RNNBase):
 
     def _computed(self) -> Cell:
         """The cell of a call without random masks."""
-        return self.cell if self.training or self._evaluated is None else self._evaluated
+        return self.cell if self.training or self._masks is None else self._masks.evaluated
 
     def _is_torchs(self, device: torch.device) -> bool:
         """Whether PyTorch's kernels compute a call: they fail in a graph of training."""
@@ -600,6 +610,7 @@ class Recurrent(torch.nn.RNNBase):
 
     def _forward_rows(self, input: Tensor, hx: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
         self._check_input(input, 2)
+        _check_bounds_are_integers(cu_seqlens)
         cu_seqlens = cu_seqlens.long()
         if cu_seqlens.device.type == "cpu" and not backends.recorded():
             _check_bounds(cu_seqlens, len(input))
@@ -784,6 +795,18 @@ def _with_first(x: Tensor, h: Tensor, reverse: bool, packing: Packing | None) ->
         first = torch.arange(len(rows) - B, len(rows), device=x.device)
     beside = h.new_zeros(len(rows), h.shape[1]).index_copy(0, first, h)
     return torch.cat([rows, beside.to(x.dtype)], 1).unflatten(0, x.shape[:-1])
+
+
+def _check_bounds_are_integers(bounds: Any) -> None:
+    if not isinstance(bounds, Tensor):
+        raise TypeError(f"cu_seqlens is {type(bounds).__name__}; accepted is a torch.Tensor")
+    if bounds.is_floating_point() or bounds.is_complex() or bounds.dtype == torch.bool:
+        raise TypeError(f"cu_seqlens is of {bounds.dtype}; accepted are integers")
+    if bounds.dim() != 1 or len(bounds) == 0:
+        raise RuntimeError(
+            f"cu_seqlens has shape {tuple(bounds.shape)}; accepted is [B + 1]: 0, and where each "
+            "sequence ends"
+        )
 
 
 def _check_bounds(bounds: Tensor, rows: int) -> None:

@@ -134,7 +134,7 @@ def _to_torchs(layer: Recurrent) -> None:
     if layer.mode in ("RNN_TANH", "RNN_RELU"):
         # A Recurrent, which has no such argument, is not to lack it.
         layer.nonlinearity = layer.mode.removeprefix("RNN_").lower()
-    for name in ("heads", "backend", "variational", "recurrent_dropout", "zoneout"):
+    for name in ("heads", "backend", "variational", "_masks"):
         layer.__dict__.pop(name, None)
     layer.__class__ = _TORCHS.get(layer.mode, torch.nn.RNN)
 

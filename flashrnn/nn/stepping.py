@@ -87,7 +87,7 @@ def stepper_of(
     # Memory that is given back goes to the stream that used it.
     stream = torch.cuda.current_stream(R.device).cuda_stream if R.is_cuda else None
     where = weight_hh.data_ptr(), R.shape, R.stride(), R.dtype, R.device
-    key = *where, stream, backend, config
+    key = *where, stream, cell, backend, config
     rows = _kept.setdefault(layer, {})
     kept = rows.get(row)
     if kept is None or kept.key != key:

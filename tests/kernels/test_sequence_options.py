@@ -325,3 +325,15 @@ def test_same_bits_without_gradients(on_the_cpu, backend, kinds):
         given = case.call(backend)
     for x, y in zip(given, expected, strict=True):
         assert torch.equal(x, y)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_autocast_of_another_dtype_changes_nothing(on_the_cpu, backend, kinds):
+    """It would refuse to join tensors of two dtypes of 16 bits."""
+    case = random_ragged("lstm", 3, 4, 1, 16, dtype=torch.float16, **kinds)
+    expected = case.call(backend, dtype="float16")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case.call(backend, dtype="float16")
+    assert all(map(torch.equal, found, expected))

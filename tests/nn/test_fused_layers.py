@@ -96,6 +96,25 @@ def test_what_is_no_call_of_both_directions_is_two(calls, monkeypatch):
     at_once._does.cache_clear()
 
 
+def test_a_gradient_of_the_states_alone_counts(calls, monkeypatch):
+    """For two directions there may be forward kernels only."""
+    unsupported = triton.unsupported
+    monkeypatch.setattr(
+        triton,
+        "unsupported",
+        lambda given: "full" if given.N > 1 and given.needs_gradient else unsupported(given),
+    )
+    at_once._does.cache_clear()
+    layer = ours.GRU(3, 16, bidirectional=True, backend="triton").requires_grad_(False)
+    x, hx = torch.randn(2, 2, 3), torch.randn(2, 2, 16)
+    expected = layer(x, hx)
+    assert len(calls) == 1
+    found = layer(x, hx.requires_grad_())
+    assert len(calls) == 1 and found[0].requires_grad
+    assert_same(found, expected, 1e-6)
+    at_once._does.cache_clear()
+
+
 def test_masks_are_those_of_vanilla():
     """One seed draws the same ones, whatever computes."""
     masks = {"recurrent_dropout": 0.3, "zoneout": (0.2, 0.4)}
@@ -158,6 +177,13 @@ class TestStepsWithoutGradients:
         for change in (written, elsewhere, written):
             change(layer)
             with torch.no_grad():
+                self.hold(layer)
+
+    def test_another_zoneout(self):
+        layer = ours.LSTM(3, 16, zoneout=0.1).eval()
+        with torch.no_grad():
+            for probability in (0.1, 0.6, 0.0):
+                layer.zoneout = probability
                 self.hold(layer)
 
     def test_of_the_slstm_layer(self):

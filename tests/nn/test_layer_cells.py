@@ -89,6 +89,18 @@ class TestCells:
             with pytest.raises(expected.type):
                 mine(*args)
 
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_hx_of_another_number_of_states(self, count):
+        cell, h = ours.LSTMCell(3, 5, backend="vanilla"), torch.randn(2, 5)
+        with pytest.raises(RuntimeError, match=f"hx has {count} tensors; accepted are 2, h, c"):
+            cell(torch.randn(2, 3), (h,) * count)
+
+    def test_hx_in_one_tensor(self):
+        """As torch.nn takes it of a single row."""
+        mine, theirs = cells("LSTM", 3, 5, backend="vanilla")
+        x, hx = torch.randn(3).double(), torch.randn(2, 5).double()
+        assert_same(mine(x, hx), theirs(x, hx))
+
     @every_kind
     @both_paths
     def test_heads_are_those_of_the_layer(self, kind, backend):

@@ -215,11 +215,35 @@ def test_copies_and_printed_form():
     }
 
 
+def test_probabilities_may_be_set():
+    """As torch.nn's `dropout`: what is set is what is computed with."""
+    given = {"recurrent_dropout": 0.4, "zoneout": (0.2, 0.5)}
+    made, plain, later = ours.LSTM(4, 5, **given), ours.LSTM(4, 5), ours.LSTM(4, 5)
+    for network in (plain, later):
+        network.load_state_dict(made.state_dict())
+    for name, value in given.items():
+        setattr(later, name, value)
+    x = torch.randn(3, 2, 4)
+
+    def results(network):
+        torch.manual_seed(0)
+        return [network.train()(x), network.eval()(x)]
+
+    assert_same(results(later), results(made), 0)
+    assert repr(later) == repr(made)
+    with pytest.raises(ValueError, match="a tuple with one for each of h, c"):
+        later.zoneout = 2.0
+    later.recurrent_dropout = later.zoneout = 0
+    assert_same(results(later), results(plain), 0)
+    assert not ours.restore(torch.nn.Sequential(later)).left
+
+
 def test_errors():
     for options, words in (
         ({"zoneout": 1.5}, "a tuple with one for each of h, c"),
         ({"zoneout": (0.1,)}, "a tuple with one for each of h, c"),
         ({"zoneout": (0.1, "a")}, "a tuple with one for each of h, c"),
+        ({"zoneout": None}, "a tuple with one for each of h, c"),
         ({"recurrent_dropout": 1.0}, "probability less than 1"),
         ({"recurrent_dropout": 0.1, "proj_size": 2}, "layer without a projection"),
         ({"zoneout": 0.1, "proj_size": 2}, "layer without a projection"),

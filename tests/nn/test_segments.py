@@ -131,5 +131,14 @@ def test_errors():
     for bounds in ([0, 4], [1, 5], [0, 4, 3, 5]):
         with pytest.raises(RuntimeError, match="for 5 rows; accepted are numbers"):
             layer(x[:, 0], cu_seqlens=torch.tensor(bounds))
+    for bounds, error, words in (
+        ([0, 5], TypeError, "cu_seqlens is list; accepted is a torch.Tensor"),
+        (torch.tensor([0, 2.5, 5]), TypeError, "cu_seqlens is of torch.float32"),
+        (torch.tensor([False, True]), TypeError, "cu_seqlens is of torch.bool"),
+        (torch.tensor([[0, 5]]), RuntimeError, r"shape \(1, 2\); accepted is \[B \+ 1\]"),
+        (torch.tensor([], dtype=torch.int64), RuntimeError, r"shape \(0,\)"),
+    ):
+        with pytest.raises(error, match=words):
+            layer(x[:, 0], cu_seqlens=bounds)
     with pytest.raises(RuntimeError, match="got no rows"):
         layer(x[:0, 0], cu_seqlens=torch.tensor([0, 0]))
