@@ -1,6 +1,7 @@
 """A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND``.
 
-It covers every tiling of the kernels, at sizes that a sanitizer can finish.
+It covers every tiling of the kernels, without and with options of sequences, at sizes that a
+sanitizer can finish.
 """
 
 import sys
@@ -8,6 +9,7 @@ import sys
 import torch
 
 from tests.problems import call, gradients, random_inputs, sparse
+from tests.sequences import KINDS, gradients_of, random_ragged
 
 WORKLOAD = [
     ("lstm", (3, 4, 2, 64), torch.bfloat16),
@@ -35,4 +37,9 @@ if __name__ == "__main__":
         inputs = random_inputs(kind, *sizes, dtype, "cuda")
         gradients(call(kind, inputs, backend=backend), inputs)
         torch.cuda.synchronize()
-    print(f"{backend}: ran {len(WORKLOAD)} problems")
+        # Lengths and packed rows with resets, in both directions; sequences without a step.
+        for kinds in KINDS[-2:]:
+            case = random_ragged(kind, *sizes, dtype=dtype, device="cuda", **kinds)
+            gradients_of(case, case.call(backend))
+            torch.cuda.synchronize()
+    print(f"{backend}: ran {len(WORKLOAD)} problems, each without and with options of sequences")

@@ -66,9 +66,14 @@ def refusal(problem: Problem) -> str | None:
 def too_many_numbered_rows(problem: Problem) -> str | None:
     """Why a problem's options cannot be told to kernels, which number rows by 32 bits."""
     rows = problem.rows[0] * problem.T
-    if problem.returned is None or rows < 2**31:
+    # What sequences start with and go back to is numbered behind the rows (gradients.Before).
+    numbered = rows + problem.B if problem.resets else rows
+    if problem.returned is None or numbered < 2**31:
         return None
-    return f"B · T is {rows}; with options of sequences its kernels count to 2³¹ − 1 rows"
+    return (
+        f"B · T is {rows}; with options of sequences its kernels count to 2³¹ − 1 rows, and with "
+        "resets to B fewer"
+    )
 
 
 def too_many_rows(problem: Problem) -> str | None:

@@ -120,3 +120,19 @@ def test_sizes_beyond_what_kernels_count_to_are_refused(name, monkeypatch):
     # Whose R's gradient has more rows than 32 bits count.
     rows = reason(2**16, 2**16, 1, 1, needs_gradient=True)
     assert rows is None if name == "cuda_fused" else "B · T is 4294967296" in rows
+
+
+@pytest.mark.parametrize("backend", [cuda, cuda_fused], ids=["cuda", "cuda_fused"])
+def test_rows_that_32_bits_do_not_number_are_refused(backend, monkeypatch):
+    """With resets, rows and what sequences start with have numbers of one range."""
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    cell, device = resolve("elman").traced, torch.device("cuda")
+
+    def reason(T, **options):
+        problem = Problem(cell, 2, T, 1, 1, torch.bfloat16, device, returned=1, **options)
+        return backend.unsupported(problem)
+
+    assert reason(2**30 - 1, ragged=True) is None
+    assert "B · T is 2147483648" in reason(2**30, ragged=True)
+    assert reason(2**30 - 2, resets=True) is None
+    assert "B · T is 2147483646" in reason(2**30 - 1, resets=True)

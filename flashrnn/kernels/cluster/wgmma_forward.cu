@@ -20,7 +20,6 @@
 // - when they have: from here on the producer threads send h, store the tiles to global memory, and
 //   read the next step's Wx into the gates' tiles, while the computing warps wait for h of other CTAs
 //   and multiply it.
-
 //
 // All CTAs of a cluster take as many steps as its longest sequence has, since each waits for h of all.
 // A sequence that has ended keeps its states, and its h is sent on. After a reset the h of the start is

@@ -53,8 +53,8 @@ using GivenCopy = TiledCopy<CopyLayout, GIVEN ? GIVEN : 1, const Element>;
 
 // Whether the step computed first, which has no gradient through R, stands before the loop as a copy of
 // its own. Not where R takes so many registers that addresses would be spilled, nor where sequences may
-// have no step: there it multiplies what the other buffer happens to hold, and nothing is added. A branch around the product would keep
-// the compiler from moving the cell's work up beside it.
+// have no step: there it multiplies what the other buffer happens to hold, and nothing is added. A branch
+// around the product would keep the compiler from moving the cell's work up beside it.
 constexpr bool FIRST_STEP_APART = COMPUTING < 8 && !SEQUENCED;
 
 // What the producer threads do, step after step, as the diagram says.
