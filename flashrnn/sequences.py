@@ -203,13 +203,18 @@ def in_rows(name: str, x: Tensor, of_step: str, given: Given) -> Tensor:
         given: the call's options.
     """
     packed, rank = given.cu_seqlens is not None, 3 + of_step.count(",")
-    if packed and isinstance(x, Tensor) and x.ndim == rank - 1:
-        return x.unsqueeze(0)
-    if not isinstance(x, Tensor) or x.ndim != rank:
-        kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        layout = f"[1, total, {of_step}] or [total, {of_step}]" if packed else f"[B, T, {of_step}]"
-        raise ValueError(f"{name} is {kind}; accepted is a tensor {layout}")
-    return x
+    if isinstance(x, Tensor):
+        if x.ndim == rank and (x.shape[0] == 1 or not packed):
+            return x
+        if x.ndim == rank - 1 and packed:
+            return x.unsqueeze(0)
+    kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    if not packed:
+        raise ValueError(f"{name} is {kind}; accepted is a tensor [B, T, {of_step}]")
+    raise ValueError(
+        f"{name} is {kind} and cu_seqlens is given; accepted is a packed batch, "
+        f"[1, total, {of_step}] or [total, {of_step}]"
+    )
 
 
 def accept(
@@ -237,11 +242,6 @@ def accept(
     packed = cu_seqlens is not None
     B, T, _, N, D = of_Wx
     if cu_seqlens is not None:
-        if B != 1:
-            raise ValueError(
-                f"Wx has shape {tuple(of_Wx)} and cu_seqlens is given; accepted is a packed "
-                "batch, [1, total, Gw, N, D] or [total, Gw, N, D]"
-            )
         if lengths is not None:
             raise ValueError("lengths and cu_seqlens are given; accepted is one of them")
         _check_integers("cu_seqlens", "[B + 1]", cu_seqlens, None, device)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrnn import flashrnn
+from flashrnn import flashrnn, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import lstm, resolve
 from flashrnn.problem import Problem
@@ -240,6 +240,15 @@ def test_bad_options_are_refused(options, error, words):
     Wx, R, b = torch.zeros(B, 3, 4, 2, 4), torch.zeros(4, 2, 4, 4), torch.zeros(4, 2, 4)
     with pytest.raises(error, match=re.escape(words)):
         flashrnn(Wx, R, b, **options)
+
+
+def test_a_layer_that_is_not_packed_is_refused_by_its_names():
+    x, W, R, b = (
+        torch.zeros(sizes) for sizes in ((2, 3, 5), (4, 2, 4, 5), (4, 2, 4, 4), (4, 2, 4))
+    )
+    words = "x is (2, 3, 5) and cu_seqlens is given; accepted is a packed batch, [1, total, I]"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        recurrent_layer(x, W, R, b, cu_seqlens=torch.tensor([0, 6]))
 
 
 def test_rows_without_their_dimension_of_1():

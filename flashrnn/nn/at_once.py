@@ -292,7 +292,7 @@ def _with_masks(
     dropped = None
     if masks.dropout:
         # One mask for each sequence.
-        dropped = torch.rand(batch.count(x), N, D, device=x.device) < masks.dropout
+        dropped = masks_of.chosen((batch.count(x), N, D), masks.dropout, x.device)
         if start is not None:
             start = _with_read(start, dropped, masks)
         if options["reset_states"] is not None:

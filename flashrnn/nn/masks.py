@@ -110,5 +110,11 @@ def drawn(like: Tensor, dropped: Tensor | None, zoneout: Sequence[float], N: int
     """
     sizes = *like.shape[:2], N, D
     masks = [] if dropped is None else [(~dropped).expand(sizes)]
-    masks += [torch.rand(sizes, device=like.device) < p for p in zoneout if p]
+    masks += [chosen(sizes, p, like.device) for p in zoneout if p]
     return torch.stack(masks, 2).to(like.dtype)
+
+
+def chosen(sizes: Sequence[int], probability: float, device: torch.device) -> Tensor:
+    """Of bool, each ``True`` with a probability."""
+    # Of float32: PyTorch's default may be bfloat16, of which there are 256 numbers from 0 to 1.
+    return torch.rand(sizes, dtype=torch.float32, device=device) < probability

@@ -802,10 +802,10 @@ def _check_bounds_are_integers(bounds: Any) -> None:
         raise TypeError(f"cu_seqlens is {type(bounds).__name__}; accepted is a torch.Tensor")
     if bounds.is_floating_point() or bounds.is_complex() or bounds.dtype == torch.bool:
         raise TypeError(f"cu_seqlens is of {bounds.dtype}; accepted are integers")
-    if bounds.dim() != 1 or len(bounds) == 0:
+    if bounds.dim() != 1 or len(bounds) < 2:
         raise RuntimeError(
-            f"cu_seqlens has shape {tuple(bounds.shape)}; accepted is [B + 1]: 0, and where each "
-            "sequence ends"
+            f"cu_seqlens has shape {tuple(bounds.shape)}; accepted is [B + 1], B of 1 or more: 0, "
+            "and where each sequence ends"
         )
 
 

@@ -160,6 +160,19 @@ def test_rates_and_seeds(function, drawn):
     assert abs(read[:, 0].mean() - 0.8) < 0.0625 and abs(stay.mean() - 0.7) < 0.016
 
 
+def test_small_probabilities_where_the_default_dtype_is_coarse(drawn):
+    layer = ours.Recurrent("gru", 4, 128, recurrent_dropout=0.001, zoneout=0.001)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer(torch.randn(4, 256, 4, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(default)
+    read, stay = drawn[0].unbind(2)
+    # Of 32768 draws the deviation is 0.00017, of 131072 it is 0.000087; of bfloat16 1 in 256 is 0.
+    assert abs(1 - read[:, 0].mean() - 0.001) < 0.0009 and abs(stay.mean() - 0.001) < 0.0005
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_between_layers_one_mask_for_all_steps(packed, monkeypatch):
     layer = ours.GRU(4, 8, 2, dropout=0.5, variational=True, bidirectional=True, **F64)

@@ -137,6 +137,7 @@ def test_errors():
         (torch.tensor([False, True]), TypeError, "cu_seqlens is of torch.bool"),
         (torch.tensor([[0, 5]]), RuntimeError, r"shape \(1, 2\); accepted is \[B \+ 1\]"),
         (torch.tensor([], dtype=torch.int64), RuntimeError, r"shape \(0,\)"),
+        (torch.tensor([0]), RuntimeError, r"shape \(1,\); accepted is \[B \+ 1\], B of 1 or more"),
     ):
         with pytest.raises(error, match=words):
             layer(x[:, 0], cu_seqlens=bounds)
