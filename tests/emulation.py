@@ -6,6 +6,7 @@ The compiled text is the program that NVRTC gets, except for ptx.cuh.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ needs_compiler = pytest.mark.skipif(
 
 # Where compiled programs are kept, for all tests and processes; pytest's folder, which git ignores.
 FOLDER = Path(__file__).parents[1] / ".pytest_cache" / "emulation"
-_MOST_KEPT = 1000
+# More than one run of all tests takes.
+_MOST_KEPT = 2000
 
 
 class Library:
@@ -56,12 +58,14 @@ class Library:
         parts = [header, source, *COMPILE, *LINK, _compiler()]
         key = sha256("\0".join(parts).encode()).hexdigest()
         library = FOLDER / f"{key}.so"
-        if library.exists():
+        try:
             # The least recently used ones are removed first.
-            library.touch()
-        else:
+            os.utime(library)
+            self.functions = ctypes.CDLL(str(library))
+        except OSError:
+            # It is not there, or another process has removed it since.
             _compile(source, library)
-        self.functions = ctypes.CDLL(str(library))
+            self.functions = ctypes.CDLL(str(library))
 
     def emulate(self, *arguments) -> None:
         """Run a kernel; the program has an entry ``emulate`` for it."""
@@ -72,7 +76,7 @@ class Library:
 
 
 def _compile(source: str, library: Path) -> None:
-    kept = sorted(library.parent.glob("*.so"), key=lambda path: path.stat().st_mtime)
+    kept = sorted(library.parent.glob("*.so"), key=_last_use)
     for path in kept[: max(0, len(kept) - _MOST_KEPT + 1)]:
         path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
@@ -83,6 +87,14 @@ def _compile(source: str, library: Path) -> None:
         subprocess.run([*LINK, "-o", linked, compiled], check=True)
         # At once: another process may be at the same program.
         linked.replace(library)
+
+
+def _last_use(path: Path) -> float:
+    """When a library was last used; 0 if another process has removed it since it was listed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 @cache
