@@ -39,7 +39,7 @@ class Sequences(NamedTuple):
 
 
 def bounds(
-    sequences: Sequences, B: int, T: int, dtype: torch.dtype = torch.int64
+    sequences: Sequences, T: int, dtype: torch.dtype = torch.int64
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where each sequence begins among the rows ``[B · T]``, and its length; ``[B]`` of ``dtype``.
 
@@ -49,7 +49,6 @@ def bounds(
 
     Args:
         sequences: the options.
-        B: the number of sequences.
         T: the number of steps; of a packed batch its rows.
         dtype: int64, or int32, in which T must fit.
     """
@@ -62,7 +61,7 @@ def bounds(
 
 
 def _within(x: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-    """Moved into 0 to T, in a dtype that has all values and T: the wider one."""
+    """x clamped to 0 … T, of ``dtype``; clamped in the wider dtype, which holds all values."""
     return x.to(dtype).clamp(0, T) if dtype == torch.int64 else x.clamp(0, T).to(dtype)
 
 
@@ -91,7 +90,7 @@ def arrange(problem: Problem, sequences: Sequences) -> Arranged:
     B, T = problem.B, problem.T
     order, rows = None, None
     # Of 32 bits, for as few launches as can be: each takes microseconds.
-    first, lengths = bounds(sequences, B, T, torch.int32)
+    first, lengths = bounds(sequences, T, torch.int32)
     if lengths is not None:
         lengths, order = lengths.sort(descending=True, stable=True)
         rows = None if first is None else first[order]

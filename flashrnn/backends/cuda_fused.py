@@ -409,7 +409,7 @@ def _recurrent_gradient_parts(
         is_copied = states.dtype == torch.float32
         tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
         if sequences is not None:
-            _, lengths = bounds(sequences, problem.B, problem.T, torch.int32)
+            _, lengths = bounds(sequences, problem.T, torch.int32)
             if lengths is not None:
                 tensors["lengths"] = lengths
         if flags is not None:

@@ -152,7 +152,7 @@ def before_steps(
     B, T, N, D = problem.B, problem.T, problem.N, problem.D
     count = problem.rows[0] * T
     whole: dict[str, Any] = {"dtype": torch.int32, "device": problem.device}
-    first, lengths = bounds(sequences, B, T)
+    first, lengths = bounds(sequences, T)
     of_sequences = torch.arange(-1, -1 - B, -1, **whole)
     starts, start = [h_initial.reshape(B, N, D).to(dtype)], None
     if sequences.reset is not None:

@@ -42,7 +42,7 @@ def run(
         return _run(problem, Wx, R, b, states, _Steps())
     if problem.longest is None and _can_wait(sequences):
         # Else every sequence of a packed batch takes as many steps as the batch has rows.
-        _, lengths = bounds(sequences, problem.B, problem.T)
+        _, lengths = bounds(sequences, problem.T)
         if lengths is not None and problem.B:
             problem = problem._replace(longest=int(lengths.max()))
     order = _Rows(problem, sequences)
@@ -91,7 +91,7 @@ class _Rows:
 
     def __init__(self, problem: Problem, sequences: Sequences) -> None:
         self.problem, self.device = problem, problem.device
-        self.first, self.lengths = bounds(sequences, problem.B, problem.T)
+        self.first, self.lengths = bounds(sequences, problem.T)
         reverse = problem.reverse
         heads = reverse if isinstance(reverse, tuple) else (reverse,) * problem.N
         self.turns = any(heads)
