@@ -53,12 +53,9 @@ cluster_reduce_scatter_backward(CALL) {
     long long steps = T;
     if (SEQUENCED) {
         const long long left = B - 1 - work.first_sequence;
-        fill_table<SEQUENCES, THREADS>(table, work.first_sequence, left < SEQUENCES ? left : SEQUENCES - 1,
-                                       T, sequence_order, sequence_rows, sequence_lengths,
-                                       runs_backwards, work.n);
-        __syncthreads();
-        // The longest comes first.
-        steps = table[0].length;
+        const int last = left < SEQUENCES ? left : SEQUENCES - 1;
+        steps = fill_table<SEQUENCES, THREADS>(table, work.first_sequence, last, T, sequence_order,
+                                               sequence_rows, sequence_lengths, runs_backwards, work.n);
     }
     // Which of the batch an element's sequence is.
     const auto index_of = [&](const ThreadElement& element) {

@@ -75,11 +75,8 @@ cluster_mma_forward(CALL) {
     Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + TABLE);
     long long steps = T;
     if (SEQUENCED) {
-        fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
-                                       sequence_lengths, runs_backwards, n);
-        __syncthreads();
-        // The longest comes first.
-        steps = table[0].length;
+        steps = fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
+                                               sequence_lengths, runs_backwards, n);
     }
 
     if (threadIdx.x >= 32 * COMPUTING) {

@@ -59,11 +59,8 @@ cluster_wgmma_forward(CALL) {
     int* const flags = reinterpret_cast<int*>(shared_memory() + TABLE + TABLE_BYTES);
     long long steps = T;
     if (SEQUENCED) {
-        fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
-                                       sequence_lengths, runs_backwards, n);
-        __syncthreads();
-        // The longest comes first.
-        steps = table[0].length;
+        steps = fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
+                                               sequence_lengths, runs_backwards, n);
     }
     // Which of the batch a sequence of the cluster's is.
     const auto index_of = [&](int sequence) { return SEQUENCED ? table[sequence].index : first + sequence; };

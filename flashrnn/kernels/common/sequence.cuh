@@ -65,15 +65,18 @@ __device__ inline Sequence sequence_at(long long place, long long T, const int* 
 }
 
 // Fills the table of a CTA's LINES sequences, from `first` on in that order, by all its THREADS threads;
-// beyond `last`, the last one that exists, with that one. A barrier must follow.
+// beyond `last`, the last one that exists, with that one. Returns the number of steps of the first of
+// them, which is the longest. All threads meet at a barrier here.
 template <int LINES, int THREADS>
-__device__ inline void fill_table(Sequence* table, long long first, int last, long long T,
-                                  const int* order, const int* firsts, const int* lengths,
-                                  const int* head_runs_backwards, int n) {
+__device__ inline int fill_table(Sequence* table, long long first, int last, long long T,
+                                 const int* order, const int* firsts, const int* lengths,
+                                 const int* head_runs_backwards, int n) {
     for (int i = threadIdx.x; i < LINES; i += THREADS) {
         table[i] = sequence_at(first + (i < last ? i : last), T, order, firsts, lengths,
                                head_runs_backwards, n);
     }
+    __syncthreads();
+    return table[0].length;
 }
 
 // What states go back to at a cut. Without an origin, zeros.

@@ -48,7 +48,6 @@ struct WorkSequences {
         __syncthreads();
         fill_table<COUNT, THREADS>(table, work.first_sequence, left < COUNT ? left - 1 : COUNT - 1, T,
                                    order, rows, lengths, backwards, work.n);
-        __syncthreads();
     }
 
     __device__ Sequence of(const ThreadElement& element, int tile) const {

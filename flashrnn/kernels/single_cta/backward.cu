@@ -114,11 +114,8 @@ single_cta_backward(CALL) {
     Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + FRAGMENT_BYTES + LINES_BYTES);
     long long steps = T;
     if (SEQUENCED) {
-        fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
-                                       sequence_lengths, runs_backwards, n);
-        __syncthreads();
-        // The longest comes first.
-        steps = table[0].length;
+        steps = fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
+                                               sequence_lengths, runs_backwards, n);
     }
     const long long all_rows = PACKED ? T : B * T;
 

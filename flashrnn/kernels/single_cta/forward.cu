@@ -205,11 +205,8 @@ single_cta_forward(CALL) {
     Sequence* table = reinterpret_cast<Sequence*>(shared_memory() + LAYOUT_BYTES - TABLE_BYTES);
     long long steps = T;
     if (SEQUENCED) {
-        fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
-                                       sequence_lengths, runs_backwards, n);
-        __syncthreads();
-        // The longest comes first.
-        steps = table[0].length;
+        steps = fill_table<SEQUENCES, THREADS>(table, first, last, T, sequence_order, sequence_rows,
+                                               sequence_lengths, runs_backwards, n);
     }
     const long long all_rows = PACKED ? T : B * T;
 
