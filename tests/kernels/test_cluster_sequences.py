@@ -15,7 +15,7 @@ from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import OPTIONS, at_odd_address, strided
-from tests.gpus import GPUS, planned
+from tests.gpus import GPUS, LARGER, planned
 from tests.kernels.regimes import (
     CLUSTER_BACKWARD,
     CLUSTER_MMA,
@@ -80,9 +80,12 @@ def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_backward_behind_the_grids_forward(take, kind, dtype, kinds):  # noqa: F811
-    """Clusters compute float32 and any number of units backward alone."""
+    """Clusters compute float32 and any number of units backward alone.
+
+    Four CTAs have no registers for sLSTM's float32 R beside all options of sequences.
+    """
     case = random_ragged(kind, CLUSTER_BACKWARD.B, 4, 2, CLUSTER_BACKWARD.D, dtype=dtype, **kinds)
-    hold_ragged_to_vanilla(take(CLUSTER_BACKWARD).backend, case)
+    hold_ragged_to_vanilla(take(replace(CLUSTER_BACKWARD, gpu=LARGER)).backend, case)
 
 
 @needs_compiler
