@@ -13,7 +13,8 @@ from flashrnn import flashrnn
 from flashrnn.bench.case import Case, leaf
 from flashrnn.bench.contender import Contender, Work
 from flashrnn.cells import resolve
-from flashrnn.nn.modes import bias, mode_of, recurrent_matrix
+from flashrnn.nn.modes import mode_of
+from flashrnn.nn.weights import bias, recurrent_matrix
 
 MODULES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
-from flashrnn.nn import masks, stepping
+from flashrnn.nn import at_once, stepping
 from tests.nn.against import KINDS, leaf, states, tensors
 from tests.problems import relative_error
 
@@ -184,7 +184,7 @@ def test_masks(kind, setting, monkeypatch):
     reference = in_float64(layer, **options)
     x = torch.randn(T, B, features).to(dtype)
     weight = torch.randn(T, B, 2 * units).to(dtype)
-    kept, draw = [], masks.drawn
+    kept, draw = [], at_once.drawn
 
     def drawn(like, *args):
         if like.is_cuda:
@@ -192,7 +192,7 @@ def test_masks(kind, setting, monkeypatch):
             return kept[-1]
         return kept.pop(0).to(like)
 
-    monkeypatch.setattr(masks, "drawn", drawn)
+    monkeypatch.setattr(at_once, "drawn", drawn)
     found = []
     for network, given in ((layer, moved(x, dtype, DEVICE)), (reference, x.double())):
         y, last = network(given.requires_grad_())

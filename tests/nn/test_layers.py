@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 import flashrnn.nn as ours
 from flashrnn import cell, problem
-from flashrnn.nn import scan
+from flashrnn.nn import precision, stack
 from tests.nn.against import (
     BACKENDS,
     KINDS,
@@ -498,7 +498,7 @@ class TestMachinery:
         torch._dynamo.reset()
         x = torch.randn(5, 2, 3)
         expected = layer(x)
-        monkeypatch.delattr(ours.Recurrent, "_run_ours")
+        monkeypatch.delattr(stack, "_in_turn")
         assert_same(torch.compile(layer, backend="aot_eager")(x), expected, 1e-6)
 
     @every_kind
@@ -541,15 +541,15 @@ class TestMachinery:
         cudnn = torch.backends.cudnn
         before = cudnn.rnn.fp32_precision
         try:
-            for precision, allowed in (("tf32", True), ("ieee", False)):
-                cudnn.rnn.fp32_precision = precision
-                assert scan.config_on(gpu).allow_tf32 is allowed
+            for setting, allowed in (("tf32", True), ("ieee", False)):
+                cudnn.rnn.fp32_precision = setting
+                assert precision.config_on(gpu).allow_tf32 is allowed
         finally:
             cudnn.rnn.fp32_precision = before
         for allowed in (False, True):  # PyTorch without that setting.
             monkeypatch.setattr(problem.torch.backends, "cudnn", Cudnn(allowed))
-            assert scan.config_on(gpu).allow_tf32 is allowed
-        assert scan.config_on(torch.device("cpu")) is None
+            assert precision.config_on(gpu).allow_tf32 is allowed
+        assert precision.config_on(torch.device("cpu")) is None
 
     @every_kind
     def test_hooks_and_training_mode(self, kind):
