@@ -168,6 +168,28 @@ class Given(NamedTuple):
     reverse: bool | Sequence[bool]
     return_states: str
 
+    @classmethod
+    def of(
+        cls,
+        reset: Tensor | None,
+        reset_states: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool | Sequence[bool],
+        return_states: str,
+    ) -> Given | None:
+        """The options of a call; ``None`` where it has none."""
+        if (
+            reset is not None
+            or reset_states is not None
+            or lengths is not None
+            or cu_seqlens is not None
+            or reverse is not False
+            or return_states != "all"
+        ):
+            return cls(reset, reset_states, lengths, cu_seqlens, reverse, return_states)
+        return None
+
 
 def tensors_given(given: Given) -> tuple[Tensor, ...]:
     """The tensors among a call's options."""

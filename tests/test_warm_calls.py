@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashrnn import FlashRNNConfig, cell, flashrnn, functional, recurrent_layer
+from flashrnn import FlashRNNConfig, calls, cell, flashrnn, initial, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
@@ -66,8 +66,8 @@ def named(launched):
 def forget():
     for cached in (*cuda_fused.KERNELS, cuda_fused._refused, registry.best_plan):
         cached.cache_clear()
-    functional.problems.clear()
-    functional._expanded_zeros.clear()
+    calls.problems.clear()
+    initial._expanded_zeros.clear()
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ CHOICES = st.fixed_dictionaries(
         "offset": st.sampled_from([0, 0, 0, 1, 4]),
         "extra": st.sampled_from([0, 0, 0, 4, 8]),
         "expanded": st.booleans(),
-        "states": st.booleans(),
+        "states": st.sampled_from([None, "one", "each"]),
         "requires_grad": st.booleans(),
         "clipval": st.sampled_from([None, None, 0.5, 2.0]),
         "function": st.sampled_from(["lstm", "gru"]),
@@ -143,7 +143,8 @@ def made(launches, choice):
     Wx = zeros(1 if choice["expanded"] else B, T, Gw, N, D, dtype=dtype, **layout)
     Wx = Wx.expand(B, T, Gw, N, D).requires_grad_(requires_grad)
     R, b = zeros(Gr, N, D, D, dtype=dtype), zeros(Gb, N, D, dtype=dtype, **layout)
-    states = zeros(S, B, 1, N, D, dtype=torch.float32, **layout) if choice["states"] else None
+    starts = {None: 0, "one": 1, "each": B}[choice["states"]]
+    states = zeros(S, starts, 1, N, D, dtype=torch.float32, **layout) if starts else None
     clipval = choice["clipval"]
     config = FlashRNNConfig(forward_clipval=clipval, gradient_recurrent_clipval=clipval)
     try:
@@ -375,14 +376,14 @@ def test_a_call_with_options_works_nothing_out_anew(launches, monkeypatch):
     reset, starts = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 1, 1, 1, 64)
     options = {"reset": reset, "reset_states": starts, "lengths": torch.tensor([3, 1])}
 
-    def calls():
+    def both():
         flashrnn(Wx, R, b, backend="cuda_fused", **options)
         recurrent_layer(x, W, R, b, backend="cuda_fused", **options)
         return launches.take()
 
-    first = calls()
-    monkeypatch.setattr(functional, "problem_with", None)
-    again = calls()
+    first = both()
+    monkeypatch.setattr(calls, "accepted", None)
+    again = both()
     assert [one[:3] for one in again] == [one[:3] for one in first]
 
 
@@ -414,11 +415,11 @@ def test_what_records_or_transforms_a_call_is_asked_for_at_each_call(launches):
 
 
 def test_caches_have_a_bound(launches, monkeypatch):
-    monkeypatch.setattr(functional, "_MOST_PROBLEMS", 5)
-    monkeypatch.setattr(functional, "_MOST_EXPANDED", 5)
+    monkeypatch.setattr(calls, "_MOST_PROBLEMS", 5)
+    monkeypatch.setattr(initial, "_MOST_EXPANDED", 5)
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))
-        assert len(functional.problems) <= 5 and len(functional._expanded_zeros) <= 5
+        assert len(calls.problems) <= 5 and len(initial._expanded_zeros) <= 5
     for cached in (*cuda_fused.KERNELS, cuda_fused._refused):
         assert cached.cache_info().maxsize is not None
 
@@ -433,7 +434,7 @@ def test_nothing_kept_holds_the_users_step(launches):
     x = inputs()
     for backend in ("cuda_fused", "vanilla"):
         flashrnn(*x, function=own, backend=backend)
-    assert all(problem.step is None for problem in functional.problems.values())
+    assert all(problem.step is None for problem in calls.problems.values())
 
 
 def test_threads_launch_each_its_own(launches):

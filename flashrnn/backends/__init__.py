@@ -102,12 +102,19 @@ loaded = cache(load)
 """The same with a cache, which Dynamo does not follow."""
 
 
-def choose(name: str, problem: Problem) -> Backend:
+def choose(name: str, problem: Problem, is_direct: bool = False) -> Backend:
     """The backend for a problem: the one named, or with ``"auto"`` the fastest that can.
+
+    Args:
+        name: a backend's name, or ``"auto"``.
+        problem: the problem.
+        is_direct: whether :func:`is_direct` is known to hold for the call's tensors.
 
     Raises:
         ValueError: unknown name, or the named backend cannot do the problem; says why.
     """
+    if is_direct:
+        return loaded(_best_of_all(name, problem))
     if torch.compiler.is_compiling():
         from flashrnn.backends import constants
 
@@ -161,7 +168,8 @@ def is_plain(tensor: Tensor) -> bool:
 def is_direct(*tensors: Tensor) -> bool:
     """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
     and the tensors' memory holds their values."""
-    return not (recorded() or transformed()) and all(map(is_plain, tensors))
+    # Of what transforms a call, recorded() tells all but derivatives forward.
+    return not (recorded() or forward_ad._current_level >= 0) and all(map(is_plain, tensors))
 
 
 def transformed() -> bool:
@@ -205,6 +213,11 @@ def best(name: str, problem: Problem) -> str:
                 "backend='vanilla' can be; backend='auto' takes that one there"
             )
         return "vanilla"
+    return _best_of_all(name, problem)
+
+
+def _best_of_all(name: str, problem: Problem) -> str:
+    """The same for a call that nothing transforms."""
     if name != "auto":
         backend = loaded(name)
         reason = backend.unavailable(problem.device) or backend.unsupported(problem)

@@ -13,7 +13,7 @@ alone: each takes a fraction of the host time of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ def run(
     b: Tensor,
     states: Tensor,
     sequences: Sequences | None = None,
+    is_direct: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute, differentiably.
 
@@ -96,6 +97,7 @@ def run(
         b: ``[Gb, N, D]``.
         states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
         sequences: the options that say how sequences run; ``None``: none.
+        is_direct: whether :func:`flashrnn.backends.is_direct` is known to hold for the tensors.
 
     Returns:
         ``[S, B, T, N, D]`` of ``problem.dtype``, where S is ``problem.returned``, and
@@ -103,11 +105,10 @@ def run(
     """
     if not is_fused(backend):
         return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states, sequences)
-    backend = cast(FusedBackend, backend)
-    tensors: tuple[Tensor, ...] = (Wx, R, b, states)
-    if sequences is not None:
-        tensors += tuple(x for x in sequences if x is not None)
-    if recorded() or not all(map(is_plain, tensors)):
+    if is_direct:
+        return run_directly(backend, problem, Wx, R, b, states, sequences)
+    given = [x for x in (Wx, R, b, states, *(sequences or ())) if x is not None]
+    if recorded() or not all(map(is_plain, given)):
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -139,15 +140,13 @@ def run_directly(
     if sequences is not None:
         if problem.needs_gradient:
             return Scan.apply(Wx, R, b, states, backend, problem, *sequences)
-        every_state, last_states, _ = backend.forward(problem, Wx, R, b, states, sequences)
-        return every_state, last_states
+        return backend.forward(problem, Wx, R, b, states, sequences)[:2]
     if problem.needs_gradient:
         return Scan.apply(Wx, R, b, states, backend, problem)
-    every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
-    return every_state, last_states
+    return backend.forward(problem, Wx, R, b, states)[:2]
 
 
-def is_fused(backend: Backend) -> bool:
+def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:
     """Whether it has a scan in each direction; else PyTorch differentiates what it does."""
     return hasattr(backend, "forward")
 
