@@ -239,12 +239,12 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every step's states, the last states as carried, and the gates' pre-activations, of which
     there are none if they are not to be saved."""
-    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    sequences, fields = _options(reset, reset_states, lengths, cu_seqlens, reverse, returned)
     (_, T, _, N, D), B = Wx.shape, states.shape[1]
     problem = Problem(
         parsed(cell)[0],
         *(B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval, allow_tf32),
-        **_fields(sequences, reverse, returned),
+        **fields,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
@@ -260,12 +260,17 @@ def _for_graphs(
     return states, last_states, states.new_empty(0) if gates is None else gates
 
 
-def _fields(
-    sequences: Sequences, reverse: Sequence[bool] | None, returned: int | None
-) -> dict[str, Any]:
-    """Those of a problem that follow from an operator's arguments."""
-    heads = tuple(reverse or ())
-    return {
+def _options(
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
+) -> tuple[Sequences, dict[str, Any]]:
+    """An operator's last arguments: the options' tensors, and the problem's fields."""
+    sequences, heads = Sequences(reset, reset_states, lengths, cu_seqlens), tuple(reverse or ())
+    return sequences, {
         "resets": sequences.reset is not None,
         "ragged": sequences.lengths is not None or sequences.cu_seqlens is not None,
         "packed": sequences.cu_seqlens is not None,
@@ -312,19 +317,10 @@ def _(
     backend: str,
     cell: str,
     save_gates: bool,
-    cut: bool,
-    clipval: float | None,
-    forward_clipval: float | None,
-    allow_tf32: bool | None = None,
-    reset: Tensor | None = None,
-    reset_states: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reverse: Sequence[bool] | None = None,
-    returned: int | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (_, T, _, N, D), B = Wx.shape, states.shape[1]
-    fields = _fields(Sequences(reset, reset_states, lengths, cu_seqlens), reverse, returned)
+    _, fields = _options(*options[4:])
     problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates, **fields)
     return _for_graphs(*new_outputs(problem, Wx))
 
@@ -351,12 +347,12 @@ def scan_backward(
     returned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the gates' pre-activations, of the initial states, of R, b and resets."""
-    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    sequences, fields = _options(reset, reset_states, lengths, cu_seqlens, reverse, returned)
     (_, _, T, N, D), B = states.shape, states_initial.shape[1]
     problem = Problem(
         parsed(cell)[0],
         *(B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval, allow_tf32),
-        **_fields(sequences, reverse, returned),
+        **fields,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
@@ -379,18 +375,10 @@ def _(
     d_last_states: Tensor | None,
     backend: str,
     cell: str,
-    cut: bool,
-    clipval: float | None,
-    forward_clipval: float | None,
-    allow_tf32: bool | None = None,
-    reset: Tensor | None = None,
-    reset_states: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reverse: Sequence[bool] | None = None,
-    returned: int | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, N, D, _ = R.shape
+    reset_states = _options(*options[4:])[0].reset_states
     return (
         gates.new_empty(gates.shape),
         states_initial.new_empty(states_initial.shape),
