@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -237,6 +238,33 @@ def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
         for i, length in enumerate(case.lengths):
             assert (found["states"][:, i, length:] == 0).all()
             assert (found["d_Wx"][i, length:] == 0).all()
+
+
+def hold_to_each_alone(
+    backend: str, case: Ragged, which: Sequence[int] | None = None, copies: int = 1
+) -> None:
+    """Where a sequence lies, and beside which others, changes no bit of what is its own.
+
+    Args:
+        backend: by which backend.
+        case: lengths or a packed batch.
+        which: the sequences that are called alone; ``None``: all.
+        copies: how often each, for a plan of as many sequences.
+    """
+    packed = "cu_seqlens" in case.options
+    every_state, last_states = case.call(backend)
+    for i, (end, length) in enumerate(zip(accumulate(case.lengths), case.lengths, strict=True)):
+        if length == 0 or (which is not None and i not in which):
+            continue
+        row, steps = (0, slice(end - length, end)) if packed else (i, slice(0, length))
+        Wx, states = case.inputs.Wx[row, steps], case.inputs.states[:, i : i + 1]
+        inputs = case.inputs.tensors() | {
+            "Wx": Wx.expand(copies, *Wx.shape),
+            "states": states.expand(-1, copies, -1, -1, -1),
+        }
+        found, last = flashrnn(**inputs, backend=backend)
+        assert torch.equal(found[:, 0], every_state[:, row, steps])
+        assert torch.equal(last[:, 0], last_states[:, i])
 
 
 def hold_padding_out(backend: str, reverse: str, device: str = "cpu", D: int = 16) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn import FlashRNNConfig
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
@@ -25,6 +25,7 @@ from tests.sequences import (
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
+    hold_to_each_alone,
     random_ragged,
 )
 
@@ -397,28 +398,12 @@ def test_wide_batch_tiles_have_options(prefer, kinds):
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 @pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
 def test_a_sequence_has_the_bits_that_it_has_alone(take, regime, ragged):  # noqa: F811
-    """Where its rows lie, and beside which others, changes no bit of what is its own."""
     B = 4 if regime is GRID else regime.B
     case = random_ragged("lstm", B, 5, 2, regime.D, 2, ragged=ragged, dtype=torch.bfloat16)
-    case = case.to(torch.bfloat16)
-    take(regime)
-    found, first = gradients_of(case, case.call("cuda_fused")), 0
     plan = regime.plans(planned("lstm", B, 2, regime.D, torch.bfloat16), regime.gpu, False)
-    for i, length in enumerate(case.lengths):
-        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
-        first += length
-        if length == 0 or i > 6:
-            continue
-        # In a batch as large as the other, which has the same plan.
-        Wx, states = case.inputs.Wx[rows[0], rows[1]], case.inputs.states[:, i : i + 1]
-        inputs = case.inputs.tensors() | {
-            "Wx": Wx.expand(B, *Wx.shape),
-            "states": states.expand(-1, B, -1, -1, -1),
-        }
-        states, last_states = flashrnn(**inputs, backend="cuda_fused")
-        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
-        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
     assert isinstance(plan, GridPlan) == (regime is GRID)
+    # In a batch as large as the other, which has the same plan.
+    hold_to_each_alone(take(regime).backend, case, range(7), copies=B)
 
 
 @needs_compiler

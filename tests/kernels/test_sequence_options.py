@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn import FlashRNNConfig
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import source
@@ -25,6 +25,7 @@ from tests.sequences import (
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
+    hold_to_each_alone,
     random_ragged,
 )
 
@@ -124,19 +125,8 @@ def test_resets_go_back_to_the_initial_value(on_the_cpu, backend):
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 @every_backend
 def test_same_bits_as_each_sequence_alone(on_the_cpu, backend, ragged):
-    """Where a sequence lies, and beside which others, changes no bit of what is its own."""
     case = random_ragged("lstm", 4, 6, 2, 16, seed=2, ragged=ragged, dtype=torch.bfloat16)
-    found, first = gradients_of(case, case.call(backend)), 0
-    for i, length in enumerate(case.lengths):
-        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
-        first += length
-        if length == 0:
-            continue
-        inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[rows[0], rows[1]][None]}
-        inputs["states"] = inputs["states"][:, i : i + 1]
-        states, last_states = flashrnn(**inputs, backend=backend)
-        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
-        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
+    hold_to_each_alone(backend, case)
 
 
 @needs_compiler
