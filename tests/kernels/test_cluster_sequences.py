@@ -25,12 +25,7 @@ from tests.kernels.regimes import (
 )
 from tests.machine_code import needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, Inputs, sparse
-from tests.sequences import (
-    KINDS,
-    hold_ragged_to_vanilla,
-    hold_to_each_alone,
-    random_ragged,
-)
+from tests.sequences import KINDS, hold_ragged_to_vanilla, hold_to_each_alone, random_ragged
 
 REGIMES = [*CLUSTER_MMA, *CLUSTER_WGMMA]
 # Two clusters for each head: the sizes of regimes.py with few sequences leave one.

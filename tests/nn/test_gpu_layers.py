@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
 from flashrnn.nn import at_once, stepping
-from tests.nn.against import KINDS, leaf, states, tensors
+from tests.nn.against import every_kind, leaf, states, tensors
 from tests.problems import relative_error
 
 pytestmark = [
@@ -22,7 +22,6 @@ pytestmark = [
 
 DEVICE = "cuda"
 features, units, T, B = 24, 64, 12, 4
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # A dtype, whether PyTorch may use TF32, and what errors of results and gradients may be, relative
 # to float64. In 16 bits: twice that of `vanilla` on a CPU, the rounding of what is stored. In
