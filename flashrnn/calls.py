@@ -159,7 +159,7 @@ def prepared(
     states: Tensor | None,
     config: FlashRNNConfig,
     options: Given | None,
-    is_direct: bool,
+    direct: bool,
 ) -> tuple[Backend, Problem, Tensor, Sequences | None]:
     """What computes a problem, the problem as that takes it, initial states ``[S, B, 1, N, D]``,
     and the options' tensors.
@@ -171,13 +171,13 @@ def prepared(
         states: see :func:`flashrnn.flashrnn`, as ``config``.
         config: ...
         options: those that say how sequences run, if there are any.
-        is_direct: whether :func:`flashrnn.backends.is_direct` is known to hold for the tensors.
+        direct: whether :func:`flashrnn.backends.is_direct` is known to hold for the tensors.
     """
-    chosen, tensors = backends.choose(backend, problem, is_direct), None
+    chosen, tensors = backends.choose(backend, problem, direct), None
     if options is not None:
         problem, tensors = _with_tensors(problem, options, config)
     if states is None:
-        states = initial_states(problem, config, is_direct)
+        states = initial_states(problem, config, direct)
     elif states.size(1) != problem.B:
         states = states.expand(-1, problem.B, -1, -1, -1)  # One start was given for all.
     if not autograd.is_fused(chosen):

@@ -136,16 +136,16 @@ def flashrnn(
         problem = calls.accepted(cell, tensors, states, config, dtype, options)
         if key is not None:
             calls.remember(key, problem)
-    is_direct = key is not None
+    direct = key is not None
     chosen, problem, states, of_options = calls.prepared(
-        problem, cell, backend, states, config, options, is_direct
+        problem, cell, backend, states, config, options, direct
     )
     arguments = calls.as_computed(problem, Wx, R, b, states)
-    if is_direct and options is None and autograd.is_fused(chosen):
+    if direct and options is None and autograd.is_fused(chosen):
         # None of its operations depends on autocast.
         return autograd.run_directly(chosen, problem, *arguments)
     with without_autocast(problem.device.type):
-        found, last_states = autograd.run(chosen, problem, *arguments, of_options, is_direct)
+        found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
     return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
 
 

@@ -10,21 +10,21 @@ from flashrnn.config import DEFAULT, FlashRNNConfig
 from flashrnn.problem import Problem, as_dtype_has_it, carry_dtype
 
 
-def initial_states(problem: Problem, config: FlashRNNConfig, is_direct: bool = False) -> Tensor:
+def initial_states(problem: Problem, config: FlashRNNConfig, direct: bool = False) -> Tensor:
     """``config.initial_val`` as states ``[S, B, 1, N, D]``, a view of one number a state.
 
     Args:
         problem: the problem.
         config: the call's.
-        is_direct: whether :func:`flashrnn.backends.is_direct` is known to hold.
+        direct: whether :func:`flashrnn.backends.is_direct` is known to hold.
     """
     dtype, device = carry_dtype(problem.dtype), problem.device
     sizes = (len(problem.cell.states), problem.B, 1, problem.N, problem.D)
     if config is DEFAULT:
-        return _zeros_of(sizes, dtype, device, is_direct)
+        return _zeros_of(sizes, dtype, device, direct)
     values = config.initial_values(problem.cell.states)
     if not any(values):
-        return _zeros_of(sizes, dtype, device, is_direct)
+        return _zeros_of(sizes, dtype, device, direct)
     values = tuple(as_dtype_has_it(value, dtype) for value in values)
     if len(set(values)) == 1:
         # Filled where it is needed: no copy from the host, none to wait for.
@@ -41,10 +41,10 @@ _MOST_EXPANDED = 1024
 
 
 def _zeros_of(
-    sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_direct: bool
+    sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, direct: bool
 ) -> Tensor:
     """Zeros, one number in memory, the same for as long as they may be shared."""
-    if not is_direct and backends.recorded():
+    if not direct and backends.recorded():
         return torch.zeros((), dtype=dtype, device=device).expand(sizes)
     found = _expanded_zeros.get((sizes, dtype, device))
     if found is not None:

@@ -103,19 +103,19 @@ def recurrent_layer(
         problem = calls.accepted(cell, tensors, states, config, dtype, options)
         if key is not None:
             calls.remember(key, problem)
-    is_direct = key is not None
+    direct = key is not None
     chosen, problem, states, of_options = calls.prepared(
-        problem, cell, backend, states, config, options, is_direct
+        problem, cell, backend, states, config, options, direct
     )
     with without_autocast(problem.device.type):
-        if is_direct and problem.needs_gradient and autograd.is_fused(chosen):
+        if direct and problem.needs_gradient and autograd.is_fused(chosen):
             found, last_states = _Layer.apply(
                 x, W, R, b, states, chosen, problem, *(of_options or ())
             )
         else:
             Wx = _input_product(problem, *_factors(problem, x, W))
             arguments = calls.as_computed(problem, Wx, R, b, states)
-            found, last_states = autograd.run(chosen, problem, *arguments, of_options, is_direct)
+            found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
 
 

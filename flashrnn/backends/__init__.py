@@ -102,18 +102,18 @@ loaded = cache(load)
 """The same with a cache, which Dynamo does not follow."""
 
 
-def choose(name: str, problem: Problem, is_direct: bool = False) -> Backend:
+def choose(name: str, problem: Problem, direct: bool = False) -> Backend:
     """The backend for a problem: the one named, or with ``"auto"`` the fastest that can.
 
     Args:
         name: a backend's name, or ``"auto"``.
         problem: the problem.
-        is_direct: whether :func:`is_direct` is known to hold for the call's tensors.
+        direct: whether :func:`is_direct` is known to hold for the call's tensors.
 
     Raises:
         ValueError: unknown name, or the named backend cannot do the problem; says why.
     """
-    if is_direct:
+    if direct:
         return loaded(_best_of_all(name, problem))
     if torch.compiler.is_compiling():
         from flashrnn.backends import constants

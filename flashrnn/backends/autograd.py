@@ -85,7 +85,7 @@ def run(
     b: Tensor,
     states: Tensor,
     sequences: Sequences | None = None,
-    is_direct: bool = False,
+    direct: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute, differentiably.
 
@@ -97,7 +97,7 @@ def run(
         b: ``[Gb, N, D]``.
         states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
         sequences: the options that say how sequences run; ``None``: none.
-        is_direct: whether :func:`flashrnn.backends.is_direct` is known to hold for the tensors.
+        direct: whether :func:`flashrnn.backends.is_direct` is known to hold for the tensors.
 
     Returns:
         ``[S, B, T, N, D]`` of ``problem.dtype``, where S is ``problem.returned``, and
@@ -105,7 +105,7 @@ def run(
     """
     if not is_fused(backend):
         return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states, sequences)
-    if is_direct:
+    if direct:
         return run_directly(backend, problem, Wx, R, b, states, sequences)
     given = [x for x in (Wx, R, b, states, *(sequences or ())) if x is not None]
     if recorded() or not all(map(is_plain, given)):
