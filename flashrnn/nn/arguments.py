@@ -1,4 +1,4 @@
-"""The arguments of a layer's call: whether input, ``hx`` and ``cu_seqlens`` fit."""
+"""The arguments of a layer's call: whether input, ``hx``, ``reset`` and ``cu_seqlens`` fit."""
 
 from __future__ import annotations
 
@@ -63,6 +63,23 @@ def check_states(
             )
         if state.device != input.device:
             raise RuntimeError(f"input is on {input.device}, hx on {state.device}: move one")
+
+
+def flags_in(layers: RecurrentParameters, reset: Any, input: Tensor, batched: bool) -> Tensor:
+    """The flags in ``reset``, of bool, once they are found to have the input's first dimensions.
+
+    ``input`` has two of them, and ``reset`` too if it is ``batched``.
+    """
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
+    if not batched:
+        reset = reset.unsqueeze(0 if layers.batch_first else 1)
+    if reset.shape != input.shape[:2]:
+        raise RuntimeError(
+            f"reset has shape {tuple(reset.shape)}; accepted is {tuple(input.shape[:2])}, "
+            "the input's without its features"
+        )
+    return reset.ne(0)
 
 
 def returned(states: Sequence[Tensor]) -> Any:

@@ -161,16 +161,7 @@ class Recurrent(RecurrentParameters):
             )
         arguments.check_states(self, states, input, B)
         if reset is not None:
-            if not isinstance(reset, Tensor):
-                raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
-            if not batched:
-                reset = reset.unsqueeze(0 if self.batch_first else 1)
-            if reset.shape != input.shape[:2]:
-                raise RuntimeError(
-                    f"reset has shape {tuple(reset.shape)}; accepted is {tuple(input.shape[:2])}, "
-                    "the input's without its features"
-                )
-            reset = reset.ne(0)
+            reset = arguments.flags_in(self, reset, input, batched)
         output, last = stack.run(self, input, states, reset=reset)
         if not batched:
             output = output.squeeze(0 if self.batch_first else 1)
