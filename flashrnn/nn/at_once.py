@@ -187,17 +187,7 @@ def layer(
         ended = torch.stack([ended[:, 0], _ends_of_parts(every_state, batch.reset, N).to(ended)], 1)
     h, last = every_state[0].flatten(2), list(ended.unbind(0))
     if hr is not None:
-        parts = h.unflatten(2, (directions, N * D)).unbind(2)
-        matrices = [each.weight_hr for each in weights if each.weight_hr is not None]
-        projected = [linear(part, hr) for part, hr in zip(parts, matrices, strict=True)]
-        h = torch.cat(projected, -1) if directions == 2 else projected[0]
-        last[0] = torch.stack(
-            [linear(part.to(hr.dtype), hr) for part, hr in zip(last[0], matrices, strict=True)]
-        )
-        if given_h is not None and batch.cu_seqlens is not None:
-            # A sequence of no steps ends as it begins.
-            is_empty = sent(batch.cu_seqlens, x.device).diff().eq(0)
-            last[0] = torch.where(is_empty[:, None], given_h.to(last[0]), last[0])
+        h, last[0] = _projected(h, last[0], weights, given_h, batch)
     return h, last
 
 
@@ -276,6 +266,30 @@ def _with_first(
         absent = torch.zeros_like(of_h)
         extended.append(torch.cat([W, *(of_h if k == d else absent for d in range(len(h)))], -1))
     return torch.cat(found, -1), extended
+
+
+def _projected(
+    h: Tensor, last: Tensor, weights: Sequence[Weights], given: Tensor | None, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """h of every step and h at the end, of all directions, projected.
+
+    Args:
+        h: ``[B, T, directions * D]``.
+        last: ``[directions, B, D]``.
+        weights: those of each direction.
+        given: ``[directions, B, P]``, what sequences start from; ``None``: zeros.
+        batch: where the sequences lie.
+    """
+    matrices = [each.weight_hr for each in weights if each.weight_hr is not None]
+    parts = h.unflatten(2, (len(matrices), -1)).unbind(2)
+    projected = [linear(part, hr) for part, hr in zip(parts, matrices, strict=True)]
+    h = torch.cat(projected, -1) if len(projected) == 2 else projected[0]
+    last = torch.stack([linear(x.to(hr.dtype), hr) for x, hr in zip(last, matrices, strict=True)])
+    if given is not None and batch.cu_seqlens is not None:
+        # A sequence of no steps ends as it begins.
+        is_empty = sent(batch.cu_seqlens, h.device).diff().eq(0)
+        last = torch.where(is_empty[:, None], given.to(last), last)
+    return h, last
 
 
 # With resets, what is given is of the first part of a sequence, and what is returned of the last
