@@ -116,4 +116,5 @@ def _rows(batch_sizes: Tensor, count: int | None = None) -> tuple[Tensor, Tensor
 
 def _lengths(batch_sizes: Tensor) -> Tensor:
     """``[B]``, the longest first."""
-    return (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+    sequence = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+    return (batch_sizes[:, None] > sequence).sum(0)
