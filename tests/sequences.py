@@ -37,11 +37,6 @@ ALL = KINDS[-2:]
 """All at once, with ``lengths`` and packed."""
 
 
-def named(value: Any) -> str:
-    """The name of a test's parameter."""
-    return "-".join(value.values()) if isinstance(value, dict) else str(value)
-
-
 def alternating(firsts: Sequence[Any], seconds: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
     """Every two of the values, each with one of ``ALL``; each value meets both."""
     return [

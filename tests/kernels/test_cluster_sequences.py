@@ -30,7 +30,6 @@ from tests.sequences import (
     alternating,
     gradients_of,
     hold_ragged_to_vanilla,
-    named,
     random_ragged,
 )
 
@@ -43,6 +42,10 @@ BF16 = torch.bfloat16
 def some(values, quick):
     """Parameters, of which those that are not quick are slow."""
     return [pytest.param(x, marks=[] if quick(x) else pytest.mark.slow) for x in values]
+
+
+def named(value):
+    return "-".join(value.values()) if isinstance(value, dict) else str(value)
 
 
 every_regime = pytest.mark.parametrize("regime", some(REGIMES, lambda x: x is TWO), ids=str)

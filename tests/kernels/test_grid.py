@@ -28,7 +28,6 @@ from tests.sequences import (
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
-    named,
     random_ragged,
 )
 
@@ -291,9 +290,7 @@ def test_options_of_sequences_equal_vanilla(take, kinds):  # noqa: F811
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "dtype", "kinds"), alternating(GRID.cells, GRID.dtypes), ids=named
-)
+@pytest.mark.parametrize(("kind", "dtype", "kinds"), alternating(GRID.cells, GRID.dtypes), ids=str)
 def test_options_of_sequences_with_every_cell_and_dtype(take, kind, dtype, kinds):  # noqa: F811
     case = random_ragged(kind, 9, 4, 2, 130, seed=3, dtype=dtype, **kinds)
     hold_ragged_to_vanilla(take(GRID).backend, case)

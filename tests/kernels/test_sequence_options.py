@@ -27,7 +27,6 @@ from tests.sequences import (
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
-    named,
     random_ragged,
 )
 
@@ -43,7 +42,7 @@ every_backend = pytest.mark.parametrize("backend", ["cuda_fused", "cuda"])
 every_kind = pytest.mark.parametrize(
     "kinds",
     [pytest.param(x, marks=[] if x in ALL else pytest.mark.slow) for x in KINDS],
-    ids=named,
+    ids=lambda kinds: "-".join(kinds.values()),
 )
 
 
@@ -60,7 +59,7 @@ def test_equals_vanilla(on_the_cpu, backend, kinds):
 @pytest.mark.parametrize(
     ("kind", "dtype", "kinds"),
     alternating([*BUILT_IN, sparse], [torch.float16, torch.float32]),
-    ids=named,
+    ids=str,
 )
 @every_backend
 def test_every_cell_and_dtype(on_the_cpu, backend, kind, dtype, kinds):
