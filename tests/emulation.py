@@ -1,4 +1,4 @@
-"""The CUDA kernels as plain C++ on the CPU, thread by thread (emulation.h).
+"""The CUDA kernels as plain C++ on the CPU, thread by thread (emulation.h, emulation.cpp).
 
 The compiled text is the program that NVRTC gets, except for ptx.cuh.
 """
@@ -28,14 +28,18 @@ from flashrnn.problem import Problem
 from tests.gpus import H200
 
 HEADER = Path(__file__).with_name("emulation.h")
-COMPILE = (
-    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC"),
+SCHEDULER = HEADER.with_suffix(".cpp")
+COMPILE_ONCE = (
+    *("g++", "-std=c++17", "-O2", "-w", "-fPIC"),
     # Some compilers define this by default; it forbids longjmp to another stack.
     "-U_FORTIFY_SOURCE",
+)
+COMPILE = (
+    *(*COMPILE_ONCE, "-O1", "-ffp-contract=off"),
     # Every access checks that its address is aligned for its type.
     "-fsanitize=alignment",
 )
-# Without the compiler's run-time library for these checks: emulation.h reports them.
+# Without the compiler's run-time library for these checks: emulation.cpp reports them.
 LINK = ("g++", "-shared")
 
 needs_compiler = pytest.mark.skipif(
@@ -54,10 +58,7 @@ class Library:
 
     def __init__(self, source: str) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        header = HEADER.read_text(encoding="utf-8")
-        parts = [header, source, *COMPILE, *LINK, _compiler()]
-        key = sha256("\0".join(parts).encode()).hexdigest()
-        library = FOLDER / f"{key}.so"
+        library = FOLDER / f"{_hash(source)}.so"
         try:
             # The least recently used ones are removed first.
             os.utime(library)
@@ -82,9 +83,10 @@ def _compile(source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         text, compiled, linked = (Path(name) / f"program.{end}" for end in ("cpp", "o", "so"))
         text.write_text(source, encoding="utf-8")
-        header = ["-include", str(_header(library.parent))]
+        common = _common(library.parent)
+        header = ["-include", common / HEADER.name]
         subprocess.run([*COMPILE, *header, "-c", "-o", compiled, text], check=True)
-        subprocess.run([*LINK, "-o", linked, compiled], check=True)
+        subprocess.run([*LINK, "-o", linked, compiled, common / "scheduler.o"], check=True)
         # At once: another process may be at the same program.
         linked.replace(library)
 
@@ -98,24 +100,36 @@ def _last_use(path: Path) -> float:
 
 
 @cache
-def _header(folder: Path) -> Path:
-    """emulation.h beside its precompiled header, which g++ reads in a fraction of the time."""
-    text = HEADER.read_text(encoding="utf-8")
-    key = sha256("\0".join([text, *COMPILE, _compiler()]).encode()).hexdigest()
-    kept = folder / f"header-{key}"
+def _common(folder: Path) -> Path:
+    """What all programs share, compiled: emulation.h beside its precompiled header, scheduler.o.
+
+    They are most of a program, and take most of the time to compile.
+    """
+    kept = folder / f"common-{_hash('')}"
     if not kept.exists():
         made = Path(tempfile.mkdtemp(dir=folder))
-        (made / HEADER.name).write_text(text, encoding="utf-8")
-        for outdated in folder.glob("header-*"):
-            shutil.rmtree(outdated, ignore_errors=True)
+        for other in folder.glob("common-*"):
+            # Not one that another process has just made.
+            if other != kept:
+                shutil.rmtree(other, ignore_errors=True)
+        shutil.copy(HEADER, made)
         precompile = [*COMPILE, "-x", "c++-header", "-o", made / f"{HEADER.name}.gch"]
         subprocess.run([*precompile, made / HEADER.name], check=True)
+        # Which includes the header that lies beside it: the other is compiled with other options.
+        subprocess.run([*COMPILE_ONCE, "-c", "-o", made / "scheduler.o", SCHEDULER], check=True)
         try:
             made.rename(kept)
         except OSError:
             # Another process was faster.
             shutil.rmtree(made)
-    return kept / HEADER.name
+    return kept
+
+
+def _hash(source: str) -> str:
+    """Of all that a program's machine code depends on."""
+    common = [x.read_text(encoding="utf-8") for x in (HEADER, SCHEDULER)]
+    parts = [source, *common, *COMPILE, *COMPILE_ONCE, *LINK, _compiler()]
+    return sha256("\0".join(parts).encode()).hexdigest()
 
 
 @cache

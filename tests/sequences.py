@@ -33,6 +33,17 @@ KINDS = [
     {"resets": "sequence", "ragged": "packed", "reverse": "some", "return_states": "last"},
 ]
 """Each kind of each option, and all at once."""
+ALL = KINDS[-2:]
+"""All at once, with ``lengths`` and packed."""
+
+
+def alternating(firsts: Sequence[Any], seconds: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """Every two of the values, each with one of ``ALL``; each value meets both."""
+    return [
+        (first, second, ALL[(i + j) % 2])
+        for i, first in enumerate(firsts)
+        for j, second in enumerate(seconds)
+    ]
 
 
 @dataclass
@@ -220,8 +231,11 @@ def gradients_of(case: Ragged, outputs: tuple[Tensor, Tensor]) -> dict[str, Tens
     return {"states": outputs[0], "last_states": outputs[1], **named}
 
 
-def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
-    """Hold every output and gradient to vanilla in float64, as ``hold_to_vanilla`` does."""
+def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> dict[str, Tensor]:
+    """Hold every output and gradient to vanilla in float64, as ``hold_to_vanilla`` does.
+
+    Returns the backend's.
+    """
     dtype = case.inputs.Wx.dtype
     exact = case.to(torch.float64)
     truth = gradients_of(exact, exact.call("vanilla", **options))
@@ -238,6 +252,7 @@ def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
         for i, length in enumerate(case.lengths):
             assert (found["states"][:, i, length:] == 0).all()
             assert (found["d_Wx"][i, length:] == 0).all()
+    return found
 
 
 def hold_to_each_alone(

@@ -39,7 +39,10 @@ IN_TURNS = [name for name, suite in SUITES.items() if suite.measures]
 
 
 def test_the_host_is_not_kept_waiting_and_the_wall_clock_is(monkeypatch):
-    """A device that takes 2 ms for what is enqueued at once."""
+    """A device that takes 2 ms for what is enqueued at once.
+
+    The least of some samples: a busy machine may interrupt others.
+    """
     pending = []
     monkeypatch.setattr(
         clocks, "_finish", lambda device: (time.sleep(2e-3 * len(pending)), pending.clear())
@@ -47,8 +50,9 @@ def test_the_host_is_not_kept_waiting_and_the_wall_clock_is(monkeypatch):
     calls = in_turns.without_gradients(
         replace(Ours("vanilla").prepare(TINY, CPU), run=lambda *leaves: pending.append(1))
     )
-    assert clocks.host(calls, CPU)() < 1000
-    assert 2000 <= clocks.wall(calls, CPU)() < 20_000
+    host, wall = clocks.host(calls, CPU), clocks.wall(calls, CPU)
+    assert min(host() for _ in range(5)) < 1000
+    assert 2000 <= min(wall() for _ in range(5)) < 20_000
 
 
 @pytest.mark.parametrize(("once", "count"), [(1e-6, clocks.MOST), (1e-3, 5), (1.0, 1)])

@@ -20,17 +20,22 @@ from tests.kernels.regimes import (
     CLUSTER_BACKWARD,
     CLUSTER_MMA,
     CLUSTER_WGMMA,
-    has_plans,
     take,  # noqa: F401
 )
 from tests.machine_code import needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, Inputs, sparse
-from tests.sequences import KINDS, hold_ragged_to_vanilla, hold_to_each_alone, random_ragged
+from tests.sequences import (
+    ALL,
+    KINDS,
+    alternating,
+    hold_ragged_to_vanilla,
+    hold_to_each_alone,
+    random_ragged,
+)
 
 REGIMES = [*CLUSTER_MMA, *CLUSTER_WGMMA]
 # Two clusters for each head: the sizes of regimes.py with few sequences leave one.
 TWO = CLUSTER_MMA[3]
-ALL = KINDS[-2:]
 BF16 = torch.bfloat16
 
 
@@ -58,16 +63,13 @@ def test_equals_vanilla(take, regime, kinds):  # noqa: F811
 
 @needs_compiler
 @pytest.mark.slow
-@all_kinds
 @pytest.mark.parametrize(
-    ("regime", "kind"),
+    ("regime", "kind", "kinds"),
     [
-        (regime, kind)
-        for regime in REGIMES
-        for kind in ([*BUILT_IN, sparse] if regime in (TWO, CLUSTER_WGMMA[0]) else ["lstm"])
-        if has_plans(regime, kind, regime.B, 4, 2, regime.D, dtype=torch.float16)
+        *((regime, "lstm", kinds) for regime in REGIMES for kinds in ALL),
+        *alternating([TWO, CLUSTER_WGMMA[0]], ["elman", "gru", "slstm", sparse]),
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
     case = random_ragged(kind, regime.B, 4, 2, regime.D, dtype=torch.float16, **kinds)
@@ -76,9 +78,9 @@ def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
 
 @needs_compiler
 @pytest.mark.slow
-@all_kinds
-@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kinds"), alternating(BUILT_IN, [BF16, torch.float32]), ids=named
+)
 def test_backward_behind_the_grids_forward(take, kind, dtype, kinds):  # noqa: F811
     """Clusters compute float32 and any number of units backward alone.
 

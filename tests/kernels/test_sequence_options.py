@@ -18,7 +18,9 @@ from tests.kernels.regimes import GRID, take  # noqa: F401
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
 from tests.problems import BUILT_IN, sparse
 from tests.sequences import (
+    ALL,
     KINDS,
+    alternating,
     gradients_of,
     hold_empty_sequences_out,
     hold_last_states_out,
@@ -38,7 +40,6 @@ def on_the_cpu(fused_emulation, emulation, poisoned):  # noqa: F811
 every_backend = pytest.mark.parametrize("backend", ["cuda_fused", "cuda"])
 
 
-ALL = KINDS[-2:]
 every_kind = pytest.mark.parametrize(
     "kinds",
     [pytest.param(x, marks=[] if x in ALL else pytest.mark.slow) for x in KINDS],
@@ -56,9 +57,11 @@ def test_equals_vanilla(on_the_cpu, backend, kinds):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kinds"),
+    alternating([*BUILT_IN, sparse], [torch.float16, torch.float32]),
+    ids=str,
+)
 @every_backend
 def test_every_cell_and_dtype(on_the_cpu, backend, kind, dtype, kinds):
     hold_ragged_to_vanilla(backend, random_ragged(kind, 5, 4, 2, 20, dtype=dtype, **kinds))
