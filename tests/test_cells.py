@@ -439,6 +439,13 @@ def test_a_captured_value_that_changes_makes_another_cell(step, change):
     assert run().item() == 2.0 and mine.traced == unchanged
 
 
+def test_a_function_of_no_module_is_a_step():
+    """As those that a program writes and compiles."""
+    names = {"torch": torch}
+    exec("def step(states, gates):\n    return (torch.tanh(gates[0]),)", names)
+    assert step_of(names["step"]).graphs == elman.graphs
+
+
 def test_signs_and_kinds_of_captured_values_count():
     """Values that compare equal in Python may compute different results."""
     values = [0.0]

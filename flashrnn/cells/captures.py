@@ -307,5 +307,5 @@ def _is_trusted(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         return value.__name__.partition(".")[0] in _TRUSTED
     if isinstance(value, (types.FunctionType, type)):
-        return value.__module__.partition(".")[0] in _TRUSTED
+        return (value.__module__ or "").partition(".")[0] in _TRUSTED
     return False

@@ -467,6 +467,12 @@ class _Recorder(TorchDispatchMode):
         if name not in OPERATIONS or any(key != "alpha" for key in kwargs):
             return None
         values = [self._value(argument) for argument in args]
+        if name in ("logical_and", "logical_or"):
+            # Of numbers, PyTorch asks whether they are 0.
+            values = [
+                value if _is_truth(argument) else self.builder.emit("ne", value, 0.0)
+                for value, argument in zip(values, args, strict=True)
+            ]
         if kwargs.get("alpha", 1) != 1:
             values[1] = self.builder.emit("mul", values[1], self._value(kwargs["alpha"]))
         return self.builder.emit(name, *values)
