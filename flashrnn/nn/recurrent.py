@@ -485,6 +485,11 @@ class Recurrent(torch.nn.RNNBase):
         ``cu_seqlens`` over rows of sequences one after another."""
         if reset is None and cu_seqlens is None and self._is_torchs(x.device):
             return self._run_torchs(x, states, batch_sizes)
+        if batch_sizes is not None and backends.jit_traced():
+            raise NotImplementedError(
+                "torch.jit.trace would take this PackedSequence's lengths for those of all others; "
+                "accepted are cu_seqlens, or a layer of torch.nn's (flashrnn.nn.restore)"
+            )
         found = self._run_at_once(x, states, batch_sizes, reset, cu_seqlens)
         if found is not None:
             return found
