@@ -443,6 +443,18 @@ def change_number(x):
     globals().update(NUMBER=numpy.float64(x))
 
 
+class Identity(torch.autograd.Function):
+    """Its derivative, which is the user's, captures a value."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(NUMBER)
+
+
 # Where the captured value does not stand at the end of names, attributes and items.
 INDIRECT = {
     "deque": (lambda s, g: (g[0] * sum(DEQUE),), lambda x: DEQUE.__setitem__(0, x)),
@@ -535,6 +547,18 @@ def test_a_function_of_no_module_is_a_step():
     names = {"torch": torch}
     exec("def step(states, gates):\n    return (torch.tanh(gates[0]),)", names)
     assert step_of(names["step"]).graphs == elman.graphs
+
+
+def test_a_derivative_of_the_users_captures_too():
+    mine = step_of(lambda s, g: (Identity.apply(g[0]),))
+    found = []
+    try:
+        for value in (2.0, 3.0):
+            change_number(value)
+            found.append(evaluate(mine.graphs.derivative, (0.0, 0.0, 1.0))[1])
+    finally:
+        change_number(2.0)
+    assert found == [2.0, 3.0]
 
 
 def test_signs_and_kinds_of_captured_values_count():

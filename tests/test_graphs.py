@@ -333,6 +333,8 @@ WRITTEN = {
         torch.deg2rad(x) | torch.rad2deg(x) | torch.angle(x) | torch.xlogy(2.0, x) | +x | -x | 3 - x
         (x > 0).float() * x | (x > 0).double().to(x.dtype) * x | ~(x > 0) * x
         x + (x.round() - x).detach() | torch.where(x > 0, 3, 1).to(x.dtype) * x
+        torch.full_like(x, 2.7, dtype=torch.int64) * x | torch.full_like(x, 3, dtype=torch.bool) * x
+        torch.full((), 0.1, dtype=torch.float16) * x | torch.full((), -2.7, dtype=torch.int32) * x
         torch.ones_like(x) * x | torch.full_like(x, 3) ** x | torch.sign(x) * x.abs() ** (1 / 3)
     """,
     "x y": """

@@ -102,10 +102,11 @@ def _trace(
     cotangents = [_Traced(name, shape, dtype) for name in gradients]
     recorder = _Recorder(cell, shape, dtype)
     try:
-        with recorder:
+        # The derivative may be the user's too, of a torch.autograd.Function.
+        with recorder, called or nullcontext():
             # Copies, for autograd has its own words against a change of the leaves in place.
             copies = [x.clone() for x in inputs]
-            with _Watch(cell), called or nullcontext():
+            with _Watch(cell):
                 given = cell.step(tuple(copies[: len(states)]), tuple(copies[len(states) :]))
             outputs = _checked(cell, given, shape, dtype)
             if recorder.refusal:
@@ -316,14 +317,11 @@ _OF_TRUTHS = {
 }
 # Operations that hand their first argument on; the shape of the result is looked at.
 _IDENTITIES = {"alias", "detach", "clone", "view", "expand"}
-# Operations that fill a tensor with one number: which, or None where it is their last argument.
+# Operations that fill a tensor with one number.
+_FILLS = {"zeros", "zeros_like", "new_zeros", "_efficientzerotensor", "ones", "ones_like"}
+_FILLS |= {"new_ones", "full", "full_like", "new_full", "scalar_tensor"}
 # From uninitialized tensors, decompositions take nothing but their shape.
-_FILLS = {
-    **dict.fromkeys(["zeros", "zeros_like", "new_zeros", "_efficientzerotensor"], 0.0),
-    **dict.fromkeys(["ones", "ones_like", "new_ones"], 1.0),
-    **dict.fromkeys(["empty", "empty_like", "new_empty", "empty_permuted"], math.nan),
-    **dict.fromkeys(["full", "full_like", "new_full", "scalar_tensor"], None),
-}
+_UNINITIALIZED = {"empty", "empty_like", "new_empty", "empty_permuted"}
 
 
 class _Recorder(TorchDispatchMode):
@@ -381,9 +379,12 @@ class _Recorder(TorchDispatchMode):
             raise self._refused(func)
         if func._schema.is_mutable:
             return self._rename(func, args, kwargs)
-        if _Traced not in types and name not in _FILLS:
+        if _Traced not in types and name not in _FILLS | _UNINITIALIZED:
             return func(*args, **kwargs)  # All arguments are constants, so the result is one.
-        value = self._lower(name, args, kwargs)
+        if name in _FILLS:
+            value: Argument | None = self._value(_sample(func, args, kwargs).flatten()[0])
+        else:
+            value = self._lower(name, args, kwargs)
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
@@ -448,9 +449,8 @@ class _Recorder(TorchDispatchMode):
         """The value of an operation of the table, or near to one; ``None`` for any other."""
         if name in _IDENTITIES:
             return self._value(args[0])
-        if name in _FILLS:
-            fill = _FILLS[name]
-            return self._value(args[-1] if fill is None else fill)
+        if name in _UNINITIALIZED:
+            return math.nan
         if name == "_to_copy":
             return self._convert(args[0], kwargs.get("dtype"))
         if name in ("clamp", "clamp_min"):

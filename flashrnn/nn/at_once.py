@@ -153,7 +153,7 @@ def packed_rows(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tens
         goes; and where it comes back to; both ``[rows]``, for :func:`moved`.
     """
     T, B = len(batch_sizes), int(batch_sizes[0])
-    lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0)
+    lengths = (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)).sum(0)
     cu_seqlens = pad(lengths.cumsum(0), (1, 0))
     rows = int(cu_seqlens[-1])
     sizes, first = _there(batch_sizes, device), _there(cu_seqlens, device)

@@ -21,6 +21,7 @@ from flashrnn.cells.spec import Cell
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
 from flashrnn.layer import recurrent_layer
+from flashrnn.nn.segments import rows_of
 from flashrnn.problem import rnn_tf32_allowed
 
 
@@ -39,10 +40,10 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, batch_sizes: Tensor, device: torch.device) -> Packing:
         """The packing with these batch sizes (int64, on the CPU) and the rows' device."""
+        step, sequence = rows_of(batch_sizes)
         offsets = batch_sizes.cumsum(0) - batch_sizes
-        step = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes)
-        sequence = torch.arange(len(step)) - offsets[step]
-        lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+        each = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+        lengths = (batch_sizes[:, None] > each).sum(0)
         reversal = offsets[lengths[sequence] - 1 - step] + sequence
         return cls(tuple(batch_sizes.tolist()), reversal.to(device))
 

@@ -27,10 +27,16 @@ class Segments(NamedTuple):
         order = lengths.argsort(descending=True, stable=True)[: int((lengths > 0).sum())]
         # How many sequences are longer than t steps.
         batch_sizes = len(lengths) - lengths.bincount().cumsum(0)[:-1]
-        offsets = batch_sizes.cumsum(0) - batch_sizes
-        step = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes)
-        sequence = torch.arange(len(step)) - offsets[step]
+        step, sequence = rows_of(batch_sizes)
         return cls(starts[order][sequence] + stride * step, batch_sizes, order)
+
+
+def rows_of(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The step and the sequence, the longest being the first, of each row of a packed batch."""
+    where = batch_sizes.device
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    step = torch.repeat_interleave(torch.arange(len(batch_sizes), device=where), batch_sizes)
+    return step, torch.arange(len(step), device=where) - offsets[step]
 
 
 def between_resets(reset: Tensor) -> tuple[Segments, Tensor, Tensor]:
