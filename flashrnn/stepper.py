@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -112,6 +113,11 @@ class Stepper:
         self._chosen = backends.choose(backend, problem)
         self.backend = self._chosen.__name__.rpartition(".")[2]
         self._prepare(problem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or one that is unpickled, prepares anew."""
+        make = partial(type(self), config=self._config, dtype=self.dtype)
+        return make, (self._R, self._b, self.cell, self._asked)
 
     def __call__(
         self, wx: Tensor, states: Tensor | None = None, out: Tensor | None = None

@@ -132,7 +132,23 @@ def choose(name: str, problem: Problem, direct: bool = False) -> Backend:
         )
         chosen = constants.chosen(name, handle, N, D, dtype, device, needs_gradient, *options)
         return load(chosen)
-    return loaded(best(name, problem))
+    return loaded(best(name, without_symbols(problem)))
+
+
+def without_symbols(problem: Problem) -> Problem:
+    """The problem, its sizes numbers where what records operators has symbols for them.
+
+    A plan is made for one N and one D. B and T decide nothing, and stay open.
+    """
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    if type(B) is type(T) is type(N) is type(D) is int:
+        return problem
+    return problem._replace(B=1, T=1, N=operator.index(N), D=operator.index(D))
+
+
+def jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` records operators: as others do, but for lists of bool."""
+    return torch._C._get_tracing_state() is not None
 
 
 _BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
@@ -147,6 +163,7 @@ def recorded() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._dispatch_tls_is_dispatch_key_included(_BEFORE_AUTOGRAD)
         or torch._C._are_functorch_transforms_active()
+        or jit_traced()
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashrnn.backends import Backend, is_plain, loaded, recorded
+from flashrnn.backends import Backend, is_plain, jit_traced, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
@@ -156,6 +156,13 @@ def _of_operator(problem: Problem, sequences: Sequences | None) -> tuple[Any, ..
     if sequences is None:
         return ()
     reverse = problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,)
+    if not any(reverse):
+        return *sequences, None, problem.returned
+    if jit_traced():
+        raise NotImplementedError(
+            "torch.jit.trace records no heads that run backwards (reverse=...) of a fused backend; "
+            "torch.export and torch.compile do, and so does it of backend='vanilla'"
+        )
     return *sequences, reverse, problem.returned
 
 

@@ -2,37 +2,48 @@
 
 A traced cell contains such values as constants, so a changed value means another cell. The captured
 values are found in the step's bytecode: each chain of names, attributes and constant subscripts
-that begins at a global, a closure's variable, a default value or a method's ``self``. The object at
-the end of a chain is compared by identity if it cannot change in place, else by its content.
+that begins at a global, a closure's variable, a default value, an imported module or a method's
+``self``. The object at the end of a chain is compared by identity if it cannot change in place,
+else by its content, of which its class is a part. The same is done with the functions that the step
+calls: those that a chain ends at, and those that were seen to run while it was traced.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dis
 import enum
 import functools
+import gc
+import importlib.util
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from operator import is_
 from typing import Any
 
 import torch
 
-from flashrnn.cells.spec import CellError
+from flashrnn.cells.spec import Cell, CellError
 
 # A larger object takes too long to compare at each call.
 _MOST_PARTS = 1000
 _UNCHANGING = (
     *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), enum.Enum),
-    *(type, torch.dtype, torch.device, types.BuiltinFunctionType, types.FunctionType),
+    *(torch.dtype, torch.device, types.BuiltinFunctionType, types.FunctionType, Cell),
 )
-# Modules whose functions are not searched: what those read does not change between calls.
-_TRUSTED = {"torch", "numpy", "builtins", "flashrnn", *sys.stdlib_module_names} - {"test"}
+# Modules whose functions are not searched: what those read does not change between calls. `os` has
+# the environment.
+_TRUSTED = {"torch", "numpy", "builtins", "flashrnn", *sys.stdlib_module_names} - {"test", "os"}
+# What a cell is traced in is another thread, with a context of its own.
+_OF_A_THREAD = (threading.local, contextvars.ContextVar)
 
 
 def _is_unchanging(value: Any) -> bool:
     """Whether an object cannot change in place, so that its identity tells its value."""
+    if isinstance(value, type):
+        return _is_trusted(value)
     numpy = sys.modules.get("numpy")
     is_number_of_numpy = numpy is not None and isinstance(value, numpy.generic)
     return is_number_of_numpy or isinstance(value, _UNCHANGING)
@@ -55,20 +66,33 @@ def _content(value: Any) -> Any:
             raise _TooLargeError
         if isinstance(x, (float, complex)):
             return type(x), repr(x)
-        if isinstance(x, _UNCHANGING):
+        if _is_unchanging(x):
             return type(x), x  # True is no 1.
-        if isinstance(x, (torch.Tensor, types.ModuleType)):
+        if isinstance(x, torch.Tensor) or (isinstance(x, types.ModuleType) and _is_trusted(x)):
             return type(x), id(x)
         if id(x) in inside:
             return "itself"
         inside.add(id(x))
         try:
-            return type(x), parts(x)
+            if isinstance(x, type):
+                return of_class(x)
+            if isinstance(x, types.ModuleType):
+                return of_space(x)
+            # An attribute of an object may be one of its class.
+            return of(type(x)), parts(x), attributes(x)
         finally:
             inside.remove(id(x))
 
+    def of_class(x: type) -> Any:
+        left = room[0]
+        try:
+            return of_space(x)
+        except _TooLargeError:
+            room[0] = left
+            return x  # That of a library, more likely than the user's own.
+
     def parts(x: Any) -> Any:
-        if isinstance(x, dict):
+        if isinstance(x, (dict, types.MappingProxyType)):
             return tuple((of(k), of(v)) for k, v in x.items())
         if isinstance(x, (list, tuple)):
             return tuple(map(of, x))
@@ -78,24 +102,76 @@ def _content(value: Any) -> Any:
             if x.nbytes > 8 * _MOST_PARTS:
                 raise _TooLargeError
             return x.shape, str(x.dtype), x.tobytes()
+        return tuple(map(of, _reduced(x)))
+
+    def attributes(x: Any) -> Any:
         slots = [name for kind in type(x).__mro__ for name in getattr(kind, "__slots__", ())]
         held = {name: getattr(x, name) for name in slots if hasattr(x, name)}
         return tuple((name, of(v)) for name, v in (held | getattr(x, "__dict__", {})).items())
 
+    def of_space(x: Any) -> Any:
+        """What the user has put into a class or a module."""
+        found = []
+        for space in x.__mro__ if isinstance(x, type) else (x,):
+            if not _is_trusted(space):
+                for name, v in vars(space).items():
+                    if isinstance(v, types.FunctionType):
+                        found.append((name, v))
+                    elif not (name.startswith(("__", "_abc_")) or isinstance(v, _DESCRIPTORS)):
+                        found.append((name, of(v)))
+        return x, tuple(found)
+
     return of(value)
+
+
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
+
+
+def _reduced(x: Any) -> tuple[Any, ...]:
+    """What pickle makes of an object that Python's own C code holds: a deque, an array, a range."""
+    ways = {"__reduce__", "__reduce_ex__"}
+    defines = next(kind for kind in type(x).__mro__ if not ways.isdisjoint(vars(kind)))
+    if defines is object or defines.__module__.partition(".")[0] not in sys.stdlib_module_names:
+        return ()
+    try:
+        made = x.__reduce_ex__(4)
+    except Exception:
+        return ()
+    if not isinstance(made, tuple):
+        return ()
+    # Of the parts, the fourth and the fifth are iterators over elements.
+    return made[1], *(tuple(part) for part in made[3:5] if part is not None)
 
 
 class Captures:
     """What a step function captured when it was traced."""
 
-    def __init__(self, reads: dict[str, Any], names: dict[str, Any]) -> None:
-        """``reads`` has expressions over ``names`` and the values that they had."""
+    def __init__(
+        self,
+        reads: dict[str, Any],
+        names: dict[str, Any],
+        searched: Set[int] = frozenset(),
+        missing: Set[str] = frozenset(),
+    ) -> None:
+        """What was found.
+
+        Args:
+            reads: expressions over ``names``, and the values that they had.
+            names: of objects.
+            searched: ids of the code objects that were searched.
+            missing: modules that were not imported yet.
+        """
+        self._searched, self._missing = searched, missing
         parts = [part for read in reads.items() for part in _parts(*read)]
         self._read: Callable[[], tuple[Any, ...]] = eval(f"lambda: ({''.join(parts)})", names)
         self._values = self._read()
         # An object that can change in place is compared by content, not by identity.
         self._by_identity = all(map(_is_unchanging, self._values))
         self._contents = tuple(map(_content, self._values))
+
+    def are_all(self, called: Called) -> bool:
+        """Whether these functions read nothing else."""
+        return called.found.keys() <= self._searched and self._missing.isdisjoint(sys.modules)
 
     @property
     def exist(self) -> bool:
@@ -131,18 +207,46 @@ def _parts(expression: str, value: Any) -> Iterator[str]:
 NOTHING = Captures({}, {})
 
 
-def captures_of(name: str, step: Any) -> Captures:
+class Called:
+    """The user's functions that are called within it, by this thread: what runs is known only then,
+    as are a function out of a dictionary or a method of a base class."""
+
+    def __init__(self) -> None:
+        # By the ids of code objects, which are kept: each with its globals.
+        self.found: dict[int, tuple[types.CodeType, dict[str, Any]]] = {}
+
+    def __enter__(self) -> Called:
+        self._before = sys.getprofile()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+
+    def _note(self, frame: types.FrameType, event: str, _: Any) -> None:
+        code, scope = frame.f_code, frame.f_globals
+        if event != "call" or id(code) in self.found or code.co_name == "<module>":
+            return
+        if not _is_trusted_name(scope.get("__name__")):
+            self.found[id(code)] = code, scope
+
+
+def captures_of(name: str, step: Any, called: Called) -> Captures:
     """What a step function captures.
 
     Args:
         name: the cell's name, for errors.
         step: a function, or any other callable.
+        called: the functions that were seen to run, if it has run.
 
     Raises:
-        CellError: an object too large to be compared at each call.
+        CellError: an object too large to be compared at each call, or that differs from thread to
+            thread.
     """
-    finder = _Finder()
+    finder = _Finder(name)
     finder.follow(_Chain(finder.named(step), step))
+    for code, scope in called.found.values():
+        finder.code(code, scope)
     for expression, value in finder.reads.items():
         try:
             _content(value)
@@ -152,7 +256,7 @@ def captures_of(name: str, step: Any) -> Captures:
                 f"cell {name!r} captures `{path}`, a {type(value).__name__} too large to compare "
                 "at each call; capture the numbers that the cell needs"
             ) from None
-    return Captures(finder.reads, finder.names)
+    return Captures(finder.reads, finder.names, finder.searched, finder.missing)
 
 
 class _Chain:
@@ -172,12 +276,16 @@ class _Chain:
 
 
 class _Finder:
-    def __init__(self) -> None:
+    def __init__(self, cell: str) -> None:
+        self.cell = cell
         self.reads: dict[str, Any] = {}
         self.paths: dict[str, str] = {}
         self.names: dict[str, Any] = {}
         # Ids of functions (closures share their code) and of the objects whose methods they are.
         self._followed: set[tuple[int, int]] = set()
+        # Ids of code objects, and names of modules.
+        self.searched: set[int] = set()
+        self.missing: set[str] = set()
 
     def named(self, root: Any) -> str:
         """A name for an object, in the expressions."""
@@ -188,11 +296,20 @@ class _Finder:
     def follow(self, chain: _Chain) -> None:
         """What a chain ends at is read, and where it is called, so is what it captures."""
         value = chain.value
-        if isinstance(value, (torch.Tensor, types.ModuleType)):
+        if isinstance(value, torch.Tensor) or (
+            isinstance(value, types.ModuleType) and _is_trusted(value)
+        ):
             return  # Refused when it is used; nothing by itself.
+        if isinstance(value, _OF_A_THREAD):
+            raise CellError(
+                f"cell {self.cell!r} captures `{chain.path}`, a {type(value).__name__}, which "
+                "differs from thread to thread; capture numbers, or feed them through a gate (Wx)"
+            )
         if isinstance(value, types.MethodType):
             self._read(chain.attribute("__func__"))
-            if isinstance(value.__func__, types.FunctionType):
+            if not isinstance(value.__func__, types.FunctionType) or _is_trusted(value.__func__):
+                self.follow(chain.attribute("__self__"))
+            else:
                 self._function(value.__func__, chain.attribute("__self__"))
             return
         if isinstance(value, functools.partial):
@@ -205,6 +322,8 @@ class _Finder:
             self.follow(chain.attribute("__self__"))  # A method of a list, of an array.
             return
         self._read(chain)
+        if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
+            self.follow(chain.attribute("__wrapped__"))  # A function with a cache of results.
         if isinstance(value, types.FunctionType):
             self._function(value, None)
         elif not isinstance(value, type) and not _is_trusted(type(value)):
@@ -243,7 +362,20 @@ class _Finder:
             known[variable] = _Chain(f"{self.named(cell)}.cell_contents", value, variable)
         self._code(code, known, function.__globals__)
 
+    def code(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """What a function reads of which nothing is known but its code and its globals."""
+        if id(code) in self.searched:
+            return
+        if not code.co_freevars:
+            self._code(code, {}, scope)
+            return
+        self.searched.add(id(code))
+        for function in gc.get_referrers(code):
+            if isinstance(function, types.FunctionType):
+                self._function(function, None)
+
     def _code(self, code: types.CodeType, known: dict[str, _Chain], scope: dict[str, Any]) -> None:
+        self.searched.add(id(code))
         for chain in self._chains(code, known, scope):
             self.follow(chain)
         for constant in code.co_consts:
@@ -257,6 +389,7 @@ class _Finder:
         """The chains that a code object reads, each as long as it can be followed."""
         instructions = [x for x in dis.get_instructions(code) if x.opname != "EXTENDED_ARG"]
         chain: _Chain | None = None
+        imported: _Chain | None = None
         for k, x in enumerate(instructions):
             if chain is not None:
                 longer = self._continued(chain, instructions, k)
@@ -265,10 +398,18 @@ class _Finder:
                     continue
                 if x.opname == "LOAD_CONST" and instructions[k + 1].opname == "BINARY_SUBSCR":
                     continue
-                yield chain
+                if x.opname.startswith("STORE_FAST") and isinstance(chain.value, types.ModuleType):
+                    # `import module`: what is read of it comes later.
+                    known[x.argval[0] if isinstance(x.argval, tuple) else x.argval] = chain
+                else:
+                    yield chain
                 chain = None
             if x.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 chain = self._global(x.argval, scope)
+            elif x.opname == "IMPORT_NAME":
+                chain = imported = self._module(x.argval, instructions[k - 2].argval, scope)
+            elif x.opname == "IMPORT_FROM" and imported is not None:
+                chain = imported.attribute(x.argval) if hasattr(imported.value, x.argval) else None
             elif x.opname.startswith(("LOAD_", "STORE_FAST_LOAD")) and "CONST" not in x.opname:
                 # Some instructions load two variables, or store one and load another.
                 *first, last = x.argval if isinstance(x.argval, tuple) else (x.argval,)
@@ -280,6 +421,8 @@ class _Finder:
     @staticmethod
     def _continued(chain: _Chain, instructions: list[dis.Instruction], k: int) -> _Chain | None:
         x = instructions[k]
+        if isinstance(chain.value, _OF_A_THREAD):
+            return None
         try:
             if x.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 return chain.attribute(x.argval)
@@ -290,7 +433,22 @@ class _Finder:
             return None
         return None
 
+    def _module(self, name: str, level: int, scope: dict[str, Any]) -> _Chain | None:
+        """A module that the step imports, if it has been imported."""
+        try:
+            name = importlib.util.resolve_name("." * level + name, scope.get("__package__"))
+        except ImportError:
+            return None
+        module = sys.modules.get(name)
+        if module is None:
+            self.missing.add(name)
+        if module is None or _is_trusted(module):
+            return None
+        return _Chain(self.named(module), module, name)
+
     def _global(self, name: str, scope: dict[str, Any]) -> _Chain | None:
+        if name == "globals" and name not in scope:
+            return _Chain(f"({self._scope(scope)})", scope, "globals()")
         if name not in scope or _is_trusted(scope[name]):
             return None
         return _Chain(f"{self._scope(scope)}[{name!r}]", scope[name], name)
@@ -305,7 +463,12 @@ class _Finder:
 def _is_trusted(value: Any) -> bool:
     """Whether a module, function or class is PyTorch's, NumPy's or Python's own."""
     if isinstance(value, types.ModuleType):
-        return value.__name__.partition(".")[0] in _TRUSTED
+        return _is_trusted_name(value.__name__)
     if isinstance(value, (types.FunctionType, type)):
-        return value.__module__.partition(".")[0] in _TRUSTED
+        return _is_trusted_name(value.__module__)
     return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_trusted_name(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _TRUSTED

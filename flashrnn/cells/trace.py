@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flashrnn.cells.captures import Called
 from flashrnn.cells.formulas import FORMULAS
 from flashrnn.cells.graph import Argument, Graph, GraphBuilder
 from flashrnn.cells.operations import OPERATIONS
@@ -37,12 +39,13 @@ _TRACED_AS = ((2, 3), torch.float64)
 _TRACED_AGAIN_AS = ((4, 2), torch.float32)
 
 
-def trace(cell: Cell, checked: bool = True) -> CellGraphs:
+def trace(cell: Cell, called: Called | None = None) -> CellGraphs:
     """Trace a cell's step function and its derivative.
 
     Args:
         cell: the cell.
-        checked: trace twice, as another dtype and shape, and refuse a cell whose graphs differ.
+        called: notes the functions that the step calls. The cell is then traced twice, as another
+            dtype and shape too, and refused if its graphs differ; ``None``: one that needs neither.
 
     Raises:
         CellError: an operation that is not pointwise, that changes a tensor in place, or that
@@ -53,12 +56,14 @@ def trace(cell: Cell, checked: bool = True) -> CellGraphs:
     # In a thread of its own, for none of the caller's modes is on there: no_grad, autocast, a
     # default device, fake tensors, a functorch transform.
     with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(_trace_checked if checked else _trace, cell).result()
+        if called is None:
+            return executor.submit(_trace, cell).result()
+        return executor.submit(_trace_checked, cell, called).result()
 
 
-def _trace_checked(cell: Cell) -> CellGraphs:
-    found = _trace(cell)
-    again = _trace(cell, *_TRACED_AGAIN_AS)
+def _trace_checked(cell: Cell, called: Called) -> CellGraphs:
+    found = _trace(cell, *_TRACED_AS, called)
+    again = _trace(cell, *_TRACED_AGAIN_AS, called)
     for graph, other in ((found.forward, again.forward), (found.derivative, again.derivative)):
         if _in_float32(graph) != _in_float32(other):
             raise CellError(
@@ -88,6 +93,7 @@ def _trace(
     cell: Cell,
     shape: tuple[int, ...] = _TRACED_AS[0],
     dtype: torch.dtype = _TRACED_AS[1],
+    called: Called | None = None,
 ) -> CellGraphs:
     states = [f"state_{name}" for name in cell.states]
     gates = [f"gate_{gate.name}" for gate in cell.gates]
@@ -96,7 +102,8 @@ def _trace(
     cotangents = [_Traced(name, shape, dtype) for name in gradients]
     recorder = _Recorder(cell, shape, dtype)
     try:
-        with recorder:
+        # The derivative may be the user's too, of a torch.autograd.Function.
+        with recorder, called or nullcontext():
             # Copies, for autograd has its own words against a change of the leaves in place.
             copies = [x.clone() for x in inputs]
             with _Watch(cell):
@@ -310,14 +317,11 @@ _OF_TRUTHS = {
 }
 # Operations that hand their first argument on; the shape of the result is looked at.
 _IDENTITIES = {"alias", "detach", "clone", "view", "expand"}
-# Operations that fill a tensor with one number: which, or None where it is their last argument.
+# Operations that fill a tensor with one number.
+_FILLS = {"zeros", "zeros_like", "new_zeros", "_efficientzerotensor", "ones", "ones_like"}
+_FILLS |= {"new_ones", "full", "full_like", "new_full", "scalar_tensor"}
 # From uninitialized tensors, decompositions take nothing but their shape.
-_FILLS = {
-    **dict.fromkeys(["zeros", "zeros_like", "new_zeros", "_efficientzerotensor"], 0.0),
-    **dict.fromkeys(["ones", "ones_like", "new_ones"], 1.0),
-    **dict.fromkeys(["empty", "empty_like", "new_empty", "empty_permuted"], math.nan),
-    **dict.fromkeys(["full", "full_like", "new_full", "scalar_tensor"], None),
-}
+_UNINITIALIZED = {"empty", "empty_like", "new_empty", "empty_permuted"}
 
 
 class _Recorder(TorchDispatchMode):
@@ -375,9 +379,12 @@ class _Recorder(TorchDispatchMode):
             raise self._refused(func)
         if func._schema.is_mutable:
             return self._rename(func, args, kwargs)
-        if _Traced not in types and name not in _FILLS:
+        if _Traced not in types and name not in _FILLS | _UNINITIALIZED:
             return func(*args, **kwargs)  # All arguments are constants, so the result is one.
-        value = self._lower(name, args, kwargs)
+        if name in _FILLS:
+            value: Argument | None = self._value(_sample(func, args, kwargs).flatten()[0])
+        else:
+            value = self._lower(name, args, kwargs)
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
@@ -442,9 +449,8 @@ class _Recorder(TorchDispatchMode):
         """The value of an operation of the table, or near to one; ``None`` for any other."""
         if name in _IDENTITIES:
             return self._value(args[0])
-        if name in _FILLS:
-            fill = _FILLS[name]
-            return self._value(args[-1] if fill is None else fill)
+        if name in _UNINITIALIZED:
+            return math.nan
         if name == "_to_copy":
             return self._convert(args[0], kwargs.get("dtype"))
         if name in ("clamp", "clamp_min"):
@@ -467,6 +473,12 @@ class _Recorder(TorchDispatchMode):
         if name not in OPERATIONS or any(key != "alpha" for key in kwargs):
             return None
         values = [self._value(argument) for argument in args]
+        if name in ("logical_and", "logical_or"):
+            # Of numbers, PyTorch asks whether they are 0.
+            values = [
+                value if _is_truth(argument) else self.builder.emit("ne", value, 0.0)
+                for value, argument in zip(values, args, strict=True)
+            ]
         if kwargs.get("alpha", 1) != 1:
             values[1] = self.builder.emit("mul", values[1], self._value(kwargs["alpha"]))
         return self.builder.emit(name, *values)

@@ -77,7 +77,7 @@ def can_be(
         batch: where the sequences lie.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and backends.transformed():
+    if not compiling and (backends.transformed() or backends.jit_traced()):
         return False
     kind, config, packed = x.device.type, config_on(x.device), batch.cu_seqlens is not None
     of_direction = Problem(
@@ -106,7 +106,7 @@ def can_be(
         return (
             is_fused(chosen) and backends.choose("auto", of_direction._replace(**options)) is chosen
         )
-    return _does(backend, of_direction, tuple(options.items()))
+    return _does(backend, backends.without_symbols(of_direction), tuple(options.items()))
 
 
 @lru_cache(maxsize=1024)

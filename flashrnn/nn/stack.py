@@ -55,6 +55,11 @@ def run(
     """
     if reset is None and cu_seqlens is None and torch_kernels.compute(layers, x.device):
         return torch_kernels.run(layers, x, states, batch_sizes)
+    if batch_sizes is not None and backends.jit_traced():
+        raise NotImplementedError(
+            "torch.jit.trace would take this PackedSequence's lengths for those of all others; "
+            "accepted are cu_seqlens, or a layer of torch.nn's (flashrnn.nn.restore)"
+        )
     found = _at_once(layers, x, states, batch_sizes, reset, cu_seqlens)
     if found is not None:
         return found

@@ -604,3 +604,14 @@ def test_fuzzing_knows_what_a_clip_in_float16_cannot_tell(on_the_cpu, number):
     given = draw.by("triton")
     assert not fuzz._other_kinds(case, draw, given, "triton")
     assert "d_states" in fuzz._other_kinds(case, draw, given, "cuda_fused")
+
+
+@cell(states=("h", "c"), gates=("g",))
+def constant_h(states, gates):
+    """What R multiplies is a number."""
+    return torch.full_like(gates[0], 2.0), states[1] + torch.tanh(gates[0])
+
+
+@needs_triton
+def test_a_clipped_constant(on_the_cpu):
+    hold_to_vanilla("triton", constant_h, 3, 4, 2, 5, torch.float32, forward_clipval=0.5)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 import flashrnn.nn as ours
 from flashrnn import FlashRNNConfig, backends
@@ -242,3 +243,19 @@ class TestStepsWithoutGradients:
                 with torch.no_grad():
                     state, expected = mine(x), theirs(x)
                     assert_same((state, mine(x, state)), (expected, theirs(x, expected)), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["triton", "vanilla"])
+def test_a_program_of_jit_trace(backend):
+    """Of two directions; of a packed batch the lengths would be those of the first for ever."""
+    layer = ours.GRU(3, 8, bidirectional=True, backend=backend)
+    program = torch.jit.trace(layer, (torch.randn(4, 2, 3),), check_trace=False)
+    x = torch.randn(4, 5, 3)
+    assert_same(program(x), layer(x), 1e-6)
+
+    def packed(x):
+        return layer(pack_sequence([x[:, 0], x[:2, 1]]))[0].data
+
+    with pytest.raises(NotImplementedError, match=r"take this PackedSequence's lengths for those"):
+        torch.jit.trace(packed, (x,), check_trace=False)

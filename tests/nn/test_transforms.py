@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
 from flashrnn import problem
@@ -121,6 +122,28 @@ class TestTransforms:
             monkeypatch.setattr(problem.torch.backends, "cudnn", Cudnn(allowed))
             assert precision.config_on(gpu).allow_tf32 is allowed
         assert precision.config_on(torch.device("cpu")) is None
+
+    @every_kind
+    @both_paths
+    def test_another_default_device(self, kind, backend):
+        """As a program has it that sets it to its GPU: what is given says where a call computes."""
+        layer = getattr(ours, kind)(5, 6, bidirectional=True, backend=backend)
+        x, bounds = torch.randn(4, 3, 5), torch.tensor([0, 5, 5, 12])
+        reset = torch.eye(4, 3).bool()
+        packed = pack_padded_sequence(x, torch.tensor([4, 2, 3]), enforce_sorted=False)
+
+        def results():
+            rows = layer(x.flatten(0, 1), cu_seqlens=bounds)
+            return [layer(packed)[0].data, layer(x, reset=reset)[0], rows[0], layer(x)[0]]
+
+        expected = results()
+        try:
+            torch.set_default_device("meta")
+            given = results()
+        finally:
+            torch.set_default_device("cpu")
+            torch.set_default_device(None)
+        assert all(map(torch.equal, given, expected))
 
     @every_kind
     def test_hooks_and_training_mode(self, kind):
