@@ -23,6 +23,7 @@ from tests.sequences import (
     hold_rows_of_no_sequence,
     random_ragged,
 )
+from tests.tables import hold_to_pytorch, random_options
 
 pytestmark = pytest.mark.gpu
 # With h of every step: where the last states alone are asked for, errors of their gradients are
@@ -109,6 +110,27 @@ def test_large_heads_by_groups_all_over_the_gpu(monkeypatch, regime, kinds):
         registry.best_plan.cache_clear()
         for cached in cuda_fused.KERNELS:
             cached.cache_clear()
+
+
+@pytest.mark.parametrize("ragged", ["none", "lengths", "packed"])
+@pytest.mark.parametrize("resets", ["none", "zeros", "sequence", "step"])
+def test_tables_equal_what_pytorch_makes(ragged, resets):
+    """Of lengths of either dtype, some out of range, and of strided tensors."""
+    for seed, (B, T) in enumerate([(1, 1), (7, 3), (64, 1024), (1000, 40), (4096, 9), (4097, 9)]):
+        for reverse in ("none", "some"):
+            problem, sequences, initial = random_options(
+                *(B, T, 3, 40),
+                ragged=ragged,
+                resets=resets,
+                reverse=reverse,
+                dtype=DTYPES[seed % 3],
+                integers=torch.int64 if seed % 2 else torch.int32,
+                strided=bool(seed // 2 % 2),
+                seed=seed,
+                device="cuda",
+            )
+            if problem.is_sequenced:
+                hold_to_pytorch(problem, sequences, initial)
 
 
 LAST = {"return_states": "last"}

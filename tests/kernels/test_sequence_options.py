@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, flashrnn
-from flashrnn.backends import cuda_fused
+from flashrnn.backends import cuda_fused, tables
 from flashrnn.cells import resolve
 from flashrnn.kernels import source
 from flashrnn.kernels.per_step.plan import plan_step
@@ -199,7 +199,7 @@ def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch)
 )
 def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D):
     """R's gradient of chunks of 32 rows: some are of two sequences, some of no step."""
-    monkeypatch.setattr(cuda_fused, "before_steps", None)
+    monkeypatch.setattr(tables, "Before", None)
     lengths, kinds = [90, 20, 0, 49], {"resets": "zeros", "ragged": "lengths"}
     case = random_ragged("lstm", 4, 90, 1, D, dtype=torch.bfloat16, **kinds)
     options = case.options | {"lengths": torch.tensor(lengths)}
