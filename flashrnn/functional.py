@@ -229,6 +229,7 @@ def problem_with(
     if given.reset_states is not None:
         tensors["reset_states"] = given.reset_states
     needs_gradient = checked_kinds(tensors)
+    checked_kinds(sequences.named_tensors(given))
     device = next(iter(tensors.values())).device
     count, fields = sequences.accept(cell, of_Wx, device, given)
     sizes = fitting_sizes(cell, of_Wx, tensors["R"], tensors["b"], states, count)
