@@ -355,7 +355,7 @@ SEQUENCE_TABLES = Record(
         "is_packed": "int",
         "directions": "int",
         "starts": "long long",
-        "starts_a_sequence": "long long",
+        "starts_a_sequence": "int",
         "idle_width": "long long",
         "idle_spans": "int",
         "order_ctas": "int",

@@ -8,7 +8,7 @@ import torch
 from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.backends import cuda_fused, tables
 from flashrnn.cells import resolve
-from flashrnn.kernels import source
+from flashrnn.kernels import sequence_tables, source
 from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.kernels.single_cta import plan_gradient, plan_scan
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
@@ -178,6 +178,16 @@ def test_the_start_of_an_empty_sequence_reaches_no_gradient(on_the_cpu, backend,
 )
 def test_the_end_of_a_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
     hold_last_states_out(backend, ragged)
+
+
+@needs_compiler
+@every_backend
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_so_many_sequences_that_pytorch_makes_their_tables(on_the_cpu, backend, kinds, monkeypatch):
+    monkeypatch.setattr(sequence_tables, "MOST_SEQUENCES", 4)
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    case = random_ragged("lstm", 5, 4, 2, 16, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(backend, case)
 
 
 @needs_compiler

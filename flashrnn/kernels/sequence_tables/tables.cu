@@ -50,11 +50,13 @@ __device__ inline void load_bounds(int* bounds, int count, const void* given, bo
     const int share = (count + THREADS - 1) / THREADS, begin = threadIdx.x * share;
     const int end = begin + share < count ? begin + share : count;
     int own = 0;
+#pragma unroll 1
     for (int i = begin; i < end; ++i) {
         if (bounds[i] > own) own = bounds[i];
         bounds[i] = own;
     }
     largest[threadIdx.x] = own;
+#pragma unroll 1
     for (int distance = 1; distance < THREADS; distance *= 2) {
         __syncthreads();
         const int before = threadIdx.x >= distance ? largest[threadIdx.x - distance] : 0;
@@ -63,6 +65,7 @@ __device__ inline void load_bounds(int* bounds, int count, const void* given, bo
     }
     __syncthreads();
     const int before = threadIdx.x ? largest[threadIdx.x - 1] : 0;
+#pragma unroll 1
     for (int i = begin; i < end && bounds[i] < before; ++i) bounds[i] = before;
     __syncthreads();
 }
@@ -78,10 +81,10 @@ make_tables(CALL) {
     if (!of_order && of_rows >= row_ctas) {
         const long long start = static_cast<long long>(of_rows - row_ctas) * WARPS + warp;
         if (start >= starts) return;
-        const long long k = start - B;
+        const int k = start - B;
+        const long long of_sequence = k / starts_a_sequence, t = k % starts_a_sequence;
         const float* from = k < 0 ? initial + start * initial_b
-                                  : reset_states + k / starts_a_sequence * reset_states_b +
-                                        k % starts_a_sequence * reset_states_t;
+                                  : reset_states + of_sequence * reset_states_b + t * reset_states_t;
         const long long head = k < 0 ? initial_n : reset_states_n, unit = k < 0 ? initial_d : reset_states_d;
         for (int i = lane; i < width; i += 32) {
             const float value = k >= 0 && !reset_states ? 0.0f : from[i / D * head + i % D * unit];
@@ -119,6 +122,7 @@ make_tables(CALL) {
         const long long of_sequence = is_packed ? 0 : row / steps, t = is_packed ? row : row % steps;
         return reset && reset[of_sequence * reset_b + t * reset_t];
     };
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += THREADS) {
         const int row = begin + i;
         const bool is_cut = flag(row);
@@ -152,13 +156,16 @@ make_tables(CALL) {
     }
     if (!idle) return;
     const long long first = bounds[0], last = bounds[B];
+#pragma unroll 1
     for (int span = 0; span < idle_spans; ++span) {
         Element* const of_span = idle + span * rows * idle_width;
         const long long before = (first < end ? first : end) * idle_width;
+#pragma unroll 1
         for (long long i = begin * idle_width + threadIdx.x; i < before; i += THREADS) {
             round_to(of_span[i], 0.0f);
         }
         const long long behind = (last > begin ? last : begin) * idle_width;
+#pragma unroll 1
         for (long long i = behind + threadIdx.x; i < end * idle_width; i += THREADS) {
             round_to(of_span[i], 0.0f);
         }
