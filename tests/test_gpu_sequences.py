@@ -293,6 +293,44 @@ def test_recorded_as_a_graph(backend_and_D):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_a_step_of_training_recorded_as_a_graph(backend_and_D, ragged):
+    """Its tables too are made anew at each replay, forward and backward."""
+    backend, D = backend_and_D
+    case = random_ragged(
+        *("lstm", 4, 9, 2, D),
+        resets="sequence",
+        ragged=ragged,
+        reverse="some",
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    name = "lengths" if ragged == "lengths" else "cu_seqlens"
+    values, reset = case.options[name].clone(), case.options["reset"].clone()
+    weight = torch.randn_like(case.call(backend)[0])
+
+    def step():
+        states, _ = case.call(backend, **{name: values, "reset": reset})
+        return states, *torch.autograd.grad(states, list(case.leaves().values()), weight)
+
+    apart = torch.cuda.Stream()
+    apart.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(apart):
+        step()
+    torch.cuda.current_stream().wait_stream(apart)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = step()
+    if ragged == "lengths":
+        values.copy_(torch.tensor([3, 9, 0, 5]))
+    else:
+        values[1] = values[2]
+    reset.logical_not_()
+    graph.replay()
+    for x, y in zip(given, step(), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_auto_takes_a_fused_backend():
     """In float64 there is none; with an option that a fused one has, it is still taken."""
     case = random_ragged("lstm", 4, 9, 2, 32, **ALL[0], dtype=torch.bfloat16, device="cuda")
