@@ -117,6 +117,8 @@ def accepted(
     if options is not None and options.reset_states is not None:
         tensors["reset_states"] = options.reset_states
     needs_gradient = checks.checked_kinds(tensors)
+    if options is not None:
+        checks.checked_kinds(sequences.named_tensors(options))
     if "Wx" in tensors:
         of_Wx: tuple[int, ...] = tensors["Wx"].shape
     else:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashrnn.backends import cuda, cuda_fused
+from flashrnn.backends import cuda, cuda_fused, tables
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -186,37 +186,42 @@ def plan_taken(problem: Problem, backward: bool) -> Plan:
     return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 
+@cache
+def _library(name: str, source: str) -> Library:
+    """A program of one kernel whose parameters are those of ``CALL``."""
+    (parameters,) = re.findall(r"^#define CALL (.*)$", source, re.MULTILINE)
+    passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
+    entry = (
+        # The kernel may be in a namespace: extern "C", this declares the same function.
+        f'extern "C" void {name}(CALL);\n'
+        f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
+        f"                               int at_once) {{\n"
+        f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
+        f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
+    )
+    return Library(source + entry)
+
+
+def _emulated_kernel(entry, parts, shape, device) -> EmulatedKernel:
+    """Stands in for :func:`flashrnn.jit.kernel.load`."""
+    return EmulatedKernel(_library(entry, emulated(parts)), shape)
+
+
 @pytest.fixture
 def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
 
-    @cache
-    def library(name: str, source: str) -> Library:
-        (parameters,) = re.findall(r"^#define CALL (.*)$", source, re.MULTILINE)
-        passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
-        entry = (
-            # The kernel may be in a namespace: extern "C", this declares the same function.
-            f'extern "C" void {name}(CALL);\n'
-            f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
-            f"                               int at_once) {{\n"
-            f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
-            f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
-        )
-        return Library(source + entry)
-
-    def kernel(entry, parts, shape, device):
-        return EmulatedKernel(library(entry, emulated(parts)), shape)
-
     def forget() -> None:
         registry.best_plan.cache_clear()
-        for cached in cuda_fused.KERNELS:
+        for cached in (*cuda_fused.KERNELS, *tables.KERNELS):
             cached.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
-    monkeypatch.setattr(cuda_fused, "_kernel", kernel)
+    monkeypatch.setattr(cuda_fused, "_kernel", _emulated_kernel)
+    monkeypatch.setattr(tables, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield
@@ -247,11 +252,14 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def forget() -> None:
         cuda._stepper.cache_clear()
         cuda._program.cache_clear()
+        for cached in tables.KERNELS:
+            cached.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda, "_load", load)
+    monkeypatch.setattr(tables, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda, "_begin_backward", lambda *_: None)
     monkeypatch.setattr(cuda, "_shared_stepper", stepper)
     monkeypatch.setattr(runs, "run", lambda stepper, fields, count: stepper.run(fields, count))

@@ -26,7 +26,7 @@ from flashrnn.bench.contender import Found
 from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.ours import Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
-from flashrnn.bench.sequenced import PackedTorchNN, Sequenced
+from flashrnn.bench.sequenced import PackedTorchNN, Sequenced, TorchRL
 from flashrnn.bench.single_step import Stepping
 from flashrnn.bench.suites import SUITES, Entry, Selection
 
@@ -214,6 +214,37 @@ def test_torch_on_packed_sequences_is_given_the_same_lengths(function, equal):
     padding = torch.arange(case.T)[:, None] >= lengths
     assert lengths.max() <= case.T and padding.any()
     assert (given[padding] == 0).all() != equal
+
+
+def test_torchrl_starts_anew_where_it_is_told():
+    """By its kernels that run on a CPU; those by Triton take the same arguments."""
+    pytest.importorskip("torchrl", reason="needs torchrl")
+    peer = TorchRL("pad")
+    case = replace(TINY, B=4, T=30)
+    assert peer.refusal(case, CPU, True) is None
+    work = peer.prepare(case, CPU)
+    given, expected = (call(*work.leaves) for call in (work.run, work.reference))
+    torch.testing.assert_close(given, expected)
+    gradient = torch.randn_like(given)
+    for x, y in zip(
+        *(torch.autograd.grad(h, work.leaves, gradient) for h in (given, expected)), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_torchrl_says_why_it_is_not_measured(monkeypatch):
+    reasons = []
+    for version in (None, "0.14"):
+        monkeypatch.setattr(sequenced, "_version_of_torchrl", lambda version=version: version)
+        peer = TorchRL()
+        assert peer.name == ("torchrl 0.14, triton" if version else "torchrl, triton")
+        reasons += [peer.refusal(replace(TINY, function=f), CPU, True) for f in ("lstm", "gru")]
+    assert reasons == [
+        "torchrl is not installed; pip install torchrl",
+        "it is measured as an LSTM, not as gru",
+        "its Triton kernels run on a GPU",
+        "it is measured as an LSTM, not as gru",
+    ]
 
 
 def test_a_stepper_is_held_to_vanilla():

@@ -8,9 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashrnn import FlashRNNConfig, calls, cell, flashrnn, initial, recurrent_layer
-from flashrnn.backends import cuda_fused
+from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, recurrent_layer
+from flashrnn.backends import autograd, cuda_fused, tables
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
 from tests.sequences import KINDS, random_ragged
@@ -46,6 +47,8 @@ RECORDS = {
     "cluster_reduce_scatter_backward": call.BACKWARD,
     "recurrent_gradient": call.RECURRENT_GRADIENT,
     "gradient_sums": call.GRADIENT_SUMS,
+    "make_tables": call.SEQUENCE_TABLES,
+    "h_before": call.H_BEFORE,
 }
 
 
@@ -64,7 +67,7 @@ def named(launched):
 
 
 def forget():
-    for cached in (*cuda_fused.KERNELS, cuda_fused._refused, registry.best_plan):
+    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused, registry.best_plan):
         cached.cache_clear()
     calls.problems.clear()
     initial._expanded_zeros.clear()
@@ -78,6 +81,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: found.gpu)
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
+    monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield found
     forget()
@@ -201,10 +205,16 @@ def inputs(D=64, dtype=torch.bfloat16, requires_grad=False, B=2):
     return [torch.zeros(*size, dtype=dtype, requires_grad=requires_grad) for size in sizes]
 
 
+def scan_launched(launches):
+    """The only launch but for that of the options' tables."""
+    *others, scan = launches.take()
+    assert [one[0] for one in others] in ([], ["make_tables"])
+    return scan
+
+
 def launched_by(launches, *tensors, **options):
     flashrnn(*tensors, backend="cuda_fused", **options)
-    (one,) = launches.take()
-    return one
+    return scan_launched(launches)
 
 
 def test_each_call_has_the_addresses_and_strides_of_its_tensors(launches):
@@ -396,8 +406,54 @@ def test_the_gradient_of_starts_is_asked_for_at_each_call(launches):
         options = {"reset": reset, "reset_states": starts}
         found, _ = flashrnn(Wx, R, b, backend="cuda_fused", **options)
         assert found.requires_grad == needed
-        (one,) = launches.take()
-        assert bool(named(one)["gates"]) == needed
+        assert bool(named(scan_launched(launches))["gates"]) == needed
+
+
+class Launched(TorchDispatchMode):
+    """Keeps the names of operations that launch something on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, returned = func.overloadpacket.__name__, func._schema.returns
+        is_view = all(x.alias_info and not x.alias_info.is_write for x in returned)
+        if not (is_view or "empty" in name or name == "_unsafe_view"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(kinds.values()))
+@pytest.mark.parametrize("D", [16, 136])
+def test_options_take_a_launch_beside_the_scan(launches, monkeypatch, D, kinds):
+    """Of lengths on a GPU too, which nobody waits for; D = 136 has one more for R's gradient."""
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    for module in (backends, autograd):
+        # What the mode below does: it would make operators of the calls.
+        monkeypatch.setattr(module, "recorded", lambda: False)
+    case = random_ragged("lstm", 5, 4, 2, D, dtype=torch.bfloat16, **kinds)
+    makes = kinds.keys() & {"resets", "ragged"}
+    for _ in range(2):
+        launches.take()
+        with Launched() as forward:
+            results = case.call("cuda_fused")
+        ours = [one[0] for one in launches.take()]
+        assert ours[:-1] == ["make_tables"] * bool(makes)
+        result = results[kinds.get("return_states") == "last"]
+        gradient = torch.zeros_like(result)
+        with Launched() as backward:
+            torch.autograd.grad(result, case.inputs.R, gradient)
+        ours = [one[0] for one in launches.take()]
+        looked_up = bool(makes or "reverse" in kinds)
+        assert ours.count("make_tables") == looked_up
+        assert len(ours) == (3 if D == 16 else 2 + looked_up) + looked_up
+    assert forward.names == []
+    # Kernels add to the gradient of what resets go back to. The product for R's gradient of a large
+    # head is PyTorch's.
+    allowed = ["zeros", "new_zeros"] if kinds.get("resets") in ("sequence", "step") else []
+    allowed += ["bmm", "clone", "copy_", "sum"] if D > 128 else []
+    assert {*backward.names} <= {*allowed}, backward.names
 
 
 @pytest.mark.slow
@@ -420,7 +476,7 @@ def test_caches_have_a_bound(launches, monkeypatch):
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))
         assert len(calls.problems) <= 5 and len(initial._expanded_zeros) <= 5
-    for cached in (*cuda_fused.KERNELS, cuda_fused._refused):
+    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused):
         assert cached.cache_info().maxsize is not None
 
 

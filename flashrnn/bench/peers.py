@@ -91,6 +91,7 @@ def as_flashrnn(
     b_recurrent: Tensor,
     *,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Tensor:
     """h of every step, ``[T, B, D]``, of a module of ``torch.nn`` with these weights, by vanilla.
 
@@ -98,7 +99,9 @@ def as_flashrnn(
     """
     Wx = linear(x, W).unflatten(-1, (-1, 1, R.shape[1])).transpose(0, 1)
     R, b = converted(function, R, b_input, b_recurrent)
-    states, _ = flashrnn(Wx, R, b, function=function, backend="vanilla", lengths=lengths)
+    states, _ = flashrnn(
+        Wx, R, b, function=function, backend="vanilla", lengths=lengths, reset=reset
+    )
     return states[0].flatten(2).transpose(0, 1)
 
 

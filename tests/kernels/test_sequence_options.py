@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig
-from flashrnn.backends import cuda_fused
+from flashrnn.backends import cuda_fused, tables
 from flashrnn.cells import resolve
-from flashrnn.kernels import source
+from flashrnn.kernels import sequence_tables, source
 from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.kernels.single_cta import plan_gradient, plan_scan
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
@@ -175,6 +175,16 @@ def test_the_end_of_a_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
 
 @needs_compiler
 @every_backend
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_so_many_sequences_that_pytorch_makes_their_tables(on_the_cpu, backend, kinds, monkeypatch):
+    monkeypatch.setattr(sequence_tables, "MOST_SEQUENCES", 4)
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    case = random_ragged("lstm", 5, 4, 2, 16, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@every_backend
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch):
     monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
@@ -192,7 +202,7 @@ def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch)
 )
 def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D):
     """R's gradient of chunks of 32 rows: some are of two sequences, some of no step."""
-    monkeypatch.setattr(cuda_fused, "before_steps", None)
+    monkeypatch.setattr(tables, "Before", None)
     lengths, kinds = [90, 20, 0, 49], {"resets": "zeros", "ragged": "lengths"}
     case = random_ragged("lstm", 4, 90, 1, D, dtype=torch.bfloat16, **kinds)
     options = case.options | {"lengths": torch.tensor(lengths)}
