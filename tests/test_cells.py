@@ -473,7 +473,11 @@ INDIRECT = {
     "module": (lambda s, g: (read(g[0], MODULE),), lambda x: setattr(MODULE, "factor", x)),
     "import": (imported_within, lambda x: setattr(MODULE, "factor", x)),
     "import of a name": (imported_by_name, lambda x: setattr(MODULE, "factor", x)),
-    "base class": (lambda s, g: (g[0] * DERIVED.scaled(),), change_number),
+    "method": (lambda s, g: (g[0] * DERIVED.scaled(),), change_number),
+    "method of a base class": (
+        lambda s, g: (g[0] * DERIVED.scaled(),),
+        lambda x: setattr(DERIVED, "factor", x),
+    ),
     "dictionary of functions": (lambda s, g: (g[0] * BY_NAME[CHOICE[0]](),), change_number),
     "environment": (
         lambda s, g: (g[0] * float(os.getenv("FACTOR_OF_A_TEST")),),

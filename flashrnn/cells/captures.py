@@ -4,8 +4,8 @@ A traced cell contains such values as constants, so a changed value means anothe
 values are found in the step's bytecode: each chain of names, attributes and constant subscripts
 that begins at a global, a closure's variable, a default value, an imported module or a method's
 ``self``. The object at the end of a chain is compared by identity if it cannot change in place,
-else by its content, of which its class is a part. The same is done with the functions that the step
-calls: those that a chain ends at, and those that were seen to run while it was traced.
+else by its content, of which its class is a part. The same is done with the functions that a chain
+ends at, or that are in a container that it ends at.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import contextvars
 import dis
 import enum
 import functools
-import gc
-import importlib.util
+import importlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from operator import is_
 from typing import Any
 
@@ -146,32 +145,14 @@ def _reduced(x: Any) -> tuple[Any, ...]:
 class Captures:
     """What a step function captured when it was traced."""
 
-    def __init__(
-        self,
-        reads: dict[str, Any],
-        names: dict[str, Any],
-        searched: Set[int] = frozenset(),
-        missing: Set[str] = frozenset(),
-    ) -> None:
-        """What was found.
-
-        Args:
-            reads: expressions over ``names``, and the values that they had.
-            names: of objects.
-            searched: ids of the code objects that were searched.
-            missing: modules that were not imported yet.
-        """
-        self._searched, self._missing = searched, missing
+    def __init__(self, reads: dict[str, Any], names: dict[str, Any]) -> None:
+        """``reads`` has expressions over ``names`` and the values that they had."""
         parts = [part for read in reads.items() for part in _parts(*read)]
         self._read: Callable[[], tuple[Any, ...]] = eval(f"lambda: ({''.join(parts)})", names)
         self._values = self._read()
         # An object that can change in place is compared by content, not by identity.
         self._by_identity = all(map(_is_unchanging, self._values))
         self._contents = tuple(map(_content, self._values))
-
-    def are_all(self, called: Called) -> bool:
-        """Whether these functions read nothing else."""
-        return called.found.keys() <= self._searched and self._missing.isdisjoint(sys.modules)
 
     @property
     def exist(self) -> bool:
@@ -207,37 +188,12 @@ def _parts(expression: str, value: Any) -> Iterator[str]:
 NOTHING = Captures({}, {})
 
 
-class Called:
-    """The user's functions that are called within it, by this thread: what runs is known only then,
-    as are a function out of a dictionary or a method of a base class."""
-
-    def __init__(self) -> None:
-        # By the ids of code objects, which are kept: each with its globals.
-        self.found: dict[int, tuple[types.CodeType, dict[str, Any]]] = {}
-
-    def __enter__(self) -> Called:
-        self._before = sys.getprofile()
-        sys.setprofile(self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._before)
-
-    def _note(self, frame: types.FrameType, event: str, _: Any) -> None:
-        code, scope = frame.f_code, frame.f_globals
-        if event != "call" or id(code) in self.found or code.co_name == "<module>":
-            return
-        if not _is_trusted_name(scope.get("__name__")):
-            self.found[id(code)] = code, scope
-
-
-def captures_of(name: str, step: Any, called: Called) -> Captures:
+def captures_of(name: str, step: Any) -> Captures:
     """What a step function captures.
 
     Args:
         name: the cell's name, for errors.
         step: a function, or any other callable.
-        called: the functions that were seen to run, if it has run.
 
     Raises:
         CellError: an object too large to be compared at each call, or that differs from thread to
@@ -245,8 +201,6 @@ def captures_of(name: str, step: Any, called: Called) -> Captures:
     """
     finder = _Finder(name)
     finder.follow(_Chain(finder.named(step), step))
-    for code, scope in called.found.values():
-        finder.code(code, scope)
     for expression, value in finder.reads.items():
         try:
             _content(value)
@@ -256,7 +210,7 @@ def captures_of(name: str, step: Any, called: Called) -> Captures:
                 f"cell {name!r} captures `{path}`, a {type(value).__name__} too large to compare "
                 "at each call; capture the numbers that the cell needs"
             ) from None
-    return Captures(finder.reads, finder.names, finder.searched, finder.missing)
+    return Captures(finder.reads, finder.names)
 
 
 class _Chain:
@@ -283,9 +237,6 @@ class _Finder:
         self.names: dict[str, Any] = {}
         # Ids of functions (closures share their code) and of the objects whose methods they are.
         self._followed: set[tuple[int, int]] = set()
-        # Ids of code objects, and names of modules.
-        self.searched: set[int] = set()
-        self.missing: set[str] = set()
 
     def named(self, root: Any) -> str:
         """A name for an object, in the expressions."""
@@ -310,7 +261,9 @@ class _Finder:
             if not isinstance(value.__func__, types.FunctionType) or _is_trusted(value.__func__):
                 self.follow(chain.attribute("__self__"))
             else:
-                self._function(value.__func__, chain.attribute("__self__"))
+                owner = chain.attribute("__self__")
+                self._function(value.__func__, owner)
+                self._methods(type(value.__self__), value.__func__.__name__, owner)
             return
         if isinstance(value, functools.partial):
             for part in ("func", "args", "keywords"):
@@ -322,15 +275,23 @@ class _Finder:
             self.follow(chain.attribute("__self__"))  # A method of a list, of an array.
             return
         self._read(chain)
-        if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
-            self.follow(chain.attribute("__wrapped__"))  # A function with a cache of results.
+        if callable(getattr(value, "__wrapped__", None)):
+            # A function with a cache of results, or the cell of a layer with masks.
+            self.follow(chain.attribute("__wrapped__"))
+        for one in _functions_in(value):
+            self._function(one, None)
         if isinstance(value, types.FunctionType):
             self._function(value, None)
         elif not isinstance(value, type) and not _is_trusted(type(value)):
             for method in ("forward", "__call__"):
-                function = getattr(type(value), method, None)
-                if isinstance(function, types.FunctionType):
-                    self._function(function, chain)
+                self._methods(type(value), method, chain)
+
+    def _methods(self, kind: type, name: str, owner: _Chain) -> None:
+        """A method, and those of base classes that it may call by super()."""
+        for each in kind.__mro__:
+            function = vars(each).get(name)
+            if isinstance(function, types.FunctionType):
+                self._function(function, owner)
 
     def _read(self, chain: _Chain) -> None:
         if chain.expression not in self.names:
@@ -362,20 +323,7 @@ class _Finder:
             known[variable] = _Chain(f"{self.named(cell)}.cell_contents", value, variable)
         self._code(code, known, function.__globals__)
 
-    def code(self, code: types.CodeType, scope: dict[str, Any]) -> None:
-        """What a function reads of which nothing is known but its code and its globals."""
-        if id(code) in self.searched:
-            return
-        if not code.co_freevars:
-            self._code(code, {}, scope)
-            return
-        self.searched.add(id(code))
-        for function in gc.get_referrers(code):
-            if isinstance(function, types.FunctionType):
-                self._function(function, None)
-
     def _code(self, code: types.CodeType, known: dict[str, _Chain], scope: dict[str, Any]) -> None:
-        self.searched.add(id(code))
         for chain in self._chains(code, known, scope):
             self.follow(chain)
         for constant in code.co_consts:
@@ -434,15 +382,12 @@ class _Finder:
         return None
 
     def _module(self, name: str, level: int, scope: dict[str, Any]) -> _Chain | None:
-        """A module that the step imports, if it has been imported."""
+        """A module that the step imports."""
         try:
-            name = importlib.util.resolve_name("." * level + name, scope.get("__package__"))
-        except ImportError:
+            module = importlib.import_module("." * level + name, scope.get("__package__"))
+        except Exception:  # The step fails there too, or never gets there.
             return None
-        module = sys.modules.get(name)
-        if module is None:
-            self.missing.add(name)
-        if module is None or _is_trusted(module):
+        if _is_trusted(module):
             return None
         return _Chain(self.named(module), module, name)
 
@@ -458,6 +403,18 @@ class _Finder:
             if root is scope:
                 return name
         return self.named(scope)
+
+
+def _functions_in(value: Any) -> list[types.FunctionType]:
+    """Those that may be called where a value is read: which of a container's, running tells."""
+    elements: Iterable[Any] = ()
+    if isinstance(value, (list, tuple)):
+        elements = value
+    elif isinstance(value, dict):
+        elements = value.values()
+    elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        elements = value.forward, value.backward  # Its `apply` calls both.
+    return [x for x in elements if isinstance(x, types.FunctionType)]
 
 
 def _is_trusted(value: Any) -> bool:

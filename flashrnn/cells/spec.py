@@ -72,21 +72,15 @@ class Cell(Signature):
         return self._traced_anew()
 
     def _traced_anew(self) -> TracedCell:
-        from flashrnn.cells.captures import NOTHING, Called, captures_of
+        from flashrnn.cells.captures import NOTHING, captures_of
         from flashrnn.cells.trace import trace
         from flashrnn.cells.traced import TracedCell
 
-        if _library.get(self.name) is self:
-            # The built-in cells capture nothing; tests check that.
-            captures, graphs = NOTHING, trace(self)
-        else:
-            called = Called()
-            # Values are read before they are used: one that changes meanwhile is found changed.
-            captures = captures_of(self.name, self.step, called)
-            graphs = trace(self, called)
-            while not captures.are_all(called):
-                captures = captures_of(self.name, self.step, called)
-                graphs = trace(self, called)
+        # The built-in cells capture nothing; tests check that.
+        built_in = _library.get(self.name) is self
+        # Values are read before they are used: one that changes meanwhile is found changed.
+        captures = NOTHING if built_in else captures_of(self.name, self.step)
+        graphs = trace(self, checked=not built_in)
         traced = TracedCell(self.name, self.states, self.gates, graphs)
         self._trace[:] = [(captures, traced)]
         return traced

@@ -15,7 +15,6 @@ import inspect
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flashrnn.cells.captures import Called
 from flashrnn.cells.formulas import FORMULAS
 from flashrnn.cells.graph import Argument, Graph, GraphBuilder
 from flashrnn.cells.operations import OPERATIONS
@@ -39,13 +37,12 @@ _TRACED_AS = ((2, 3), torch.float64)
 _TRACED_AGAIN_AS = ((4, 2), torch.float32)
 
 
-def trace(cell: Cell, called: Called | None = None) -> CellGraphs:
+def trace(cell: Cell, checked: bool = True) -> CellGraphs:
     """Trace a cell's step function and its derivative.
 
     Args:
         cell: the cell.
-        called: notes the functions that the step calls. The cell is then traced twice, as another
-            dtype and shape too, and refused if its graphs differ; ``None``: one that needs neither.
+        checked: trace twice, as another dtype and shape, and refuse a cell whose graphs differ.
 
     Raises:
         CellError: an operation that is not pointwise, that changes a tensor in place, or that
@@ -56,14 +53,12 @@ def trace(cell: Cell, called: Called | None = None) -> CellGraphs:
     # In a thread of its own, for none of the caller's modes is on there: no_grad, autocast, a
     # default device, fake tensors, a functorch transform.
     with ThreadPoolExecutor(max_workers=1) as executor:
-        if called is None:
-            return executor.submit(_trace, cell).result()
-        return executor.submit(_trace_checked, cell, called).result()
+        return executor.submit(_trace_checked if checked else _trace, cell).result()
 
 
-def _trace_checked(cell: Cell, called: Called) -> CellGraphs:
-    found = _trace(cell, *_TRACED_AS, called)
-    again = _trace(cell, *_TRACED_AGAIN_AS, called)
+def _trace_checked(cell: Cell) -> CellGraphs:
+    found = _trace(cell)
+    again = _trace(cell, *_TRACED_AGAIN_AS)
     for graph, other in ((found.forward, again.forward), (found.derivative, again.derivative)):
         if _in_float32(graph) != _in_float32(other):
             raise CellError(
@@ -93,7 +88,6 @@ def _trace(
     cell: Cell,
     shape: tuple[int, ...] = _TRACED_AS[0],
     dtype: torch.dtype = _TRACED_AS[1],
-    called: Called | None = None,
 ) -> CellGraphs:
     states = [f"state_{name}" for name in cell.states]
     gates = [f"gate_{gate.name}" for gate in cell.gates]
@@ -102,8 +96,7 @@ def _trace(
     cotangents = [_Traced(name, shape, dtype) for name in gradients]
     recorder = _Recorder(cell, shape, dtype)
     try:
-        # The derivative may be the user's too, of a torch.autograd.Function.
-        with recorder, called or nullcontext():
+        with recorder:
             # Copies, for autograd has its own words against a change of the leaves in place.
             copies = [x.clone() for x in inputs]
             with _Watch(cell):

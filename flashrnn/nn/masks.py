@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class _Trained:
     scale: float | None
     zoned: tuple[bool, ...]
 
+    @property
+    def __wrapped__(self) -> Any:
+        """What the cell computes, for whoever looks for captured values."""
+        return self.inner.step
+
     def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         count = len(self.inner.gates)
         masks = list(gates[count:])
@@ -109,6 +114,11 @@ class _Evaluated:
 
     inner: Cell
     zoneout: tuple[float, ...]
+
+    @property
+    def __wrapped__(self) -> Any:
+        """What the cell computes, for whoever looks for captured values."""
+        return self.inner.step
 
     def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         after = self.inner.step(states, gates)
