@@ -199,8 +199,8 @@ def tensors_given(given: Given) -> tuple[Tensor, ...]:
 
 def named_tensors(given: Given) -> dict[str, Tensor]:
     """The same by their names."""
-    found = given._asdict()
-    return {name: found[name] for name in Sequences._fields if found[name] is not None}
+    found = {name: getattr(given, name) for name in Sequences._fields}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def key_of(given: Given) -> tuple[object, ...] | None:
