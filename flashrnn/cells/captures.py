@@ -36,6 +36,7 @@ _UNCHANGING = (
 # Modules whose functions are not searched: what those read does not change between calls. `os` has
 # the environment.
 _TRUSTED = {"torch", "numpy", "builtins", "flashrnn", *sys.stdlib_module_names} - {"test", "os"}
+_TRUSTED |= {"sympy", "mpmath", "networkx", "typing_extensions"}  # What PyTorch itself calls.
 # What a cell is traced in is another thread, with a context of its own.
 _OF_A_THREAD = (threading.local, contextvars.ContextVar)
 
@@ -214,6 +215,8 @@ class Called:
     def __init__(self) -> None:
         # By the ids of code objects, which are kept: each with its globals.
         self.found: dict[int, tuple[types.CodeType, dict[str, Any]]] = {}
+        # How many imports are under way: what modules do when they are imported, no step does.
+        self._imports = 0
 
     def __enter__(self) -> Called:
         self._before = sys.getprofile()
@@ -225,7 +228,9 @@ class Called:
 
     def _note(self, frame: types.FrameType, event: str, _: Any) -> None:
         code, scope = frame.f_code, frame.f_globals
-        if event != "call" or id(code) in self.found or code.co_name == "<module>":
+        if code.co_name == "_find_and_load" and scope.get("__name__") == "importlib._bootstrap":
+            self._imports += (event == "call") - (event == "return")
+        if event != "call" or self._imports or id(code) in self.found:
             return
         if not _is_trusted_name(scope.get("__name__")):
             self.found[id(code)] = code, scope
