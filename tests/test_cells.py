@@ -584,6 +584,30 @@ def test_what_differs_from_thread_to_thread_is_refused(kind):
         _ = step_of(lambda s, g: (g[0] * getattr(mine, "factor", 2.0),)).traced
 
 
+def test_what_an_import_runs_is_no_part_of_a_step(tmp_path, monkeypatch):
+    """A module may do anything when it is imported first, which may be while a cell is traced."""
+    text = """
+import threading
+found = threading.local()
+def prepare():
+    found.value = 1.0
+    return 2.0
+factor = prepare()
+"""
+    (tmp_path / "imported_by_a_step.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def step(states, gates):
+        from imported_by_a_step import factor
+
+        return (gates[0] * factor,)
+
+    mine = step_of(step)
+    assert evaluate(mine.graphs.forward, (0.0, 1.0)) == (2.0,)
+    monkeypatch.setattr(sys.modules["imported_by_a_step"], "factor", 3.0)
+    assert evaluate(mine.graphs.forward, (0.0, 1.0)) == (3.0,)
+
+
 def test_an_object_too_large_to_compare_is_refused():
     large = SimpleNamespace(numbers=list(range(5000)))
     with pytest.raises(
