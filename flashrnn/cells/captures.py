@@ -269,11 +269,12 @@ class _Finder:
             for part in ("func", "args", "keywords"):
                 self.follow(chain.attribute(part))
             return
-        if isinstance(value, types.BuiltinMethodType) and not isinstance(
-            value.__self__, type(None) | type | types.ModuleType
-        ):
-            self.follow(chain.attribute("__self__"))  # A method of a list, of an array.
-            return
+        if isinstance(value, types.BuiltinMethodType):
+            owner = value.__self__
+            if not (owner is None or isinstance(owner, types.ModuleType) or _is_trusted(owner)):
+                # A method of a list, of an array; `apply` of a torch.autograd.Function.
+                self.follow(chain.attribute("__self__"))
+                return
         self._read(chain)
         if callable(getattr(value, "__wrapped__", None)):
             # A function with a cache of results, or the cell of a layer with masks.
