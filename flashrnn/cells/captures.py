@@ -270,8 +270,8 @@ class _Finder:
                 self.follow(chain.attribute(part))
             return
         if isinstance(value, types.BuiltinMethodType):
-            owner = value.__self__
-            if not (owner is None or isinstance(owner, types.ModuleType) or _is_trusted(owner)):
+            bound = value.__self__
+            if not (bound is None or isinstance(bound, types.ModuleType) or _is_trusted(bound)):
                 # A method of a list, of an array; `apply` of a torch.autograd.Function.
                 self.follow(chain.attribute("__self__"))
                 return
