@@ -116,9 +116,8 @@ def accepted(
         tensors["states"] = states
     if options is not None and options.reset_states is not None:
         tensors["reset_states"] = options.reset_states
-    needs_gradient = checks.checked_kinds(tensors)
-    if options is not None:
-        checks.checked_kinds(sequences.named_tensors(options))
+    of_options = {} if options is None else sequences.named_tensors(options)
+    needs_gradient = checks.checked_kinds({**tensors, **of_options})
     if "Wx" in tensors:
         of_Wx: tuple[int, ...] = tensors["Wx"].shape
     else:
