@@ -64,7 +64,7 @@ def on_gpu(kind, dtype, **options):
 
 
 def in_float64(layer, **options):
-    """A layer of the same weights on the CPU: torch.nn's, or of several heads our definition."""
+    """A layer of the same weights on the CPU: torch.nn's, or where ``heads`` are named our own."""
     kinds = ours if "heads" in options else nn
     found = getattr(kinds, type(layer).__name__)(features, units, dtype=torch.float64, **options)
     found.load_state_dict(layer.state_dict())
@@ -135,7 +135,7 @@ def test_options_of_sequences(kind, option, bidirectional, setting):
     """Nobody waits for their values, which lie on the GPU."""
     dtype, of_results, of_gradients = setting
     layer = on_gpu(kind, dtype, num_layers=2, bidirectional=bidirectional)
-    reference = in_float64(layer, num_layers=2, bidirectional=bidirectional)
+    reference = in_float64(layer, num_layers=2, bidirectional=bidirectional, heads=1)
     rows = (T, B) if option == "reset" else (T * B,)
     x = torch.randn(*rows, features).to(dtype)
     hx = moved(states(reference, B), dtype, "cpu")
