@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -251,6 +252,37 @@ def test_a_planted_fault_is_found(wrong_backend, fault, found):
     assert not failures(range(24))
     wrong_backend(fault)
     assert any(found in message for message in failures(range(24)).values())
+
+
+# Cases of clips through which NaN passes.
+CLIPS = [
+    number
+    for number in range(400)
+    if (case := fuzz.draw(number, "cpu")).values.startswith("planted")
+    and "forward_clipval" in case.options
+    and case.mode == "training"
+]
+
+
+def lost_gradients(problem, states):
+    if states.requires_grad:
+        states.register_hook(lambda gradient: torch.where(gradient.isnan(), 0, gradient))
+    return states
+
+
+def test_a_gradient_that_a_clip_should_have_let_pass_is_missed(wrong_backend):
+    assert not failures(CLIPS)
+    wrong_backend(lost_gradients)
+    assert failures(CLIPS)
+
+
+def test_few_gradients_hang_on_the_rounding_of_h_beside_a_clip():
+    """Those that do not are held; vanilla in 16 bits is right there, too."""
+    case = replace(fuzz.draw(640, "cuda"), B=4, N=1, D=64)
+    draw = fuzz.Draw(case, "cpu", 0)
+    smaller, larger = (fuzz.pattern(found["d_Wx"]) for found in draw.about_the_clip)
+    assert 0 < (smaller != larger).float().mean() < 0.01
+    assert torch.equal(*(x[smaller == larger] for x in (smaller, fuzz.pattern(draw.plain["d_Wx"]))))
 
 
 @without_gpu
