@@ -697,6 +697,21 @@ static unsigned load_opaque(const T* from) {
     return *from;
 }
 
+template <int COUNT>
+struct alignas(4 * COUNT) Words {
+    unsigned of[COUNT];
+};
+
+template <int COUNT>
+static Words<COUNT> load_words(const Words<COUNT>* from) {
+    return *from;
+}
+
+template <int COUNT>
+static void store_words(Words<COUNT>* to, const Words<COUNT>& words) {
+    *to = words;
+}
+
 static void prefetch_l2(const void*) {}
 
 static void mbarrier_init(void* barrier) {

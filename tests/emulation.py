@@ -18,8 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from flashrnn.backends import cuda, cuda_fused
+from flashrnn.backends import cuda, cuda_fused, steps
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -172,9 +173,13 @@ def plan_taken(problem: Problem, backward: bool) -> Plan:
     return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 
-@pytest.fixture
-def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
+def multiply(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> None:
+    """Stands in for the library's product of 16 bits, which PyTorch has on GPUs alone."""
+    torch.bmm(left.float(), right.float(), out=product)
+
+
+def emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let programs of one kernel, and the library between them, run on the CPU."""
 
     @cache
     def library(name: str, source: str) -> Library:
@@ -193,16 +198,25 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def kernel(entry, parts, shape, device):
         return EmulatedKernel(library(entry, emulated(parts)), shape)
 
+    for module in (cuda_fused, steps):
+        monkeypatch.setattr(module, "_kernel", kernel)
+    monkeypatch.setattr(steps, "multiply", multiply)
+
+
+@pytest.fixture
+def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
+
     def forget() -> None:
-        registry.best_plan.cache_clear()
-        for cached in cuda_fused.KERNELS:
+        plans = (registry.best_plan, registry.plan_steps)
+        for cached in (*plans, *cuda_fused.KERNELS, *steps.KERNELS):
             cached.cache_clear()
 
     forget()
+    emulate_kernels(monkeypatch)
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
-    monkeypatch.setattr(cuda_fused, "_kernel", kernel)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield
@@ -231,12 +245,14 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return EmulatedStepper(loaded, plan.record.size, grid, plan.threads, sizes)
 
     def forget() -> None:
-        cuda._stepper.cache_clear()
-        cuda._program.cache_clear()
+        for cached in (cuda._planned_steps, cuda._stepper, cuda._program, *steps.KERNELS):
+            cached.cache_clear()
 
     forget()
+    emulate_kernels(monkeypatch)
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
+    monkeypatch.setattr(cuda, "_gpu", lambda problem: H200)
     monkeypatch.setattr(cuda, "_load", load)
     monkeypatch.setattr(cuda, "_begin_backward", lambda *_: None)
     monkeypatch.setattr(cuda, "_shared_stepper", stepper)
