@@ -42,9 +42,13 @@ def spills_in_the_loop_of_products(parts: Mapping[str, str], arch: str) -> bool:
 
 def instructions(parts: Mapping[str, str], arch: str, words: str) -> list[str]:
     """The names of those that have the words in them."""
+    return [name for name in in_order(parts, arch) if words in name]
+
+
+def in_order(parts: Mapping[str, str], arch: str) -> list[str]:
+    """The names of all instructions."""
     code = _disassemble(nvrtc.compile_program(parts, arch))
-    names = [re.sub(r"^@\S+ ", "", instruction).split()[0] for _, instruction in code]
-    return [name for name in names if words in name]
+    return [re.sub(r"^@\S+ ", "", instruction).split()[0] for _, instruction in code]
 
 
 def _spills(

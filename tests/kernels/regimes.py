@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from flashrnn import Cell
-from flashrnn.backends import cuda_fused, steps
+from flashrnn.backends import cuda_fused
 from flashrnn.kernels import cluster, grid, registry, single_cta
 from flashrnn.kernels.cluster import mma_plan, wgmma_plan
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.plan import Counts, Plan
 from flashrnn.problem import Problem
 from tests.fused import DTYPES, poison
 from tests.gpus import H200, LARGER, SMALL, planned
 from tests.problems import BUILT_IN, sparse, wide
+from tests.steps import by_steps
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
@@ -116,8 +116,7 @@ PER_STEP = Regime(
         (33, 2, 2, 8),
     ),
 )
-# Of backend cuda too: what the cell's launch lacks, odd heads and options of sequences, its own
-# kernels compute.
+# Odd heads and options of sequences cannot be computed so: backend cuda's own kernels do.
 STEPS = Regime(
     "steps",
     backend="cuda",
@@ -270,9 +269,7 @@ def take(
         registry.best_plan.cache_clear()
         cuda_fused._prepared_scan.cache_clear()
         if regime.by_steps:
-            monkeypatch.setattr(cell_plan, "FEWEST", 1)
-            monkeypatch.setattr(cell_plan, "estimated_cycles", lambda *_: 0.0)
-            monkeypatch.setattr(steps, "FEWEST", 1)
+            by_steps(monkeypatch)
         return regime
 
     return take
