@@ -53,8 +53,9 @@ class Stepper:
     A call gives the bits that :func:`flashrnn.flashrnn` gives for T = 1, without what only a
     sequence or a gradient needs. With ``cuda_fused`` it is one launch, of which only the addresses
     differ from the call before; given ``out``, it allocates nothing once it has seen a batch size
-    on a stream. A CUDA graph may record it; the stepper, like all that the graph reads, must be
-    there for as long as the graph is.
+    on a stream. Batches so large that PyTorch's library computes the product (the README's
+    "Backends") take two launches, and memory for the product. A CUDA graph may record it; the
+    stepper, like all that the graph reads, must be there for as long as the graph is.
 
     Attributes:
         cell: the cell.
