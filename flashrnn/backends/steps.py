@@ -82,7 +82,7 @@ def forward(
     factors = _matrix(R).transpose(1, 2)
     for t, h in enumerate(before):
         multiply(h, factors, product)
-        launches.enqueue(t)
+        launches.enqueue(t, first=t == 0)
     return autograd.kept(problem, every_state), last_states, gates
 
 
@@ -126,7 +126,7 @@ def backward(
     launches = _prepared(problem, plan, (*options, *_further(problem, True)), tensors)
     matrix = _matrix(R)
     for t in reversed(range(T)):
-        launches.enqueue(t)
+        launches.enqueue(t, first=t == T - 1)
         if not cut:
             multiply(of_steps[t], matrix, product)
     if not cut:
@@ -173,17 +173,21 @@ class _Launches(NamedTuple):
 
     Attributes:
         kernel: what has to be there for as long as they may come.
-        kept: a step's launch.
+        first: the launch of the first step. It does not overlap with what comes before it in the
+            stream, which may write what a step loads before its wait.
+        later: the launch of any other.
     """
 
     kernel: Kernel
-    kept: launch.Kept
+    first: launch.Kept
+    later: launch.Kept
 
-    def enqueue(self, step: int) -> None:
+    def enqueue(self, step: int, first: bool) -> None:
         """Launch a step."""
+        kept = self.first if first else self.later
         # The last field of the record, ``done``.
-        self.kept.arguments[-1] = step
-        self.kept.enqueue()
+        kept.arguments[-1] = step
+        kept.enqueue()
 
 
 def _prepared(
@@ -195,7 +199,9 @@ def _prepared(
     addresses, layout = plan.record.read(tensors)
     precision = source.precision_of(problem)
     kernel, shape, packing = _looked_up(problem, plan, precision, options, layout)
-    return _Launches(kernel, kernel.kept(shape, packing(addresses)))
+    fields = packing(addresses)
+    first = kernel.kept(shape._replace(overlaps=False), fields)
+    return _Launches(kernel, first, kernel.kept(shape, fields))
 
 
 # Of tensors that are given: the others' rows are aligned.

@@ -244,6 +244,31 @@ def test_any_number_of_sequences_steps_and_heads(emulated, B, T, N, one):
     hold_to_vanilla("cuda", "lstm", B, T, 1 if one else N, 40, bf16)
 
 
+def test_the_first_launch_waits_for_all_before_it(emulated, monkeypatch):
+    """Later ones load what no launch of the scan writes before they wait: it is complete then."""
+    emulated()
+    enqueued = []
+
+    class Kept:
+        def __init__(self, shape, fields):
+            self.shape, self.arguments = shape, list(fields)
+
+        def enqueue(self):
+            enqueued.append((self.arguments[-1], self.shape.overlaps))
+
+    class Kernel:
+        def __init__(self, entry, parts, shape, device):
+            self.shape, self.kept = shape, Kept
+
+    monkeypatch.setattr(steps, "_kernel", Kernel)
+    inputs = random_inputs("lstm", 3, 4, 1, 40, bf16)
+    outputs = call("lstm", inputs, backend="cuda")
+    assert enqueued == [(0, False), (1, True), (2, True), (3, True)]
+    enqueued.clear()
+    gradients(outputs, inputs)
+    assert enqueued == [(3, False), (2, True), (1, True), (0, True)]
+
+
 @needs_compiler
 @pytest.mark.parametrize("backend", ["cuda", pytest.param("cuda_fused", marks=pytest.mark.slow)])
 def test_what_gives_the_same_bits(emulated, backend):

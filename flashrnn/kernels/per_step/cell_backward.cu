@@ -5,7 +5,7 @@
 // carried gradients are in float32, in `d_initial`, where step 0 leaves those of the initial states, but
 // for what reaches the initial h through R.
 //
-// The residuals and the given gradients, which no launch writes, are loaded before the wait.
+// The residuals and the given gradients, which no launch of the scan writes, are loaded before the wait.
 
 #include "per_step/units.cuh"
 #include "common/gradient_clip.cuh"

@@ -5,8 +5,9 @@
 // The carried states are in float32, in `last_states`, where the last step leaves them. One thread alone
 // reads and writes each.
 //
-// The launch before in the stream is that of the product. Wx and b, which no launch writes, are loaded
-// before the wait for it.
+// The launch before in the stream is that of the product. Wx and b, which no launch of the scan writes,
+// are loaded before the wait for it. What does write them may come right before the first step, whose
+// launch therefore starts when all before it is complete.
 
 #include "per_step/units.cuh"
 
