@@ -147,9 +147,9 @@ def multiply(left: Tensor, right: Tensor, product: Tensor) -> None:
 
 
 def _matrix(R: Tensor) -> Tensor:
-    """R as ``[N, Gr * D, D]``; a copy if there are several heads."""
+    """R as ``[N, Gr * D, D]``, contiguous; a copy if there are several heads."""
     Gr, N, D, _ = R.shape
-    matrix = R.transpose(0, 1).reshape(N, Gr * D, D)
+    matrix = R.transpose(0, 1).reshape(N, Gr * D, D).contiguous()
     # The library is slower where rows begin anywhere.
     return matrix.clone() if matrix.data_ptr() % 16 else matrix
 

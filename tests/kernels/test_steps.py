@@ -190,6 +190,13 @@ def test_factors_that_lie_apart_are_told():
     assert apart("lstm", 1, f16, 0.5) and not apart("lstm", 1, bf16, 0.5)
 
 
+def test_pytorch_takes_products_of_16_bits_in_float32():
+    """On GPUs alone; what is asked for is understood on every device."""
+    left, right = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 8, 5).bfloat16()
+    with pytest.raises(NotImplementedError, match=r"aten::bmm\.dtype_out.* 'CPU'"):
+        steps.multiply(left, right, torch.empty(2, 3, 5))
+
+
 # ---- the scans
 
 
