@@ -15,6 +15,8 @@ from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.per_step.cell_plan import CellPlan, factors_are_apart
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import (
+    all_strided,
+    at_odd_addresses,
     contains_what_is_beyond_float16,
     continues_exactly,
     hold_to_vanilla,
@@ -296,6 +298,19 @@ def test_a_step_at_a_time_gives_the_bits_of_a_sequence(emulated, backend):
         stepper(Wx[:, t], carried, out=carried)
         assert torch.equal(carried.to(bf16), every[:, :, t])
     assert torch.equal(carried, last.squeeze(2))
+
+
+@needs_compiler
+def test_a_later_call_is_launched_as_if_it_were_the_first(emulated):
+    """Whatever the calls before it have left in caches: layouts, sizes, clip values."""
+    emulated()
+    for change in (all_strided, lambda inputs: inputs, at_odd_addresses):
+        hold_to_vanilla("cuda", "lstm", 3, 4, 1, 40, bf16, change=change)
+    for sizes in ((3, 5, 1), (4, 4, 1), (3, 4, 1)):
+        hold_to_vanilla("cuda", "lstm", *sizes, 40, bf16)
+    for clipval in (0.5, 0.05, 0.5):
+        options = {"gradient_recurrent_clipval": clipval}
+        hold_to_vanilla("cuda", "lstm", 3, 4, 1, 40, bf16, **options)
 
 
 @needs_compiler
