@@ -698,17 +698,17 @@ static unsigned load_opaque(const T* from) {
 }
 
 template <int COUNT>
-struct alignas(4 * COUNT) Words {
+struct alignas(4 * COUNT) WordVector {
     unsigned of[COUNT];
 };
 
 template <int COUNT>
-static Words<COUNT> load_words(const Words<COUNT>* from) {
+static WordVector<COUNT> load_words(const WordVector<COUNT>* from) {
     return *from;
 }
 
 template <int COUNT>
-static void store_words(Words<COUNT>* to, const Words<COUNT>& words) {
+static void store_words(WordVector<COUNT>* to, const WordVector<COUNT>& words) {
     *to = words;
 }
 

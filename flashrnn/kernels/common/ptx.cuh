@@ -336,34 +336,34 @@ __device__ inline unsigned load_opaque(const unsigned* from) {
 
 // Words of global memory that lie together, loaded and stored as one.
 template <int COUNT>
-struct alignas(4 * COUNT) Words {
+struct alignas(4 * COUNT) WordVector {
     unsigned of[COUNT];
 };
 
 // The compiler keeps the order of this load and a griddepcontrol_wait(). A load by ld.global.nc, which
 // the compiler may choose itself, would be moved behind it.
-__device__ inline Words<2> load_words(const Words<2>* from) {
-    Words<2> words;
+__device__ inline WordVector<2> load_words(const WordVector<2>* from) {
+    WordVector<2> words;
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
                  : "=r"(words.of[0]), "=r"(words.of[1])
                  : "l"(from));
     return words;
 }
 
-__device__ inline Words<4> load_words(const Words<4>* from) {
-    Words<4> words;
+__device__ inline WordVector<4> load_words(const WordVector<4>* from) {
+    WordVector<4> words;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words.of[0]), "=r"(words.of[1]), "=r"(words.of[2]), "=r"(words.of[3])
                  : "l"(from));
     return words;
 }
 
-__device__ inline void store_words(Words<2>* to, const Words<2>& words) {
+__device__ inline void store_words(WordVector<2>* to, const WordVector<2>& words) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.of[0]), "r"(words.of[1])
                  : "memory");
 }
 
-__device__ inline void store_words(Words<4>* to, const Words<4>& words) {
+__device__ inline void store_words(WordVector<4>* to, const WordVector<4>& words) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.of[0]),
                  "r"(words.of[1]), "r"(words.of[2]), "r"(words.of[3])
                  : "memory");

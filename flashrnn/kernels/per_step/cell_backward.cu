@@ -1,9 +1,9 @@
 // The cell's derivative of one step, where a library has computed the step's recurrent product.
 //
 // As cell_forward.cu. The product is of the gates' gradients of step t + 1. They lie where they are
-// returned, in `d_gates`; where the library cannot read them there, also in `factors`, [N, B, GR, D]. The
-// carried gradients are in float32, in `d_initial`, where step 0 leaves those of the initial states, but
-// for what reaches the initial h through R.
+// returned, in `d_gates`; where the library cannot read them there, also in `factors`, [N, B, GR, D].
+// The carried gradients are in float32, in `d_initial`, where step 0 leaves those of the initial states,
+// but for what reaches the initial h through R.
 //
 // The residuals and the given gradients, which no launch of the scan writes, are loaded before the wait.
 

@@ -1,9 +1,9 @@
 // The cell of one step, forward, where a library has computed the step's recurrent product.
 //
-// A thread computes VECTOR units of a sequence. All numbers are in global memory: the product, in float32,
-// is the library's output; h of the step is its next input, and lies where it is returned, in `states`.
-// The carried states are in float32, in `last_states`, where the last step leaves them. One thread alone
-// reads and writes each.
+// A thread computes VECTOR units of a sequence. All numbers are in global memory: the product, in
+// float32, is the library's output; h of the step is its next input, and lies where it is returned, in
+// `states`. The carried states are in float32, in `last_states`, where the last step leaves them. One
+// thread alone reads and writes each.
 //
 // The launch before in the stream is that of the product. Wx and b, which no launch of the scan writes,
 // are loaded before the wait for it. What does write them may come right before the first step, whose

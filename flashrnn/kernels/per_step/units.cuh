@@ -32,7 +32,7 @@ template <typename Number>
 struct Numbers {
     Number of[VECTOR];
 
-    using AsWords = Words<VECTOR * sizeof(Number) / 4>;
+    using AsWords = WordVector<VECTOR * sizeof(Number) / 4>;
 };
 
 // Of a tensor that this package has allocated: its rows begin at multiples of 16 bytes.
