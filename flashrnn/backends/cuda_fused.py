@@ -14,11 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import Run, Runs, autograd, steps
+from flashrnn.backends import Run, Runs, autograd, steps, tables
 from flashrnn.backends.gradients import (
     Gradients,
-    before_steps,
-    gathered,
     number_of,
     of_no_steps,
     recurrent_gradient,
@@ -32,14 +30,14 @@ from flashrnn.backends.requirements import (
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
-from flashrnn.jit.kernel import Kernel
+from flashrnn.jit.kernel import Kernel, index_of
 from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
-from flashrnn.sequences import Sequences, bounds, operands, runs_backwards, zeros_like_starts
+from flashrnn.sequences import Sequences, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -93,7 +91,7 @@ def programs(
     aligned = D * problem.dtype.itemsize % 16 == 0
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    found = [plan.source(cell, precision, options, aligned)]
+    found = [*tables.programs(problem, backward), plan.source(cell, precision, options, aligned)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
@@ -103,6 +101,8 @@ def programs(
         found.append(tiles.compiled.source(problem.cell, precision, aligned, options))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
+        if not registry.is_small(D):
+            found += tables.programs_of_h(problem)
     return found
 
 
@@ -136,16 +136,20 @@ def forward(
     if gates is not None:
         tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
-    if problem.packed and problem.has_idle_rows:
-        every_state.zero_()  # The kernel does that for the rows of [B, T].
     if sequences is not None:
+        idle = _idle(problem, every_state, problem.N * problem.D)
         problem = _as_planned(problem, sequences)
-        tensors |= operands(problem, sequences)
+        tensors |= tables.made(problem, sequences, idle=idle).of_scan
         options = (*options, *source.options_of_storing(problem, len(every_state)))
     _scan(problem, gpu, False, tensors, options)
     if sequences is not None:
         every_state = autograd.kept(problem, every_state)
     return every_state, last_states, gates
+
+
+def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
+    """What tables set to 0 in rows of no sequence. Scans do that for the rows of [B, T]."""
+    return tables.Idle(tensor, width) if problem.packed and problem.has_idle_rows else None
 
 
 def _as_planned(problem: Problem, sequences: Sequences) -> Problem:
@@ -171,7 +175,7 @@ def backward(
         return steps.backward(problem, plan, R, *residuals, d_states, d_last_states)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
-        found = of_no_steps(problem, d_gates, d_last_states, states_initial, states, sequences)
+        found = of_no_steps(problem, d_gates, d_last_states, states_initial)
         return found._replace(reset_states=zeros_like_starts(sequences))
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
@@ -191,30 +195,26 @@ def backward(
         tensors["d_last"] = d_last_states
     given = number_of(d_states), d_last_states is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
-    d_resets = None
-    if problem.packed and problem.has_idle_rows:
-        d_gates.zero_()  # As forward's states.
+    d_resets, of_options = None, tables.Tables({})
     if sequences is not None:
+        idle = _idle(problem, d_gates, len(cell.gates) * N * D)
         problem = _as_planned(problem, sequences)
-        tensors |= operands(problem, sequences)
+        looked_up = not registry.is_small(D) or dict(source.gradient_options(problem))["GATHERED"]
+        of_options = tables.made(problem, sequences, states_initial if looked_up else None, idle)
+        tensors |= of_options.of_scan
         options = (*options, *source.sequence_options(problem))
         d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     _scan(problem, gpu, True, tensors, options)
-    # What says that h before a step is not that of the row before.
-    moved = sequences if problem.is_sequenced else None
     parts = None
     if registry.is_small(D):
-        flags = tensors.get("reset_flags")
-        parts = _recurrent_gradient_parts(
-            problem, gpu, d_gates, states_initial, states, moved, flags
-        )
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, states_initial, states, of_options)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
-        h_initial, h = states_initial[0], states[0]
-        every_h = None if moved is None else gathered(problem, moved, h_initial, h)
-        d_R = recurrent_gradient(cell, d_gates, h_initial, h, every_h)
+        before = of_options.before
+        every_h = None if before is None else tables.h_before(problem, before, states[0])
+        d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0], every_h)
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 
@@ -400,8 +400,7 @@ def _recurrent_gradient_parts(
     d_gates: Tensor,
     states_initial: Tensor,
     states: Tensor,
-    sequences: Sequences | None,
-    flags: Tensor | None,
+    of_options: tables.Tables,
 ) -> Tensor:
     """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient.
 
@@ -411,28 +410,23 @@ def _recurrent_gradient_parts(
         d_gates: ``[B, T, G, N, D]``.
         states_initial: ``[S, B, 1, N, D]``, of which h is the first.
         states: ``[S, B, T, N, D]``, likewise.
-        sequences: the call's options, if they say how sequences run.
-        flags: those of resets, as :class:`flashrnn.sequences.Arranged` has them.
+        of_options: what says that h before a step is not that of the row before.
     """
     tensors, record = {"d_gates": d_gates, "h": states}, call.RECURRENT_GRADIENT
-    options = source.gradient_options(problem)
     if problem.is_sequenced:
         record = record.complete
-    if sequences is not None and dict(options)["GATHERED"]:
-        before = before_steps(problem, sequences, states_initial[0], states.dtype)
+    of_scan, lengths, before = of_options
+    if before is not None:
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
-        if problem.reverse is not False:
-            tensors["runs_backwards"] = runs_backwards(problem)
+        names: tuple[str, ...] = ("runs_backwards",)
     else:
         # Copied as it is in float32; in 16 bits each element is rounded.
         is_copied = states.dtype == torch.float32
         tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
-        if sequences is not None:
-            _, lengths = bounds(sequences, problem.T, torch.int32)
-            if lengths is not None:
-                tensors["lengths"] = lengths
-        if flags is not None:
-            tensors["reset_flags"] = flags
+        if lengths is not None:
+            tensors["lengths"] = lengths
+        names = ("reset_flags",)
+    tensors |= {name: of_scan[name] for name in names if name in of_scan}
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
@@ -626,7 +620,7 @@ def _gpu(problem: Problem) -> GPU:
     if registry.is_small(problem.D):
         return whole(problem.device)
     # CTAs that wait for each other must run at once in the context of the launch.
-    index = _index(problem.device)
+    index = index_of(problem.device)
     with context.on_device(index):
         stream = context.current_stream(index)
         return _gpu_of_context(problem.device, context.number(stream))
@@ -635,7 +629,7 @@ def _gpu(problem: Problem) -> GPU:
 @lru_cache(maxsize=64)
 def _gpu_of_context(device: torch.device, _: int) -> GPU:
     """The part of a device that the current stream's context has; `_` is the context's number."""
-    index, gpu = _index(device), whole(device)
+    index, gpu = index_of(device), whole(device)
     stream = context.current_stream(index)
     clusters: tuple[int, ...] = ()
     if torch.cuda.get_device_capability(device)[0] in (9, 10):
@@ -649,16 +643,12 @@ def _where(problem: Problem) -> tuple[int, int] | None:
 
     ``None`` while the stream is captured.
     """
-    index = _index(problem.device)
+    index = index_of(problem.device)
     with context.on_device(index):
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = context.current_stream(index)
         return stream, 0 if registry.is_small(problem.D) else context.number(stream)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 # A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it.

@@ -1,4 +1,4 @@
-"""A program of one kernel, and its launches on PyTorch's current stream."""
+"""A program of one kernel, launched on PyTorch's current stream."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ class Kernel:
 
 
 def load(entry: str, parts: Mapping[str, str], shape: launch.Shape, device: torch.device) -> Kernel:
-    """Compile a program and load it on a device.
+    """Compile a program and load it.
 
     Args:
         entry: the kernel's name.
-        parts: the program's text.
-        shape: of the kernel's launches, which overlap only where the device has that.
-        device: a GPU.
+        parts: the program's text (:mod:`flashrnn.jit.nvrtc`).
+        shape: its launches', which overlap only where the device has that.
+        device: the device.
     """
     if torch.cuda.get_device_capability(device) < (9, 0):
         shape = shape._replace(overlaps=False)
-    index = torch.cuda.current_device() if device.index is None else device.index
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    return Kernel(launch.Program(cubin, (entry,), index, shape.shared_memory), shape)
+    return Kernel(launch.Program(cubin, (entry,), index_of(device), shape.shared_memory), shape)
+
+
+def index_of(device: torch.device) -> int:
+    """A GPU's index; that of the current one where a device has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
