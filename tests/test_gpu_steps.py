@@ -21,7 +21,16 @@ from tests.fused import (  # noqa: F401
     tf32,
 )
 from tests.patterns import follows_vanilla
-from tests.problems import BUILT_IN, call, gradients, random_inputs, relative_error, sparse, wide
+from tests.problems import (
+    BUILT_IN,
+    call,
+    gradients,
+    random_inputs,
+    relative_error,
+    sparse,
+    wide,
+    widest,
+)
 from tests.steps import by_steps, forget
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +63,7 @@ def products(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse, wide, widest], ids=str)
 @pytest.mark.parametrize("sizes", [(7, 5, 3, 136), (70, 9, 1, 768), (33, 64, 2, 256)], ids=str)
 def test_equals_vanilla(backend, products, kind, dtype, sizes):
     hold_to_vanilla(backend, kind, *sizes, dtype, "cuda")

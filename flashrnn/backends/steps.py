@@ -220,9 +220,10 @@ def _looked_up(
     record, size = plan.record, problem.dtype.itemsize
     aligned = record.rows_begin_at(16, _GIVEN, layout, D, size)
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    kernel = _cell_kernel(_cell(problem), precision, plan, options, aligned, problem.device)
+    cell = _cell(problem)
+    kernel = _cell_kernel(cell, precision, plan, options, aligned, problem.device)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips)
-    return kernel, kernel.shape._replace(grid=plan.grid(B, N)), packing
+    return kernel, kernel.shape._replace(grid=plan.grid(cell, B, N)), packing
 
 
 @lru_cache(maxsize=256)

@@ -342,6 +342,12 @@ struct alignas(4 * COUNT) WordVector {
 
 // The compiler keeps the order of this load and a griddepcontrol_wait(). A load by ld.global.nc, which
 // the compiler may choose itself, would be moved behind it.
+__device__ inline WordVector<1> load_words(const WordVector<1>* from) {
+    WordVector<1> words;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(words.of[0]) : "l"(from));
+    return words;
+}
+
 __device__ inline WordVector<2> load_words(const WordVector<2>* from) {
     WordVector<2> words;
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
@@ -356,6 +362,10 @@ __device__ inline WordVector<4> load_words(const WordVector<4>* from) {
                  : "=r"(words.of[0]), "=r"(words.of[1]), "=r"(words.of[2]), "=r"(words.of[3])
                  : "l"(from));
     return words;
+}
+
+__device__ inline void store_words(WordVector<1>* to, const WordVector<1>& words) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(words.of[0]) : "memory");
 }
 
 __device__ inline void store_words(WordVector<2>* to, const WordVector<2>& words) {

@@ -22,8 +22,10 @@ FEWEST = 64
 """Sequences below which no call is computed so; nothing is looked up for fewer."""
 
 _THREADS = 256
-# Units of a thread.
-_VECTOR = 4
+# Numbers that a thread of several units holds before it computes, at most. Forward these and their
+# addresses take 80 registers, with which three CTAs are resident. With more numbers the compiler
+# may spill to keep three.
+_HELD = 64
 
 # What a step's time is reckoned from, in cycles of 1.98 GHz. No GPU has measured any of these yet.
 # Operations (two a product) of a multiprocessor and cycle, by the product's precision, at most; and
@@ -69,9 +71,9 @@ class CellPlan:
         """The record that it reads."""
         return call.CELL_BACKWARD if self.backward else call.CELL_FORWARD
 
-    def grid(self, B: int, N: int) -> int:
+    def grid(self, cell: TracedCell, B: int, N: int) -> int:
         """CTAs of a launch."""
-        return tiles_of(B * N * self.D, _VECTOR * _THREADS)
+        return tiles_of(B * N * self.D, units_of(cell, self.backward) * _THREADS)
 
     def source(
         self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
@@ -87,7 +89,7 @@ class CellPlan:
         constants = {
             "D": self.D,
             "THREADS": _THREADS,
-            "VECTOR": _VECTOR,
+            "VECTOR": units_of(cell, self.backward),
             "ALIGNED": aligned,
             "CLIP": False,
             "STORED": len(cell.states),
@@ -97,6 +99,17 @@ class CellPlan:
         }
         kernel = f"per_step/{self.entry}.cu"
         return source.program(kernel, cell, precision, constants, self.record)
+
+
+def units_of(cell: TracedCell, backward: bool) -> int:
+    """Units of a thread: 4, or 2 or 1 where the numbers of so many are too many to hold."""
+    counts, read = Counts.of(cell), read_states(cell, backward).bit_count()
+    if backward:
+        # Pre-activations, states, the gradients given for them and those carried, the product.
+        held = counts.gates + read + counts.states + passed_states(cell).bit_count() + 1
+    else:
+        held = counts.inputs + len(cell.fed_by("b")) + counts.recurrent + read
+    return next((units for units in (4, 2) if units * held <= _HELD), 1)
 
 
 def read_states(cell: TracedCell, backward: bool) -> int:

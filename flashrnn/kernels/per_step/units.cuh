@@ -32,22 +32,29 @@ template <typename Number>
 struct Numbers {
     Number of[VECTOR];
 
+    // Whether they fill words. One of 16 bits does not.
+    static constexpr bool FILL_WORDS = VECTOR * sizeof(Number) % 4 == 0;
     using AsWords = WordVector<VECTOR * sizeof(Number) / 4>;
 };
 
 // Of a tensor that this package has allocated: its rows begin at multiples of 16 bytes.
 template <typename Number>
 __device__ inline void store(Number* to, const Numbers<Number>& numbers) {
-    typename Numbers<Number>::AsWords words;
-    memcpy(&words, &numbers, sizeof(words));
-    store_words(reinterpret_cast<decltype(words)*>(to), words);
+    if constexpr (Numbers<Number>::FILL_WORDS) {
+        typename Numbers<Number>::AsWords words;
+        memcpy(&words, &numbers, sizeof(words));
+        store_words(reinterpret_cast<decltype(words)*>(to), words);
+    } else {
+        *to = numbers.of[0];
+    }
 }
 
 // Of a tensor that is given, with any stride from unit to unit.
-__device__ inline Numbers<Element> load(const Element* from, long long stride = 1) {
-    Numbers<Element> found;
-    if constexpr (ALIGNED) {
-        using AsWords = Numbers<Element>::AsWords;
+template <typename Number>
+__device__ inline Numbers<Number> load(const Number* from, long long stride = 1) {
+    Numbers<Number> found;
+    if constexpr (ALIGNED && Numbers<Number>::FILL_WORDS) {
+        using AsWords = typename Numbers<Number>::AsWords;
         const AsWords words = load_words(reinterpret_cast<const AsWords*>(from));
         memcpy(&found, &words, sizeof(words));
         return found;
@@ -65,12 +72,21 @@ __device__ inline Numbers<float> load_each(const float* from, long long stride) 
     return found;
 }
 
+template <int COUNT>
+struct VectorOf;
+template <>
+struct VectorOf<1> { using Type = unsigned; };
+template <>
+struct VectorOf<2> { using Type = uint2; };
+template <>
+struct VectorOf<4> { using Type = uint4; };
+
 // What a launch before has written is loaded past the L1 cache.
 __device__ inline Numbers<float> load_fresh(const float* from) {
-    static_assert(VECTOR == 4);
-    const uint4 words = __ldcg(reinterpret_cast<const uint4*>(from));
-    return {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z),
-            __uint_as_float(words.w)};
+    const auto words = __ldcg(reinterpret_cast<const VectorOf<VECTOR>::Type*>(from));
+    Numbers<float> found;
+    memcpy(&found, &words, sizeof(words));
+    return found;
 }
 
 }  // namespace per_step
