@@ -18,6 +18,7 @@ from flashrnn.problem import Problem
 from tests.fused import DTYPES, poison
 from tests.gpus import H200, LARGER, SMALL, planned
 from tests.problems import BUILT_IN, sparse, wide
+from tests.steps import by_steps
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
@@ -37,6 +38,7 @@ class Regime:
         B: sequences of which some tile is not full.
         D: a head's units, of which some tile is not full.
         sizes: B, T, N and D of further problems.
+        by_steps: whether a library computes the product, wherever it can.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Regime:
     B: int = 3
     D: int = 131
     sizes: tuple[tuple[int, int, int, int], ...] = ()
+    by_steps: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -111,6 +114,22 @@ PER_STEP = Regime(
         (1, 130, 1, 8),
         # Five tiles of sequences by the launch for six.
         (33, 2, 2, 8),
+    ),
+)
+# Odd heads and options of sequences cannot be computed so: backend cuda's own kernels do.
+STEPS = Regime(
+    "steps",
+    backend="cuda",
+    by_steps=True,
+    cells=(*BUILT_IN, sparse, wide),
+    B=7,
+    D=40,
+    sizes=(
+        (1, 1, 1, 8),
+        (2, 5, 3, 24),
+        # Several CTAs; a bit more than one, of which one has a single thread with units.
+        (70, 2, 1, 136),
+        (41, 2, 1, 200),
     ),
 )
 SINGLE_CTA = Regime(
@@ -208,7 +227,16 @@ CLUSTER_BACKWARD = Regime(
     sizes=_LARGE_SIZES,
 )
 REGIMES = [
-    *[PER_STEP, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0], CLUSTER_BACKWARD]
+    *[
+        PER_STEP,
+        STEPS,
+        SINGLE_CTA,
+        GRID,
+        GRID_WGMMA,
+        CLUSTER_MMA[0],
+        CLUSTER_WGMMA[0],
+        CLUSTER_BACKWARD,
+    ]
 ]
 VARIANTS = [*CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:]]
 """The same kernels with other constants."""
@@ -240,6 +268,8 @@ def take(
         monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: regime.gpu)
         registry.best_plan.cache_clear()
         cuda_fused._prepared_scan.cache_clear()
+        if regime.by_steps:
+            by_steps(monkeypatch)
         return regime
 
     return take
