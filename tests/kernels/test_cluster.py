@@ -188,9 +188,8 @@ def test_fragments_wherever_there_is_room(take, dtype):  # noqa: F811
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "regime", quick([(x,) for x in CLUSTER_WGMMA_BACKWARD], (CLUSTER_WGMMA_BACKWARD[0],)), ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", CLUSTER_WGMMA_BACKWARD, ids=str)
 def test_many_exchanges_of_the_wgmma_backward(take, regime):  # noqa: F811
     """Warps are held up at random: a wait that lacks, or that misses its phase, shows in time."""
     hold_to_vanilla(take(regime).backend, "lstm", 3, 70, 1, regime.D, torch.bfloat16)

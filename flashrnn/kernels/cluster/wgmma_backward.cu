@@ -7,7 +7,7 @@
 // - registers: R of IN_REGISTERS of the product's steps; the product's sums; in float32, of the thread's
 //   elements, the gradients of the states, and of its units the sums of the gates' gradients over time
 //   and sequences; the inputs of the next AHEAD elements: the gates' pre-activations, the states before
-//   the step, and the gradients given for the first GIVEN states after it;
+//   the step that are read, and the gradients given for the first GIVEN states after it;
 // - shared memory: the rest of R; the gates' gradients of the CTA's column; the parts of dh;
 // - global memory: residuals and gradients, each read or written by the thread that has the element.
 //
@@ -26,6 +26,9 @@ static_assert(!CUT, "without R's part of the gradient there is nothing to multip
 static_assert(1 <= AHEAD && AHEAD <= ELEMENTS, "the inputs of a step's elements are loaded in turn");
 static_assert(EXCHANGE_BYTES + Matrix::BYTES == SHARED_MEMORY,
               "wgmma_backward_plan.py computes another size of shared memory");
+
+// Whether a step's derivative depends on state s before the step.
+__device__ constexpr bool is_read(int s) { return READ_STATES >> s & 1; }
 
 // What a step needs of an element.
 struct Inputs {
@@ -78,7 +81,7 @@ cluster_wgmma_backward(CALL) {
         for (int k = 0; k < G; ++k) inputs.gates[k].load(from_gates + k * width);
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            inputs.states[s].load(from_states + s * B * T * width);
+            if (is_read(s)) inputs.states[s].load(from_states + s * B * T * width);
             if (s < GIVEN) inputs.given[s].load(from + s * d_states_s);
         }
         if ((e + 1) % ELEMENTS_A_TILE) return;
@@ -105,6 +108,7 @@ cluster_wgmma_backward(CALL) {
         for (int i = threadIdx.x; i < SEQUENCES * KINDS; i += THREADS) {
             const int kind = i % KINDS;
             if (i / KINDS > last || first_unit >= D) continue;
+            if (kind >= G && kind < G + S && !is_read(kind - G)) continue;
             const long long row = (first + i / KINDS) * T + t;
             const Element* from = gates + (row * G + kind) * width + n * D;
             long long stride = 1;
@@ -147,8 +151,8 @@ cluster_wgmma_backward(CALL) {
             for (int k = 0; k < G; ++k) preactivations[k] = own.gates[k].value();
 #pragma unroll
             for (int s = 0; s < S; ++s) {
-                before[s] = own.states[s].value();
-                if (t == 0 && exists(e)) before[s] = initial_state(s, e);
+                before[s] = is_read(s) ? own.states[s].value() : 0.0f;
+                if (is_read(s) && t == 0 && exists(e)) before[s] = initial_state(s, e);
                 d_after[s] = d_carried[e][s];
                 if (s < GIVEN) d_after[s] += own.given[s].value();
             }

@@ -96,6 +96,7 @@ class ClusterWgmmaBackwardPlan(ClusterPlan):
             "N_TILES": self.n_tiles,
             "AHEAD": self.ahead,
             "IN_REGISTERS": self.in_registers,
+            "READ_STATES": Values.of(cell).read,
             # Must be what the kernel computes of its parts: a static_assert holds them together.
             "SHARED_MEMORY": self.shared_memory,
             **dict(options),
@@ -129,20 +130,25 @@ class Values(NamedTuple):
         gates: gates of any kind.
         states: states.
         carried: states whose gradient passes from step to step other than through R.
+        read: states before a step of which its derivative depends, as the bits of a number.
     """
 
     recurrent: int
     gates: int
     states: int
     carried: int
+    read: int
 
     @staticmethod
     def of(cell: TracedCell) -> Values:
         """Those of a cell."""
-        states = len(cell.states)
+        states, graph = len(cell.states), cell.graphs.derivative
         # The derivation leaves a zero for the others.
-        carried = sum(isinstance(x, str) for x in cell.graphs.derivative.outputs[:states])
-        return Values(len(cell.fed_by("R")), len(cell.gates), states, carried)
+        carried = sum(isinstance(x, str) for x in graph.outputs[:states])
+        used = {argument for assignment in graph.body for argument in assignment.arguments}
+        used.update(graph.outputs)
+        read = sum((name in used) << s for s, name in enumerate(graph.inputs[:states]))
+        return Values(len(cell.fed_by("R")), len(cell.gates), states, carried, read)
 
 
 @lru_cache(maxsize=1024)
@@ -189,7 +195,8 @@ def _in_registers(
     values: Values, warpgroups: int, columns: int, rows: int, n_tiles: int, ahead: int
 ) -> int:
     """Steps of the product whose part of R registers have room for."""
-    of_an_element = _REGISTERS_OF_AN_ELEMENT + ahead * (values.gates + 2 * values.states)
+    inputs = values.gates + values.states + values.read.bit_count()
+    of_an_element = _REGISTERS_OF_AN_ELEMENT + ahead * inputs
     working = max(_REGISTERS_OF_A_PRODUCT + 4 * n_tiles, of_an_element)
     units = 4 // columns
     working += units * (n_tiles * (values.carried + units - 1) + values.gates)
