@@ -7,11 +7,14 @@ a kernel belongs behind a time limit, since one that waits for what never comes 
 
     timeout 300 python -m pytest -x tests/test_gpu.py -k backward_by_wgmma
     timeout 900 python -m tests.backward_plans
+
+With ``all`` it times all plans of the ``wgmma`` kernel, to fit their estimate to.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -40,28 +43,20 @@ PROBLEMS = [
 SHORT, LONG = 64, 320
 
 
-def force(plan: Plan | None) -> None:
-    """Have every backward scan computed by a plan, or again by the one of fewest cycles."""
-
-    def forced(problem: Problem, gpu: object, backward: bool) -> Plan | str:
-        return plan if backward and plan else "another plan is forced"
-
-    regimes = (grid.plan_scan, grid.plan_wgmma_forward)
-    regimes += (cluster.plan_mma_forward, cluster.plan_wgmma_forward)
-    forward = tuple(_of_forward(regime) for regime in regimes)
-    registry.LARGE_HEADS = (*forward, forced) if plan else tuple(ALL)
-    for cache in (registry.best_plan, *cuda_fused.KERNELS):
-        cache.cache_clear()
-
-
 ALL = registry.LARGE_HEADS
 
 
-def _of_forward(regime: registry.Regime) -> registry.Regime:
-    def plan(problem: Problem, gpu: object, backward: bool) -> Plan | str:
-        return "forward only" if backward else regime(problem, gpu, False)  # type: ignore[arg-type]
+def force(plan: Plan | None) -> None:
+    """Have every backward scan computed by a plan, or again by the one of fewest cycles."""
 
-    return plan
+    def forced(regime: registry.Regime) -> registry.Regime:
+        return lambda problem, gpu, backward: (
+            plan if backward and plan else regime(problem, gpu, backward)
+        )
+
+    registry.LARGE_HEADS = tuple(map(forced, ALL))
+    for cache in (registry.best_plan, *cuda_fused.KERNELS):
+        cache.cache_clear()
 
 
 def milliseconds(kind: str, B: int, T: int, D: int) -> float:
@@ -95,15 +90,21 @@ def main() -> None:
                 print(f"{kind} B={B} 1x{D} | {name} | {plan}", flush=True)
                 continue
             plans = [plan]
-            if name == "cluster wgmma" and "all" in sys.argv[1:]:
+            if isinstance(plan, cluster.ClusterWgmmaBackwardPlan) and "all" in sys.argv[1:]:
                 values = wgmma_backward_plan.Values.of(problem.cell)
-                plans = list(wgmma_backward_plan.possible_plans(values, D, gpu))
+                plans = [
+                    replace(
+                        x,
+                        estimated_cycles=wgmma_backward_plan.estimated_cycles(x, values, B, 1, gpu),
+                    )
+                    for x in wgmma_backward_plan.possible_plans(values, D, gpu)
+                ]
             for chosen in plans:
                 force(chosen)
                 hold_to_vanilla("cuda_fused", kind, B, 5, 1, D, torch.bfloat16, "cuda")
                 short, long = (milliseconds(kind, B, T, D) for T in (SHORT, LONG))
                 step = 1e3 * (long - short) / (LONG - SHORT)
-                cycles = plan.estimated_cycles if len(plans) == 1 else float("nan")
+                cycles = chosen.estimated_cycles
                 print(
                     f"{kind} B={B} 1x{D} | {name} | {cycles:.0f} | {step:.2f} | {chosen}",
                     flush=True,
