@@ -14,7 +14,7 @@ TELLING := tests/test_bad_input.py tests/test_cells.py tests/test_demo.py tests/
 
 # Triton's interpreter, in place of its compiler, is chosen when a process starts.
 INTERPRETED := tests/kernels/test_triton.py tests/test_operators.py tests/test_layer.py tests/test_stepper.py \
-  tests/nn/test_fused_layers.py
+  tests/nn/test_fused_layers.py tests/test_random_cells.py
 
 # What tests/compat/test_clients.py is written for.
 CLIENTS := xlstm==2.0.6 tirex-ts==1.4.2 tirex-2==0.4.0

@@ -6,11 +6,17 @@ import importlib.util
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Looking for examples imports every module, and these import Triton.
 collect_ignore_glob = ["flashrnn/flashrnn/cuda_init/*.py"]  # An error to import, on purpose.
 if not importlib.util.find_spec("triton"):
     collect_ignore_glob.append("flashrnn/kernels/triton/*.py")
+
+
+# How long an example takes says more about what else the machine does.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_configure() -> None:

@@ -359,3 +359,6 @@ _UPSTREAM: dict[str, Any] = {
     **dict.fromkeys(("trainable_r", "trainable_b"), True),
     **LAYOUTS,
 }
+
+DEFAULT = FlashRNNConfig()
+"""That of calls without one; nobody sets its fields."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashrnn import backends, functional, sequences
+from flashrnn import backends, calls, checks, sequences
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
-from flashrnn.problem import Problem, carry_dtype, without_autocast
+from flashrnn.problem import Problem, without_autocast
+from flashrnn.sequences import Given
 
 
 def recurrent_layer(
@@ -86,93 +87,36 @@ def recurrent_layer(
         >>> torch.allclose(states[0, :, :, 0], lstm(x)[0], atol=1e-6)
         True
     """
-    config = functional.checked_options(config, backend)
-    cell = resolve(function)
-    if (
-        reset is not None
-        or reset_states is not None
-        or lengths is not None
-        or cu_seqlens is not None
-        or reverse is not False
-        or return_states != "all"
-    ):
-        options = sequences.Given(reset, reset_states, lengths, cu_seqlens, reverse, return_states)
-        return _with_options(x, W, R, b, states, cell, backend, config, dtype, options)
-    given = (x, W, R, b) if states is None else (x, W, R, b, states)
+    config, cell = checks.checked_options(config, backend), resolve(function)
+    options = Given.of(reset, reset_states, lengths, cu_seqlens, reverse, return_states)
+    given: tuple[Tensor, ...] = (x, W, R, b) if states is None else (x, W, R, b, states)
+    if options is not None:
+        given += sequences.tensors_given(options)
     key = None
     if backends.is_direct(*given):
-        key = _key(cell, x, W, R, b, states, config, dtype)
-    problem = None if key is None else functional.problems.get(key)
+        key = _key(cell, x, W, R, b, states, config, dtype, options)
+    problem, of_x = None if key is None else calls.problems.get(key), x
+    if options is not None:
+        x = sequences.in_rows("x", x, "I", options)
     if problem is None:
-        problem = _problem(cell, x, W, R, b, states, config, dtype)
-        if states is not None and states.shape[1] != problem.B:
-            states = functional.one_for_each(states, problem)
-            return recurrent_layer(
-                x, W, R, b, states, function, backend, config=config, dtype=dtype
+        tensors = {"x": x, "W": W, "R": R, "b": b}
+        problem = calls.accepted(cell, tensors, states, config, dtype, options)
+        if key is not None:
+            calls.remember(key, problem)
+    direct = key is not None
+    chosen, problem, states, of_options = calls.prepared(
+        problem, cell, backend, states, config, options, direct
+    )
+    with without_autocast(problem.device.type):
+        if direct and problem.needs_gradient and autograd.is_fused(chosen):
+            found, last_states = _Layer.apply(
+                x, W, R, b, states, chosen, problem, *(of_options or ())
             )
-        if key is not None:
-            functional.remember(key, problem)
-    chosen = backends.choose(backend, problem)
-    if states is None:
-        states = functional.initial_states(problem, config)
-    if not autograd.is_fused(chosen):
-        problem = problem._replace(step=cell.step)
-    direct = key is not None and autograd.is_fused(chosen)
-    with without_autocast(problem.device.type):
-        if direct and problem.needs_gradient:
-            outputs = _Layer.apply(x, W, R, b, states, chosen, problem)
-            return cast(tuple[Tensor, Tensor], outputs)
-        x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
-        Wx = _input_product(problem, x, W)
-        run = autograd.run_directly if direct else autograd.run
-        return run(cast(Any, chosen), problem, Wx, R, b, states)
-
-
-def _with_options(
-    x: Tensor,
-    W: Tensor,
-    R: Tensor,
-    b: Tensor,
-    states: Tensor | None,
-    cell: Cell,
-    backend: str,
-    config: FlashRNNConfig,
-    dtype: torch.dtype | str | None,
-    given: sequences.Given,
-) -> tuple[Tensor, Tensor]:
-    """A call with options of sequences."""
-    of_x = x
-    tensors = (x, W, R, b) if states is None else (x, W, R, b, states)
-    key = None
-    if backends.is_direct(*tensors, *sequences.tensors_given(given)):
-        key = _key(cell, x, W, R, b, states, config, dtype)
-        key = functional.key_with(given, key)
-    problem = None if key is None else functional.problems.get(key)
-    x = sequences.in_rows("x", x, "I", given)
-    if problem is None:
-        named = {"x": x, "W": W, "R": R, "b": b}
-        functional.checked_kinds(named)
-        sizes = _shape_of_Wx(cell, x, W)
-        problem = functional.problem_with(cell, sizes, named, states, config, dtype, given)
-        if key is not None:
-            functional.remember(key, problem)
-    chosen = backends.choose(backend, problem)
-    problem, options = functional.with_tensors(problem, given, config)
-    if states is None:
-        states = functional.initial_states(problem, config)
-    else:
-        states = functional.one_for_each(states, problem)
-    inputs = x, W, R, b, states
-    with without_autocast(problem.device.type):
-        if not autograd.is_fused(chosen):
-            problem = problem._replace(step=cell.step)
-        elif problem.needs_gradient and key is not None:
-            every_state, last_states = _Layer.apply(*inputs, chosen, problem, *options)
-            return (every_state if x.ndim == of_x.ndim else every_state.squeeze(1)), last_states
-        x, W, R, b, states = _as_computed(problem, *inputs)
-        Wx = _input_product(problem, x, W)
-        every_state, last_states = autograd.run(chosen, problem, Wx, R, b, states, options)
-    return (every_state if x.ndim == of_x.ndim else every_state.squeeze(1)), last_states
+        else:
+            Wx = _input_product(problem, *_factors(problem, x, W))
+            arguments = calls.as_computed(problem, Wx, R, b, states)
+            found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
+    return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
 
 
 def _key(
@@ -184,67 +128,19 @@ def _key(
     states: Tensor | None,
     config: FlashRNNConfig,
     dtype: torch.dtype | str | None,
+    options: Given | None,
 ) -> tuple[object, ...] | None:
-    """As :func:`flashrnn.functional.key_of`."""
-    key = functional.key_of(cell, x, R, b, states, config, dtype)
+    """As :func:`flashrnn.calls.key_of`."""
+    key = calls.key_of(cell, x, R, b, states, config, dtype, options)
     if key is None:
         return None
     requires_grad = W.requires_grad and torch.is_grad_enabled()
     return *key, W.shape, W.dtype, W.device, requires_grad
 
 
-def _problem(
-    cell: Cell,
-    x: Tensor,
-    W: Tensor,
-    R: Tensor,
-    b: Tensor,
-    states: Tensor | None,
-    config: FlashRNNConfig,
-    dtype: torch.dtype | str | None,
-) -> Problem:
-    """The problem of the scan, once all of the call is found to fit."""
-    tensors = {"x": x, "W": W, "R": R, "b": b}
-    if states is not None:
-        tensors["states"] = states
-    needs_gradient = functional.checked_kinds(tensors)
-    sizes = _sizes(cell, x, W, R, b, states)
-    return functional.problem_of(cell, sizes, tensors, needs_gradient, config, dtype)
-
-
-def _sizes(
-    cell: Cell, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor | None
-) -> tuple[int, int, int, int]:
-    """B, T, N and D, once every shape is found to fit."""
-    return functional.fitting_sizes(cell, _shape_of_Wx(cell, x, W), R, b, states)
-
-
-def _shape_of_Wx(cell: Cell, x: Tensor, W: Tensor) -> tuple[int, ...]:
-    """That of the input product, once x and W are found to fit each other."""
-    functional.check_rank("x", x.shape, "[B, T, I]")
-    functional.check_rank("W", W.shape, "[Gw, N, D, I]")
-    functional.check_gates(cell, "W", W.shape[0], "Wx")
-    if W.shape[3] != x.shape[2]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, {x.shape[2]} features, and W {tuple(W.shape)}, for "
-            f"{W.shape[3]}; accepted are x [B, T, I] and W [Gw, N, D, I] with one I"
-        )
-    return *x.shape[:2], *W.shape[:3]
-
-
-def _as_computed(
-    problem: Problem, x: Tensor, W: Tensor, R: Tensor, b: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, W, R and b in the dtype of the computation, and the states in that of the carry."""
-    cast_to, dtype = functional.cast_to, problem.dtype
-    return (
-        cast_to(x, dtype),
-        cast_to(W, dtype),
-        cast_to(R, dtype),
-        cast_to(b, dtype),
-        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
-        cast_to(states, carry_dtype(dtype)),
-    )
+def _factors(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """x and W in the dtype of the computation."""
+    return calls.cast_to(x, problem.dtype), calls.cast_to(W, problem.dtype)
 
 
 def _input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
@@ -287,10 +183,10 @@ class _Layer(torch.autograd.Function):
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # Autograd casts the gradients back to the dtypes of what is given here.
-        x, W, R, b, states = _as_computed(problem, x, W, R, b, states)
+        x, W = _factors(problem, x, W)
+        arguments = calls.as_computed(problem, _input_product(problem, x, W), R, b, states)
         scan = _ScanContext()
-        Wx = _input_product(problem, x, W)
-        outputs = autograd.Scan.forward(scan, Wx, R, b, states, backend, problem, *options)
+        outputs = autograd.Scan.forward(scan, *arguments, backend, problem, *options)
         ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
         ctx.set_materialize_grads(False)
         ctx.scan = scan

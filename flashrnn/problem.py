@@ -146,6 +146,13 @@ def autocast_enabled(device_type: str) -> bool:
     return has_it and torch.is_autocast_enabled(device_type)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """That of ``torch.autocast``, if it is on; for calls that Dynamo does not follow."""
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 # Of the kinds of devices that there are.
 _has_autocast = cache(torch.amp.is_autocast_available)
 

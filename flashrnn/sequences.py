@@ -168,11 +168,39 @@ class Given(NamedTuple):
     reverse: bool | Sequence[bool]
     return_states: str
 
+    @classmethod
+    def of(
+        cls,
+        reset: Tensor | None,
+        reset_states: Tensor | None,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool | Sequence[bool],
+        return_states: str,
+    ) -> Given | None:
+        """The options of a call; ``None`` where it has none."""
+        if (
+            reset is not None
+            or reset_states is not None
+            or lengths is not None
+            or cu_seqlens is not None
+            or reverse is not False
+            or return_states != "all"
+        ):
+            return cls(reset, reset_states, lengths, cu_seqlens, reverse, return_states)
+        return None
+
 
 def tensors_given(given: Given) -> tuple[Tensor, ...]:
     """The tensors among a call's options."""
     found = given.reset, given.reset_states, given.lengths, given.cu_seqlens
     return tuple([x for x in found if x is not None])
+
+
+def named_tensors(given: Given) -> dict[str, Tensor]:
+    """The same by their names."""
+    found = {name: getattr(given, name) for name in Sequences._fields}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def key_of(given: Given) -> tuple[object, ...] | None:
@@ -223,6 +251,8 @@ def accept(
     given: Given,
 ) -> tuple[int, dict[str, Any]]:
     """Check the options of a call, but for values of tensors, which :func:`tensors_of` sees.
+
+    Where a tensor belongs, there is a dense one.
 
     Args:
         cell: the cell.
@@ -301,10 +331,8 @@ def tensors_of(given: Given, problem: Problem, check_values: bool) -> tuple[Sequ
 
 
 def _check_integers(
-    name: str, layout: str, given: Any, count: int | None, device: torch.device
+    name: str, layout: str, given: Tensor, count: int | None, device: torch.device
 ) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} is {type(given).__name__}; accepted is a torch.Tensor")
     if given.dtype not in _INTEGERS:
         raise TypeError(f"{name} is of {given.dtype}; accepted are torch.int32 and torch.int64")
     if given.ndim != 1 or given.shape[0] != (given.shape[0] if count is None else count):
@@ -318,9 +346,7 @@ def _check_integers(
         )
 
 
-def _check_flags(reset: Any, rows: tuple[int, int], device: torch.device) -> None:
-    if not isinstance(reset, Tensor):
-        raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
+def _check_flags(reset: Tensor, rows: tuple[int, int], device: torch.device) -> None:
     if reset.dtype != torch.bool:
         raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool: make it reset.bool()")
     if reset.device != device:
@@ -332,11 +358,9 @@ def _check_flags(reset: Any, rows: tuple[int, int], device: torch.device) -> Non
 
 
 def _check_starts(
-    given: Any, S: int, B: int, rows: tuple[int, int], N: int, D: int, device: torch.device
+    given: Tensor, S: int, B: int, rows: tuple[int, int], N: int, D: int, device: torch.device
 ) -> None:
     """``reset_states`` has one start for all, one a sequence or one a step."""
-    if not isinstance(given, Tensor):
-        raise TypeError(f"reset_states is {type(given).__name__}; accepted is a torch.Tensor")
     if given.device != device:
         raise ValueError(
             f"Wx on {device}, reset_states on {given.device}; accepted is one device for all"
@@ -380,7 +404,7 @@ def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int |
             )
         return most
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
+        first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.long().diff()
         least, most = map(int, each.aminmax()) if each.numel() else (0, 0)
         if first != 0 or last != T or least < 0:
             falls = f" and falls by {-least} between" if least < 0 else ""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from flashrnn import backends, functional
+from flashrnn import backends, calls, checks
 from flashrnn.backends import Run, Runs, autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
+from flashrnn.functional import flashrnn
+from flashrnn.initial import initial_states
 from flashrnn.problem import Problem
 
 # Whether a call is in place, and of its tensors shapes, strides, dtypes and devices.
@@ -92,13 +95,13 @@ class Stepper:
             TypeError: as :func:`flashrnn.flashrnn`.
             ValueError: as :func:`flashrnn.flashrnn`.
         """
-        self._config = functional.checked_options(config, backend)
+        self._config = checks.checked_options(config, backend)
         self._asked = backend
         self.cell = resolve(function)
         tensors = {"R": R, "b": b}
-        functional.checked_kinds(tensors)
+        checks.checked_kinds(tensors)
         self._sizes = _sizes(self.cell, R, b)
-        problem = functional.problem_of(
+        problem = calls.problem_of(
             self.cell, (1, 1, *self._sizes), tensors, False, self._config, dtype
         )
         self.dtype, self.carry_dtype, self.device = (
@@ -106,10 +109,15 @@ class Stepper:
             problem.carry_dtype,
             problem.device,
         )
-        self._R, self._b = (functional.cast_to(x.detach(), self.dtype) for x in (R, b))
+        self._R, self._b = (calls.cast_to(x.detach(), self.dtype) for x in (R, b))
         self._chosen = backends.choose(backend, problem)
         self.backend = self._chosen.__name__.rpartition(".")[2]
         self._prepare(problem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or one that is unpickled, prepares anew."""
+        make = partial(type(self), config=self._config, dtype=self.dtype)
+        return make, (self._R, self._b, self.cell, self._asked)
 
     def __call__(
         self, wx: Tensor, states: Tensor | None = None, out: Tensor | None = None
@@ -136,7 +144,7 @@ class Stepper:
         """
         if states is None and isinstance(wx, Tensor):
             of_batch = self._problem._replace(B=wx.shape[0])
-            states = functional.initial_states(of_batch, self._config).squeeze(2)
+            states = initial_states(of_batch, self._config).squeeze(2)
         # What is updated in place is looked at once.
         tensors = (wx, states) if out is None or out is states else (wx, states, out)
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors):
@@ -155,7 +163,7 @@ class Stepper:
         known = self._known.get(layouts) or self._know(layouts, wx, states, out)
         if out is not None:
             known.check_memory(wx.data_ptr(), states.data_ptr(), out.data_ptr())
-        return known.run(wx, functional.cast_to(states, self.carry_dtype), out)
+        return known.run(wx, calls.cast_to(states, self.carry_dtype), out)
 
     def _prepare(self, problem: Problem) -> None:
         if not autograd.is_fused(self._chosen):
@@ -186,7 +194,7 @@ class Stepper:
     def _by_flashrnn(self, wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
         """The step as a call that graphs and transforms know."""
         with torch.no_grad():
-            _, last_states = functional.flashrnn(
+            _, last_states = flashrnn(
                 wx.unsqueeze(1),
                 self._R,
                 self._b,
@@ -202,11 +210,11 @@ class Stepper:
     def _check(self, wx: Tensor, states: Tensor, out: Tensor | None) -> None:
         """Raise an error unless all three fit."""
         tensors = {"wx": wx, "states": states}
-        functional.checked_kinds(tensors if out is None else {**tensors, "out": out})
+        checks.checked_kinds(tensors if out is None else {**tensors, "out": out})
         cell, (N, D) = self.cell, self._sizes
-        functional.check_rank("wx", wx.shape, "[B, Gw, N, D]")
+        checks.check_rank("wx", wx.shape, "[B, Gw, N, D]")
         B = wx.shape[0]
-        functional.check_gates(cell, "wx", wx.shape[1], "Wx")
+        checks.check_gates(cell, "wx", wx.shape[1], "Wx")
         of_states = "[S, B, N, D]", (len(cell.states), B, N, D)
         for name, tensor, layout, shape, dtypes in (
             ("wx", wx, "[B, Gw, N, D]", (B, wx.shape[1], N, D), (self.dtype,)),
@@ -215,7 +223,7 @@ class Stepper:
         ):
             if tensor is None:
                 continue
-            functional.check_rank(name, tensor.shape, layout)
+            checks.check_rank(name, tensor.shape, layout)
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; with this R and wx it must be "
@@ -284,9 +292,9 @@ def step(
 
 def _sizes(cell: Cell, R: Tensor, b: Tensor) -> tuple[int, int]:
     """N and D, once the shapes of R and b are found to fit."""
-    functional.check_rank("R", R.shape, "[Gr, N, D, D]")
+    checks.check_rank("R", R.shape, "[Gr, N, D, D]")
     Gw, (_, N, D, _) = len(cell.fed_by("Wx")), R.shape
-    functional.fitting_sizes(cell, (0, 1, Gw, N, D), R, b, None)
+    checks.fitting_sizes(cell, (0, 1, Gw, N, D), R, b, None)
     return N, D
 
 

@@ -2,18 +2,15 @@
 //
 // Every thread of a block is a coroutine that runs until it has to meet others, at a barrier of
 // the block or where a warp exchanges registers, or until it looks for what another block sends.
-// Blocks run one after another, or as many at once as a launch asks for.
+// Blocks run one after another, or as many at once as a launch asks for. Whose turn it is, and when
+// something arrives, emulation.cpp says, which is compiled once for all programs.
 
 #include <math.h>
 #include <setjmp.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
-#include <map>
+#include <initializer_list>
 #include <vector>
-
 
 #define __device__
 #define __global__
@@ -31,7 +28,6 @@ struct alignas(16) uint4 {
 struct Index {
     int x;
 };
-static Index threadIdx, blockIdx;
 
 // An argument of a launch, of whatever type the kernel declares: it takes the first bytes, as many as it
 // has.
@@ -46,38 +42,7 @@ struct Argument {
     }
 };
 
-// ---- alignment
-
-// The compiler takes it that what it calls does not change this, unless it is volatile.
-static volatile bool misaligned;
-
-static void expect_multiple(unsigned long long address, unsigned bytes) {
-    if (address % bytes) misaligned = true;
-}
-
-static void expect_aligned(const void* address, unsigned bytes) {
-    expect_multiple(reinterpret_cast<unsigned long long>(address), bytes);
-}
-
-// Called (-fsanitize=alignment) where an address is no multiple of what its type asks for.
-extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(void*, void*) {
-    misaligned = true;
-}
-
-// ---- blocks
-
-static void yield();
-
-// In each round every coroutine runs that does not wait in a meeting. Some warps are held up for a
-// while, as chance has it: what nothing orders may happen in any order.
-static long long rounds, last_progress;
-static unsigned chance;
-
-// Other numbers in a program's next launch, the same ones in every run of a test.
-static unsigned any_below(unsigned n) {
-    chance = chance * 1664525 + 1013904223;
-    return (chance >> 16) % n;
-}
+// ---- CTAs and what they send
 
 struct Meeting {
     int arrived = 0, number = 0;
@@ -104,9 +69,6 @@ struct Copy {
     int bytes;
 };
 
-// NaN until it is written.
-constexpr unsigned UNWRITTEN = 0x7fff7fff;
-
 struct Block {
     int index = 0;
     // Threads that are not finished.
@@ -121,46 +83,10 @@ struct Block {
     // Two sets of registers, in turn: a lane may write its next ones while others read these.
     unsigned exchanged[2][1024][6];
 
-    void begin(int i) {
-        index = i;
-        shared_words.assign(shared_words.size(), UNWRITTEN);
-        for (auto& groups : copy_groups) groups.clear();
-        for (Coroutine& thread : threads) thread.finished = false;
-        running = threads.size();
-    }
-
-    bool holds_up(int warp) {
-        if (rounds >= held_up_until[warp] && !any_below(256)) {
-            held_up_until[warp] = rounds + any_below(128);
-        }
-        return rounds < held_up_until[warp];
-    }
-
-    bool is_clear_beyond(int bytes) const {
-        for (size_t i = bytes / 4; i < shared_words.size(); ++i) {
-            if (shared_words[i] != UNWRITTEN) return false;
-        }
-        return true;
-    }
+    void begin(int i);
+    bool holds_up(int warp);
+    bool is_clear_beyond(int bytes) const;
 };
-// Whose turn it is, as threadIdx and blockIdx say too.
-static Block* current;
-static Coroutine* self;
-
-void Meeting::wait_for(int all) {
-    const int mine = number;
-    if (++arrived == all) {
-        arrived = 0;
-        ++number;
-        last_progress = rounds;
-    } else {
-        self->meeting = this;
-        self->number = mine;
-        yield();
-    }
-}
-
-// ---- what blocks send each other
 
 struct alignas(16) Packet {
     unsigned words[3];
@@ -180,45 +106,57 @@ struct Barrier {
     }
 };
 
-// To global memory, or to the shared memory of a block that has a barrier for it. On its way until
-// a round; what is sent to one address arrives in order.
-struct Sent {
-    Packet packet;
-    // What is read only when it arrives, in place of the packet.
-    const void* copied;
-    Block* block;
-    Barrier* barrier;
-    Coroutine* sender;
-    long long due;
-};
-static std::multimap<const void*, Sent> pending;
-static bool sent_too_late;
+// ---- emulation.cpp, of which each program has its own
 
-static void arrive(void* to, const Sent& sent) {
-    last_progress = rounds;
-    if (sent.block && !sent.block->running) {
-        sent_too_late = true;
-        return;
-    }
-    memcpy(to, sent.copied ? sent.copied : &sent.packet, 16);
-    if (sent.barrier) sent.barrier->count(-16);
+#pragma GCC visibility push(hidden)
+
+// Whose turn it is, by number and by what stands for it.
+extern Index threadIdx, blockIdx;
+extern Block* current;
+extern Coroutine* self;
+
+// The blocks that run at once: a cluster, where there are any.
+extern Block* cluster;
+extern Meeting cluster_meeting;
+extern int threads_of_cluster;
+
+// The compiler takes it that what it calls does not change this, unless it is volatile.
+extern volatile bool misaligned;
+
+// All others go on before the thread does.
+void yield();
+
+// A packet, or 16 bytes that are read only when they arrive: to global memory, or to the shared memory of
+// a block that has a barrier for it.
+void send(void* to, const Packet& packet, Block* block, Barrier* barrier, const void* copied = nullptr);
+
+// All others go on before it reads.
+Packet load_flagged(const Packet* from);
+
+void copy_later(void* to, const void* from, int bytes);
+void close_copy_group();
+// Those of all closed groups but the last ones, so many.
+void make_copies(int pending);
+
+// What went wrong, or null. Blocks may wait for each other where they run at once.
+const char* run(int grid, int threads, const void* kernel, void (*run_once)(const void* kernel),
+                int shared_bytes, int at_once);
+
+#pragma GCC visibility pop
+
+template <typename Kernel>
+static const char* run_kernel(int grid, int threads, const Kernel& kernel,
+                              int shared_bytes = 256 * 1024, int at_once = 1) {
+    const auto run_once = [](const void* kernel) { (*(const Kernel*)kernel)(); };
+    return run(grid, threads, &kernel, run_once, shared_bytes, at_once);
 }
 
-static void send(void* to, const Packet& packet, Block* block, Barrier* barrier,
-                 const void* copied = nullptr) {
-    long long due = rounds + any_below(4);
-    const auto after = pending.upper_bound(to);
-    if (after != pending.begin()) {
-        const auto before = std::prev(after);
-        if (before->first == to && before->second.due > due) due = before->second.due;
-    }
-    const Sent sent = {packet, copied, block, barrier, self, due};
-    if (due == rounds) {
-        arrive(to, sent);
-    } else {
-        pending.emplace_hint(after, to, sent);
-        ++self->pending;
-    }
+static void expect_multiple(unsigned long long address, unsigned bytes) {
+    if (address % bytes) misaligned = true;
+}
+
+static void expect_aligned(const void* address, unsigned bytes) {
+    expect_multiple(reinterpret_cast<unsigned long long>(address), bytes);
 }
 
 static void store_flagged(Packet* to, const Packet& packet) {
@@ -226,156 +164,11 @@ static void store_flagged(Packet* to, const Packet& packet) {
     send(to, packet, nullptr, nullptr);
 }
 
-// What is due by a round arrives.
-static void deliver(long long round) {
-    for (auto i = pending.begin(); i != pending.end();) {
-        Sent& sent = i->second;
-        if (sent.due > round) {
-            ++i;
-            continue;
-        }
-        arrive(const_cast<void*>(i->first), sent);
-        --sent.sender->pending;
-        i = pending.erase(i);
-    }
-}
-
-// All others go on before it reads.
-static Packet load_flagged(const Packet* from) {
-    yield();
-    Packet found = *from;
-    if (!self->pending) return found;
-    // What a thread sent it sees itself.
-    const auto range = pending.equal_range(from);
-    for (auto i = range.first; i != range.second; ++i) {
-        if (i->second.sender == self) found = i->second.packet;
-    }
-    return found;
-}
-
 static void load_flagged(Packet& packet, const Packet* from, unsigned flag) {
     if (packet.flag != flag) packet = load_flagged(from);
 }
 
-// ---- launches
-
-// The blocks that run at once: a cluster, where there are any.
-static Block* cluster;
-static Meeting cluster_meeting;
-static int threads_of_cluster;
-
-static jmp_buf scheduler;
-static const void* kernel_to_run;
-static void (*run_once)(const void* kernel);
-
-static void run_body() {
-    for (;;) {
-        // Until its block begins.
-        yield();
-        run_once(kernel_to_run);
-        self->finished = true;
-        last_progress = rounds;
-    }
-}
-
-static void yield() {
-    if (!_setjmp(self->here)) _longjmp(scheduler, 1);
-}
-
-static void start(char* stack, size_t size) {
-    ucontext_t context;
-    if (_setjmp(scheduler)) return;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = size;
-    makecontext(&context, run_body, 0);
-    setcontext(&context);
-}
-
-static void resume() {
-    if (!_setjmp(scheduler)) _longjmp(self->here, 1);
-}
-
-static void report_stall(const std::vector<Block>& blocks) {
-    fprintf(stderr, "A kernel stalled. Its threads, those that\n");
-    fprintf(stderr, "     block  finished  wait in a meeting  wait for what is sent\n");
-    for (const Block& block : blocks) {
-        int waiting = 0;
-        for (const Coroutine& thread : block.threads) waiting += !thread.finished && thread.waits();
-        fprintf(stderr, "%10d%10d%19d%23d\n", block.index,
-                int(block.threads.size()) - block.running, waiting, block.running - waiting);
-    }
-}
-
-// Whether all threads of the blocks finished; if not, those left wait for what never comes.
-static bool finish(std::vector<Block>& blocks) {
-    constexpr int PATIENCE = 100000;
-    last_progress = rounds;
-    for (bool running = true; running; deliver(++rounds)) {
-        if (rounds - last_progress > PATIENCE) return false;
-        running = false;
-        for (Block& block : blocks) {
-            current = &block;
-            blockIdx.x = block.index;
-            for (size_t warp = 0; warp < block.threads.size() / 32; ++warp) {
-                if (block.holds_up(warp)) continue;
-                for (int lane = 0; lane < 32; ++lane) {
-                    threadIdx.x = 32 * warp + lane;
-                    self = &block.threads[threadIdx.x];
-                    if (self->finished || self->waits()) continue;
-                    resume();
-                    block.running -= self->finished;
-                }
-            }
-            running |= block.running > 0;
-        }
-    }
-    return true;
-}
-
-// What went wrong, or null. Blocks may wait for each other where they run at once.
-template <typename Kernel>
-static const char* run_kernel(int grid, int threads, const Kernel& kernel,
-                              int shared_bytes = 256 * 1024, int at_once = 1) {
-    constexpr size_t STACK = 256 * 1024;
-    if (!grid) return nullptr;
-    std::vector<Block> blocks(at_once);
-    // Pages that no stack reaches take no memory.
-    char* const stacks = (char*)malloc(blocks.size() * threads * STACK);
-    char* stack = stacks;
-    kernel_to_run = &kernel;
-    run_once = [](const void* kernel) { (*(const Kernel*)kernel)(); };
-    for (Block& block : blocks) {
-        block.threads.resize(threads);
-        block.copy_groups.resize(threads);
-        for (Coroutine& thread : block.threads) {
-            self = &thread;
-            start(stack, STACK);
-            stack += STACK;
-        }
-    }
-    pending.clear();
-    sent_too_late = misaligned = false;
-    cluster = blocks.data();
-    cluster_meeting = {};
-    threads_of_cluster = at_once * threads;
-    bool fits = true, finished = true;
-    for (int first = 0; first < grid && finished; first += at_once) {
-        for (int i = 0; i < at_once; ++i) blocks[i].begin(first + i);
-        finished = finish(blocks);
-        // The last ones that were sent.
-        deliver(rounds + 4);
-        for (const Block& block : blocks) fits = fits && block.is_clear_beyond(shared_bytes);
-    }
-    free(stacks);
-    if (!finished) {
-        report_stall(blocks);
-        return "a kernel stalled: its threads wait for what never comes";
-    }
-    if (sent_too_late) return "a kernel sent something to a block that has left";
-    if (misaligned) return "a kernel accessed an address that is no multiple of what it loads or stores";
-    return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
-}
+// ---- what threads do together
 
 static void __syncthreads() { current->meeting.wait_for(current->threads.size()); }
 
@@ -647,37 +440,23 @@ template <int COUNT>
 static void materialize_all(float (&)[COUNT]) {}
 static void fence_proxy_async() {}
 
-static std::vector<Copy>& open_copy_group() {
-    auto& groups = current->copy_groups[threadIdx.x];
-    if (groups.empty()) groups.emplace_back();
-    return groups.back();
-}
-
 static void cp_async(void* to, const void* from) {
     expect_aligned(to, 16);
     expect_aligned(from, 16);
-    open_copy_group().push_back({to, from, 16});
+    copy_later(to, from, 16);
 }
 
 static void cp_async_word(void* to, const void* from) {
     expect_aligned(to, 4);
     expect_aligned(from, 4);
-    open_copy_group().push_back({to, from, 4});
+    copy_later(to, from, 4);
 }
 
-static void cp_async_commit() {
-    open_copy_group();
-    current->copy_groups[threadIdx.x].emplace_back();
-}
+static void cp_async_commit() { close_copy_group(); }
 
 template <int PENDING>
 static void cp_async_wait() {
-    auto& groups = current->copy_groups[threadIdx.x];
-    // The last one is still open.
-    while (int(groups.size()) - 1 > PENDING) {
-        for (const Copy& copy : groups.front()) memcpy(copy.to, copy.from, copy.bytes);
-        groups.erase(groups.begin());
-    }
+    make_copies(PENDING);
 }
 
 template <int THREADS>

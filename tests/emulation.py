@@ -1,4 +1,4 @@
-"""The CUDA kernels as plain C++ on the CPU, thread by thread (emulation.h).
+"""The CUDA kernels as plain C++ on the CPU, thread by thread (emulation.h, emulation.cpp).
 
 The compiled text is the program that NVRTC gets, except for ptx.cuh.
 """
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flashrnn.backends import cuda, cuda_fused
+from flashrnn.backends import cuda, cuda_fused, tables
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -28,14 +28,20 @@ from flashrnn.problem import Problem
 from tests.gpus import H200
 
 HEADER = Path(__file__).with_name("emulation.h")
-COMPILE = (
-    *("g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC"),
+SCHEDULER = HEADER.with_suffix(".cpp")
+_GXX = (
+    *("g++", "-std=c++17", "-w", "-fPIC"),
     # Some compilers define this by default; it forbids longjmp to another stack.
     "-U_FORTIFY_SOURCE",
+)
+COMPILE = (
+    *(*_GXX, "-O1", "-ffp-contract=off"),
     # Every access checks that its address is aligned for its type.
     "-fsanitize=alignment",
 )
-# Without the compiler's run-time library for these checks: emulation.h reports them.
+# It is run more than compiled.
+COMPILE_SCHEDULER = (*_GXX, "-O2")
+# Without the compiler's run-time library for these checks: emulation.cpp reports them.
 LINK = ("g++", "-shared")
 
 needs_compiler = pytest.mark.skipif(
@@ -54,10 +60,7 @@ class Library:
 
     def __init__(self, source: str) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        header = HEADER.read_text(encoding="utf-8")
-        parts = [header, source, *COMPILE, *LINK, _compiler()]
-        key = sha256("\0".join(parts).encode()).hexdigest()
-        library = FOLDER / f"{key}.so"
+        library = FOLDER / f"{_hash(source)}.so"
         try:
             # The least recently used ones are removed first.
             os.utime(library)
@@ -82,9 +85,10 @@ def _compile(source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         text, compiled, linked = (Path(name) / f"program.{end}" for end in ("cpp", "o", "so"))
         text.write_text(source, encoding="utf-8")
-        header = ["-include", str(_header(library.parent))]
+        common = _common(library.parent)
+        header = ["-include", common / HEADER.name]
         subprocess.run([*COMPILE, *header, "-c", "-o", compiled, text], check=True)
-        subprocess.run([*LINK, "-o", linked, compiled], check=True)
+        subprocess.run([*LINK, "-o", linked, compiled, common / "scheduler.o"], check=True)
         # At once: another process may be at the same program.
         linked.replace(library)
 
@@ -98,24 +102,37 @@ def _last_use(path: Path) -> float:
 
 
 @cache
-def _header(folder: Path) -> Path:
-    """emulation.h beside its precompiled header, which g++ reads in a fraction of the time."""
-    text = HEADER.read_text(encoding="utf-8")
-    key = sha256("\0".join([text, *COMPILE, _compiler()]).encode()).hexdigest()
-    kept = folder / f"header-{key}"
+def _common(folder: Path) -> Path:
+    """What all programs share, compiled: emulation.h beside its precompiled header, scheduler.o.
+
+    They are most of a program, and take most of the time to compile.
+    """
+    kept = folder / f"common-{_hash('')}"
     if not kept.exists():
         made = Path(tempfile.mkdtemp(dir=folder))
-        (made / HEADER.name).write_text(text, encoding="utf-8")
-        for outdated in folder.glob("header-*"):
-            shutil.rmtree(outdated, ignore_errors=True)
+        for other in folder.glob("common-*"):
+            # Not one that another process has just made.
+            if other != kept:
+                shutil.rmtree(other, ignore_errors=True)
+        shutil.copy(HEADER, made)
         precompile = [*COMPILE, "-x", "c++-header", "-o", made / f"{HEADER.name}.gch"]
         subprocess.run([*precompile, made / HEADER.name], check=True)
+        # Where it lies: it must not meet a header that is precompiled with other options.
+        scheduler = [*COMPILE_SCHEDULER, "-c", "-o", made / "scheduler.o"]
+        subprocess.run([*scheduler, SCHEDULER], check=True)
         try:
             made.rename(kept)
         except OSError:
             # Another process was faster.
             shutil.rmtree(made)
-    return kept / HEADER.name
+    return kept
+
+
+def _hash(source: str) -> str:
+    """Of all that a program's machine code depends on."""
+    common = [x.read_text(encoding="utf-8") for x in (HEADER, SCHEDULER)]
+    parts = [source, *common, *COMPILE, *COMPILE_SCHEDULER, *LINK, _compiler()]
+    return sha256("\0".join(parts).encode()).hexdigest()
 
 
 @cache
@@ -172,37 +189,42 @@ def plan_taken(problem: Problem, backward: bool) -> Plan:
     return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
 
 
+@cache
+def _library(name: str, source: str) -> Library:
+    """A program of one kernel whose parameters are those of ``CALL``."""
+    (parameters,) = re.findall(r"^#define CALL (.*)$", source, re.MULTILINE)
+    passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
+    entry = (
+        # The kernel may be in a namespace: extern "C", this declares the same function.
+        f'extern "C" void {name}(CALL);\n'
+        f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
+        f"                               int at_once) {{\n"
+        f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
+        f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
+    )
+    return Library(source + entry)
+
+
+def _emulated_kernel(entry, parts, shape, device) -> EmulatedKernel:
+    """Stands in for :func:`flashrnn.jit.kernel.load`."""
+    return EmulatedKernel(_library(entry, emulated(parts)), shape)
+
+
 @pytest.fixture
 def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
 
-    @cache
-    def library(name: str, source: str) -> Library:
-        (parameters,) = re.findall(r"^#define CALL (.*)$", source, re.MULTILINE)
-        passed = ", ".join(f"Argument{{a[{i}]}}" for i in range(parameters.count(",") + 1))
-        entry = (
-            # The kernel may be in a namespace: extern "C", this declares the same function.
-            f'extern "C" void {name}(CALL);\n'
-            f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
-            f"                               int at_once) {{\n"
-            f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
-            f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
-        )
-        return Library(source + entry)
-
-    def kernel(entry, parts, shape, device):
-        return EmulatedKernel(library(entry, emulated(parts)), shape)
-
     def forget() -> None:
         registry.best_plan.cache_clear()
-        for cached in cuda_fused.KERNELS:
+        for cached in (*cuda_fused.KERNELS, *tables.KERNELS):
             cached.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
-    monkeypatch.setattr(cuda_fused, "_kernel", kernel)
+    monkeypatch.setattr(cuda_fused, "_kernel", _emulated_kernel)
+    monkeypatch.setattr(tables, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield
@@ -233,11 +255,14 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def forget() -> None:
         cuda._stepper.cache_clear()
         cuda._program.cache_clear()
+        for cached in tables.KERNELS:
+            cached.cache_clear()
 
     forget()
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda, "_load", load)
+    monkeypatch.setattr(tables, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda, "_begin_backward", lambda *_: None)
     monkeypatch.setattr(cuda, "_shared_stepper", stepper)
     monkeypatch.setattr(runs, "run", lambda stepper, fields, count: stepper.run(fields, count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -32,6 +33,17 @@ KINDS = [
     {"resets": "sequence", "ragged": "packed", "reverse": "some", "return_states": "last"},
 ]
 """Each kind of each option, and all at once."""
+ALL = KINDS[-2:]
+"""All at once, with ``lengths`` and packed."""
+
+
+def alternating(firsts: Sequence[Any], seconds: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """Every two of the values, each with one of ``ALL``; each value meets both."""
+    return [
+        (first, second, ALL[(i + j) % 2])
+        for i, first in enumerate(firsts)
+        for j, second in enumerate(seconds)
+    ]
 
 
 @dataclass
@@ -219,8 +231,11 @@ def gradients_of(case: Ragged, outputs: tuple[Tensor, Tensor]) -> dict[str, Tens
     return {"states": outputs[0], "last_states": outputs[1], **named}
 
 
-def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
-    """Hold every output and gradient to vanilla in float64, as ``hold_to_vanilla`` does."""
+def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> dict[str, Tensor]:
+    """Hold every output and gradient to vanilla in float64, as ``hold_to_vanilla`` does.
+
+    Returns the backend's.
+    """
     dtype = case.inputs.Wx.dtype
     exact = case.to(torch.float64)
     truth = gradients_of(exact, exact.call("vanilla", **options))
@@ -237,6 +252,34 @@ def hold_ragged_to_vanilla(backend: str, case: Ragged, **options: Any) -> None:
         for i, length in enumerate(case.lengths):
             assert (found["states"][:, i, length:] == 0).all()
             assert (found["d_Wx"][i, length:] == 0).all()
+    return found
+
+
+def hold_to_each_alone(
+    backend: str, case: Ragged, which: Sequence[int] | None = None, copies: int = 1
+) -> None:
+    """Where a sequence lies, and beside which others, changes no bit of what is its own.
+
+    Args:
+        backend: by which backend.
+        case: lengths or a packed batch.
+        which: the sequences that are called alone; ``None``: all.
+        copies: how often each, for a plan of as many sequences.
+    """
+    packed = "cu_seqlens" in case.options
+    every_state, last_states = case.call(backend)
+    for i, (end, length) in enumerate(zip(accumulate(case.lengths), case.lengths, strict=True)):
+        if length == 0 or (which is not None and i not in which):
+            continue
+        row, steps = (0, slice(end - length, end)) if packed else (i, slice(0, length))
+        Wx, states = case.inputs.Wx[row, steps], case.inputs.states[:, i : i + 1]
+        inputs = case.inputs.tensors() | {
+            "Wx": Wx.expand(copies, *Wx.shape),
+            "states": states.expand(-1, copies, -1, -1, -1),
+        }
+        found, last = flashrnn(**inputs, backend=backend)
+        assert torch.equal(found[:, 0], every_state[:, row, steps])
+        assert torch.equal(last[:, 0], last_states[:, i])
 
 
 def hold_padding_out(backend: str, reverse: str, device: str = "cpu", D: int = 16) -> None:

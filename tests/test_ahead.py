@@ -242,7 +242,7 @@ def test_a_process_may_end_meanwhile(folder, wait):
         [sys.executable, "-c", f"{LEAVES}time.sleep({wait})"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -265,6 +265,6 @@ def test_a_process_may_be_forked_meanwhile(folder):
         [sys.executable, "-W", "ignore", "-c", LEAVES + FORKS],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -26,7 +26,7 @@ from flashrnn.bench.contender import Found
 from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.ours import Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
-from flashrnn.bench.sequenced import PackedTorchNN, Sequenced
+from flashrnn.bench.sequenced import PackedTorchNN, Sequenced, TorchRL
 from flashrnn.bench.single_step import Stepping
 from flashrnn.bench.suites import SUITES, Entry, Selection
 
@@ -39,7 +39,10 @@ IN_TURNS = [name for name, suite in SUITES.items() if suite.measures]
 
 
 def test_the_host_is_not_kept_waiting_and_the_wall_clock_is(monkeypatch):
-    """A device that takes 2 ms for what is enqueued at once."""
+    """A device that takes 2 ms for what is enqueued at once.
+
+    The least of some samples: a busy machine may interrupt others.
+    """
     pending = []
     monkeypatch.setattr(
         clocks, "_finish", lambda device: (time.sleep(2e-3 * len(pending)), pending.clear())
@@ -47,8 +50,9 @@ def test_the_host_is_not_kept_waiting_and_the_wall_clock_is(monkeypatch):
     calls = in_turns.without_gradients(
         replace(Ours("vanilla").prepare(TINY, CPU), run=lambda *leaves: pending.append(1))
     )
-    assert clocks.host(calls, CPU)() < 1000
-    assert 2000 <= clocks.wall(calls, CPU)() < 20_000
+    host, wall = clocks.host(calls, CPU), clocks.wall(calls, CPU)
+    assert min(host() for _ in range(5)) < 1000
+    assert 2000 <= min(wall() for _ in range(5)) < 20_000
 
 
 @pytest.mark.parametrize(("once", "count"), [(1e-6, clocks.MOST), (1e-3, 5), (1.0, 1)])
@@ -210,6 +214,37 @@ def test_torch_on_packed_sequences_is_given_the_same_lengths(function, equal):
     padding = torch.arange(case.T)[:, None] >= lengths
     assert lengths.max() <= case.T and padding.any()
     assert (given[padding] == 0).all() != equal
+
+
+def test_torchrl_starts_anew_where_it_is_told():
+    """By its kernels that run on a CPU; those by Triton take the same arguments."""
+    pytest.importorskip("torchrl", reason="needs torchrl")
+    peer = TorchRL("pad")
+    case = replace(TINY, B=4, T=30)
+    assert peer.refusal(case, CPU, True) is None
+    work = peer.prepare(case, CPU)
+    given, expected = (call(*work.leaves) for call in (work.run, work.reference))
+    torch.testing.assert_close(given, expected)
+    gradient = torch.randn_like(given)
+    for x, y in zip(
+        *(torch.autograd.grad(h, work.leaves, gradient) for h in (given, expected)), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_torchrl_says_why_it_is_not_measured(monkeypatch):
+    reasons = []
+    for version in (None, "0.14"):
+        monkeypatch.setattr(sequenced, "_version_of_torchrl", lambda version=version: version)
+        peer = TorchRL()
+        assert peer.name == ("torchrl 0.14, triton" if version else "torchrl, triton")
+        reasons += [peer.refusal(replace(TINY, function=f), CPU, True) for f in ("lstm", "gru")]
+    assert reasons == [
+        "torchrl is not installed; pip install torchrl",
+        "it is measured as an LSTM, not as gru",
+        "its Triton kernels run on a GPU",
+        "it is measured as an LSTM, not as gru",
+    ]
 
 
 def test_a_stepper_is_held_to_vanilla():

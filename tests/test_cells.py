@@ -1,12 +1,20 @@
 """Which functions may be cells, their names, and the errors for those that may not."""
 
+import collections
+import contextvars
 import copy
+import ctypes
+import decimal
 import io
 import math
 import multiprocessing
+import os
 import pickle
 import random
+import sys
+import threading
 import timeit
+import types
 from types import SimpleNamespace
 
 import numpy
@@ -19,6 +27,7 @@ from flashrnn.cells import elman, gru, resolve
 from flashrnn.cells.graph import evaluate
 from flashrnn.cells.spec import _registered, cell_of
 from flashrnn.cells.traced import clipped, parsed
+from flashrnn.nn import masks
 from tests.problems import BUILT_IN, call, random_inputs
 
 
@@ -382,6 +391,102 @@ def default_of(states, gates, factors=LIST):
 IN_CLOSURE, CHANGE_CLOSURE = closure()
 
 
+class Settings:
+    """Numbers of a class; its objects have none of their own."""
+
+    factor = 2.0
+
+
+SETTINGS, MODULE = Settings(), types.ModuleType("settings_of_a_test")
+sys.modules[MODULE.__name__] = MODULE
+DEQUE, BYTES, C_DOUBLE = collections.deque([2.0]), bytearray([2]), ctypes.c_double(2.0)
+DECIMAL = decimal.Decimal(2)
+
+
+def read(x, settings):
+    return x * settings.factor
+
+
+def another_name(states, gates):
+    settings = SETTINGS
+    return (gates[0] * settings.factor,)
+
+
+def imported_within(states, gates):
+    import settings_of_a_test
+
+    return (gates[0] * settings_of_a_test.factor,)
+
+
+def imported_by_name(states, gates):
+    from settings_of_a_test import factor
+
+    return (gates[0] * factor,)
+
+
+class Derived(Owner):
+    """What it calls is found at run time."""
+
+    def scaled(self):
+        return super().scaled() * helper() / 2
+
+
+DERIVED, BY_NAME, CHOICE = Derived(), {"helper": helper}, ["helper"]
+
+
+@cell(states=("h",), gates=("g",))
+def inner_cell(states, gates):
+    return (gates[0] * NUMBER,)
+
+
+def change_number(x):
+    globals().update(NUMBER=numpy.float64(x))
+
+
+class Identity(torch.autograd.Function):
+    """Its derivative, which is the user's, captures a value."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(NUMBER)
+
+
+# Where the captured value does not stand at the end of names, attributes and items.
+INDIRECT = {
+    "deque": (lambda s, g: (g[0] * sum(DEQUE),), lambda x: DEQUE.__setitem__(0, x)),
+    "bytes": (lambda s, g: (g[0] * sum(BYTES),), lambda x: BYTES.__setitem__(0, int(x))),
+    "number of C": (
+        lambda s, g: (g[0] * getattr(C_DOUBLE, "val" + "ue"),),
+        lambda x: setattr(C_DOUBLE, "value", x),
+    ),
+    "decimal": (
+        lambda s, g: (g[0] * float(DECIMAL),),
+        lambda x: globals().update(DECIMAL=decimal.Decimal(x)),
+    ),
+    "class": (lambda s, g: (read(g[0], Settings),), lambda x: setattr(Settings, "factor", x)),
+    "object": (lambda s, g: (read(g[0], SETTINGS),), lambda x: setattr(Settings, "factor", x)),
+    "another name": (another_name, lambda x: setattr(Settings, "factor", x)),
+    "module": (lambda s, g: (read(g[0], MODULE),), lambda x: setattr(MODULE, "factor", x)),
+    "import": (imported_within, lambda x: setattr(MODULE, "factor", x)),
+    "import of a name": (imported_by_name, lambda x: setattr(MODULE, "factor", x)),
+    "method": (lambda s, g: (g[0] * DERIVED.scaled(),), change_number),
+    "method of a base class": (
+        lambda s, g: (g[0] * DERIVED.scaled(),),
+        lambda x: setattr(DERIVED, "factor", x),
+    ),
+    "dictionary of functions": (lambda s, g: (g[0] * BY_NAME[CHOICE[0]](),), change_number),
+    "environment": (
+        lambda s, g: (g[0] * float(os.getenv("FACTOR_OF_A_TEST")),),
+        lambda x: os.environ.__setitem__("FACTOR_OF_A_TEST", str(x)),
+    ),
+    "cell of a layer": (masks.evaluated(inner_cell, (0.0,)).step, change_number),
+}
+
+
 @pytest.mark.parametrize(
     ("step", "change"),
     [
@@ -400,6 +505,7 @@ IN_CLOSURE, CHANGE_CLOSURE = closure()
         (lambda s, g: (-OPTIONS.act(-g[0]),), lambda x: setattr(OPTIONS.act, "negative_slope", x)),
         (OWNER.step, lambda x: setattr(OWNER, "factor", x)),
         (lambda s, g: (ACT(g[0]),), lambda x: globals().update(ACT=ACTS[x])),
+        *INDIRECT.values(),
     ],
     ids=[
         *(
@@ -414,6 +520,7 @@ IN_CLOSURE, CHANGE_CLOSURE = closure()
             "array",
         ),
         *("attribute", "object", "item of an attribute", "module", "method", "function"),
+        *(f"indirectly, {name}" for name in INDIRECT),
     ],
 )
 def test_a_captured_value_that_changes_makes_another_cell(step, change):
@@ -439,6 +546,25 @@ def test_a_captured_value_that_changes_makes_another_cell(step, change):
     assert run().item() == 2.0 and mine.traced == unchanged
 
 
+def test_a_function_of_no_module_is_a_step():
+    """As those that a program writes and compiles."""
+    names = {"torch": torch}
+    exec("def step(states, gates):\n    return (torch.tanh(gates[0]),)", names)
+    assert step_of(names["step"]).graphs == elman.graphs
+
+
+def test_a_derivative_of_the_users_captures_too():
+    mine = step_of(lambda s, g: (Identity.apply(g[0]),))
+    found = []
+    try:
+        for value in (2.0, 3.0):
+            change_number(value)
+            found.append(evaluate(mine.graphs.derivative, (0.0, 0.0, 1.0))[1])
+    finally:
+        change_number(2.0)
+    assert found == [2.0, 3.0]
+
+
 def test_signs_and_kinds_of_captured_values_count():
     """Values that compare equal in Python may compute different results."""
     values = [0.0]
@@ -448,6 +574,38 @@ def test_signs_and_kinds_of_captured_values_count():
         values[0] = value
         found.append(evaluate(inverse.graphs.forward, (0.0, 1.0))[0])
     assert found == [math.inf, -math.inf, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", [threading.local, lambda: contextvars.ContextVar("factor")])
+def test_what_differs_from_thread_to_thread_is_refused(kind):
+    """A cell is traced in a thread of its own."""
+    mine = kind()
+    with pytest.raises(CellError, match=r"captures `mine`, a \w+, which differs from thread to"):
+        _ = step_of(lambda s, g: (g[0] * getattr(mine, "factor", 2.0),)).traced
+
+
+def test_what_an_import_runs_is_no_part_of_a_step(tmp_path, monkeypatch):
+    """A module may do anything when it is imported first, which may be while a cell is traced."""
+    text = """
+import threading
+found = threading.local()
+def prepare():
+    found.value = 1.0
+    return 2.0
+factor = prepare()
+"""
+    (tmp_path / "imported_by_a_step.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def step(states, gates):
+        from imported_by_a_step import factor
+
+        return (gates[0] * factor,)
+
+    mine = step_of(step)
+    assert evaluate(mine.graphs.forward, (0.0, 1.0)) == (2.0,)
+    monkeypatch.setattr(sys.modules["imported_by_a_step"], "factor", 3.0)
+    assert evaluate(mine.graphs.forward, (0.0, 1.0)) == (3.0,)
 
 
 def test_an_object_too_large_to_compare_is_refused():

@@ -528,7 +528,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path):
 
     def run(start, folder):
         command = [sys.executable, *start, *demo, f"--output={folder}"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Bits per character:") == 1
         assert is_png(tmp_path / folder / "text-shells-slstm.png")

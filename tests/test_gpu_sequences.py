@@ -23,6 +23,7 @@ from tests.sequences import (
     hold_rows_of_no_sequence,
     random_ragged,
 )
+from tests.tables import hold_to_pytorch, random_options
 
 pytestmark = pytest.mark.gpu
 # With h of every step: where the last states alone are asked for, errors of their gradients are
@@ -109,6 +110,27 @@ def test_large_heads_by_groups_all_over_the_gpu(monkeypatch, regime, kinds):
         registry.best_plan.cache_clear()
         for cached in cuda_fused.KERNELS:
             cached.cache_clear()
+
+
+@pytest.mark.parametrize("ragged", ["none", "lengths", "packed"])
+@pytest.mark.parametrize("resets", ["none", "zeros", "sequence", "step"])
+def test_tables_equal_what_pytorch_makes(ragged, resets):
+    """Of lengths of either dtype, some out of range, and of strided tensors."""
+    for seed, (B, T) in enumerate([(1, 1), (7, 3), (64, 1024), (1000, 40), (4096, 9), (4097, 9)]):
+        for reverse in ("none", "some"):
+            problem, sequences, initial = random_options(
+                *(B, T, 3, 40),
+                ragged=ragged,
+                resets=resets,
+                reverse=reverse,
+                dtype=DTYPES[seed % 3],
+                integers=torch.int64 if seed % 2 else torch.int32,
+                strided=bool(seed // 2 % 2),
+                seed=seed,
+                device="cuda",
+            )
+            if problem.is_sequenced:
+                hold_to_pytorch(problem, sequences, initial)
 
 
 LAST = {"return_states": "last"}
@@ -268,6 +290,44 @@ def test_recorded_as_a_graph(backend_and_D):
         graph.replay()
         expected = case.call(backend, **options)
     for x, y in zip(given, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("ragged", ["lengths", "packed"])
+def test_a_step_of_training_recorded_as_a_graph(backend_and_D, ragged):
+    """Its tables too are made anew at each replay, forward and backward."""
+    backend, D = backend_and_D
+    case = random_ragged(
+        *("lstm", 4, 9, 2, D),
+        resets="sequence",
+        ragged=ragged,
+        reverse="some",
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    name = "lengths" if ragged == "lengths" else "cu_seqlens"
+    values, reset = case.options[name].clone(), case.options["reset"].clone()
+    weight = torch.randn_like(case.call(backend)[0])
+
+    def step():
+        states, _ = case.call(backend, **{name: values, "reset": reset})
+        return states, *torch.autograd.grad(states, list(case.leaves().values()), weight)
+
+    apart = torch.cuda.Stream()
+    apart.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(apart):
+        step()
+    torch.cuda.current_stream().wait_stream(apart)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = step()
+    if ragged == "lengths":
+        values.copy_(torch.tensor([3, 9, 0, 5]))
+    else:
+        values[1] = values[2]
+    reset.logical_not_()
+    graph.replay()
+    for x, y in zip(given, step(), strict=True):
         assert torch.equal(x, y)
 
 

@@ -158,6 +158,21 @@ def test_powers(exponent):
     )
 
 
+def test_logical_operations_are_of_truths():
+    """What PyTorch takes for a truth value is one in the graph too: C++ has no `&` of numbers."""
+    mine = cell(states=("h",), gates=("x", "y"))(
+        lambda s, g: (2 * torch.logical_and(*g).to(g[0].dtype) + torch.logical_or(g[0] > 1, g[1]),)
+    )
+    graph = mine.graphs.forward
+    for operation in (x for x in graph.body if x.operation in ("logical_and", "logical_or")):
+        made_by = {x.name: OPERATIONS[x.operation] for x in graph.body}
+        assert all(made_by[argument].returns_bool for argument in operation.arguments)
+    numbers = (0.0, 0.5, 2.0, math.nan)
+    given = [evaluate(graph, (0.0, x, y))[0] for x in numbers for y in numbers]
+    columns = torch.cartesian_prod(*[torch.tensor(numbers)] * 2).unbind(1)
+    assert given == mine.step((), columns)[0].tolist()
+
+
 def test_cell_without_a_gradient():
     @cell(states=("h",), gates=("g",))
     def steps(states, gates):
@@ -318,6 +333,8 @@ WRITTEN = {
         torch.deg2rad(x) | torch.rad2deg(x) | torch.angle(x) | torch.xlogy(2.0, x) | +x | -x | 3 - x
         (x > 0).float() * x | (x > 0).double().to(x.dtype) * x | ~(x > 0) * x
         x + (x.round() - x).detach() | torch.where(x > 0, 3, 1).to(x.dtype) * x
+        torch.full_like(x, 2.7, dtype=torch.int64) * x | torch.full_like(x, 3, dtype=torch.bool) * x
+        torch.full((), 0.1, dtype=torch.float16) * x | torch.full((), -2.7, dtype=torch.int32) * x
         torch.ones_like(x) * x | torch.full_like(x, 3) ** x | torch.sign(x) * x.abs() ** (1 / 3)
     """,
     "x y": """

@@ -168,7 +168,7 @@ def test_threads_compile_once(folder, compiled):
 
 
 def test_threads_compile_different_programs_at_once(folder, monkeypatch):
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=600)
 
     def slow(source, arch, names):
         together.wait()
@@ -252,7 +252,7 @@ def test_fork_while_another_thread_compiles(folder):
     with nvrtc._lock, held:
         child = context.Process(target=_compile_in_child, args=(results,))
         child.start()
-        cubin = results.get(timeout=60)
+        cubin = results.get(timeout=600)
         child.join()
     assert cubin == nvrtc.compile_program(KERNEL, "sm_90")
 

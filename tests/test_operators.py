@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from flashrnn import FlashRNNConfig, cell, flashrnn
@@ -343,3 +344,55 @@ def test_gradients_by_the_operator_are_those_of_the_fast_path(interpreter):  # n
     )
     found = gradients(tuple(y.as_subclass(torch.Tensor) for y in wrapped), inputs)
     assert all(relative_error(found[name], expected[name]) == 0 for name in expected)
+
+
+# ---- what records operators with symbols in place of sizes
+
+
+OPTIONS_OF_SEQUENCES = {
+    "none": ({}, {}),
+    "lengths": ({"lengths": torch.tensor([3, 2])}, {"lengths": torch.tensor([1, 4, 2])}),
+    "reset": ({"reset": torch.eye(2, 3).bool()}, {"reset": torch.eye(3, 4).bool()}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@needs_triton
+@pytest.mark.parametrize("options", OPTIONS_OF_SEQUENCES.values(), ids=OPTIONS_OF_SEQUENCES)
+def test_a_program_of_jit_trace_serves_other_batches(interpreter, options):  # noqa: F811
+    """Of other sizes, values and options, with gradients."""
+
+    def run(Wx, R, b, *given):
+        return flashrnn(
+            Wx, R, b, backend="triton", function="gru", **dict(zip(options[0], given, strict=True))
+        )
+
+    first, second = (
+        (*list(random_inputs("gru", B, T, 2, D, torch.float32, seed=B).tensors().values())[:3],)
+        for B, T in ((2, 3), (3, 4))
+    )
+    given = (*first, *options[0].values())
+    program = torch.jit.trace(run, given, check_trace=False)
+    results = []
+    for by in (program, run):
+        outputs = by(*second, *options[1].values())
+        weights = [torch.full_like(y, 0.5) for y in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, second, weights)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@needs_triton
+def test_what_jit_trace_cannot_record_is_refused(interpreter):  # noqa: F811
+    Wx = torch.ones(1, 2, 1, 1, D)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace records no heads that run b"):
+        torch.jit.trace(lambda Wx: flashrnn(Wx, R, b, None, "elman", "triton", reverse=True), (Wx,))
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_graphs_of_make_fx(interpreter, mode):  # noqa: F811
+    graph = make_fx(lambda Wx: elman(Wx, "triton"), tracing_mode=mode, _allow_non_fake_inputs=True)
+    graph = graph(torch.randn(2, 3, 1, 1, D))
+    Wx = torch.randn(4, 5, 1, 1, D) if mode == "symbolic" else torch.randn(2, 3, 1, 1, D)
+    assert torch.equal(graph(Wx), elman(Wx, "triton"))

@@ -224,6 +224,19 @@ def test_transforms_are_told():
     assert seen == [True] * 2 and not active()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_by_jit_is_told():
+    state = torch._C._get_tracing_state
+    seen = []
+
+    def told(x):
+        seen.append(state() is not None and in_another_thread(state) is None)
+        return x.sum()
+
+    torch.jit.trace(told, (torch.ones(2),), check_trace=False)
+    assert seen == [True] and state() is None
+
+
 def test_derivatives_forward_are_told():
     levels = [forward_ad._current_level]
     with forward_ad.dual_level():

@@ -220,7 +220,21 @@ def test_compiles_whole_and_once_for_all_lengths():
             ValueError,
             "cu_seqlens goes from 0 to 2; accepted are values that do not fall, from 0 to 3",
         ),
+        (
+            # Each differs from the one before by less than 2³¹, counted by 32 bits.
+            {"cu_seqlens": torch.tensor([0, 2**31 - 1, -2, 3], dtype=torch.int32), "B": 1},
+            ValueError,
+            "cu_seqlens goes from 0 to 3 and falls by 2147483649 between",
+        ),
         ({"cu_seqlens": torch.tensor([0]), "B": 1}, ValueError, "cu_seqlens has one element"),
+        *(
+            (options, TypeError, f"{name} is a tensor of layout sparse_coo; accepted are dense")
+            for name, options in [
+                ("reset", {"reset": torch.zeros(2, 3, dtype=torch.bool).to_sparse()}),
+                ("lengths", {"lengths": torch.tensor([1, 2]).to_sparse()}),
+                ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 3]).to_sparse(), "B": 1}),
+            ]
+        ),
         ({"reverse": "yes"}, TypeError, "reverse is str; accepted is a bool, or a list"),
         (
             {"reverse": [True]},

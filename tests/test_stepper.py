@@ -1,5 +1,7 @@
 """A step at a time: the bits of flashrnn() over T = 1, states in place, and its errors."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -110,6 +112,28 @@ def test_dtypes():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert Stepper(R, b).dtype == torch.bfloat16
     assert all(carry_dtype(dtype) == dtype for dtype in (torch.float32, torch.float64))
+
+
+def test_autocast_where_a_stepper_is_called_changes_nothing(backend):
+    """What it computes in was decided when it was made."""
+    R, b, wx, states = step_inputs("lstm", 3, 2, D)
+    stepper = Stepper(R, b, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = stepper(wx, states)
+    assert torch.equal(given, stepper(wx, states))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_stands_alone(backend, copied):
+    """As part of a model that is copied or saved."""
+    R, b, wx, states = step_inputs("gru", 3, 2, D)
+    R, config = R.clone(), FlashRNNConfig(initial_val=0.5)
+    stepper = Stepper(R, b, "gru", backend, config=config, dtype="bfloat16")
+    again, wx = copied(stepper), wx.bfloat16()
+    expected = stepper(wx, states), stepper(wx)
+    R.zero_()
+    assert (again.backend, again.dtype) == (backend, torch.bfloat16)
+    assert torch.equal(again(wx, states), expected[0]) and torch.equal(again(wx), expected[1])
 
 
 def test_parameters_are_taken_as_they_are():

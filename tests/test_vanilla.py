@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashrnn import FlashRNNConfig, available_functions, flashrnn, functional
+from flashrnn import FlashRNNConfig, available_functions, flashrnn, initial
 from flashrnn.cells import resolve
 from tests.problems import (
     BUILT_IN,
@@ -398,7 +398,7 @@ def test_inputs_are_left_alone(grad):
 
 
 def test_default_states_are_no_fake_of_an_earlier_call(monkeypatch):
-    monkeypatch.setattr(functional, "_zeros", {})
+    monkeypatch.setattr(initial, "_zeros", {})
     Wx, R, b, states = random_inputs("lstm", 2, 3, 1, 4).tensors().values()
     with FakeTensorMode():
         flashrnn(*(torch.ones(x.shape, dtype=x.dtype) for x in (Wx, R, b)))

@@ -8,9 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashrnn import FlashRNNConfig, cell, flashrnn, functional, recurrent_layer
-from flashrnn.backends import cuda_fused
+from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, recurrent_layer
+from flashrnn.backends import autograd, cuda_fused, tables
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
 from tests.sequences import KINDS, random_ragged
@@ -46,6 +47,8 @@ RECORDS = {
     "cluster_reduce_scatter_backward": call.BACKWARD,
     "recurrent_gradient": call.RECURRENT_GRADIENT,
     "gradient_sums": call.GRADIENT_SUMS,
+    "make_tables": call.SEQUENCE_TABLES,
+    "h_before": call.H_BEFORE,
 }
 
 
@@ -64,10 +67,10 @@ def named(launched):
 
 
 def forget():
-    for cached in (*cuda_fused.KERNELS, cuda_fused._refused, registry.best_plan):
+    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused, registry.best_plan):
         cached.cache_clear()
-    functional.problems.clear()
-    functional._expanded_zeros.clear()
+    calls.problems.clear()
+    initial._expanded_zeros.clear()
 
 
 @pytest.fixture
@@ -78,6 +81,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: found.gpu)
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
+    monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield found
     forget()
@@ -103,7 +107,7 @@ CHOICES = st.fixed_dictionaries(
         "offset": st.sampled_from([0, 0, 0, 1, 4]),
         "extra": st.sampled_from([0, 0, 0, 4, 8]),
         "expanded": st.booleans(),
-        "states": st.booleans(),
+        "states": st.sampled_from([None, "one", "each"]),
         "requires_grad": st.booleans(),
         "clipval": st.sampled_from([None, None, 0.5, 2.0]),
         "function": st.sampled_from(["lstm", "gru"]),
@@ -143,7 +147,8 @@ def made(launches, choice):
     Wx = zeros(1 if choice["expanded"] else B, T, Gw, N, D, dtype=dtype, **layout)
     Wx = Wx.expand(B, T, Gw, N, D).requires_grad_(requires_grad)
     R, b = zeros(Gr, N, D, D, dtype=dtype), zeros(Gb, N, D, dtype=dtype, **layout)
-    states = zeros(S, B, 1, N, D, dtype=torch.float32, **layout) if choice["states"] else None
+    starts = {None: 0, "one": 1, "each": B}[choice["states"]]
+    states = zeros(S, starts, 1, N, D, dtype=torch.float32, **layout) if starts else None
     clipval = choice["clipval"]
     config = FlashRNNConfig(forward_clipval=clipval, gradient_recurrent_clipval=clipval)
     try:
@@ -200,10 +205,16 @@ def inputs(D=64, dtype=torch.bfloat16, requires_grad=False, B=2):
     return [torch.zeros(*size, dtype=dtype, requires_grad=requires_grad) for size in sizes]
 
 
+def scan_launched(launches):
+    """The only launch but for that of the options' tables."""
+    *others, scan = launches.take()
+    assert [one[0] for one in others] in ([], ["make_tables"])
+    return scan
+
+
 def launched_by(launches, *tensors, **options):
     flashrnn(*tensors, backend="cuda_fused", **options)
-    (one,) = launches.take()
-    return one
+    return scan_launched(launches)
 
 
 def test_each_call_has_the_addresses_and_strides_of_its_tensors(launches):
@@ -375,14 +386,14 @@ def test_a_call_with_options_works_nothing_out_anew(launches, monkeypatch):
     reset, starts = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 1, 1, 1, 64)
     options = {"reset": reset, "reset_states": starts, "lengths": torch.tensor([3, 1])}
 
-    def calls():
+    def both():
         flashrnn(Wx, R, b, backend="cuda_fused", **options)
         recurrent_layer(x, W, R, b, backend="cuda_fused", **options)
         return launches.take()
 
-    first = calls()
-    monkeypatch.setattr(functional, "problem_with", None)
-    again = calls()
+    first = both()
+    monkeypatch.setattr(calls, "accepted", None)
+    again = both()
     assert [one[:3] for one in again] == [one[:3] for one in first]
 
 
@@ -395,8 +406,54 @@ def test_the_gradient_of_starts_is_asked_for_at_each_call(launches):
         options = {"reset": reset, "reset_states": starts}
         found, _ = flashrnn(Wx, R, b, backend="cuda_fused", **options)
         assert found.requires_grad == needed
-        (one,) = launches.take()
-        assert bool(named(one)["gates"]) == needed
+        assert bool(named(scan_launched(launches))["gates"]) == needed
+
+
+class Launched(TorchDispatchMode):
+    """Keeps the names of operations that launch something on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, returned = func.overloadpacket.__name__, func._schema.returns
+        is_view = all(x.alias_info and not x.alias_info.is_write for x in returned)
+        if not (is_view or "empty" in name or name == "_unsafe_view"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(kinds.values()))
+@pytest.mark.parametrize("D", [16, 136])
+def test_options_take_a_launch_beside_the_scan(launches, monkeypatch, D, kinds):
+    """Of lengths on a GPU too, which nobody waits for; D = 136 has one more for R's gradient."""
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    for module in (backends, autograd):
+        # What the mode below does: it would make operators of the calls.
+        monkeypatch.setattr(module, "recorded", lambda: False)
+    case = random_ragged("lstm", 5, 4, 2, D, dtype=torch.bfloat16, **kinds)
+    makes = kinds.keys() & {"resets", "ragged"}
+    for _ in range(2):
+        launches.take()
+        with Launched() as forward:
+            results = case.call("cuda_fused")
+        ours = [one[0] for one in launches.take()]
+        assert ours[:-1] == ["make_tables"] * bool(makes)
+        result = results[kinds.get("return_states") == "last"]
+        gradient = torch.zeros_like(result)
+        with Launched() as backward:
+            torch.autograd.grad(result, case.inputs.R, gradient)
+        ours = [one[0] for one in launches.take()]
+        looked_up = bool(makes or "reverse" in kinds)
+        assert ours.count("make_tables") == looked_up
+        assert len(ours) == (3 if D == 16 else 2 + looked_up) + looked_up
+    assert forward.names == []
+    # Kernels add to the gradient of what resets go back to. The product for R's gradient of a large
+    # head is PyTorch's.
+    allowed = ["zeros", "new_zeros"] if kinds.get("resets") in ("sequence", "step") else []
+    allowed += ["bmm", "clone", "copy_", "sum"] if D > 128 else []
+    assert {*backward.names} <= {*allowed}, backward.names
 
 
 @pytest.mark.slow
@@ -414,12 +471,12 @@ def test_what_records_or_transforms_a_call_is_asked_for_at_each_call(launches):
 
 
 def test_caches_have_a_bound(launches, monkeypatch):
-    monkeypatch.setattr(functional, "_MOST_PROBLEMS", 5)
-    monkeypatch.setattr(functional, "_MOST_EXPANDED", 5)
+    monkeypatch.setattr(calls, "_MOST_PROBLEMS", 5)
+    monkeypatch.setattr(initial, "_MOST_EXPANDED", 5)
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))
-        assert len(functional.problems) <= 5 and len(functional._expanded_zeros) <= 5
-    for cached in (*cuda_fused.KERNELS, cuda_fused._refused):
+        assert len(calls.problems) <= 5 and len(initial._expanded_zeros) <= 5
+    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused):
         assert cached.cache_info().maxsize is not None
 
 
@@ -433,7 +490,7 @@ def test_nothing_kept_holds_the_users_step(launches):
     x = inputs()
     for backend in ("cuda_fused", "vanilla"):
         flashrnn(*x, function=own, backend=backend)
-    assert all(problem.step is None for problem in functional.problems.values())
+    assert all(problem.step is None for problem in calls.problems.values())
 
 
 def test_threads_launch_each_its_own(launches):

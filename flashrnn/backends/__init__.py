@@ -102,12 +102,19 @@ loaded = cache(load)
 """The same with a cache, which Dynamo does not follow."""
 
 
-def choose(name: str, problem: Problem) -> Backend:
+def choose(name: str, problem: Problem, direct: bool = False) -> Backend:
     """The backend for a problem: the one named, or with ``"auto"`` the fastest that can.
+
+    Args:
+        name: a backend's name, or ``"auto"``.
+        problem: the problem.
+        direct: whether :func:`is_direct` is known to hold for the call's tensors.
 
     Raises:
         ValueError: unknown name, or the named backend cannot do the problem; says why.
     """
+    if direct:
+        return loaded(_best_of_all(name, problem))
     if torch.compiler.is_compiling():
         from flashrnn.backends import constants
 
@@ -125,7 +132,23 @@ def choose(name: str, problem: Problem) -> Backend:
         )
         chosen = constants.chosen(name, handle, N, D, dtype, device, needs_gradient, *options)
         return load(chosen)
-    return loaded(best(name, problem))
+    return loaded(best(name, without_symbols(problem)))
+
+
+def without_symbols(problem: Problem) -> Problem:
+    """The problem, its sizes numbers where what records operators has symbols for them.
+
+    A plan is made for one N and one D. B and T decide nothing, and stay open.
+    """
+    B, T, N, D = problem.B, problem.T, problem.N, problem.D
+    if type(B) is type(T) is type(N) is type(D) is int:
+        return problem
+    return problem._replace(B=1, T=1, N=operator.index(N), D=operator.index(D))
+
+
+def jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` records operators: as others do, but for lists of bool."""
+    return torch._C._get_tracing_state() is not None
 
 
 _BEFORE_AUTOGRAD = torch._C.DispatchKey.PreDispatch
@@ -140,6 +163,7 @@ def recorded() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._dispatch_tls_is_dispatch_key_included(_BEFORE_AUTOGRAD)
         or torch._C._are_functorch_transforms_active()
+        or jit_traced()
     )
 
 
@@ -161,7 +185,8 @@ def is_plain(tensor: Tensor) -> bool:
 def is_direct(*tensors: Tensor) -> bool:
     """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
     and the tensors' memory holds their values."""
-    return not (recorded() or transformed()) and all(map(is_plain, tensors))
+    # Of what transforms a call, recorded() tells all but derivatives forward.
+    return not (recorded() or forward_ad._current_level >= 0) and all(map(is_plain, tensors))
 
 
 def transformed() -> bool:
@@ -205,6 +230,11 @@ def best(name: str, problem: Problem) -> str:
                 "backend='vanilla' can be; backend='auto' takes that one there"
             )
         return "vanilla"
+    return _best_of_all(name, problem)
+
+
+def _best_of_all(name: str, problem: Problem) -> str:
+    """The same for a call that nothing transforms."""
     if name != "auto":
         backend = loaded(name)
         reason = backend.unavailable(problem.device) or backend.unsupported(problem)

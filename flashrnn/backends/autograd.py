@@ -13,13 +13,13 @@ alone: each takes a fraction of the host time of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashrnn.backends import Backend, is_plain, loaded, recorded
+from flashrnn.backends import Backend, is_plain, jit_traced, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
@@ -85,6 +85,7 @@ def run(
     b: Tensor,
     states: Tensor,
     sequences: Sequences | None = None,
+    direct: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute, differentiably.
 
@@ -96,6 +97,7 @@ def run(
         b: ``[Gb, N, D]``.
         states: ``[S, B, 1, N, D]`` of ``problem.carry_dtype``.
         sequences: the options that say how sequences run; ``None``: none.
+        direct: whether :func:`flashrnn.backends.is_direct` is known to hold for the tensors.
 
     Returns:
         ``[S, B, T, N, D]`` of ``problem.dtype``, where S is ``problem.returned``, and
@@ -103,11 +105,10 @@ def run(
     """
     if not is_fused(backend):
         return cast(DifferentiableBackend, backend).run(problem, Wx, R, b, states, sequences)
-    backend = cast(FusedBackend, backend)
-    tensors: tuple[Tensor, ...] = (Wx, R, b, states)
-    if sequences is not None:
-        tensors += tuple(x for x in sequences if x is not None)
-    if recorded() or not all(map(is_plain, tensors)):
+    if direct:
+        return run_directly(backend, problem, Wx, R, b, states, sequences)
+    given = [x for x in (Wx, R, b, states, *(sequences or ())) if x is not None]
+    if recorded() or not all(map(is_plain, given)):
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -139,15 +140,13 @@ def run_directly(
     if sequences is not None:
         if problem.needs_gradient:
             return Scan.apply(Wx, R, b, states, backend, problem, *sequences)
-        every_state, last_states, _ = backend.forward(problem, Wx, R, b, states, sequences)
-        return every_state, last_states
+        return backend.forward(problem, Wx, R, b, states, sequences)[:2]
     if problem.needs_gradient:
         return Scan.apply(Wx, R, b, states, backend, problem)
-    every_state, last_states, _ = backend.forward(problem, Wx, R, b, states)
-    return every_state, last_states
+    return backend.forward(problem, Wx, R, b, states)[:2]
 
 
-def is_fused(backend: Backend) -> bool:
+def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:
     """Whether it has a scan in each direction; else PyTorch differentiates what it does."""
     return hasattr(backend, "forward")
 
@@ -157,6 +156,13 @@ def _of_operator(problem: Problem, sequences: Sequences | None) -> tuple[Any, ..
     if sequences is None:
         return ()
     reverse = problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,)
+    if not any(reverse):
+        return *sequences, None, problem.returned
+    if jit_traced():
+        raise NotImplementedError(
+            "torch.jit.trace records no heads that run backwards (reverse=...) of a fused backend; "
+            "torch.export and torch.compile do, and so does it of backend='vanilla'"
+        )
     return *sequences, reverse, problem.returned
 
 
@@ -240,12 +246,12 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every step's states, the last states as carried, and the gates' pre-activations, of which
     there are none if they are not to be saved."""
-    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    sequences, fields = _options(reset, reset_states, lengths, cu_seqlens, reverse, returned)
     (_, T, _, N, D), B = Wx.shape, states.shape[1]
     problem = Problem(
         parsed(cell)[0],
         *(B, T, N, D, Wx.dtype, Wx.device, save_gates, cut, clipval, forward_clipval, allow_tf32),
-        **_fields(sequences, reverse, returned),
+        **fields,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"Wx": Wx, "R": R, "b": b, "states": states})
@@ -261,12 +267,17 @@ def _for_graphs(
     return states, last_states, states.new_empty(0) if gates is None else gates
 
 
-def _fields(
-    sequences: Sequences, reverse: Sequence[bool] | None, returned: int | None
-) -> dict[str, Any]:
-    """Those of a problem that follow from an operator's arguments."""
-    heads = tuple(reverse or ())
-    return {
+def _options(
+    reset: Tensor | None = None,
+    reset_states: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: Sequence[bool] | None = None,
+    returned: int | None = None,
+) -> tuple[Sequences, dict[str, Any]]:
+    """An operator's last arguments: the options' tensors, and the problem's fields."""
+    sequences, heads = Sequences(reset, reset_states, lengths, cu_seqlens), tuple(reverse or ())
+    return sequences, {
         "resets": sequences.reset is not None,
         "ragged": sequences.lengths is not None or sequences.cu_seqlens is not None,
         "packed": sequences.cu_seqlens is not None,
@@ -313,19 +324,10 @@ def _(
     backend: str,
     cell: str,
     save_gates: bool,
-    cut: bool,
-    clipval: float | None,
-    forward_clipval: float | None,
-    allow_tf32: bool | None = None,
-    reset: Tensor | None = None,
-    reset_states: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reverse: Sequence[bool] | None = None,
-    returned: int | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (_, T, _, N, D), B = Wx.shape, states.shape[1]
-    fields = _fields(Sequences(reset, reset_states, lengths, cu_seqlens), reverse, returned)
+    _, fields = _options(*options[4:])
     problem = Problem(parsed(cell)[0], B, T, N, D, Wx.dtype, Wx.device, save_gates, **fields)
     return _for_graphs(*new_outputs(problem, Wx))
 
@@ -352,12 +354,12 @@ def scan_backward(
     returned: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the gates' pre-activations, of the initial states, of R, b and resets."""
-    sequences = Sequences(reset, reset_states, lengths, cu_seqlens)
+    sequences, fields = _options(reset, reset_states, lengths, cu_seqlens, reverse, returned)
     (_, _, T, N, D), B = states.shape, states_initial.shape[1]
     problem = Problem(
         parsed(cell)[0],
         *(B, T, N, D, R.dtype, R.device, True, cut, clipval, forward_clipval, allow_tf32),
-        **_fields(sequences, reverse, returned),
+        **fields,
     )
     _check_no_derivative_forward(backend)
     _check_memory({"the gradient of states": d_states, "that of last_states": d_last_states})
@@ -380,18 +382,10 @@ def _(
     d_last_states: Tensor | None,
     backend: str,
     cell: str,
-    cut: bool,
-    clipval: float | None,
-    forward_clipval: float | None,
-    allow_tf32: bool | None = None,
-    reset: Tensor | None = None,
-    reset_states: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reverse: Sequence[bool] | None = None,
-    returned: int | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, N, D, _ = R.shape
+    reset_states = _options(*options[4:])[0].reset_states
     return (
         gates.new_empty(gates.shape),
         states_initial.new_empty(states_initial.shape),

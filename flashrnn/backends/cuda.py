@@ -12,10 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flashrnn.backends import autograd
+from flashrnn.backends import autograd, tables
 from flashrnn.backends.gradients import (
     Gradients,
-    before_steps,
     complete,
     number_of,
     of_no_steps,
@@ -35,7 +34,7 @@ from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import plan as per_step
 from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem, as_compiled
-from flashrnn.sequences import Sequences, operands, zeros_like_starts
+from flashrnn.sequences import Sequences, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -63,7 +62,11 @@ def programs(
     plan = per_step.plan_step(
         cell, problem.B, problem.N, problem.D, precision, backward, problem.is_sequenced
     )
-    return [plan.source(cell, precision, options_of(problem, backward))]
+    return [
+        *tables.programs(problem, with_before=True),
+        plan.source(cell, precision, options_of(problem, backward)),
+        *(tables.programs_of_h(problem) if backward else []),
+    ]
 
 
 def options_of(problem: Problem, backward: bool) -> source.Options:
@@ -103,11 +106,11 @@ def forward(
         tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
     if sequences is not None:
-        tensors |= operands(problem, sequences)
         options = (*options, *source.options_of_storing(problem, len(every_state)))
-        if problem.is_sequenced:
-            before = before_steps(problem, sequences, states[0], Wx.dtype)
-            tensors |= {"before_rows": before.rows, "h_starts": _aligned(before.starts)}
+        made = tables.made(problem, sequences, states)
+        tensors |= made.of_scan
+        if made.before is not None:
+            tensors |= {"before_rows": made.before.rows, "h_starts": made.before.starts}
         if problem.ragged:
             # A sequence of no step ends where it starts; rows of no step are 0.
             last_states.copy_(states)
@@ -133,7 +136,7 @@ def backward(
     d_gates = torch.empty_like(gates)
     cut, d_resets = problem.gradient_recurrent_cut, zeros_like_starts(sequences)
     if problem.B == 0 or problem.steps == 0:
-        found = of_no_steps(problem, d_gates, d_last_states, states_initial, states, sequences)
+        found = of_no_steps(problem, d_gates, d_last_states, states_initial)
         return found._replace(reset_states=d_resets)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     # The step's product sums over the units that forward's product computes: [N, D, Gr, D].
@@ -151,8 +154,10 @@ def backward(
     given_last = d_last_states is not None and not problem.is_sequenced
     clips = problem.gradient_recurrent_clipval is not None
     options = source.backward_options(cut, clips, number_of(d_states), given_last)
+    before = None
     if sequences is not None:
-        tensors |= operands(problem, sequences)
+        made = tables.made(problem, sequences, states_initial)
+        tensors, before = tensors | made.of_scan, made.before
         options = (*options, *source.sequence_options(problem))
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, problem.B, problem.T, -1, -1)
@@ -170,7 +175,8 @@ def backward(
     # The last launch adds what reaches the initial h through R, and what is due to resets.
     count = problem.steps if cut and not problem.resets else problem.steps + 1
     runs.run(_stepper(*_key(problem), True, options), fields, count)
-    found = complete(problem, d_gates, d_initial, states_initial, states, sequences)
+    every_h = None if before is None else tables.h_before(problem, before, states[0])
+    found = complete(problem, d_gates, d_initial, states_initial, states, every_h)
     return found._replace(reset_states=d_resets)
 
 

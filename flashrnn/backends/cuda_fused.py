@@ -6,19 +6,15 @@ The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashrnn.backends import Runs, autograd
+from flashrnn.backends import Runs, autograd, tables
 from flashrnn.backends.gradients import (
     Gradients,
-    before_steps,
-    gathered,
     number_of,
     of_no_steps,
     recurrent_gradient,
@@ -30,13 +26,15 @@ from flashrnn.backends.requirements import (
     unavailable_cuda,
 )
 from flashrnn.cells.traced import TracedCell, clipped
-from flashrnn.jit import context, launch, nvrtc
+from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
+from flashrnn.jit.kernel import Kernel, index_of
+from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
-from flashrnn.sequences import Sequences, bounds, operands, runs_backwards, zeros_like_starts
+from flashrnn.sequences import Sequences, zeros_like_starts
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -88,7 +86,7 @@ def programs(
     aligned = D * problem.dtype.itemsize % 16 == 0
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    found = [plan.source(cell, precision, options, aligned)]
+    found = [*tables.programs(problem, backward), plan.source(cell, precision, options, aligned)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
@@ -98,6 +96,8 @@ def programs(
         found.append(tiles.compiled.source(problem.cell, precision, aligned, options))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
+        if not registry.is_small(D):
+            found += tables.programs_of_h(problem)
     return found
 
 
@@ -127,16 +127,20 @@ def forward(
     if gates is not None:
         tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
-    if problem.packed and problem.has_idle_rows:
-        every_state.zero_()  # The kernel does that for the rows of [B, T].
     if sequences is not None:
+        idle = _idle(problem, every_state, problem.N * problem.D)
         problem = _as_planned(problem, sequences)
-        tensors |= operands(problem, sequences)
+        tensors |= tables.made(problem, sequences, idle=idle).of_scan
         options = (*options, *source.options_of_storing(problem, len(every_state)))
     _scan(problem, gpu, False, tensors, options)
     if sequences is not None:
         every_state = autograd.kept(problem, every_state)
     return every_state, last_states, gates
+
+
+def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
+    """What tables set to 0 in rows of no sequence. Scans do that for the rows of [B, T]."""
+    return tables.Idle(tensor, width) if problem.packed and problem.has_idle_rows else None
 
 
 def _as_planned(problem: Problem, sequences: Sequences) -> Problem:
@@ -158,7 +162,7 @@ def backward(
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
-        found = of_no_steps(problem, d_gates, d_last_states, states_initial, states, sequences)
+        found = of_no_steps(problem, d_gates, d_last_states, states_initial)
         return found._replace(reset_states=zeros_like_starts(sequences))
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
     d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
@@ -178,31 +182,27 @@ def backward(
         tensors["d_last"] = d_last_states
     given = number_of(d_states), d_last_states is not None
     options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
-    d_resets = None
-    if problem.packed and problem.has_idle_rows:
-        d_gates.zero_()  # As forward's states.
+    d_resets, of_options = None, tables.Tables({})
     if sequences is not None:
+        idle = _idle(problem, d_gates, len(cell.gates) * N * D)
         problem = _as_planned(problem, sequences)
-        tensors |= operands(problem, sequences)
+        looked_up = not registry.is_small(D) or dict(source.gradient_options(problem))["GATHERED"]
+        of_options = tables.made(problem, sequences, states_initial if looked_up else None, idle)
+        tensors |= of_options.of_scan
         options = (*options, *source.sequence_options(problem))
         d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
-    # What says that h before a step is not that of the row before.
-    moved = sequences if problem.is_sequenced else None
     parts = None
     if registry.is_small(D):
-        flags = tensors.get("reset_flags")
-        parts = _recurrent_gradient_parts(
-            problem, gpu, d_gates, states_initial, states, moved, flags
-        )
+        parts = _recurrent_gradient_parts(problem, gpu, d_gates, states_initial, states, of_options)
     d_R, d_b = _sums(problem, parts, d_bias)
     if d_R is None:
-        h_initial, h = states_initial[0], states[0]
-        every_h = None if moved is None else gathered(problem, moved, h_initial, h)
-        d_R = recurrent_gradient(cell, d_gates, h_initial, h, every_h)
+        before = of_options.before
+        every_h = None if before is None else tables.h_before(problem, before, states[0])
+        d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0], every_h)
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 
@@ -381,8 +381,7 @@ def _recurrent_gradient_parts(
     d_gates: Tensor,
     states_initial: Tensor,
     states: Tensor,
-    sequences: Sequences | None,
-    flags: Tensor | None,
+    of_options: tables.Tables,
 ) -> Tensor:
     """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient.
 
@@ -392,28 +391,23 @@ def _recurrent_gradient_parts(
         d_gates: ``[B, T, G, N, D]``.
         states_initial: ``[S, B, 1, N, D]``, of which h is the first.
         states: ``[S, B, T, N, D]``, likewise.
-        sequences: the call's options, if they say how sequences run.
-        flags: those of resets, as :class:`flashrnn.sequences.Arranged` has them.
+        of_options: what says that h before a step is not that of the row before.
     """
     tensors, record = {"d_gates": d_gates, "h": states}, call.RECURRENT_GRADIENT
-    options = source.gradient_options(problem)
     if problem.is_sequenced:
         record = record.complete
-    if sequences is not None and dict(options)["GATHERED"]:
-        before = before_steps(problem, sequences, states_initial[0], states.dtype)
+    of_scan, lengths, before = of_options
+    if before is not None:
         tensors |= {"before_rows": before.rows, "h_starts": before.starts}
-        if problem.reverse is not False:
-            tensors["runs_backwards"] = runs_backwards(problem)
+        names: tuple[str, ...] = ("runs_backwards",)
     else:
         # Copied as it is in float32; in 16 bits each element is rounded.
         is_copied = states.dtype == torch.float32
         tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
-        if sequences is not None:
-            _, lengths = bounds(sequences, problem.T, torch.int32)
-            if lengths is not None:
-                tensors["lengths"] = lengths
-        if flags is not None:
-            tensors["reset_flags"] = flags
+        if lengths is not None:
+            tensors["lengths"] = lengths
+        names = ("reset_flags",)
+    tensors |= {name: of_scan[name] for name in names if name in of_scan}
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
@@ -455,7 +449,7 @@ class _Prepared(NamedTuple):
         copied: the tensors that are to be copied first, since the kernel cannot read their rows.
     """
 
-    kernel: _Kernel
+    kernel: Kernel
     shape: launch.Shape
     packing: call.Packing
     scratch: Scratch = Scratch(0, 0)
@@ -558,33 +552,6 @@ def _prepared_sums(
     return _Prepared(kernel, kernel.shape._replace(grid=plan.grid), packing)
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """A program of one kernel, and the shape of its launches but for their grid."""
-
-    program: launch.Program
-    shape: launch.Shape
-
-    def kept(self, shape: launch.Shape, fields: Sequence[int]) -> launch.Kept:
-        """A launch that stays, on PyTorch's current stream of the program's device."""
-        device, (kernel,) = self.program.device, self.program.kernels
-        with context.on_device(device):
-            return launch.Kept(launch.Launch(kernel, shape, fields), self._stream(), device)
-
-    def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
-        """Enqueue a launch on PyTorch's current stream of the program's device."""
-        device, (kernel,) = self.program.device, self.program.kernels
-        with context.on_device(device):
-            stream = self._stream()
-            launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
-
-    def _stream(self) -> int:
-        """The current stream; if it is captured, the program stays for the graph."""
-        if torch.cuda.is_current_stream_capturing():
-            self.program.keep_for_graphs()
-        return context.current_stream(self.program.device)
-
-
 @lru_cache(maxsize=1024)
 def _begin_backward(problem: Problem, gpu: GPU, precision: str) -> None:
     """Begin to compile what backward will need, while forward is compiled and runs; once."""
@@ -623,7 +590,7 @@ def _gpu(problem: Problem) -> GPU:
     if registry.is_small(problem.D):
         return _whole_gpu(problem.device)
     # CTAs that wait for each other must run at once in the context of the launch.
-    index = _index(problem.device)
+    index = index_of(problem.device)
     with context.on_device(index):
         stream = context.current_stream(index)
         return _gpu_of_context(problem.device, context.number(stream))
@@ -643,7 +610,7 @@ def _whole_gpu(device: torch.device) -> GPU:
 @lru_cache(maxsize=64)
 def _gpu_of_context(device: torch.device, _: int) -> GPU:
     """The part of a device that the current stream's context has; `_` is the context's number."""
-    index, gpu = _index(device), _whole_gpu(device)
+    index, gpu = index_of(device), _whole_gpu(device)
     stream = context.current_stream(index)
     clusters: tuple[int, ...] = ()
     if torch.cuda.get_device_capability(device)[0] in (9, 10):
@@ -657,16 +624,12 @@ def _where(problem: Problem) -> tuple[int, int] | None:
 
     ``None`` while the stream is captured.
     """
-    index = _index(problem.device)
+    index = index_of(problem.device)
     with context.on_device(index):
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = context.current_stream(index)
         return stream, 0 if registry.is_small(problem.D) else context.number(stream)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 # A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it.
@@ -680,7 +643,7 @@ def _scan_kernel(
     options: source.Options,
     aligned: bool,
     device: torch.device,
-) -> _Kernel:
+) -> Kernel:
     shape = launch.Shape(
         grid=0,
         threads=plan.threads,
@@ -699,23 +662,16 @@ def _gradient_kernel(
     aligned: bool,
     options: source.Options,
     device: torch.device,
-) -> _Kernel:
+) -> Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
     return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, options), shape, device)
 
 
 @lru_cache(maxsize=256)
-def _sums_kernel(cell: TracedCell, precision: str, device: torch.device) -> _Kernel:
+def _sums_kernel(cell: TracedCell, precision: str, device: torch.device) -> Kernel:
     plan = gradient_sums.SumsPlan
     shape = launch.Shape(grid=0, threads=plan.THREADS)
     return _kernel(plan.ENTRY, gradient_sums.program(cell, precision), shape, device)
-
-
-def _kernel(
-    entry: str, parts: dict[str, str], shape: launch.Shape, device: torch.device
-) -> _Kernel:
-    cubin = nvrtc.compile_program(parts, launch.architecture(device))
-    return _Kernel(launch.Program(cubin, (entry,), _index(device), shape.shared_memory), shape)
 
 
 KERNELS = (

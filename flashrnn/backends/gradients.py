@@ -44,15 +44,15 @@ def of_no_steps(
     d_gates: Tensor,
     d_last_states: Tensor | None,
     states_initial: Tensor,
-    states: Tensor,
-    sequences: Sequences | None = None,
 ) -> Gradients:
     """The gradients of a call without sequences or without steps: states pass through it."""
     d_gates.zero_()
     if d_last_states is None:
         d_last_states = torch.zeros_like(states_initial)
     d_initial = d_last_states.clone(memory_format=torch.contiguous_format)
-    return complete(problem, d_gates, d_initial, states_initial, states, sequences)
+    Gr, Gb = (len(problem.cell.fed_by(source)) for source in ("R", "b"))
+    d_R = d_gates.new_zeros(Gr, problem.N, problem.D, problem.D)
+    return Gradients(d_gates, d_initial, d_R, d_gates.new_zeros(Gb, problem.N, problem.D))
 
 
 def complete(
@@ -61,12 +61,12 @@ def complete(
     d_initial: Tensor,
     states_initial: Tensor,
     states: Tensor,
-    sequences: Sequences | None = None,
+    before: Tensor | None = None,
 ) -> Gradients:
-    """A backward scan's gradients, completed by those of R and b."""
-    before = None
-    if sequences is not None and problem.is_sequenced:
-        before = gathered(problem, sequences, states_initial[0], states[0])
+    """A backward scan's gradients, completed by those of R and b.
+
+    ``before`` is h before each step, ``[rows, N, D]``, where that is not h of the row before.
+    """
     d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0], before)
     return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
 
@@ -215,9 +215,9 @@ def _start_of_each_row(
     return (-1 - B - sequence).int()
 
 
-def gathered(problem: Problem, sequences: Sequences, h_initial: Tensor, h: Tensor) -> Tensor:
+def gathered(problem: Problem, before: Before, h: Tensor) -> Tensor:
     """``[rows, N, D]``, h before each step of a call with options."""
-    rows, starts = before_steps(problem, sequences, h_initial, h.dtype)
+    rows, starts = before
     # One after another: starts count from the end, −1 the first.
     every = torch.cat([h.flatten(0, 1), starts.flip(0)])
     forward = every[rows[0].long() % len(every)]

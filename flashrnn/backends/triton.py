@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import Gradients, before_steps, complete, number_of
+from flashrnn.backends.gradients import Gradients, before_steps, complete, gathered, number_of
 from flashrnn.backends.requirements import (
     missing_gpu,
     refusal,
@@ -196,7 +196,11 @@ def backward(
             num_warps=plan.warps,
             maxnreg=_most_registers(plan),
         )
-    found = complete(problem, d_gates, d_initial, states_initial, states, sequences)
+    every_h = None
+    if sequences is not None and problem.is_sequenced:
+        before = before_steps(problem, sequences, states_initial[0], states.dtype)
+        every_h = gathered(problem, before, states[0])
+    found = complete(problem, d_gates, d_initial, states_initial, states, every_h)
     return found._replace(reset_states=d_resets)
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from flashrnn.backends import Run, Runs, recorded
 from flashrnn.cells.traced import TracedCell
-from flashrnn.problem import Problem, as_dtype_has_it
+from flashrnn.problem import Problem, as_dtype_has_it, without_autocast
 from flashrnn.sequences import Sequences, bounds
 
 
@@ -200,10 +200,11 @@ def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
         @torch.no_grad()
         def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
             Wx = wx.unsqueeze(1).to(carry_dtype)
-            inputs = _input_preactivations(of_batch, Wx, b, order).permute(1, 3, 0, 2, 4)
-            carried = tuple(state.transpose(0, 1).contiguous() for state in states.unbind(0))
-            carried = _next(of_batch, order, carried, inputs[0], recurrent_matrix)
-            return torch.stack([x.transpose(0, 1) for x in carried], out=out)
+            with without_autocast(wx.device.type):
+                inputs = _input_preactivations(of_batch, Wx, b, order).permute(1, 3, 0, 2, 4)
+                carried = tuple(state.transpose(0, 1).contiguous() for state in states.unbind(0))
+                carried = _next(of_batch, order, carried, inputs[0], recurrent_matrix)
+                return torch.stack([x.transpose(0, 1) for x in carried], out=out)
 
         return run
 

@@ -11,7 +11,7 @@ from flashrnn.bench.sequenced import PLAIN
 
 WORST = 10
 # How the names of those begin who are compared with the first contender of a case.
-PEERS = ("torch.nn", PLAIN)
+PEERS = ("torch.nn", "torchrl", PLAIN)
 # Of B·T·D, below which a call's time is the host's.
 SMALL = 10**6
 

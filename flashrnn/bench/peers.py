@@ -13,7 +13,8 @@ from flashrnn import flashrnn
 from flashrnn.bench.case import Case, leaf
 from flashrnn.bench.contender import Contender, Work
 from flashrnn.cells import resolve
-from flashrnn.nn.modes import bias, mode_of, recurrent_matrix
+from flashrnn.nn.modes import mode_of
+from flashrnn.nn.weights import bias, recurrent_matrix
 
 MODULES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -90,6 +91,7 @@ def as_flashrnn(
     b_recurrent: Tensor,
     *,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Tensor:
     """h of every step, ``[T, B, D]``, of a module of ``torch.nn`` with these weights, by vanilla.
 
@@ -97,7 +99,9 @@ def as_flashrnn(
     """
     Wx = linear(x, W).unflatten(-1, (-1, 1, R.shape[1])).transpose(0, 1)
     R, b = converted(function, R, b_input, b_recurrent)
-    states, _ = flashrnn(Wx, R, b, function=function, backend="vanilla", lengths=lengths)
+    states, _ = flashrnn(
+        Wx, R, b, function=function, backend="vanilla", lengths=lengths, reset=reset
+    )
     return states[0].flatten(2).transpose(0, 1)
 
 

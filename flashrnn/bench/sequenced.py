@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -134,3 +135,85 @@ class PackedTorchNN(TorchNN):
 
     def _lengths(self, case: Case) -> Tensor:
         return torch.full((case.B,), case.T) if self.equal else lengths_of(case)
+
+
+@dataclass(frozen=True)
+class TorchRL(Contender):
+    """``torchrl.modules.LSTMModule`` with resets, by its Triton kernels, if torchrl is installed.
+
+    One layer of the case's D inputs and D units, as :class:`~peers.TorchNN` without full width, in
+    float32 whatever the case's dtype is: its default, whose products are TF32.
+
+    Attributes:
+        backend: its ``recurrent_backend``. Others than ``"triton"`` run on a CPU too.
+    """
+
+    backend: str = "triton"
+
+    @property
+    def name(self) -> str:
+        """See :class:`Contender`."""
+        return f"torchrl {_version_of_torchrl() or ''}".rstrip() + f", {self.backend}"
+
+    def includes(self, case: Case, device: torch.device) -> str:
+        """See :class:`Contender`."""
+        return (
+            f"1×{case.D}, float32 and TF32; {MEANING[RESET]}; with the product of input and W, "
+            "and a TensorDict; gradients of x and all weights; [B, T, ...]"
+        )
+
+    def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
+        """See :class:`Contender`."""
+        if case.function != "lstm":
+            return f"it is measured as an LSTM, not as {case.function}"
+        if _version_of_torchrl() is None:
+            return "torchrl is not installed; pip install torchrl"
+        if self.backend == "triton" and device.type != "cuda":
+            return "its Triton kernels run on a GPU"
+        return None
+
+    def prepare(self, case: Case, device: torch.device) -> Work:
+        """See :class:`Contender`."""
+        from tensordict import TensorDict
+        from torchrl.modules import LSTMModule
+
+        module = LSTMModule(
+            input_size=case.D,
+            hidden_size=case.D,
+            in_keys=["x", "h", "c"],
+            out_keys=["output", ("next", "h"), ("next", "c")],
+            recurrent_backend=self.backend,
+            default_recurrent_mode=True,
+            device=device,
+        )
+        rows = case.B, case.T
+        cuts = torch.rand(rows, device=device) < RESETS
+        # What resets go back to. A new TensorDict each time: the module writes its results there.
+        zeros = torch.zeros(*rows, 1, case.D, device=device)
+
+        def run(x: Tensor, *weights: Tensor) -> Tensor:
+            given = {"x": x, "h": zeros, "c": zeros, "is_init": cuts.unsqueeze(-1)}
+            output: Tensor = module(TensorDict(given, batch_size=rows))["output"]
+            return output
+
+        def reference(x: Tensor, *weights: Tensor) -> Tensor:
+            reset = cuts[:, : x.shape[1]]
+            return as_flashrnn("lstm", x.transpose(0, 1), *weights, reset=reset).transpose(0, 1)
+
+        return Work(
+            (leaf(*rows, case.D, dtype=torch.float32, device=device),),
+            # The module holds its weights itself.
+            tuple(module.parameters()),
+            run=run,
+            reference=reference,
+            time=1,
+            ours=False,
+        )
+
+
+@cache
+def _version_of_torchrl() -> str | None:
+    try:
+        return metadata.version("torchrl")
+    except metadata.PackageNotFoundError:
+        return None

@@ -18,7 +18,7 @@ from flashrnn.bench.layers import Layer, Stack
 from flashrnn.bench.memory import HELD, MIB
 from flashrnn.bench.ours import WITH_PRODUCT, Ours
 from flashrnn.bench.peers import DTYPES, MODULES, TorchNN
-from flashrnn.bench.sequenced import PackedTorchNN, Sequenced
+from flashrnn.bench.sequenced import PackedTorchNN, Sequenced, TorchRL
 from flashrnn.bench.single_step import Stepping
 from flashrnn.cells import resolve
 from flashrnn.config import parse_dtype
@@ -269,7 +269,7 @@ def layers(selection: Selection) -> list[Entry]:
 
 
 def sequences(selection: Selection) -> list[Entry]:
-    """Every option of sequences beside the plain call of the same shape, and torch.nn."""
+    """Every option of sequences beside the plain call of the same shape, torch.nn and torchrl."""
     shapes = (MANY,) if selection.quick else (MANY, ONE)
     ragged, many = (B, B) if selection.quick else (64, 256)
     asked = [(option, ragged, shape) for shape in shapes for option in _SEQUENCED]
@@ -283,7 +283,8 @@ def sequences(selection: Selection) -> list[Entry]:
             peer = Stack(torch.nn, 1, 2)
         elif option != sequenced.RESET and option != sequenced.H:
             peer = PackedTorchNN(case.dtype, False, option == sequenced.EQUAL)
-        contenders = (Sequenced(option), Sequenced(sequenced.PLAIN), peer)
+        peers = (TorchRL(), peer) if option == sequenced.RESET else (peer,)
+        contenders = (Sequenced(option), Sequenced(sequenced.PLAIN), *peers)
         entries.append(Entry(case, contenders=contenders))
     return entries
 

@@ -55,14 +55,16 @@ def _triton_function(name: str, graph: Graph, groups: Mapping[str, int]) -> str:
             return f"tl.full([1, 1], {int(argument)}, tl.int1)"
         return repr(argument) if math.isfinite(argument) else f'float("{argument}")'
 
-    lines = []
+    lines, tiles = [], set(graph.inputs) - {FORWARD_CLIPVAL}
     for assignment, operation in _operations(graph):
         text = operation.triton.format(*map(spell, assignment.arguments))
         lines.append(f"{assignment.name} = {text}")
-    # A constant becomes a tile too, and so does a truth value a number.
+        if not tiles.isdisjoint(assignment.arguments):
+            tiles.add(assignment.name)
+    # A constant becomes a tile too, as does a constant that is clipped, and a truth value a number.
     outputs = [
         spell(output)
-        if isinstance(output, str)
+        if output in tiles
         else f"tl.full(gates[0].shape, {spell(output)}, tl.float32)"
         for output in graph.outputs
     ]

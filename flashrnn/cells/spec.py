@@ -78,6 +78,7 @@ class Cell(Signature):
 
         # The built-in cells capture nothing; tests check that.
         built_in = _library.get(self.name) is self
+        # Values are read before they are used: one that changes meanwhile is found changed.
         captures = NOTHING if built_in else captures_of(self.name, self.step)
         graphs = trace(self, checked=not built_in)
         traced = TracedCell(self.name, self.states, self.gates, graphs)

@@ -310,14 +310,11 @@ _OF_TRUTHS = {
 }
 # Operations that hand their first argument on; the shape of the result is looked at.
 _IDENTITIES = {"alias", "detach", "clone", "view", "expand"}
-# Operations that fill a tensor with one number: which, or None where it is their last argument.
+# Operations that fill a tensor with one number.
+_FILLS = {"zeros", "zeros_like", "new_zeros", "_efficientzerotensor", "ones", "ones_like"}
+_FILLS |= {"new_ones", "full", "full_like", "new_full", "scalar_tensor"}
 # From uninitialized tensors, decompositions take nothing but their shape.
-_FILLS = {
-    **dict.fromkeys(["zeros", "zeros_like", "new_zeros", "_efficientzerotensor"], 0.0),
-    **dict.fromkeys(["ones", "ones_like", "new_ones"], 1.0),
-    **dict.fromkeys(["empty", "empty_like", "new_empty", "empty_permuted"], math.nan),
-    **dict.fromkeys(["full", "full_like", "new_full", "scalar_tensor"], None),
-}
+_UNINITIALIZED = {"empty", "empty_like", "new_empty", "empty_permuted"}
 
 
 class _Recorder(TorchDispatchMode):
@@ -375,9 +372,12 @@ class _Recorder(TorchDispatchMode):
             raise self._refused(func)
         if func._schema.is_mutable:
             return self._rename(func, args, kwargs)
-        if _Traced not in types and name not in _FILLS:
+        if _Traced not in types and name not in _FILLS | _UNINITIALIZED:
             return func(*args, **kwargs)  # All arguments are constants, so the result is one.
-        value = self._lower(name, args, kwargs)
+        if name in _FILLS:
+            value: Argument | None = self._value(_sample(func, args, kwargs).flatten()[0])
+        else:
+            value = self._lower(name, args, kwargs)
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
@@ -442,9 +442,8 @@ class _Recorder(TorchDispatchMode):
         """The value of an operation of the table, or near to one; ``None`` for any other."""
         if name in _IDENTITIES:
             return self._value(args[0])
-        if name in _FILLS:
-            fill = _FILLS[name]
-            return self._value(args[-1] if fill is None else fill)
+        if name in _UNINITIALIZED:
+            return math.nan
         if name == "_to_copy":
             return self._convert(args[0], kwargs.get("dtype"))
         if name in ("clamp", "clamp_min"):
@@ -467,6 +466,12 @@ class _Recorder(TorchDispatchMode):
         if name not in OPERATIONS or any(key != "alpha" for key in kwargs):
             return None
         values = [self._value(argument) for argument in args]
+        if name in ("logical_and", "logical_or"):
+            # Of numbers, PyTorch asks whether they are 0.
+            values = [
+                value if _is_truth(argument) else self.builder.emit("ne", value, 0.0)
+                for value, argument in zip(values, args, strict=True)
+            ]
         if kwargs.get("alpha", 1) != 1:
             values[1] = self.builder.emit("mul", values[1], self._value(kwargs["alpha"]))
         return self.builder.emit(name, *values)

@@ -328,3 +328,57 @@ GRADIENT_SUMS = Record(
     },
 )
 """Of the sums that complete the gradients of R and of the bias."""
+
+SEQUENCE_TABLES = Record(
+    "SequenceTablesCall",
+    (
+        Operand("given", "const void", "b"),
+        Operand("reset", "const unsigned char", "bt"),
+        Operand("initial", "const float", "b1nd"),
+        Operand("reset_states", "const float", "btnd"),
+        Operand("order", "int"),
+        Operand("first_rows", "int"),
+        Operand("sorted_lengths", "int"),
+        Operand("lengths", "int"),
+        Operand("flags", "int"),
+        Operand("before_rows", "int"),
+        Operand("h_starts", "Element"),
+        Operand("idle", "Element"),
+    ),
+    {
+        "rows": "long long",
+        "T": "long long",
+        "B": "int",
+        "N": "int",
+        "D": "int",
+        "is_wide": "int",
+        "is_packed": "int",
+        "directions": "int",
+        "starts": "long long",
+        "starts_a_sequence": "int",
+        "idle_width": "long long",
+        "idle_spans": "int",
+        "order_ctas": "int",
+        "row_ctas": "int",
+    },
+)
+"""Of the tables of a call's options (:mod:`flashrnn.backends.tables`).
+
+``given`` are ``lengths`` or ``cu_seqlens``, of 8 bytes each if ``is_wide``. ``reset_states`` have
+``starts_a_sequence`` starts in their second dimension; with those of the sequences and of zeros
+there are ``starts`` of them. ``idle`` has ``idle_spans`` times ``rows`` rows of ``idle_width``
+elements.
+"""
+
+H_BEFORE = Record(
+    "HBeforeCall",
+    (
+        Operand("h", "const Element"),
+        Operand("before_rows", "const int"),
+        Operand("h_starts", "const Element"),
+        Operand("runs_backwards", "const int"),
+        Operand("before", "Element"),
+    ),
+    {"rows": "long long", "N": "int", "D": "int", "in_pieces": "int"},
+)
+"""Of the copy of h before each step."""

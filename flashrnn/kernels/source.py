@@ -44,7 +44,7 @@ def itemsize_of(precision: str) -> int:
 
 def program(
     kernel: str,
-    cell: TracedCell,
+    cell: TracedCell | None,
     precision: str,
     constants: Mapping[str, bool | int],
     record: Record,
@@ -54,14 +54,15 @@ def program(
 
     Args:
         kernel: the path of its file from this folder.
-        cell: its constants and functions, which :func:`flashrnn.cells.render.render_cuda` writes.
+        cell: its constants and functions, which :func:`flashrnn.cells.render.render_cuda` writes;
+            ``None`` for a kernel that computes no step.
         precision: out of ``PRECISIONS``; sets the types ``Element``, of the tensors, ``Bits``, an
             integer of the same size, and ``Operand``, which selects the product.
         constants: all other constants that are compiled in.
         record: of the call.
         generated: further files that the host writes, by name.
     """
-    of_cell = "cell " + cell.name.replace('"', "")
+    of_cell = {} if cell is None else {f"cell {_unquoted(cell.name)}": render_cuda(cell)}
     element = "float" if precision == "tf32" else PRECISIONS[precision]
     bits = "unsigned short" if itemsize_of(precision) == 2 else "unsigned"
     types = [
@@ -74,7 +75,7 @@ def program(
         '#include "types.cuh"',
         '#include "common/clips.cuh"',
         '#include "common/pointwise.cuh"',
-        f'#include "{of_cell}"',
+        *(f'#include "{name}"' for name in of_cell),
         *starmap(_constant, (dict.fromkeys(SEQUENCE_OPTIONS, False) | dict(constants)).items()),
         record.struct,
         # The host packs and allocates so many bytes.
@@ -85,12 +86,16 @@ def program(
     texts = {
         "types.cuh": "\n".join(types),
         "problem.cuh": "\n".join(problem),
-        of_cell: render_cuda(cell),
+        **of_cell,
         **(generated or {}),
     }
     parts: dict[str, str] = {}
     _add(kernel, texts, parts)
     return parts
+
+
+def _unquoted(name: str) -> str:
+    return name.replace('"', "")
 
 
 def _add(name: str, generated: Mapping[str, str], parts: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from flashrnn import backends
 from flashrnn.backends.autograd import is_fused
@@ -20,27 +20,11 @@ from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import TracedCell
 from flashrnn.functional import flashrnn
 from flashrnn.layer import recurrent_layer
-from flashrnn.nn import masks as masks_of
-from flashrnn.nn.scan import config_on
+from flashrnn.nn.masks import Masks, bernoulli, drawn
+from flashrnn.nn.packing import sent
+from flashrnn.nn.precision import config_on
+from flashrnn.nn.weights import Weights
 from flashrnn.problem import Problem, autocast_enabled
-
-
-class Weights(NamedTuple):
-    """The weights of one direction of a layer.
-
-    Attributes:
-        W: ``[Gw * N * D, I]``.
-        R: ``[Gr, N, D, D]``.
-        b: ``[Gb, N, D]``.
-        weight_hh: ``[Gr * N * D, D]``, or with a projection ``[Gr * D, P]``.
-        weight_hr: ``[P, D]``, the projection of h; ``None``: there is none.
-    """
-
-    W: Tensor
-    R: Tensor
-    b: Tensor
-    weight_hh: Tensor
-    weight_hr: Tensor | None
 
 
 class Batch(NamedTuple):
@@ -61,7 +45,7 @@ class Batch(NamedTuple):
         if self.cu_seqlens is None:
             return x.unsqueeze(1)
         row = torch.arange(like.shape[1], device=like.device)
-        ends = _there(self.cu_seqlens, like.device)[1:]
+        ends = sent(self.cu_seqlens, like.device)[1:]
         sequence = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
         return x[sequence].unsqueeze(0)
 
@@ -93,7 +77,7 @@ def can_be(
         batch: where the sequences lie.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and backends.transformed():
+    if not compiling and (backends.transformed() or backends.jit_traced()):
         return False
     kind, config, packed = x.device.type, config_on(x.device), batch.cu_seqlens is not None
     of_direction = Problem(
@@ -122,7 +106,7 @@ def can_be(
         return (
             is_fused(chosen) and backends.choose("auto", of_direction._replace(**options)) is chosen
         )
-    return _does(backend, of_direction, tuple(options.items()))
+    return _does(backend, backends.without_symbols(of_direction), tuple(options.items()))
 
 
 @lru_cache(maxsize=1024)
@@ -139,40 +123,6 @@ def _directions(N: int, directions: int) -> bool | tuple[bool, ...]:
 def _returned(cell: Cell, bidirectional: bool, batch: Batch) -> int:
     """How many states are needed of every step: with resets, all that a direction ends with."""
     return len(cell.states) if bidirectional and batch.reset is not None else 1
-
-
-def packed_rows(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """How rows of a :class:`torch.nn.utils.rnn.PackedSequence` become sequences in a row, and back.
-
-    Args:
-        batch_sizes: as there, on the CPU.
-        device: that of the rows.
-
-    Returns:
-        ``cu_seqlens`` ``[B + 1]``, on the CPU, whose values are then known; where each packed row
-        goes; and where it comes back to; both ``[rows]``, for :func:`moved`.
-    """
-    T, B = len(batch_sizes), int(batch_sizes[0])
-    lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0)
-    cu_seqlens = pad(lengths.cumsum(0), (1, 0))
-    rows = int(cu_seqlens[-1])
-    sizes, first = _there(batch_sizes, device), _there(cu_seqlens, device)
-    steps = torch.arange(T, device=device)
-    step = steps.repeat_interleave(sizes, output_size=rows)
-    every_row = torch.arange(rows, device=device)
-    sequence = every_row - (sizes.cumsum(0) - sizes)[step]
-    there = first[sequence] + step
-    return cu_seqlens, there, moved(every_row, there)
-
-
-def _there(numbers: Tensor, device: torch.device) -> Tensor:
-    """On a device, whose work nobody waits for."""
-    return numbers.to(device, non_blocking=True)
-
-
-def moved(x: Tensor, to: Tensor) -> Tensor:
-    """Each row of x at its new place. The gradient's rows are read there, and none is added to."""
-    return torch.empty_like(x).index_copy_(0, to, x)
 
 
 def layer(
@@ -237,41 +187,8 @@ def layer(
         ended = torch.stack([ended[:, 0], _ends_of_parts(every_state, batch.reset, N).to(ended)], 1)
     h, last = every_state[0].flatten(2), list(ended.unbind(0))
     if hr is not None:
-        parts = h.unflatten(2, (directions, N * D)).unbind(2)
-        matrices = [each.weight_hr for each in weights if each.weight_hr is not None]
-        projected = [linear(part, hr) for part, hr in zip(parts, matrices, strict=True)]
-        h = torch.cat(projected, -1) if directions == 2 else projected[0]
-        last[0] = torch.stack(
-            [linear(part.to(hr.dtype), hr) for part, hr in zip(last[0], matrices, strict=True)]
-        )
-        if given_h is not None and batch.cu_seqlens is not None:
-            # A sequence of no steps ends as it begins.
-            is_empty = _there(batch.cu_seqlens, x.device).diff().eq(0)
-            last[0] = torch.where(is_empty[:, None], given_h.to(last[0]), last[0])
+        h, last[0] = _projected(h, last[0], weights, given_h, batch)
     return h, last
-
-
-class Masks(NamedTuple):
-    """What is random within a layer; see :mod:`flashrnn.nn.masks`.
-
-    Attributes:
-        trained: the cell with gates for it.
-        evaluated: the cell without training.
-        dropout: the probability with which the recurrent matrix reads 0 for a unit of h.
-        zoneout: for each state, the probability with which a unit stays as it was.
-    """
-
-    trained: Cell
-    evaluated: Cell
-    dropout: float
-    zoneout: tuple[float, ...]
-
-    @classmethod
-    def of(cls, cell: Cell, dropout: float, zoneout: tuple[float, ...]) -> Masks:
-        """The masks of a cell with these probabilities."""
-        trained = masks_of.trained(cell, dropout, zoneout)
-        evaluated = masks_of.evaluated(cell, zoneout) if any(zoneout) else cell
-        return cls(trained, evaluated, dropout, zoneout)
 
 
 def _with_masks(
@@ -292,16 +209,16 @@ def _with_masks(
     dropped = None
     if masks.dropout:
         # One mask for each sequence.
-        dropped = masks_of.chosen((batch.count(x), N, D), masks.dropout, x.device)
+        dropped = bernoulli((batch.count(x), N, D), masks.dropout, x.device)
         if start is not None:
             start = _with_read(start, dropped, masks)
         if options["reset_states"] is not None:
             options["reset_states"] = _with_read(options["reset_states"], dropped, masks)
         dropped = batch.of_sequence(dropped, x)
         options["return_states"] = "all"
-    drawn = masks_of.drawn(Wx, dropped, masks.zoneout, N, D)
+    gates = torch.cat([Wx, drawn(Wx, dropped, masks.zoneout, N, D)], 2)
     every_state, last_states = flashrnn(
-        torch.cat([Wx, drawn], 2), R, b, start, masks.trained, backend=backend, **options
+        gates, R, b, start, masks.trained, backend=backend, **options
     )
     return (every_state[1:], last_states[1:]) if masks.dropout else (every_state, last_states)
 
@@ -329,7 +246,7 @@ def _with_first(
     """x and, as further features, h ``[directions, B, P]`` where each direction begins; and W."""
     rows, T = x.shape[0] * x.shape[1], x.shape[1]
     if batch.cu_seqlens is not None:
-        cuts = _there(batch.cu_seqlens, x.device)
+        cuts = sent(batch.cu_seqlens, x.device)
         first, last, enters = cuts[:-1], cuts[1:] - 1, cuts.diff() > 0
     else:
         first = T * torch.arange(x.shape[0], device=x.device)
@@ -349,6 +266,30 @@ def _with_first(
         absent = torch.zeros_like(of_h)
         extended.append(torch.cat([W, *(of_h if k == d else absent for d in range(len(h)))], -1))
     return torch.cat(found, -1), extended
+
+
+def _projected(
+    h: Tensor, last: Tensor, weights: Sequence[Weights], given: Tensor | None, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """h of every step and h at the end, of all directions, projected.
+
+    Args:
+        h: ``[B, T, directions * D]``.
+        last: ``[directions, B, D]``.
+        weights: those of each direction.
+        given: ``[directions, B, P]``, what sequences start from; ``None``: zeros.
+        batch: where the sequences lie.
+    """
+    matrices = [each.weight_hr for each in weights if each.weight_hr is not None]
+    parts = h.unflatten(2, (len(matrices), -1)).unbind(2)
+    projected = [linear(part, hr) for part, hr in zip(parts, matrices, strict=True)]
+    h = torch.cat(projected, -1) if len(projected) == 2 else projected[0]
+    last = torch.stack([linear(x.to(hr.dtype), hr) for x, hr in zip(last, matrices, strict=True)])
+    if given is not None and batch.cu_seqlens is not None:
+        # A sequence of no steps ends as it begins.
+        is_empty = sent(batch.cu_seqlens, h.device).diff().eq(0)
+        last = torch.where(is_empty[:, None], given.to(last), last)
+    return h, last
 
 
 # With resets, what is given is of the first part of a sequence, and what is returned of the last

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends
-from flashrnn.nn.modes import MODES, bias, recurrent_matrix, torchs_compute
+from flashrnn.nn.modes import MODES
 from flashrnn.nn.scan import scan
 from flashrnn.nn.stepping import can_be_kept, step
+from flashrnn.nn.torch_kernels import compute_cell
+from flashrnn.nn.weights import Weights
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -104,7 +106,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
             ValueError: a tensor has neither one nor two dimensions.
             RuntimeError: sizes or dtypes do not fit.
         """
-        if torchs_compute("LSTM", self.heads, self.backend, input.device):
+        if compute_cell("LSTM", self.heads, self.backend, input.device):
             if input.dim() == 2:
                 if hx is None:
                     zeros = input.new_zeros(input.shape[0], self.hidden_size)
@@ -136,7 +138,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """h after one step: as :meth:`LSTMCell.forward`, with h in place of ``(h, c)``."""
-        if torchs_compute("GRU", self.heads, self.backend, input.device):
+        if compute_cell("GRU", self.heads, self.backend, input.device):
             if input.dim() == 2 and (hx is None or hx.dim() == 2):
                 h = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
                 return self._kernel(torch.gru_cell, input, h)
@@ -170,7 +172,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         # For an unknown nonlinearity PyTorch's method raises the error.
         if mode not in MODES:
             return super().forward(input, hx)
-        if torchs_compute(mode, self.heads, self.backend, input.device):
+        if compute_cell(mode, self.heads, self.backend, input.device):
             if input.dim() == 2 and (hx is None or hx.dim() == 2):
                 h = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
                 return self._kernel(MODES[mode].step, input, h)
@@ -222,18 +224,16 @@ def _last(
     layer: LSTMCell | GRUCell | RNNCell, mode: str, x: Tensor, start: Tensor | None
 ) -> Tensor:
     """The states after one step of ``x`` ``[B, I]``, in the dtype of h."""
-    cell, N = MODES[mode].cell, layer.heads
-    D = layer.hidden_size // N
-    biases: list[Tensor] = [layer.bias_ih, layer.bias_hh] if layer.bias else []
-    weights = [layer.weight_ih, layer.weight_hh, *biases]
-    if can_be_kept(x, weights, () if start is None else (start,)):
+    cell, biases = MODES[mode].cell, [layer.bias_ih, layer.bias_hh] if layer.bias else []
+    parameters = [layer.weight_ih, layer.weight_hh, *biases]
+    weights = Weights.of(mode, cell, layer.heads, layer.weight_ih, layer.weight_hh, biases)
+    if can_be_kept(x, parameters, () if start is None else (start,)):
         before = None if start is None else start.squeeze(2)
-        after = step(layer, 0, x, weights, before, mode, cell, N, layer.backend)
+        after = step(layer, 0, x, weights, before, cell, layer.backend)
         if after is not None:
             return after.to(x.dtype)
-    R = recurrent_matrix(mode, layer.weight_hh, N, D)
-    b = bias(mode, biases, N, D) if biases else R.new_zeros(len(cell.fed_by("b")), N, D)
-    h, last = scan(x.unsqueeze(0), layer.weight_ih, R, b, start, cell, layer.backend)
+    W, R, b, *_ = weights
+    h, last = scan(x.unsqueeze(0), W, R, b, start, cell, layer.backend)
     return last.squeeze(2).to(h.dtype)
 
 

@@ -14,12 +14,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashrnn.cells.signature import Gate
 from flashrnn.cells.spec import Cell
+
+
+class Masks(NamedTuple):
+    """What is random within a layer.
+
+    Attributes:
+        trained: the cell with gates for it.
+        evaluated: the cell without training.
+        dropout: the probability with which the recurrent matrix reads 0 for a unit of h.
+        zoneout: for each state, the probability with which a unit stays as it was.
+    """
+
+    trained: Cell
+    evaluated: Cell
+    dropout: float
+    zoneout: tuple[float, ...]
+
+    @classmethod
+    def of(cls, cell: Cell, dropout: float, zoneout: float | Sequence[float]) -> Masks | None:
+        """The masks of a cell; ``None`` where all probabilities are 0.
+
+        Args:
+            cell: the cell.
+            dropout: see above; less than 1.
+            zoneout: one probability for all states, or one for each.
+
+        Raises:
+            ValueError: what is no such probability.
+        """
+        names = cell.states
+        each = tuple(zoneout) if isinstance(zoneout, Sequence) else (zoneout,) * len(names)
+        if len(each) != len(names) or not all(_is_number(p) and 0 <= p <= 1 for p in each):
+            raise ValueError(
+                f"zoneout={zoneout!r}; accepted is a probability, from 0 to 1, or a tuple with one "
+                f"for each of {', '.join(names)}"
+            )
+        if not _is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(
+                f"recurrent_dropout={dropout!r}; accepted is a probability less than 1"
+            )
+        if not (dropout or any(each)):
+            return None
+        dropout, each = float(dropout), tuple(map(float, each))
+        return cls(
+            trained(cell, dropout, each),
+            evaluated(cell, each) if any(each) else cell,
+            dropout,
+            each,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -29,6 +83,11 @@ class _Trained:
     inner: Cell
     scale: float | None
     zoned: tuple[bool, ...]
+
+    @property
+    def __wrapped__(self) -> Any:
+        """What the cell computes, for whoever looks for captured values."""
+        return self.inner.step
 
     def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         count = len(self.inner.gates)
@@ -55,6 +114,11 @@ class _Evaluated:
 
     inner: Cell
     zoneout: tuple[float, ...]
+
+    @property
+    def __wrapped__(self) -> Any:
+        """What the cell computes, for whoever looks for captured values."""
+        return self.inner.step
 
     def __call__(self, states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         after = self.inner.step(states, gates)
@@ -110,11 +174,11 @@ def drawn(like: Tensor, dropped: Tensor | None, zoneout: Sequence[float], N: int
     """
     sizes = *like.shape[:2], N, D
     masks = [] if dropped is None else [(~dropped).expand(sizes)]
-    masks += [chosen(sizes, p, like.device) for p in zoneout if p]
+    masks += [bernoulli(sizes, p, like.device) for p in zoneout if p]
     return torch.stack(masks, 2).to(like.dtype)
 
 
-def chosen(sizes: Sequence[int], probability: float, device: torch.device) -> Tensor:
+def bernoulli(sizes: Sequence[int], probability: float, device: torch.device) -> Tensor:
     """Of bool, each ``True`` with a probability."""
     # Of float32: PyTorch's default may be bfloat16, of which there are 256 numbers from 0 to 1.
     return torch.rand(sizes, dtype=torch.float32, device=device) < probability

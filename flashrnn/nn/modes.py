@@ -1,4 +1,4 @@
-"""The cells of torch.nn's layers, and the conversion of their weights to ``R`` and ``b``."""
+"""The recurrences that torch.nn has: our cells for them, and PyTorch's kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn import backends
 from flashrnn.cells.library import elman, gru, lstm
 from flashrnn.cells.spec import Cell, cell
 
@@ -46,39 +45,3 @@ MODES = {
 def mode_of(cell: Cell) -> str:
     """torch.nn's name of a cell; the cell's own where torch.nn has none."""
     return next((name for name, mode in MODES.items() if mode.cell is cell), cell.name)
-
-
-def torchs_compute(mode: str, heads: int, backend: str, device: torch.device) -> bool:
-    """Whether PyTorch's own kernels compute a call."""
-    return (
-        backend == "auto"
-        and mode in MODES
-        and heads == 1
-        and not backends.fused_on(device)
-        # They fail within torch.func.vmap.
-        and not backends.transformed()
-    )
-
-
-def recurrent_matrix(mode: str, weight_hh: Tensor, N: int, D: int) -> Tensor:
-    """``R`` ``[Gr, N, D, D]`` out of ``weight_hh`` ``[Gr * N * D, D]``."""
-    R = weight_hh.unflatten(0, (-1, N, D))
-    # torch.nn has (r, z, g) there, the cell gru (g, r, z).
-    return R.roll(1, 0) if mode == "GRU" else R
-
-
-def bias(mode: str, biases: list[Tensor], N: int, D: int) -> Tensor:
-    """``b`` ``[Gb, N, D]`` out of torch.nn's two biases, or out of any other cell's one."""
-    if mode not in MODES:
-        (b,) = biases
-    elif mode == "GRU":
-        b_ih, b_hh = biases
-        rz = 2 * N * D
-        # (g, r, z, n): R feeds g, and Wx feeds n.
-        b = torch.cat([b_hh[rz:], b_ih[:rz] + b_hh[:rz], b_ih[rz:]])
-    else:
-        b_ih, b_hh = biases
-        # Added before any view: else both gradients would share memory, and what changes gradients
-        # in place, as clipping does, would change each of them twice.
-        b = b_ih + b_hh
-    return b.unflatten(0, (-1, N, D))

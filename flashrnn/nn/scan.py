@@ -4,47 +4,77 @@ So layers are computed where :mod:`flashrnn.nn.at_once` is not chosen: by ``vani
 slower with the options of sequences, and by a fused backend where it lacks them. No call here has
 any. Two layouts come in: ``[T, B, I]``, sequences of one length; and rows ``[rows, I]`` of
 sequences of several lengths, in the order of :class:`torch.nn.utils.rnn.PackedSequence`, with a
-:class:`Packing` that says which row is which.
+:class:`flashrnn.nn.packing.Packing` that says which row is which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from flashrnn.cells.spec import Cell
-from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
 from flashrnn.layer import recurrent_layer
-from flashrnn.problem import rnn_tf32_allowed
+from flashrnn.nn.packing import Packing
+from flashrnn.nn.precision import config_on
+from flashrnn.nn.weights import Weights
 
 
-class Packing(NamedTuple):
-    """Which row is which in a packed batch, its sequences sorted by falling length.
+def direction(
+    x: Tensor,
+    weights: Weights,
+    states: list[Tensor] | None,
+    cell: Cell,
+    backend: str,
+    *,
+    reverse: bool,
+    packing: Packing | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """One direction of a layer, whose h may be projected.
 
-    Attributes:
-        batch_sizes: the number of sequences that have a step t, for every t. Their rows at step t
-            follow each other, and come after those of step t − 1.
-        reversal: ``[rows]``; the row that takes each row's place when every sequence is reversed.
+    Args:
+        x: as :func:`scan` takes it, like all that is not told here.
+        weights: those of the direction.
+        states: for each state ``[B, N * D]`` (h, if projected, ``[B, P]``); ``None``: zeros.
+        cell: ...
+        backend: ...
+        reverse: ...
+        packing: ...
+
+    Returns:
+        h of every step, and each last state, with ``N * D`` or P features.
     """
+    (W, R, b, weight_hh, weight_hr), (_, N, D) = weights, weights.b.shape
+    if states is not None and weight_hr is not None:
+        # As in `at_once.layer`.
+        x = _with_first(x, states[0], reverse, packing)
+        W = torch.cat([W, weight_hh], 1)
+        states = [torch.zeros_like(states[1]), states[1]]
+    start = None if states is None else torch.stack(states).unflatten(-1, (1, N, D))
+    h, last_states = scan(x, W, R, b, start, cell, backend, reverse=reverse, packing=packing)
+    ended = list(last_states.flatten(2).unbind(0))
+    if weight_hr is not None:
+        h = linear(h, weight_hr)
+        ended[0] = linear(ended[0].to(weight_hr.dtype), weight_hr)
+    return h, ended
 
-    batch_sizes: tuple[int, ...]
-    reversal: Tensor
 
-    @classmethod
-    def of(cls, batch_sizes: Tensor, device: torch.device) -> Packing:
-        """The packing with these batch sizes (int64, on the CPU) and the rows' device."""
-        offsets = batch_sizes.cumsum(0) - batch_sizes
-        step = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes)
-        sequence = torch.arange(len(step)) - offsets[step]
-        lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
-        reversal = offsets[lengths[sequence] - 1 - step] + sequence
-        return cls(tuple(batch_sizes.tolist()), reversal.to(device))
+def _with_first(x: Tensor, h: Tensor, reverse: bool, packing: Packing | None) -> Tensor:
+    """``x``, and beside it h ``[B, ·]`` where each sequence starts, zeros elsewhere."""
+    B = len(h)
+    rows = x.flatten(0, -2)
+    if not reverse:
+        first = torch.arange(B, device=x.device)
+    elif packing is not None:
+        first = packing.reversal[:B]
+    else:
+        first = torch.arange(len(rows) - B, len(rows), device=x.device)
+    beside = h.new_zeros(len(rows), h.shape[1]).index_copy(0, first, h)
+    return torch.cat([rows, beside.to(x.dtype)], 1).unflatten(0, x.shape[:-1])
 
 
 def scan(
@@ -80,7 +110,7 @@ def scan(
         sequence's last step (with ``reverse``: its first), ``[S, B, 1, N, D]``.
     """
     _, N, D, _ = R.shape
-    W = W.unflatten(0, (-1, N, D))
+    W = W.view(-1, N, D, W.shape[1])
     if packing is None:
         h, last_states = _steps(x.flip(0) if reverse else x, W, R, b, states, cell, backend)
         return (h.flip(0) if reverse else h), last_states
@@ -98,20 +128,6 @@ def _steps(
         x.transpose(0, 1), W, R, b, states, cell, backend, config=config
     )
     return every_state[0].flatten(2).transpose(0, 1), last_states
-
-
-def config_on(device: torch.device) -> FlashRNNConfig | None:
-    """On a GPU float32 follows the setting that torch.nn's layers follow there."""
-    if device.type != "cuda":
-        return None
-    if torch.compiler.is_compiling():
-        from flashrnn.backends import constants
-
-        return _WITH_TF32 if constants.rnn_tf32_allowed() else _WITHOUT_TF32
-    return _WITH_TF32 if rnn_tf32_allowed() else _WITHOUT_TF32
-
-
-_WITH_TF32, _WITHOUT_TF32 = FlashRNNConfig(allow_tf32=True), FlashRNNConfig(allow_tf32=False)
 
 
 def _packed(

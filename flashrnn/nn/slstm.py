@@ -128,7 +128,8 @@ class sLSTM(torch.nn.Module):
         self.bias.zero_()
         D = self.bias.shape[2]
         exponent = 0.3 + 1.3 * self.block / max(self.blocks - 1, 1)
-        self.bias[1] = 5 - 12 * (torch.arange(D) / max(D - 1, 1)) ** exponent
+        unit = torch.arange(D, device=self.bias.device)
+        self.bias[1] = 5 - 12 * (unit / max(D - 1, 1)) ** exponent
 
     @classmethod
     def from_xlstm(cls, layer: Any, *, backend: str = "auto") -> sLSTM:

@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from flashrnn import backends
 from flashrnn.cells.spec import Cell
 from flashrnn.config import FlashRNNConfig
-from flashrnn.nn.modes import bias, recurrent_matrix
-from flashrnn.nn.scan import config_on
+from flashrnn.nn.precision import config_on
+from flashrnn.nn.weights import Weights
 from flashrnn.problem import autocast_enabled
 from flashrnn.stepper import Stepper
 
@@ -112,11 +112,9 @@ def step(
     layer: torch.nn.Module,
     row: int,
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Weights,
     states: Tensor | None,
-    mode: str,
     cell: Cell,
-    heads: int,
     backend: str,
 ) -> Tensor | None:
     """The states after a step, ``[S, B, N, D]``; ``None`` if ``vanilla`` is what computes it.
@@ -125,21 +123,13 @@ def step(
         layer: whose weights these are; :func:`can_be_kept` holds for them, x and states.
         row: which direction of which of its layers.
         x: ``[B, I]``.
-        weights: ``weight_ih``, ``weight_hh`` and the biases, if there are.
+        weights: those of the direction, which has no projection.
         states: ``[S, B, N, D]``, those before the step; ``None``: zeros.
-        mode: torch.nn's name of the cell.
         cell: the cell.
-        heads: N.
         backend: a backend's name, or ``"auto"``.
     """
-    W, weight_hh, *biases = weights
-    D = weight_hh.shape[1]
-    R = recurrent_matrix(mode, weight_hh, heads, D)
-    if biases:
-        b = bias(mode, biases, heads, D)
-    else:
-        b = R.new_zeros(()).expand(len(cell.fed_by("b")), heads, D)
+    W, R, b, weight_hh, _ = weights
     stepper = stepper_of(layer, row, weight_hh, R, b, cell, backend, config_on(x.device))
     if stepper is None:
         return None
-    return stepper(linear(x, W).unflatten(1, (-1, heads, D)), states)
+    return stepper(linear(x, W).unflatten(1, (-1, *b.shape[1:])), states)

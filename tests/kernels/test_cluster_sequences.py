@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn import FlashRNNConfig
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
@@ -20,17 +20,22 @@ from tests.kernels.regimes import (
     CLUSTER_BACKWARD,
     CLUSTER_MMA,
     CLUSTER_WGMMA,
-    has_plans,
     take,  # noqa: F401
 )
 from tests.machine_code import needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, Inputs, sparse
-from tests.sequences import KINDS, gradients_of, hold_ragged_to_vanilla, random_ragged
+from tests.sequences import (
+    ALL,
+    KINDS,
+    alternating,
+    hold_ragged_to_vanilla,
+    hold_to_each_alone,
+    random_ragged,
+)
 
 REGIMES = [*CLUSTER_MMA, *CLUSTER_WGMMA]
 # Two clusters for each head: the sizes of regimes.py with few sequences leave one.
 TWO = CLUSTER_MMA[3]
-ALL = KINDS[-2:]
 BF16 = torch.bfloat16
 
 
@@ -58,16 +63,13 @@ def test_equals_vanilla(take, regime, kinds):  # noqa: F811
 
 @needs_compiler
 @pytest.mark.slow
-@all_kinds
 @pytest.mark.parametrize(
-    ("regime", "kind"),
+    ("regime", "kind", "kinds"),
     [
-        (regime, kind)
-        for regime in REGIMES
-        for kind in ([*BUILT_IN, sparse] if regime in (TWO, CLUSTER_WGMMA[0]) else ["lstm"])
-        if has_plans(regime, kind, regime.B, 4, 2, regime.D, dtype=torch.float16)
+        *((regime, "lstm", kinds) for regime in REGIMES for kinds in ALL),
+        *alternating([TWO, CLUSTER_WGMMA[0]], ["elman", "gru", "slstm", sparse]),
     ],
-    ids=str,
+    ids=named,
 )
 def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
     case = random_ragged(kind, regime.B, 4, 2, regime.D, dtype=torch.float16, **kinds)
@@ -76,9 +78,9 @@ def test_every_shape_and_cell(take, regime, kind, kinds):  # noqa: F811
 
 @needs_compiler
 @pytest.mark.slow
-@all_kinds
-@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kinds"), alternating(BUILT_IN, [BF16, torch.float32]), ids=named
+)
 def test_backward_behind_the_grids_forward(take, kind, dtype, kinds):  # noqa: F811
     """Clusters compute float32 and any number of units backward alone.
 
@@ -125,20 +127,8 @@ def test_clusters_without_a_step(take, regime, ragged):  # noqa: F811
 @every_regime
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 def test_same_bits_as_each_sequence_alone(take, regime, ragged):  # noqa: F811
-    """Where a sequence lies, and beside which others, changes no bit of what is its own."""
     case = random_ragged("lstm", regime.B, 6, 1, 136, seed=2, ragged=ragged, dtype=BF16)
-    backend, first = take(regime).backend, 0
-    found = gradients_of(case, case.call(backend))
-    for i, length in enumerate(case.lengths):
-        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
-        first += length
-        if length == 0 or i % 3:
-            continue
-        inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[rows[0], rows[1]][None]}
-        inputs["states"] = inputs["states"][:, i : i + 1]
-        states, last_states = flashrnn(**inputs, backend=backend)
-        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
-        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
+    hold_to_each_alone(take(regime).backend, case, range(0, regime.B, 3))
 
 
 @needs_compiler

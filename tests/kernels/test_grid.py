@@ -1,11 +1,12 @@
 """Heads that groups of CTAs own over the whole GPU; the rest is in ``test_regimes.py``."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, flashrnn
+from flashrnn import FlashRNNConfig
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
@@ -19,12 +20,15 @@ from tests.kernels.regimes import GRID, GRID_WGMMA, take  # noqa: F401
 from tests.machine_code import instructions, needs_nvrtc, spills_in_the_loop_of_products
 from tests.problems import BUILT_IN, Inputs, call, gradients, random_inputs, sparse
 from tests.sequences import (
+    ALL,
     KINDS,
+    alternating,
     gradients_of,
     hold_empty_sequences_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
+    hold_to_each_alone,
     random_ragged,
 )
 
@@ -265,7 +269,6 @@ def test_others_keep_their_bits_by_the_plans_of_an_h200(fused_emulation, dtype):
 
 # ---- options of sequences
 
-ALL = KINDS[-2:]
 FIELDS = [
     {"resets": True},
     {"ragged": True},
@@ -288,9 +291,7 @@ def test_options_of_sequences_equal_vanilla(take, kinds):  # noqa: F811
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
-@pytest.mark.parametrize("dtype", GRID.dtypes, ids=str)
-@pytest.mark.parametrize("kind", GRID.cells, ids=str)
+@pytest.mark.parametrize(("kind", "dtype", "kinds"), alternating(GRID.cells, GRID.dtypes), ids=str)
 def test_options_of_sequences_with_every_cell_and_dtype(take, kind, dtype, kinds):  # noqa: F811
     case = random_ragged(kind, 9, 4, 2, 130, seed=3, dtype=dtype, **kinds)
     hold_ragged_to_vanilla(take(GRID).backend, case)
@@ -397,28 +398,12 @@ def test_wide_batch_tiles_have_options(prefer, kinds):
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 @pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
 def test_a_sequence_has_the_bits_that_it_has_alone(take, regime, ragged):  # noqa: F811
-    """Where its rows lie, and beside which others, changes no bit of what is its own."""
     B = 4 if regime is GRID else regime.B
     case = random_ragged("lstm", B, 5, 2, regime.D, 2, ragged=ragged, dtype=torch.bfloat16)
-    case = case.to(torch.bfloat16)
-    take(regime)
-    found, first = gradients_of(case, case.call("cuda_fused")), 0
     plan = regime.plans(planned("lstm", B, 2, regime.D, torch.bfloat16), regime.gpu, False)
-    for i, length in enumerate(case.lengths):
-        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
-        first += length
-        if length == 0 or i > 6:
-            continue
-        # In a batch as large as the other, which has the same plan.
-        Wx, states = case.inputs.Wx[rows[0], rows[1]], case.inputs.states[:, i : i + 1]
-        inputs = case.inputs.tensors() | {
-            "Wx": Wx.expand(B, *Wx.shape),
-            "states": states.expand(-1, B, -1, -1, -1),
-        }
-        states, last_states = flashrnn(**inputs, backend="cuda_fused")
-        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
-        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
     assert isinstance(plan, GridPlan) == (regime is GRID)
+    # In a batch as large as the other, which has the same plan.
+    hold_to_each_alone(take(regime).backend, case, range(7), copies=B)
 
 
 @needs_compiler
@@ -478,35 +463,45 @@ def test_every_cell_by_wgmma_has_options(take, kind):  # noqa: F811
     hold_ragged_to_vanilla(take(GRID_WGMMA).backend, case)
 
 
+COMPILED = [
+    ("lstm", (16, 1, 768), "bfloat16"),
+    ("lstm", (1, 1, 2048), "bfloat16"),
+    ("lstm", (64, 1, 1000), "bfloat16"),
+    ("slstm", (64, 2, 320), "bfloat16"),
+    ("gru", (64, 1, 1024), "float16"),
+    ("lstm", (16, 1, 768), "float32"),
+]
+
+
+def every_two(*values):
+    """Of each parameter's values, of which one is the first: every two with some other.
+
+    Combinations of which at most two are not their parameter's first; a quick run has that of all
+    firsts.
+    """
+    found = []
+    for chosen in itertools.product(*values):
+        others = sum(x is not of[0] for x, of in zip(chosen, values, strict=True))
+        if others <= 2:
+            found.append(pytest.param(*chosen, marks=pytest.mark.slow if others else []))
+    return found
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("arch", slow_but("sm_90a", GPUS))
 @pytest.mark.parametrize(
-    ("kind", "sizes", "precision"),
-    [
-        ("lstm", (16, 1, 768), "bfloat16"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("lstm", (1, 1, 2048), "bfloat16"),
-                ("lstm", (64, 1, 1000), "bfloat16"),
-                ("slstm", (64, 2, 320), "bfloat16"),
-                ("gru", (64, 1, 1024), "float16"),
-                ("lstm", (16, 1, 768), "float32"),
-            ]
-        ),
-    ],
+    ("problem", "arch", "fields"),
+    every_two(COMPILED, sorted(GPUS, key=lambda arch: arch != "sm_90a"), FIELDS[::-1]),
     ids=str,
 )
-def test_options_compile_without_spills(kind, sizes, precision, arch):
+def test_options_compile_without_spills(problem, arch, fields):
+    kind, sizes, precision = problem
     cell, dtype = resolve(kind), getattr(torch, precision)
-    quick = arch == "sm_90a" and sizes == (16, 1, 768)
-    for fields in FIELDS[-1:] if quick else FIELDS:
-        problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
-        for backward in (False, True):
-            plan = grid.plan_scan(problem, GPUS[arch], backward)
-            options = source.options_of(problem, backward, stored=1)
-            parts = plan.source(cell, precision, options, aligned=True)
-            assert not spills_in_the_loop_of_products(parts, arch), (fields, backward)
+    problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
+    for backward in (False, True):
+        plan = grid.plan_scan(problem, GPUS[arch], backward)
+        options = source.options_of(problem, backward, stored=1)
+        parts = plan.source(cell, precision, options, aligned=True)
+        assert not spills_in_the_loop_of_products(parts, arch), backward
 
 
 @needs_nvrtc

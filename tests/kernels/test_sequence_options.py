@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, flashrnn
-from flashrnn.backends import cuda_fused
+from flashrnn import FlashRNNConfig
+from flashrnn.backends import cuda_fused, tables
 from flashrnn.cells import resolve
-from flashrnn.kernels import source
+from flashrnn.kernels import sequence_tables, source
 from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.kernels.single_cta import plan_gradient, plan_scan
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
@@ -18,13 +18,16 @@ from tests.kernels.regimes import GRID, take  # noqa: F401
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
 from tests.problems import BUILT_IN, sparse
 from tests.sequences import (
+    ALL,
     KINDS,
+    alternating,
     gradients_of,
     hold_empty_sequences_out,
     hold_last_states_out,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
+    hold_to_each_alone,
     random_ragged,
 )
 
@@ -37,7 +40,6 @@ def on_the_cpu(fused_emulation, emulation, poisoned):  # noqa: F811
 every_backend = pytest.mark.parametrize("backend", ["cuda_fused", "cuda"])
 
 
-ALL = KINDS[-2:]
 every_kind = pytest.mark.parametrize(
     "kinds",
     [pytest.param(x, marks=[] if x in ALL else pytest.mark.slow) for x in KINDS],
@@ -55,9 +57,11 @@ def test_equals_vanilla(on_the_cpu, backend, kinds):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kinds"),
+    alternating([*BUILT_IN, sparse], [torch.float16, torch.float32]),
+    ids=str,
+)
 @every_backend
 def test_every_cell_and_dtype(on_the_cpu, backend, kind, dtype, kinds):
     hold_ragged_to_vanilla(backend, random_ragged(kind, 5, 4, 2, 20, dtype=dtype, **kinds))
@@ -124,19 +128,8 @@ def test_resets_go_back_to_the_initial_value(on_the_cpu, backend):
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 @every_backend
 def test_same_bits_as_each_sequence_alone(on_the_cpu, backend, ragged):
-    """Where a sequence lies, and beside which others, changes no bit of what is its own."""
     case = random_ragged("lstm", 4, 6, 2, 16, seed=2, ragged=ragged, dtype=torch.bfloat16)
-    found, first = gradients_of(case, case.call(backend)), 0
-    for i, length in enumerate(case.lengths):
-        rows = (0, slice(first, first + length)) if ragged == "packed" else (i, slice(0, length))
-        first += length
-        if length == 0:
-            continue
-        inputs = case.inputs.tensors() | {"Wx": case.inputs.Wx[rows[0], rows[1]][None]}
-        inputs["states"] = inputs["states"][:, i : i + 1]
-        states, last_states = flashrnn(**inputs, backend=backend)
-        assert torch.equal(states[:, 0], found["states"][:, rows[0], rows[1]])
-        assert torch.equal(last_states[:, 0], found["last_states"][:, i])
+    hold_to_each_alone(backend, case)
 
 
 @needs_compiler
@@ -182,6 +175,16 @@ def test_the_end_of_a_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
 
 @needs_compiler
 @every_backend
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+def test_so_many_sequences_that_pytorch_makes_their_tables(on_the_cpu, backend, kinds, monkeypatch):
+    monkeypatch.setattr(sequence_tables, "MOST_SEQUENCES", 4)
+    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    case = random_ragged("lstm", 5, 4, 2, 16, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(backend, case)
+
+
+@needs_compiler
+@every_backend
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch):
     monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
@@ -199,7 +202,7 @@ def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch)
 )
 def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D):
     """R's gradient of chunks of 32 rows: some are of two sequences, some of no step."""
-    monkeypatch.setattr(cuda_fused, "before_steps", None)
+    monkeypatch.setattr(tables, "Before", None)
     lengths, kinds = [90, 20, 0, 49], {"resets": "zeros", "ragged": "lengths"}
     case = random_ragged("lstm", 4, 90, 1, D, dtype=torch.bfloat16, **kinds)
     options = case.options | {"lengths": torch.tensor(lengths)}

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import flashrnn.nn as ours
+from flashrnn import cell
 
 KINDS = ("LSTM", "GRU", "RNN")
 BACKENDS = ("auto", "vanilla")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_paths = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@cell(states=("h", "c"), gates={"z": ("Wx", "b"), "f": ("Wx", "R", "b"), "p": ("b",)})
+def own(states, gates):
+    """Gates that not all sources feed, one of them by a bias alone."""
+    _, c = states
+    z, f, p = gates
+    c = torch.sigmoid(f + p * c) * c + torch.tanh(z)
+    return torch.tanh(c), c
 
 
 def pair(kind: str, *args: Any, backend: str = "auto", **options: Any) -> tuple[Any, Any]:
@@ -32,6 +46,13 @@ def states(layer: Any, *batch: int) -> Any:
     if layer.mode != "LSTM":
         return h
     return h, torch.randn(rows, *batch, layer.hidden_size, dtype=dtype)
+
+
+def hidden(layer: Any, B: int) -> Any:
+    """The same of any cell without a projection, positive, in float64."""
+    rows = layer.num_layers * (1 + layer.bidirectional)
+    made = [torch.rand(rows, B, layer.hidden_size).double() for _ in layer.cell.states]
+    return tuple(made) if len(made) > 1 else made[0]
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -75,6 +96,17 @@ def run(layer: Any, x: Tensor, hx: Any = None, lengths: Any = None) -> tuple[Any
     return results, [tensor.grad for tensor in [x, *tensors(hx), *weights]]
 
 
+def results_and_gradients(layer: Any, x: Tensor, hx: Any, compute: Any) -> list[Tensor]:
+    """Those of ``compute(x, hx)``, of a sum in which each number has another weight."""
+    layer.zero_grad()
+    x, hx = leaf(x), leaf(hx)
+    results = tensors(compute(x, hx))
+    sum((y * torch.arange(1, y.numel() + 1).view_as(y)).sum() for y in results).backward()
+    leaves = (x, *tensors(hx), *layer.parameters())
+    # What nothing reads has no gradient.
+    return results + [torch.zeros_like(y) if y.grad is None else y.grad for y in leaves]
+
+
 def assert_like_torch(mine: Any, theirs: Any, *args: Any, tolerance: float = 1e-10) -> None:
     """Results and gradients of both."""
     (given, gradients), (expected, their_gradients) = run(mine, *args), run(theirs, *args)
@@ -97,3 +129,21 @@ def options(draw: Any, kind: str) -> dict[str, Any]:
     if kind == "LSTM":
         found["proj_size"] = draw(st.integers(0, 2))
     return found
+
+
+def corners(kind: str) -> list[dict[str, object]]:
+    """Constructors' options, each with each, of two layers."""
+    axes: dict[str, tuple[object, ...]] = {
+        "bias": (True, False),
+        "batch_first": (False, True),
+        "bidirectional": (False, True),
+    }
+    if kind == "LSTM":
+        axes["proj_size"] = (0, 3)
+    if kind == "RNN":
+        axes["nonlinearity"] = ("tanh", "relu")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)

@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 
 import flashrnn.nn as ours
 from flashrnn.nn import at_once
-from tests.nn.against import KINDS, assert_like_torch, assert_same, leaf, options, pair, states
-from tests.nn.against import tensors as tensors_of
-from tests.nn.test_segments import hidden
+from tests.nn.against import (
+    assert_like_torch,
+    assert_same,
+    every_kind,
+    hidden,
+    options,
+    pair,
+    results_and_gradients,
+    states,
+)
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
 few = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -53,15 +59,6 @@ def test_batches_and_packed_sequences(kind, calls, data):
     assert len(calls) == chosen["num_layers"]
 
 
-def results_and_gradients(layer, x, hx, **given_):
-    layer.zero_grad()
-    xi, hi = leaf(x), leaf(hx)
-    results = tensors_of(layer(xi, hi, **given_))
-    sum((y * torch.arange(1, y.numel() + 1).view_as(y)).sum() for y in results).backward()
-    leaves = (xi, *tensors_of(hi), *layer.parameters())
-    return results + [torch.zeros_like(y) if y.grad is None else y.grad for y in leaves]
-
-
 @st.composite
 def layers(draw):
     """One of any cell, with as many heads and directions, or an LSTM with a projection."""
@@ -94,12 +91,16 @@ def test_resets_and_rows_as_in_turns(calls, data):
         lengths = data.draw(st.lists(st.integers(0, 4), min_size=B, max_size=B).filter(any))
         x = torch.randn(sum(lengths), 3, dtype=torch.float64)
         given_ = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}
+
+    def compute(x, hx):
+        return layer(x, hx, **given_)
+
     calls.clear()
-    found = results_and_gradients(layer, x, hx, **given_)
+    found = results_and_gradients(layer, x, hx, compute)
     assert len(calls) == layer.num_layers
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(at_once, "can_be", lambda *_: False)
-        assert_same(found, results_and_gradients(layer, x, hx, **given_))
+        assert_same(found, results_and_gradients(layer, x, hx, compute))
 
 
 @every_kind

@@ -6,11 +6,12 @@ import os
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 import flashrnn.nn as ours
 from flashrnn import FlashRNNConfig, backends
 from flashrnn.backends import triton
-from flashrnn.nn import at_once, stepping
+from flashrnn.nn import at_once, stack, stepping
 from tests.nn.against import assert_like_torch, assert_same, pair, states, tensors
 
 pytestmark = pytest.mark.skipif(
@@ -78,7 +79,7 @@ def test_a_layer_is_one_call_in_a_graph(monkeypatch):
     with torch.no_grad():
         expected = layer(x), layer(x, reset=reset)
         # In turns there is none.
-        monkeypatch.delattr(ours.Recurrent, "_run_ours")
+        monkeypatch.delattr(stack, "_in_turn")
         assert_same((compiled(x), compiled(x, reset=reset)), expected, 1e-6)
 
 
@@ -242,3 +243,19 @@ class TestStepsWithoutGradients:
                 with torch.no_grad():
                     state, expected = mine(x), theirs(x)
                     assert_same((state, mine(x, state)), (expected, theirs(x, expected)), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["triton", "vanilla"])
+def test_a_program_of_jit_trace(backend):
+    """Of two directions; of a packed batch the lengths would be those of the first for ever."""
+    layer = ours.GRU(3, 8, bidirectional=True, backend=backend)
+    program = torch.jit.trace(layer, (torch.randn(4, 2, 3),), check_trace=False)
+    x = torch.randn(4, 5, 3)
+    assert_same(program(x), layer(x), 1e-6)
+
+    def packed(x):
+        return layer(pack_sequence([x[:, 0], x[:2, 1]]))[0].data
+
+    with pytest.raises(NotImplementedError, match=r"take this PackedSequence's lengths for those"):
+        torch.jit.trace(packed, (x,), check_trace=False)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
-from flashrnn.nn import masks, stepping
-from tests.nn.against import KINDS, leaf, states, tensors
+from flashrnn.nn import at_once, stepping
+from tests.nn.against import every_kind, leaf, states, tensors
 from tests.problems import relative_error
 
 pytestmark = [
@@ -22,7 +22,6 @@ pytestmark = [
 
 DEVICE = "cuda"
 features, units, T, B = 24, 64, 12, 4
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # A dtype, whether PyTorch may use TF32, and what errors of results and gradients may be, relative
 # to float64. In 16 bits: twice that of `vanilla` on a CPU, the rounding of what is stored. In
@@ -184,7 +183,7 @@ def test_masks(kind, setting, monkeypatch):
     reference = in_float64(layer, **options)
     x = torch.randn(T, B, features).to(dtype)
     weight = torch.randn(T, B, 2 * units).to(dtype)
-    kept, draw = [], masks.drawn
+    kept, draw = [], at_once.drawn
 
     def drawn(like, *args):
         if like.is_cuda:
@@ -192,7 +191,7 @@ def test_masks(kind, setting, monkeypatch):
             return kept[-1]
         return kept.pop(0).to(like)
 
-    monkeypatch.setattr(masks, "drawn", drawn)
+    monkeypatch.setattr(at_once, "drawn", drawn)
     found = []
     for network, given in ((layer, moved(x, dtype, DEVICE)), (reference, x.double())):
         y, last = network(given.requires_grad_())

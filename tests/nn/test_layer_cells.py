@@ -8,10 +8,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 import flashrnn.nn as ours
-from tests.nn.against import BACKENDS, KINDS, assert_same, leaf, pair, states, tensors
-
-every_kind = pytest.mark.parametrize("kind", KINDS)
-both_paths = pytest.mark.parametrize("backend", BACKENDS)
+from tests.nn.against import (
+    BACKENDS,
+    assert_same,
+    both_paths,
+    every_kind,
+    leaf,
+    pair,
+    states,
+    tensors,
+)
 
 
 def cells(kind, *args, backend="auto", dtype=torch.float64, **options):

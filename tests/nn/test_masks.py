@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import flashrnn.nn as ours
-from flashrnn.nn import at_once, masks
+from flashrnn.nn import at_once
 from tests.nn.against import assert_same, states, tensors
 
 F64 = {"dtype": torch.float64}
@@ -18,13 +18,13 @@ F64 = {"dtype": torch.float64}
 def drawn(monkeypatch):
     """The masks of each layer, ``[B, T, masks, heads, D]``."""
     found = []
-    draw = masks.drawn
+    draw = at_once.drawn
 
     def kept(*args):
         found.append(draw(*args))
         return found[-1]
 
-    monkeypatch.setattr(masks, "drawn", kept)
+    monkeypatch.setattr(at_once, "drawn", kept)
     return found
 
 

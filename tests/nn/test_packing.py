@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashrnn.nn as ours
-from tests.nn.against import BACKENDS, assert_same, leaf, tensors
+from tests.nn.against import assert_same, both_paths, hidden, results_and_gradients, tensors
 
 CELLS = ("lstm", "gru", "slstm")
 few = settings(max_examples=20, deadline=None)
@@ -26,12 +26,6 @@ def layer_for(data, backend):
     )
 
 
-def hidden(layer, B):
-    rows = layer.num_layers * (1 + layer.bidirectional)
-    made = [torch.rand(rows, B, 4).double() for _ in layer.cell.states]
-    return tuple(made) if len(made) > 1 else made[0]
-
-
 def part(hx, b):
     """The states of one sequence, without a batch."""
     return tuple(s[:, b] for s in hx) if isinstance(hx, tuple) else hx[:, b]
@@ -39,20 +33,10 @@ def part(hx, b):
 
 def assert_same_with_gradients(layer, x, hx, whole, parts):
     """Results, gradients of the weights, of the input and of the states."""
-    found = []
-    for compute in (whole, parts):
-        layer.zero_grad()
-        xi, hi = leaf(x), leaf(hx)
-        results = tensors(compute(xi, hi))
-        sum((y * torch.arange(1, y.numel() + 1).view_as(y)).sum() for y in results).backward()
-        leaves = (xi, *tensors(hi), *layer.parameters())
-        # What no part reads has no gradient.
-        results += [torch.zeros_like(y) if y.grad is None else y.grad for y in leaves]
-        found.append(results)
-    assert_same(*found)
+    assert_same(*(results_and_gradients(layer, x, hx, compute) for compute in (whole, parts)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_paths
 @few
 @given(st.data())
 def test_resets(backend, data):
@@ -85,7 +69,7 @@ def test_resets(backend, data):
     assert_same_with_gradients(layer, torch.randn(T, B, 3).double(), hx, whole, parts)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_paths
 @few
 @given(st.data())
 def test_sequences_one_after_the_other(backend, data):

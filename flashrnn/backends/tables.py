@@ -1,0 +1,210 @@
+"""What CUDA kernels read of a call's options of sequences, made by one launch.
+
+PyTorch's operations make the same (:func:`flashrnn.sequences.arrange`, ``gradients.before_steps``,
+``gradients.gathered``), by up to forty launches. Nothing waits for the GPU, and nothing is copied
+to it, so that a CUDA graph records either.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends.gradients import Before, before_steps
+from flashrnn.jit import launch
+from flashrnn.jit.kernel import Kernel
+from flashrnn.jit.kernel import load as _kernel
+from flashrnn.kernels import call, sequence_tables
+from flashrnn.problem import Problem
+from flashrnn.sequences import Sequences, bounds, operands, runs_backwards
+
+
+class Tables(NamedTuple):
+    """The tables of a call.
+
+    Attributes:
+        of_scan: by the names of operands of a scan's record.
+        lengths: ``[B]`` of int32, in the order of the batch; ``None`` if all have T steps.
+        before: where h before each step is, if it was asked for.
+    """
+
+    of_scan: dict[str, Tensor]
+    lengths: Tensor | None = None
+    before: Before | None = None
+
+
+class Idle(NamedTuple):
+    """What is to be 0 in rows of a packed batch that are no step of any sequence; others may be.
+
+    Attributes:
+        tensor: contiguous; with as many rows as the batch, or several times as many.
+        width: the elements of a row.
+    """
+
+    tensor: Tensor
+    width: int
+
+
+def made(
+    problem: Problem,
+    sequences: Sequences,
+    initial: Tensor | None = None,
+    idle: Idle | None = None,
+) -> Tables:
+    """Launch what makes them.
+
+    Args:
+        problem: what is computed; B and T are not 0.
+        sequences: the options.
+        initial: ``[S, B, 1, N, D]``, the initial states; where given, ``before`` is made.
+        idle: what becomes 0, too.
+    """
+    if not problem.is_sequenced:
+        return Tables({})
+    if problem.ragged and problem.B > sequence_tables.MOST_SEQUENCES:
+        return _by_pytorch(problem, sequences, initial, idle)
+    B, N, D, rows = problem.B, problem.N, problem.D, math.prod(problem.rows)
+    reset, starts = sequences.reset, sequences.reset_states
+    given: dict[str, Tensor | None] = {
+        "given": sequences.lengths if sequences.cu_seqlens is None else sequences.cu_seqlens,
+        "reset": reset,
+        "idle": None if idle is None else idle.tensor,
+    }
+    of_scan: dict[str, Tensor] = {}
+    lengths = before = None
+    if problem.ragged:
+        found = _integers(problem, 4, B).unbind()
+        given |= zip(("order", "first_rows", "sorted_lengths", "lengths"), found, strict=True)
+        *in_order, lengths = found
+        names = "sequence_order", "sequence_rows", "sequence_lengths"
+        of_scan |= zip(names, in_order, strict=True)
+    if problem.reverse is not False:
+        of_scan["runs_backwards"] = runs_backwards(problem)
+    if reset is not None:
+        given["flags"] = of_scan["reset_flags"] = _integers(problem, rows)
+    if starts is not None:
+        of_scan["reset_states"] = starts.expand(-1, B, problem.T, -1, -1)
+    if initial is not None:
+        of_resets = 0 if reset is None else 1 if starts is None else math.prod(starts.shape[1:3])
+        before = Before(
+            _integers(problem, 1 if problem.reverse is False else 2, rows),
+            torch.empty((B + of_resets, N, D), dtype=problem.dtype, device=problem.device),
+        )
+        given |= {"initial": initial, "reset_states": starts}
+        given |= {"before_rows": before.rows, "h_starts": before.starts}
+    tensors = {name: x for name, x in given.items() if x is not None}
+    if tensors:
+        addresses, layout = call.SEQUENCE_TABLES.read(tensors)
+        kernel, shape, packing = _prepared(
+            problem._replace(longest=None),
+            layout,
+            is_wide=given["given"] is not None and given["given"].dtype == torch.int64,
+            starts=0 if before is None else len(before.starts),
+            starts_a_sequence=1 if starts is None else starts.shape[2],
+            idle_width=1 if idle is None else idle.width,
+            idle_spans=0 if idle is None else idle.tensor.numel() // (rows * idle.width),
+        )
+        kernel.launch(shape, packing(addresses))
+    return Tables(of_scan, lengths, before)
+
+
+def _integers(problem: Problem, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.int32, device=problem.device)
+
+
+def _by_pytorch(
+    problem: Problem, sequences: Sequences, initial: Tensor | None, idle: Idle | None
+) -> Tables:
+    """The same of so many sequences that to compare each with all takes longer."""
+    if idle is not None:
+        idle.tensor.zero_()
+    before = None
+    if initial is not None:
+        before = before_steps(problem, sequences, initial[0], problem.dtype)
+    _, lengths = bounds(sequences, problem.T, torch.int32)
+    return Tables(operands(problem, sequences), lengths, before)
+
+
+@lru_cache(maxsize=256)
+def _prepared(
+    problem: Problem, layout: call.Layout, is_wide: bool, **numbers: int
+) -> tuple[Kernel, launch.Shape, call.Packing]:
+    """The launch of the tables, which lacks addresses."""
+    rows = math.prod(problem.rows)
+    of_rows = {"flags", "before_rows", "idle"} & {*layout.names}
+    tiles = sequence_tables.plan_tables(
+        problem.B if problem.ragged else 0, rows if of_rows else 0, numbers["starts"]
+    )
+    kernel = _loaded(sequence_tables.TABLES, problem.dtype, problem.device)
+    packing = call.SEQUENCE_TABLES.packing(
+        layout,
+        rows=rows,
+        T=problem.T,
+        B=problem.B,
+        N=problem.N,
+        D=problem.D,
+        is_wide=is_wide,
+        is_packed=problem.packed,
+        directions=1 if problem.reverse is False else 2,
+        order_ctas=tiles.order,
+        row_ctas=tiles.rows,
+        **numbers,
+    )
+    return kernel, kernel.shape._replace(grid=sum(tiles)), packing
+
+
+def h_before(problem: Problem, before: Before, h: Tensor) -> Tensor:
+    """``[rows, N, D]``, h before each step, in one launch.
+
+    Args:
+        problem: what was computed; B and T are not 0.
+        before: where h before each step is.
+        h: ``[B, T, N, D]``, contiguous.
+    """
+    found = h.new_empty(math.prod(problem.rows), problem.N, problem.D)
+    tensors = {"h": h, "before_rows": before.rows, "h_starts": before.starts, "before": found}
+    if problem.reverse is not False:
+        tensors["runs_backwards"] = runs_backwards(problem)
+    addresses, layout = call.H_BEFORE.read(tensors)
+    kernel, shape, packing = _prepared_h_before(problem._replace(longest=None), layout)
+    kernel.launch(shape, packing(addresses))
+    return found
+
+
+@lru_cache(maxsize=256)
+def _prepared_h_before(
+    problem: Problem, layout: call.Layout
+) -> tuple[Kernel, launch.Shape, call.Packing]:
+    rows, N, D = math.prod(problem.rows), problem.N, problem.D
+    kernel = _loaded(sequence_tables.H_BEFORE, problem.dtype, problem.device)
+    pieces = D * problem.dtype.itemsize % 16 == 0 and not any(layout.offsets)
+    packing = call.H_BEFORE.packing(layout, rows=rows, N=N, D=D, in_pieces=pieces)
+    shape = kernel.shape._replace(grid=sequence_tables.h_before_grid(rows, N))
+    return kernel, shape, packing
+
+
+@lru_cache(maxsize=64)
+def _loaded(entry: str, dtype: torch.dtype, device: torch.device) -> Kernel:
+    shape = launch.Shape(grid=0, threads=sequence_tables.THREADS)
+    return _kernel(entry, sequence_tables.program(entry, dtype), shape, device)
+
+
+KERNELS = (_prepared, _prepared_h_before, _loaded)
+"""The caches that hold kernels."""
+
+
+def programs(problem: Problem, with_before: bool) -> list[dict[str, str]]:
+    """That of the tables, if there are any; ``with_before``: h before each step is looked up."""
+    makes = problem.resets or problem.ragged or (with_before and problem.is_sequenced)
+    return [sequence_tables.program(sequence_tables.TABLES, problem.dtype)] if makes else []
+
+
+def programs_of_h(problem: Problem) -> list[dict[str, str]]:
+    """That of :func:`h_before`, if a problem's gradients need it."""
+    if not problem.is_sequenced:
+        return []
+    return [sequence_tables.program(sequence_tables.H_BEFORE, problem.dtype)]

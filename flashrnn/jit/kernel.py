@@ -1,0 +1,55 @@
+"""A program of one kernel, launched on PyTorch's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flashrnn.jit import context, launch, nvrtc
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A program of one kernel, and the shape of its launches but for their grid."""
+
+    program: launch.Program
+    shape: launch.Shape
+
+    def kept(self, shape: launch.Shape, fields: Sequence[int]) -> launch.Kept:
+        """A launch that stays, on PyTorch's current stream of the program's device."""
+        device, (kernel,) = self.program.device, self.program.kernels
+        with context.on_device(device):
+            return launch.Kept(launch.Launch(kernel, shape, fields), self._stream(), device)
+
+    def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
+        """Enqueue a launch on PyTorch's current stream of the program's device."""
+        device, (kernel,) = self.program.device, self.program.kernels
+        with context.on_device(device):
+            stream = self._stream()
+            launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
+
+    def _stream(self) -> int:
+        """The current stream; if it is captured, the program stays for the graph."""
+        if torch.cuda.is_current_stream_capturing():
+            self.program.keep_for_graphs()
+        return context.current_stream(self.program.device)
+
+
+def load(entry: str, parts: Mapping[str, str], shape: launch.Shape, device: torch.device) -> Kernel:
+    """Compile a program and load it.
+
+    Args:
+        entry: the kernel's name.
+        parts: the program's text (:mod:`flashrnn.jit.nvrtc`).
+        shape: its launches'.
+        device: the device.
+    """
+    cubin = nvrtc.compile_program(parts, launch.architecture(device))
+    return Kernel(launch.Program(cubin, (entry,), index_of(device), shape.shared_memory), shape)
+
+
+def index_of(device: torch.device) -> int:
+    """A GPU's index; that of the current one where a device has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
