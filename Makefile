@@ -90,6 +90,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@! git grep -nE '^(<{7}|>{7}) ' || { echo 'these files hold marks of a merge'; exit 1; }
 
 clean:
 	rm -rf .venv .venv-clients .venv-models .venv-newest .venv-oldest

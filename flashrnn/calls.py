@@ -116,9 +116,8 @@ def accepted(
         tensors["states"] = states
     if options is not None and options.reset_states is not None:
         tensors["reset_states"] = options.reset_states
-    needs_gradient = checks.checked_kinds(tensors)
-    if options is not None:
-        checks.checked_kinds(sequences.named_tensors(options))
+    of_options = {} if options is None else sequences.named_tensors(options)
+    needs_gradient = checks.checked_kinds({**tensors, **of_options})
     if "Wx" in tensors:
         of_Wx: tuple[int, ...] = tensors["Wx"].shape
     else:
@@ -211,13 +210,12 @@ def as_computed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors in the dtypes of the computation."""
     computed_in = problem.dtype
-    # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
-    carried_in = carry_dtype(computed_in)
     return (
-        Wx if Wx.dtype == computed_in else Wx.to(computed_in),
-        R if R.dtype == computed_in else R.to(computed_in),
-        b if b.dtype == computed_in else b.to(computed_in),
-        states if states.dtype == carried_in else states.to(carried_in),
+        cast_to(Wx, computed_in),
+        cast_to(R, computed_in),
+        cast_to(b, computed_in),
+        # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.
+        cast_to(states, carry_dtype(computed_in)),
     )
 
 

@@ -94,7 +94,10 @@ def recurrent_layer(
         given += sequences.tensors_given(options)
     key = None
     if backends.is_direct(*given):
-        key = _key(cell, x, W, R, b, states, config, dtype, options)
+        key = calls.key_of(cell, x, R, b, states, config, dtype, options)
+        if key is not None:
+            requires_grad = W.requires_grad and torch.is_grad_enabled()
+            key = *key, W.shape, W.dtype, W.device, requires_grad
     problem, of_x = None if key is None else calls.problems.get(key), x
     if options is not None:
         x = sequences.in_rows("x", x, "I", options)
@@ -117,25 +120,6 @@ def recurrent_layer(
             arguments = calls.as_computed(problem, Wx, R, b, states)
             found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
-
-
-def _key(
-    cell: Cell,
-    x: Tensor,
-    W: Tensor,
-    R: Tensor,
-    b: Tensor,
-    states: Tensor | None,
-    config: FlashRNNConfig,
-    dtype: torch.dtype | str | None,
-    options: Given | None,
-) -> tuple[object, ...] | None:
-    """As :func:`flashrnn.calls.key_of`."""
-    key = calls.key_of(cell, x, R, b, states, config, dtype, options)
-    if key is None:
-        return None
-    requires_grad = W.requires_grad and torch.is_grad_enabled()
-    return *key, W.shape, W.dtype, W.device, requires_grad
 
 
 def _factors(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -37,6 +39,18 @@ PRODUCTS += [(torch.float32, False), (torch.float32, True)]
 _HALF_UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
 # With fewer elements of h than this, a gradient's error depends on chance as much as on arithmetic.
 _FEW = 4096
+
+
+@contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Within it an error says what waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def hold_to_vanilla(

@@ -608,6 +608,22 @@ factor = prepare()
     assert evaluate(mine.graphs.forward, (0.0, 1.0)) == (3.0,)
 
 
+def test_an_import_that_the_step_never_reaches_is_not_made(tmp_path, monkeypatch):
+    (tmp_path / "never_imported.py").write_text("number = 2.0", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    is_wanted = False
+
+    def step(states, gates):
+        if is_wanted:
+            from never_imported import number
+
+            return (gates[0] * number,)
+        return (gates[0],)
+
+    assert evaluate(step_of(step).graphs.forward, (0.0, 1.0)) == (1.0,)
+    assert "never_imported" not in sys.modules
+
+
 def test_an_object_too_large_to_compare_is_refused():
     large = SimpleNamespace(numbers=list(range(5000)))
     with pytest.raises(

@@ -1,6 +1,5 @@
 """Resets, lengths, packing and directions on a GPU, by every backend that has them."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import grid, registry
-from tests.fused import OPTIONS, at_odd_address, poisoned, strided  # noqa: F401
+from tests.fused import OPTIONS, at_odd_address, nobody_waits, poisoned, strided  # noqa: F401
 from tests.gpus import planned
 from tests.problems import BUILT_IN, Inputs, sparse
 from tests.sequences import (
@@ -231,13 +230,8 @@ def test_lengths_on_either_side_are_not_waited_for(backend_and_D):
     lengths = case.options["lengths"]
     expected = case.call(backend)
     torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            given = case.call(backend, lengths=lengths)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with nobody_waits():
+        given = case.call(backend, lengths=lengths)
     from_cpu = case.call(backend, lengths=lengths.cpu())
     for x, y, z in zip(expected, given, from_cpu, strict=True):
         assert torch.equal(x, y) and torch.equal(x, z)
@@ -311,7 +305,9 @@ def test_a_step_of_training_recorded_as_a_graph(backend_and_D, ragged):
 
     def step():
         states, _ = case.call(backend, **{name: values, "reset": reset})
-        return states, *torch.autograd.grad(states, list(case.leaves().values()), weight)
+        gradients = torch.autograd.grad(states, list(case.leaves().values()), weight)
+        # Not the autograd graph: its nodes belong to the stream that they were made on.
+        return states.detach(), *gradients
 
     apart = torch.cuda.Stream()
     apart.wait_stream(torch.cuda.current_stream())

@@ -69,7 +69,7 @@ def made(
         return _by_pytorch(problem, sequences, initial, idle)
     B, N, D, rows = problem.B, problem.N, problem.D, math.prod(problem.rows)
     reset, starts = sequences.reset, sequences.reset_states
-    given: dict[str, Tensor | None] = {
+    named: dict[str, Tensor | None] = {
         "given": sequences.lengths if sequences.cu_seqlens is None else sequences.cu_seqlens,
         "reset": reset,
         "idle": None if idle is None else idle.tensor,
@@ -78,14 +78,14 @@ def made(
     lengths = before = None
     if problem.ragged:
         found = _integers(problem, 4, B).unbind()
-        given |= zip(("order", "first_rows", "sorted_lengths", "lengths"), found, strict=True)
+        named |= zip(("order", "first_rows", "sorted_lengths", "lengths"), found, strict=True)
         *in_order, lengths = found
         names = "sequence_order", "sequence_rows", "sequence_lengths"
         of_scan |= zip(names, in_order, strict=True)
     if problem.reverse is not False:
         of_scan["runs_backwards"] = runs_backwards(problem)
     if reset is not None:
-        given["flags"] = of_scan["reset_flags"] = _integers(problem, rows)
+        named["flags"] = of_scan["reset_flags"] = _integers(problem, rows)
     if starts is not None:
         of_scan["reset_states"] = starts.expand(-1, B, problem.T, -1, -1)
     if initial is not None:
@@ -94,15 +94,15 @@ def made(
             _integers(problem, 1 if problem.reverse is False else 2, rows),
             torch.empty((B + of_resets, N, D), dtype=problem.dtype, device=problem.device),
         )
-        given |= {"initial": initial, "reset_states": starts}
-        given |= {"before_rows": before.rows, "h_starts": before.starts}
-    tensors = {name: x for name, x in given.items() if x is not None}
+        named |= {"initial": initial, "reset_states": starts}
+        named |= {"before_rows": before.rows, "h_starts": before.starts}
+    tensors = {name: x for name, x in named.items() if x is not None}
     if tensors:
         addresses, layout = call.SEQUENCE_TABLES.read(tensors)
         kernel, shape, packing = _prepared(
             problem._replace(longest=None),
             layout,
-            is_wide=given["given"] is not None and given["given"].dtype == torch.int64,
+            is_wide=named["given"] is not None and named["given"].dtype == torch.int64,
             starts=0 if before is None else len(before.starts),
             starts_a_sequence=1 if starts is None else starts.shape[2],
             idle_width=1 if idle is None else idle.width,

@@ -14,11 +14,11 @@ import contextvars
 import dis
 import enum
 import functools
-import importlib
+import importlib.util
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from operator import is_
 from typing import Any
 
@@ -145,8 +145,12 @@ def _reduced(x: Any) -> tuple[Any, ...]:
 class Captures:
     """What a step function captured when it was traced."""
 
-    def __init__(self, reads: dict[str, Any], names: dict[str, Any]) -> None:
-        """``reads`` has expressions over ``names`` and the values that they had."""
+    def __init__(
+        self, reads: dict[str, Any], names: dict[str, Any], missing: Set[str] = frozenset()
+    ) -> None:
+        """``reads`` has expressions over ``names`` and the values that they had; ``missing`` are
+        modules that the step names and nobody has imported."""
+        self.missing = missing
         parts = [part for read in reads.items() for part in _parts(*read)]
         self._read: Callable[[], tuple[Any, ...]] = eval(f"lambda: ({''.join(parts)})", names)
         self._values = self._read()
@@ -210,7 +214,7 @@ def captures_of(name: str, step: Any) -> Captures:
                 f"cell {name!r} captures `{path}`, a {type(value).__name__} too large to compare "
                 "at each call; capture the numbers that the cell needs"
             ) from None
-    return Captures(finder.reads, finder.names)
+    return Captures(finder.reads, finder.names, finder.missing)
 
 
 class _Chain:
@@ -237,6 +241,7 @@ class _Finder:
         self.names: dict[str, Any] = {}
         # Ids of functions (closures share their code) and of the objects whose methods they are.
         self._followed: set[tuple[int, int]] = set()
+        self.missing: set[str] = set()
 
     def named(self, root: Any) -> str:
         """A name for an object, in the expressions."""
@@ -269,11 +274,12 @@ class _Finder:
             for part in ("func", "args", "keywords"):
                 self.follow(chain.attribute(part))
             return
-        if isinstance(value, types.BuiltinMethodType) and not isinstance(
-            value.__self__, type(None) | type | types.ModuleType
-        ):
-            self.follow(chain.attribute("__self__"))  # A method of a list, of an array.
-            return
+        if isinstance(value, types.BuiltinMethodType):
+            bound = value.__self__
+            if not (bound is None or isinstance(bound, types.ModuleType) or _is_trusted(bound)):
+                # A method of a list, of an array; `apply` of a torch.autograd.Function.
+                self.follow(chain.attribute("__self__"))
+                return
         self._read(chain)
         if callable(getattr(value, "__wrapped__", None)):
             # A function with a cache of results, or the cell of a layer with masks.
@@ -382,17 +388,21 @@ class _Finder:
         return None
 
     def _module(self, name: str, level: int, scope: dict[str, Any]) -> _Chain | None:
-        """A module that the step imports."""
+        """A module that the step imports, if it is there: to look must not import it."""
         try:
-            module = importlib.import_module("." * level + name, scope.get("__package__"))
-        except Exception:  # The step fails there too, or never gets there.
+            name = importlib.util.resolve_name("." * level + name, scope.get("__package__"))
+        except ImportError:  # The step fails there too, or never gets there.
             return None
-        if _is_trusted(module):
+        module = sys.modules.get(name)
+        if module is None:
+            self.missing.add(name)
+        if module is None or _is_trusted(module):
             return None
         return _Chain(self.named(module), module, name)
 
     def _global(self, name: str, scope: dict[str, Any]) -> _Chain | None:
         if name == "globals" and name not in scope:
+            # In parentheses, for what is no more than a name is not compared.
             return _Chain(f"({self._scope(scope)})", scope, "globals()")
         if name not in scope or _is_trusted(scope[name]):
             return None

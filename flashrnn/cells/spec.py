@@ -81,6 +81,8 @@ class Cell(Signature):
         # Values are read before they are used: one that changes meanwhile is found changed.
         captures = NOTHING if built_in else captures_of(self.name, self.step)
         graphs = trace(self, checked=not built_in)
+        if not captures.missing.isdisjoint(sys.modules):
+            return self._traced_anew()  # The step has imported them: now they can be searched.
         traced = TracedCell(self.name, self.states, self.gates, graphs)
         self._trace[:] = [(captures, traced)]
         return traced

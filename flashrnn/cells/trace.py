@@ -310,9 +310,10 @@ _OF_TRUTHS = {
 }
 # Operations that hand their first argument on; the shape of the result is looked at.
 _IDENTITIES = {"alias", "detach", "clone", "view", "expand"}
-# Operations that fill a tensor with one number.
-_FILLS = {"zeros", "zeros_like", "new_zeros", "_efficientzerotensor", "ones", "ones_like"}
-_FILLS |= {"new_ones", "full", "full_like", "new_full", "scalar_tensor"}
+# Operations that fill a tensor with one number, which a dtype may round. Zeros of autograd have no
+# memory that could be read.
+_ZEROS = {"zeros", "zeros_like", "new_zeros", "_efficientzerotensor"}
+_FILLS = {"ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor"}
 # From uninitialized tensors, decompositions take nothing but their shape.
 _UNINITIALIZED = {"empty", "empty_like", "new_empty", "empty_permuted"}
 
@@ -372,12 +373,9 @@ class _Recorder(TorchDispatchMode):
             raise self._refused(func)
         if func._schema.is_mutable:
             return self._rename(func, args, kwargs)
-        if _Traced not in types and name not in _FILLS | _UNINITIALIZED:
+        if _Traced not in types and name not in _ZEROS | _FILLS | _UNINITIALIZED:
             return func(*args, **kwargs)  # All arguments are constants, so the result is one.
-        if name in _FILLS:
-            value: Argument | None = self._value(_sample(func, args, kwargs).flatten()[0])
-        else:
-            value = self._lower(name, args, kwargs)
+        value = 0.0 if name in _ZEROS | _FILLS else self._lower(name, args, kwargs)
         if value is None:
             return self._take_apart(func, args, kwargs)
         result = _sample(func, args, kwargs)
@@ -388,6 +386,8 @@ class _Recorder(TorchDispatchMode):
                 f"cell {self.cell.name!r} makes a tensor of shape {tuple(result.shape)}; "
                 "write a Python number, or torch.full_like(h, number)"
             )
+        if name in _FILLS:
+            value = self._value(result.flatten()[0])
         return _Traced(value, result.shape, result.dtype)
 
     def _rename(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from flashrnn import cell, flashrnn, functional
+from flashrnn import cell, flashrnn, initial
 from flashrnn.backends import autograd, triton
 from flashrnn.backends.gradients import Gradients
 from flashrnn.cells import resolve
@@ -492,7 +492,7 @@ def test_compiled_call_that_cannot_be_says_why(uncompiled):
 
 @needs_triton
 def test_default_states_of_inference_serve_training(interpreter, monkeypatch):
-    monkeypatch.setattr(functional, "_zeros", {})
+    monkeypatch.setattr(initial, "_zeros", {})
     Wx, R, b, _ = random_inputs("lstm", 2, 3, 1, 8, torch.float32).tensors().values()
     with torch.inference_mode():
         expected, _ = flashrnn(Wx, R, b, backend="triton")

@@ -1,7 +1,5 @@
 """Layers on a GPU to torch.nn's in float64 on the CPU; steps, models, graphs."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import flashrnn.nn as ours
 from flashrnn.nn import at_once, stepping
+from tests.fused import nobody_waits
 from tests.nn.against import every_kind, leaf, states, tensors
 from tests.problems import relative_error
 
@@ -117,16 +116,6 @@ def test_results_and_gradients(kind, case, setting):
         for mine, theirs in zip(found, true, strict=True):
             assert mine.dtype == dtype and mine.device.type == DEVICE
             assert relative_error(mine.cpu(), theirs) <= bound
-
-
-@contextmanager
-def nobody_waits():
-    """Within it an error says what waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @every_kind
