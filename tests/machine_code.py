@@ -47,6 +47,19 @@ def local_memory(parts: Mapping[str, str], arch: str) -> tuple[int, int]:
     return frame, spilled
 
 
+def loop_of_products(parts: Mapping[str, str], arch: str) -> list[str]:
+    """The instructions of the innermost loop that has all tensor core instructions.
+
+    It must be the only one: code that the compiler has moved behind it, and that jumps back into
+    its middle, looks like a loop too, but has not all of them.
+    """
+    code = _disassemble(nvrtc.compile_program(parts, arch))
+    products = [address for address, instruction in code if re.search(r"HG?MMA", instruction)]
+    around = [x for x in _loops(code) if x[0] <= products[0] and products[-1] <= x[1]]
+    begin, end = min(around, key=lambda loop: loop[1] - loop[0])
+    return [instruction for address, instruction in code if begin <= address <= end]
+
+
 def instructions(parts: Mapping[str, str], arch: str, words: str) -> list[str]:
     """The names of those that have the words in them."""
     return [name for name in in_order(parts, arch) if words in name]

@@ -28,6 +28,7 @@ LARGE_HEADS: tuple[Regime, ...] = (
     cluster.plan_mma_forward,
     cluster.plan_wgmma_forward,
     cluster.plan_backward,
+    cluster.plan_wgmma_backward,
 )
 
 

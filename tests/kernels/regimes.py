@@ -11,7 +11,7 @@ import torch
 from flashrnn import Cell
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import cluster, grid, registry, single_cta
-from flashrnn.kernels.cluster import mma_plan, wgmma_plan
+from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Counts, Plan
 from flashrnn.problem import Problem
@@ -91,6 +91,28 @@ def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regi
             memory = wgmma_plan.shared_memory_of(plan, Counts.of_problem(problem))
             return replace(plan, shared_memory=memory)
         return "one CTA has all units"
+
+    return plan
+
+
+def _cluster_wgmma_backward(
+    warpgroups: int, columns: int, n_tiles: int, ahead: int, in_registers: int
+) -> registry.Regime:
+    """Plans of such a shape, with so much of R in registers, or more where all needs room."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        if isinstance(found := cluster.plan_wgmma_backward(problem, gpu, backward), str):
+            return found
+        values = wgmma_backward_plan.Values.of(problem.cell)
+        for plan in wgmma_backward_plan.possible_plans(values, problem.D, gpu):
+            if (plan.warpgroups, plan.columns, plan.n_tiles) != (warpgroups, columns, n_tiles):
+                continue
+            for kept in range(min(in_registers, plan.in_registers), plan.in_registers + 1):
+                changed = replace(plan, ahead=ahead, in_registers=kept)
+                memory = wgmma_backward_plan.shared_memory_of(changed, values)
+                if memory <= gpu.shared_memory:
+                    return replace(changed, shared_memory=memory)
+        return "no such plan"
 
     return plan
 
@@ -226,19 +248,37 @@ CLUSTER_BACKWARD = Regime(
     D=131,
     sizes=_LARGE_SIZES,
 )
-REGIMES = [
-    *[
-        PER_STEP,
-        STEPS,
-        SINGLE_CTA,
-        GRID,
-        GRID_WGMMA,
-        CLUSTER_MMA[0],
-        CLUSTER_WGMMA[0],
-        CLUSTER_BACKWARD,
+CLUSTER_WGMMA_BACKWARD = [
+    Regime(
+        f"cluster_wgmma_backward-{warpgroups}x{columns}x{n_tiles}",
+        forward=grid.plan_scan,
+        backward=_cluster_wgmma_backward(warpgroups, columns, n_tiles, ahead, in_registers),
+        gpu=gpu,
+        dtypes=tuple(SIXTEEN_BITS),
+        cells=(*BUILT_IN, sparse, wide),
+        B=9,
+        D=D,
+        sizes=(
+            # A single step, and few sequences.
+            (2, 1, 1, D),
+            # Several clusters, in the last of which most sequences do not exist.
+            (8 * n_tiles + 1, 3, 1, D + 5),
+            # More heads; the last CTA has no unit or lacks some.
+            (20, 2, 3, D - 1),
+        ),
+    )
+    for warpgroups, columns, n_tiles, ahead, in_registers, gpu, D in [
+        (2, 2, 1, 2, 7, SMALL, 131),
+        (1, 4, 3, 2, 100, LARGER, 131),
+        (3, 4, 2, 1, 5, LARGER, 193),
+        (2, 4, 1, 1, 1, LARGER, 131),
     ]
 ]
-VARIANTS = [*CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:]]
+REGIMES = [
+    *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
+    *[CLUSTER_BACKWARD, CLUSTER_WGMMA_BACKWARD[0]],
+]
+VARIANTS = [*CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:], *CLUSTER_WGMMA_BACKWARD[1:]]
 """The same kernels with other constants."""
 
 
