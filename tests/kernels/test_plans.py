@@ -200,7 +200,7 @@ def test_other_scans_have_no_wgmma_plans_backward():
     ("sizes", "chosen"),
     [
         *[((B, 1, 768), B >= 128) for B in (1, 16, 64, 128, 256, 1024)],
-        *[((B, 1, 512), B >= 256) for B in (16, 64, 128, 256, 1024, 4096)],
+        *[((B, 1, 512), B >= 128) for B in (16, 64, 128, 256, 1024, 4096)],
         *[((16, 3, 256), False), ((64, 3, 256), False), ((256, 1, 1024), False)],
     ],
     ids=str,
@@ -208,7 +208,7 @@ def test_other_scans_have_no_wgmma_plans_backward():
 def test_backward_scans_multiply_by_wgmma_where_they_have_many_sequences(
     monkeypatch, sizes, chosen
 ):
-    """By an estimate that nobody has measured: where it is far below the others'."""
+    """Where an H200 was measured to be faster so: at 1×768 from 128 sequences on."""
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), True)
     assert isinstance(plan, ClusterWgmmaBackwardPlan) == chosen

