@@ -36,7 +36,7 @@ SERIES, POINTS, AHEAD = 64, 512, 64
 # Rounding to bfloat16 makes smaller ones: beyond this something else is computed.
 LARGEST_ERROR = 0.1
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def cells(ours: ModuleType | None) -> Iterator[None]:
             ours.unpatch()
 
 
-def attempt(step: Callable[[], T], ours: ModuleType | None) -> T | str:
+def attempt(step: Callable[[], Result], ours: ModuleType | None) -> Result | str:
     """What the step gives, or why it cannot: other packages may fail in any way."""
     try:
         with cells(ours):
