@@ -51,6 +51,8 @@ _COPIED_BYTES_A_CYCLE = 20
 _PACKED_BYTES_A_CYCLE = 10
 # Barriers, signals, addresses.
 _CYCLES_OF_A_STEP = 600
+# Of each element whose inputs are not loaded ahead: main memory's latency.
+_CYCLES_OF_A_LATE_ELEMENT = 800
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +220,10 @@ def estimated_cycles(
 ) -> float:
     """The cycles of a step of all sequences, by which plans of all regimes are compared."""
     warpgroups, n_tiles = plan.warpgroups, plan.n_tiles
-    instructions = 4 // plan.columns * n_tiles * _INSTRUCTIONS_A_VALUE
-    instructions *= values.gates + values.states
+    elements = 4 // plan.columns * n_tiles
+    instructions = elements * _INSTRUCTIONS_A_VALUE * (values.gates + values.states)
     cell = max(2, warpgroups) * instructions * _CYCLES_AN_INSTRUCTION
+    cell += _CYCLES_OF_A_LATE_ELEMENT * (elements - plan.ahead)
 
     steps = steps_of(plan, values)
     tensor = warpgroups * steps * max(_CYCLES_A_WGMMA, _CYCLES_AN_N_TILE * n_tiles)

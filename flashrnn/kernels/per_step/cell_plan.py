@@ -27,21 +27,19 @@ _THREADS = 256
 # may spill to keep three.
 _HELD = 64
 
-# What a step's time is reckoned from, in cycles of 1.98 GHz. No GPU has measured any of these yet.
+# What a step's time is reckoned from, in cycles of 1.98 GHz, fitted to an H200 (docs/cost-model.md).
 # Operations (two a product) of a multiprocessor and cycle, by the product's precision, at most; and
 # without wgmma, where the GPUs differ: a cautious rate.
 _MATRIX_RATES = {"float16": 4096, "bfloat16": 4096, "tf32": 2048, "float32": 256}
 _WITHOUT_WGMMA = 4
 # The part of it that a library's product reaches.
-_REACHED = 0.6
+_REACHED = 0.5
 # Bytes of a multiprocessor and cycle, as a copy on an H200 reaches from main memory.
 _MEMORY_RATE = 16
 # From a launch to the next, beyond what the kernels take.
 _LAUNCH = 2500
 # Of the host, for both launches of a step. A step takes no less.
 _HOST = 40_000
-# Another way to compute a call has to take so much longer: neither estimate is that good.
-_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def plan_steps(
     if problem.B < FEWEST or problem.is_sequenced or rows_begin_anywhere:
         return None
     estimated = estimated_cycles(problem, precision, gpu, backward)
-    return CellPlan(backward, problem.D) if estimated * _MARGIN < cycles else None
+    return CellPlan(backward, problem.D) if estimated < cycles else None
 
 
 def estimated_cycles(problem: Problem, precision: str, gpu: GPU, backward: bool) -> float:
