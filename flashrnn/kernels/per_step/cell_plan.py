@@ -27,7 +27,7 @@ _THREADS = 256
 # may spill to keep three.
 _HELD = 64
 
-# What a step's time is reckoned from, in cycles of 1.98 GHz, fitted to an H200 (docs/cost-model.md).
+# What a step's time is reckoned from, in cycles of 1.98 GHz; docs/cost-model.md has the fit.
 # Operations (two a product) of a multiprocessor and cycle, by the product's precision, at most; and
 # without wgmma, where the GPUs differ: a cautious rate.
 _MATRIX_RATES = {"float16": 4096, "bfloat16": 4096, "tf32": 2048, "float32": 256}
