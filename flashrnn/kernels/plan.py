@@ -126,6 +126,20 @@ class Counts(NamedTuple):
         )
 
 
+def read_states(cell: TracedCell, backward: bool) -> int:
+    """A bit for each state: whether a direction depends on it otherwise than through R."""
+    graph = cell.graphs.derivative if backward else cell.graphs.forward
+    used = {*graph.outputs, *(x for assignment in graph.body for x in assignment.arguments)}
+    return sum((name in used) << s for s, name in enumerate(graph.inputs[: len(cell.states)]))
+
+
+def passed_states(cell: TracedCell) -> int:
+    """A bit for each state: whether a gradient reaches it otherwise than through R."""
+    # The derivation leaves a zero for the others.
+    outputs = cell.graphs.derivative.outputs[: len(cell.states)]
+    return sum((isinstance(x, str) or x != 0) << s for s, x in enumerate(outputs))
+
+
 class Values(NamedTuple):
     """How many numbers of a unit and sequence a step has of each kind.
 

@@ -208,7 +208,7 @@ def test_other_scans_have_no_wgmma_plans_backward():
 def test_backward_scans_multiply_by_wgmma_where_they_have_many_sequences(
     monkeypatch, sizes, chosen
 ):
-    """Where an H200 was measured to be faster so: at 1×768 from 128 sequences on."""
+    """By estimates. An H200 was measured to be faster so at 1×768 from 128 sequences on."""
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), True)
     assert isinstance(plan, ClusterWgmmaBackwardPlan) == chosen

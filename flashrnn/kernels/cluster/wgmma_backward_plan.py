@@ -14,6 +14,7 @@ from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU, clusters_at_once
+from flashrnn.kernels.plan import passed_states, read_states
 from flashrnn.kernels.sizes import one_of_few, tiles_of
 from flashrnn.problem import Problem
 
@@ -51,7 +52,8 @@ _COPIED_BYTES_A_CYCLE = 20
 _PACKED_BYTES_A_CYCLE = 10
 # Barriers, signals, addresses.
 _CYCLES_OF_A_STEP = 600
-# Of each element whose inputs are not loaded ahead: main memory's latency.
+# Of each element whose inputs are not loaded ahead: what plans with more of them took longer on an
+# H200, for whatever reason.
 _CYCLES_OF_A_LATE_ELEMENT = 800
 
 
@@ -142,13 +144,9 @@ class Values(NamedTuple):
     @staticmethod
     def of(cell: TracedCell) -> Values:
         """Those of a cell."""
-        states, graph = len(cell.states), cell.graphs.derivative
-        # The derivation leaves a zero for the others.
-        carried = sum(isinstance(x, str) for x in graph.outputs[:states])
-        used = {argument for assignment in graph.body for argument in assignment.arguments}
-        used.update(graph.outputs)
-        read = sum((name in used) << s for s, name in enumerate(graph.inputs[:states]))
-        return Values(len(cell.fed_by("R")), len(cell.gates), states, carried, read)
+        carried, read = passed_states(cell).bit_count(), read_states(cell, backward=True)
+        recurrent, gates, states = len(cell.fed_by("R")), len(cell.gates), len(cell.states)
+        return Values(recurrent, gates, states, carried, read)
 
 
 @lru_cache(maxsize=1024)

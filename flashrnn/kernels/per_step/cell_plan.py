@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flashrnn.cells.graph import Graph
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Counts
+from flashrnn.kernels.plan import Counts, passed_states, read_states
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -108,22 +107,6 @@ def units_of(cell: TracedCell, backward: bool) -> int:
     else:
         held = counts.inputs + len(cell.fed_by("b")) + counts.recurrent + read
     return next((units for units in (4, 2) if units * held <= _HELD), 1)
-
-
-def read_states(cell: TracedCell, backward: bool) -> int:
-    """A bit for each state: whether a direction depends on it otherwise than through R."""
-    graph = cell.graphs.derivative if backward else cell.graphs.forward
-    return sum(_uses(graph, name) << s for s, name in enumerate(graph.inputs[: len(cell.states)]))
-
-
-def passed_states(cell: TracedCell) -> int:
-    """A bit for each state: whether a gradient reaches it otherwise than through R."""
-    outputs = cell.graphs.derivative.outputs[: len(cell.states)]
-    return sum((isinstance(x, str) or x != 0) << s for s, x in enumerate(outputs))
-
-
-def _uses(graph: Graph, name: str) -> bool:
-    return name in graph.outputs or any(name in x.arguments for x in graph.body)
 
 
 def factors_are_apart(problem: Problem) -> bool:
