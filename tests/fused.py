@@ -53,6 +53,19 @@ def nobody_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def same_bits_from_a_graph(step: Callable[[], Sequence[Tensor]], inputs: Inputs) -> bool:
+    """Whether a CUDA graph that records a step of these inputs gives its bits for other values."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        inputs.Wx.mul_(0.5)
+    graph.replay()
+    given = [x.clone() for x in results]
+    return all(torch.equal(x, y) for x, y in zip(given, step(), strict=True))
+
+
 def hold_to_vanilla(
     backend: str,
     kind: str | Cell,

@@ -360,7 +360,7 @@ class Draw:
 
     @cached_property
     def about_the_clip(self) -> list[Results]:
-        """By vanilla, to which no h within rounding of the clip is clipped, and every such h is."""
+        """By vanilla, if gradients of all h within rounding of the clip pass, and if none do."""
         found, little = [], _beside_a_clip(self.case)
         for share in (1 + little, 1 - little):
             with clips_that_let_pass(share):
@@ -428,9 +428,10 @@ def _other_kinds(case: Case, draw: Draw, given: Results, backend: str) -> dict[s
                 # another; and to vanilla's graph, where nothing that was asked for depends on it.
                 differs &= pattern(x) != pattern(draw.kept[name])
             if name.startswith("d_") and differs.any() and "forward_clipval" in case.options:
-                # It is chance, too, what hangs on the rounding of an h beside the clip.
-                some, none = (pattern(found[name]) for found in draw.about_the_clip)
-                differs &= some == none
+                # Where an h lies so near the clip that rounding decides its side, it is chance
+                # whether NaN passes. What does not depend on such an h is held.
+                passing, clipped = (pattern(found[name]) for found in draw.about_the_clip)
+                differs &= passing == clipped
             if name.startswith("d_") and differs.any() and _contains(case, backend):
                 differs &= pattern(x) != pattern(draw.contained[name])
             if differs.any():
