@@ -12,14 +12,17 @@
 // - global memory: each element of Wx, states and gates is read or written once, by the producer
 //   threads, in 16 bytes. (The host has copied what is not aligned to 16 bytes.)
 //
-// What orders the steps: the product waits for each tile of h before it multiplies it. All threads of
-// the CTA meet twice in a step:
+// What orders the steps: the product waits for tiles of h before it multiplies them. The sequences' parts
+// take turns, and all threads of the CTA meet twice in a turn:
 //
-// - after the product, when the producer threads have also read the step's Wx into the gates' tiles:
-//   from here on the computing warps compute new states, and write tiles;
+// - after the part's product, when the producer threads have also read its Wx into the gates' tiles: from
+//   here on the computing warps compute new states, and write tiles;
 // - when they have: from here on the producer threads send h, store the tiles to global memory, and
-//   read the next step's Wx into the gates' tiles, while the computing warps wait for h of other CTAs
-//   and multiply it.
+//   read the next step's Wx into the gates' tiles.
+//
+// With one part the computing warps then wait for h of other CTAs and multiply it. With two they start the
+// other part's product among the cell's computations, as far as its h has arrived by then; the tensor
+// cores multiply it in the meantime, and also while the part's own h is on its way.
 //
 // All CTAs of a cluster take as many steps as its longest sequence has, since each waits for h of all.
 // A sequence that has ended keeps its states, and its h is sent on. After a reset the h of the start is
@@ -30,12 +33,25 @@
 
 namespace cluster_wgmma {
 
+// Shared memory, in bytes: the parts' exchanges, then their tiles, the bias, R, and the sequences' table.
+constexpr int EXCHANGES_BYTES = exchange_bytes(0) + (PARTS == 2 ? exchange_bytes(1) : 0);
+constexpr int TILES_BYTES = TILES * UNITS * SEQUENCES * sizeof(Element);
 constexpr int BIAS_BYTES = G * UNITS * sizeof(float);
-constexpr int TABLE = EXCHANGE_BYTES + TILES * TILE_BYTES + BIAS_BYTES + MATRIX_BYTES;
+constexpr int TABLE = EXCHANGES_BYTES + TILES_BYTES + BIAS_BYTES + MATRIX_BYTES;
 constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
 constexpr int FLAG_BYTES = RESETS ? SEQUENCES * int(sizeof(int)) : 0;
 static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
               "wgmma_plan.py computes another size of shared memory");
+
+// How many of the barriers of the next part's product are waited for, and their tiles' product started,
+// when so many n-tiles of a part's turn are computed; the rest when its h is written. Warps that wait for
+// h of others compute nothing, and let others wait for their own: so the first ones, which have arrived
+// early, while some n-tiles are left, and the last ones behind what the others wait for.
+__device__ constexpr int products_due(int computed, int n_tiles) {
+    if (PARTS == 1) return 0;
+    if (computed == n_tiles) return BARRIERS_A_BUFFER - 1;
+    return computed >= (n_tiles + 1) / 2 && BARRIERS_A_BUFFER > 2 ? 1 : 0;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 cluster_wgmma_forward(CALL) {
@@ -48,11 +64,18 @@ cluster_wgmma_forward(CALL) {
     const int units = D - first_unit < UNITS ? D - first_unit : UNITS;
     const long long width = static_cast<long long>(N) * D;
 
-    Exchange exchange(shared_memory(), rank);
-    Element* const tiles = reinterpret_cast<Element*>(shared_memory() + EXCHANGE_BYTES);
-    float* const bias = reinterpret_cast<float*>(tiles + TILES * TILE);
-    // With resets the last tile has the h that is stored.
-    Element* const stored_h = RESETS ? tiles + (TILES - 1) * TILE : nullptr;
+    Exchange exchanges[2] = {{shared_memory(), rank, 0},
+                             {shared_memory() + exchange_bytes(0), rank, PARTS - 1}};
+    // A part's tile: that of a gate, then that of a state but h, then, with resets, of the h that is stored.
+    Element* const tiles = reinterpret_cast<Element*>(shared_memory() + EXCHANGES_BYTES);
+    const auto tile = [&](int part, int number) {
+        return tiles + TILES * UNITS * first_sequence(part) + number * tile_of(part);
+    };
+    constexpr int STORED_H = TILES - 1;
+    float* const bias = reinterpret_cast<float*>(shared_memory() + EXCHANGES_BYTES + TILES_BYTES);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) exchanges[part].begin();
+    cluster_barrier();
 
     Sequence* const table = reinterpret_cast<Sequence*>(shared_memory() + TABLE);
     // Whether the step after the present one starts anew.
@@ -67,11 +90,12 @@ cluster_wgmma_forward(CALL) {
 
     if (threadIdx.x >= COMPUTING) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
+        const int thread = threadIdx.x - COMPUTING;
         // In place of sequences that do not exist it reads the last one that does.
-        const auto fetch_inputs = [&](long long t) {
+        const auto fetch_inputs = [&](int part, long long t) {
 #pragma unroll 1
-            for (int i = threadIdx.x - COMPUTING; i < CHUNKS; i += PRODUCERS) {
-                const Chunk chunk(i);
+            for (int i = thread; i < chunks_of(part); i += PRODUCERS) {
+                const Chunk chunk(part, i);
                 if (chunk.first_unit() >= units) continue;
                 const int sequence = chunk.sequence < last ? chunk.sequence : last;
                 if (SEQUENCED && !table[sequence].has(t)) continue;
@@ -81,24 +105,24 @@ cluster_wgmma_forward(CALL) {
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
                     if (FED_WX[k] < 0) continue;
-                    cp_async(tiles + k * TILE + chunk.index(), from + FED_WX[k] * Wx_g);
+                    cp_async(tile(part, k) + chunk.index(), from + FED_WX[k] * Wx_g);
                 }
             }
-            for (int i = threadIdx.x - COMPUTING; RESETS && i < SEQUENCES; i += PRODUCERS) {
-                flags[i] = table[i].may_be_cut(t + 1) ? reset_flags[table[i].flag(t + 1)] : 0;
+            for (int i = thread; RESETS && i < sequences_of(part); i += PRODUCERS) {
+                const int sequence = first_sequence(part) + i;
+                const Sequence& own = table[sequence];
+                flags[sequence] = own.may_be_cut(t + 1) ? reset_flags[own.flag(t + 1)] : 0;
             }
-            cp_async_commit();
-            cp_async_wait<0>();
         };
-        const auto store_outputs = [&](long long t) {
+        const auto store_outputs = [&](int part, long long t) {
 #pragma unroll 1
-            for (int i = threadIdx.x - COMPUTING; i < CHUNKS; i += PRODUCERS) {
-                const Chunk chunk(i);
+            for (int i = thread; i < chunks_of(part); i += PRODUCERS) {
+                const Chunk chunk(part, i);
                 if (chunk.first_unit() >= units || chunk.sequence > last) continue;
                 if (SEQUENCED && !table[chunk.sequence].has(t)) continue;
-                const auto store = [&](Element* to, const Element* tile) {
+                const auto store = [&](Element* to, const Element* from) {
                     *reinterpret_cast<uint4*>(to) =
-                        *reinterpret_cast<const uint4*>(tile + chunk.index());
+                        *reinterpret_cast<const uint4*>(from + chunk.index());
                 };
                 const long long unit = n * D + first_unit + chunk.first_unit();
                 const Sequence& own = table[chunk.sequence];
@@ -108,20 +132,22 @@ cluster_wgmma_forward(CALL) {
                 for (int s = 0; s < STORED; ++s) {
                     const long long first_row = s * (PACKED ? T : B * T);
                     store(states + (first_row + row) * width + unit,
-                          s == 0 ? (RESETS ? stored_h : exchange.tile(rank)) : tiles + (G - 1 + s) * TILE);
+                          s > 0    ? tile(part, G - 1 + s)
+                          : RESETS ? tile(part, STORED_H)
+                                   : exchanges[part].tile(rank));
                 }
                 if (!SAVE_GATES) continue;
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
-                    store(gates + (row * G + k) * width + unit, tiles + k * TILE);
+                    store(gates + (row * G + k) * width + unit, tile(part, k));
                 }
             }
         };
         // Writes zeros to the rows past each sequence's end.
-        const auto clear_rest = [&] {
+        const auto clear_rest = [&](int part) {
 #pragma unroll 1
-            for (int i = threadIdx.x - COMPUTING; i < CHUNKS; i += PRODUCERS) {
-                const Chunk chunk(i);
+            for (int i = thread; i < chunks_of(part); i += PRODUCERS) {
+                const Chunk chunk(part, i);
                 if (chunk.first_unit() >= units || chunk.sequence > last) continue;
                 const Sequence& own = table[chunk.sequence];
                 const long long unit = n * D + first_unit + chunk.first_unit();
@@ -135,20 +161,27 @@ cluster_wgmma_forward(CALL) {
                 }
             }
         };
-        named_barrier<THREADS>();
-        for (long long t = 0; t < steps; ++t) {
-            exchange.send();
-            // A chunk is stored and read anew by the same thread, so nothing else needs to order the
-            // two.
-            if (t > 0) store_outputs(t - 1);
-            fetch_inputs(t);
-            named_barrier<THREADS>();
-            exchange.signal_consumed();
-            ++exchange.number;
-            named_barrier<THREADS>();
+        // Between two steps of each part. A chunk is stored and read anew by the same thread, so nothing
+        // else needs to order the two.
+        for (long long t = 0; t <= steps; ++t) {
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                Exchange& exchange = exchanges[part];
+                if (t > 0) {
+                    // All Wx but those of the part whose turn was last.
+                    cp_async_wait<PARTS - 1>();
+                    named_barrier<THREADS>();
+                    exchange.signal_consumed();
+                    ++exchange.number;
+                }
+                named_barrier<THREADS>();
+                if (t < steps) exchange.send();
+                if (t > 0) store_outputs(part, t - 1);
+                if (t < steps) fetch_inputs(part, t);
+                cp_async_commit();
+            }
         }
-        store_outputs(steps - 1);
-        if (RAGGED && !PACKED && STORED) clear_rest();
+        for (int part = 0; part < PARTS && RAGGED && !PACKED && STORED; ++part) clear_rest(part);
         cluster_barrier();
         return;
     }
@@ -187,54 +220,88 @@ cluster_wgmma_forward(CALL) {
             if (own.may_be_cut(0) && reset_flags[own.flag(0)]) reset(e, 0);
         }
     }
-    const auto write_h = [&] {
+    const auto write_h = [&](int part) {
+        Element* const own_tile = exchanges[part].tile(rank);
 #pragma unroll
-        for (int e = 0; e < ELEMENTS; ++e) {
-            const ThreadElement element(e);
-            // For units beyond D, R has zeros: 0 times an infinite h would be NaN.
-            const float h = element.unit < units ? carried[e][0] : 0.0f;
-            round_to(exchange.tile(rank)[tile_index(element.unit, element.sequence)], h);
+        for (int n_tile = first_n_tile(part); n_tile < first_n_tile(part + 1); ++n_tile) {
+#pragma unroll
+            for (int i = 0; i < ELEMENTS_A_TILE; ++i) {
+                const int e = n_tile * ELEMENTS_A_TILE + i;
+                const ThreadElement element(e);
+                // For units beyond D, R has zeros: 0 times an infinite h would be NaN.
+                const float h = element.unit < units ? carried[e][0] : 0.0f;
+                round_to(own_tile[tile_index(part, element.unit, element.sequence)], h);
+            }
         }
         fence_proxy_async();
         named_barrier<THREADS>();
     };
-    write_h();
-    for (long long t = 0; t < steps; ++t) {
-        float sums[4 * N_TILES];
-        multiply(sums, matrix, exchange);
+    // Computes an element's next states.
+    const auto compute = [&](int part, int e, const float* sums_of_gates, long long t) {
+        const ThreadElement element(e);
+        const int index = tile_index(part, element.unit, element.sequence);
+        float preactivations[G], after[S];
+#pragma unroll
+        for (int k = 0; k < G; ++k) {
+            Element& value = tile(part, k)[index];
+            preactivations[k] = bias[k * UNITS + element.unit];
+            if (FED_WX[k] >= 0) preactivations[k] += to_float(value);
+            if (FED_R[k] >= 0) preactivations[k] += sums_of_gates[FED_R[k] < 0 ? 0 : FED_R[k]];
+            if (SAVE_GATES) round_to(value, preactivations[k]);
+        }
+        step(carried[e], preactivations, after, clips.forward);
+        // Past its end a sequence keeps its last states.
+        if (RAGGED && !table[element.sequence].has(t)) return;
+#pragma unroll
+        for (int s = 0; s < S; ++s) {
+            carried[e][s] = after[s];
+            if (s > 0) round_to(tile(part, G - 1 + s)[index], after[s]);
+        }
+        if (RESETS) {
+            round_to(tile(part, STORED_H)[index], after[0]);
+            if (flags[element.sequence]) reset(e, t + 1);
+        }
+    };
+    float sums[4 * N_TILES];
+    const auto start_products = [&](int part, int begin, int end) {
+#pragma unroll
+        for (int i = begin; i < end; ++i) {
+            if (part == 0) multiply<0>(sums, matrix, exchanges[0], i);
+            if (part == 1) multiply<PARTS - 1>(sums, matrix, exchanges[1], i);
+        }
+    };
+    // A part's step. It also starts the product that comes next, that of the other part where there are
+    // two, if there is `more`.
+    const auto turn = [&](int part, long long t, bool more) {
+        const int next = PARTS - 1 - part, begin = first_n_tile(part), end = first_n_tile(part + 1);
+        Exchange& exchange = exchanges[part];
+        wgmma_wait<0>();
+        materialize_all(sums);
         exchange.expect_tiles(exchange.buffer());
         named_barrier<THREADS>();
-        const RecurrentSums recurrent([&](int n_tile, int i) { return sums[4 * n_tile + i]; });
+        int started = 0;
 #pragma unroll
-        for (int e = 0; e < ELEMENTS; ++e) {
-            const ThreadElement element(e);
-            Element* const values = tiles + tile_index(element.unit, element.sequence);
-            float preactivations[G], after[S];
+        for (int n_tile = begin; n_tile < end; ++n_tile) {
+            const RecurrentSums<1> recurrent([&](int, int i) { return sums[4 * n_tile + i]; });
 #pragma unroll
-            for (int k = 0; k < G; ++k) {
-                preactivations[k] = bias[k * UNITS + element.unit];
-                if (FED_WX[k] >= 0) preactivations[k] += to_float(values[k * TILE]);
-                if (FED_R[k] >= 0) {
-                    preactivations[k] += recurrent.gates[e][FED_R[k] < 0 ? 0 : FED_R[k]];
-                }
-                if (SAVE_GATES) round_to(values[k * TILE], preactivations[k]);
+            for (int i = 0; i < ELEMENTS_A_TILE; ++i) {
+                compute(part, n_tile * ELEMENTS_A_TILE + i, recurrent.gates[i], t);
             }
-            step(carried[e], preactivations, after, clips.forward);
-            // Past its end a sequence keeps its last states.
-            if (RAGGED && !table[element.sequence].has(t)) continue;
-#pragma unroll
-            for (int s = 0; s < S; ++s) {
-                carried[e][s] = after[s];
-                if (s > 0) round_to(values[(G - 1 + s) * TILE], after[s]);
-            }
-            if (RESETS) {
-                round_to(stored_h[tile_index(element.unit, element.sequence)], after[0]);
-                if (flags[element.sequence]) reset(e, t + 1);
-            }
+            const int due = products_due(n_tile + 1 - begin, end - begin);
+            if (more) start_products(next, started, due);
+            started = due;
         }
         exchange.wait_until_consumed();
         ++exchange.number;
-        write_h();
+        write_h(part);
+        if (more) start_products(next, started, BARRIERS_A_BUFFER);
+    };
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) write_h(part);
+    if (steps > 0) start_products(0, 0, BARRIERS_A_BUFFER);
+    for (long long t = 0; t < steps; ++t) {
+        if (PARTS == 2) turn(0, t, true);
+        turn(PARTS - 1, t, t + 1 < steps);
     }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {

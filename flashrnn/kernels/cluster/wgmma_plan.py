@@ -50,6 +50,8 @@ class ClusterWgmmaPlan(ClusterPlan):
         PRODUCERS: threads of a CTA that send h and copy between global and shared memory.
         PRODUCER_REGISTERS: registers that each of them keeps, where it gives others away.
         warpgroups: warpgroups of a CTA that compute.
+        parts: parts of the sequences that take turns, one or two: the tensor cores multiply one of two
+            while its warps compute the other.
         buffers: buffers of h of all CTAs, one or two.
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
@@ -59,6 +61,7 @@ class ClusterWgmmaPlan(ClusterPlan):
     PRODUCER_REGISTERS: ClassVar = 56
 
     warpgroups: int
+    parts: int
     buffers: int
     in_registers: int
 
@@ -77,6 +80,11 @@ class ClusterWgmmaPlan(ClusterPlan):
         """Registers of a computing thread: a multiple of 8, as setmaxnreg takes them."""
         return registers_of(self.warpgroups)
 
+    @property
+    def n_tiles_of_parts(self) -> tuple[int, ...]:
+        """The n-tiles of each part."""
+        return tuple((self.n_tiles + i) // self.parts for i in reversed(range(self.parts)))
+
     def source(
         self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
     ) -> dict[str, str]:
@@ -87,6 +95,7 @@ class ClusterWgmmaPlan(ClusterPlan):
             "UNITS": self.units,
             "WARPGROUPS": self.warpgroups,
             "N_TILES": self.n_tiles,
+            "PARTS": self.parts,
             "BUFFERS": self.buffers,
             "IN_REGISTERS": self.in_registers,
             # One warpgroup has as many registers as it can use without those of producers.
@@ -99,7 +108,9 @@ class ClusterWgmmaPlan(ClusterPlan):
             "STORED": len(cell.states),
             **dict(options),
         }
-        generated = {"common/wgmma.cuh": wgmma.instruction(8 * self.n_tiles, precision)}
+        columns = sorted({8 * n_tiles for n_tiles in self.n_tiles_of_parts})
+        instructions = "\n".join(wgmma.instruction(count, precision) for count in columns)
+        generated = {"common/wgmma.cuh": instructions}
         kernel = "cluster/wgmma_forward.cu"
         record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
         return source.program(kernel, cell, precision, constants, record, generated)
@@ -149,22 +160,24 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterWgmmaPla
             in_registers = min(steps, (registers_of(warpgroups) - working) // 4)
             if in_registers < 1:
                 continue
-            # With a second buffer a CTA need not wait until its tile is multiplied everywhere.
-            for buffers in (2, 1):
-                plan = ClusterWgmmaPlan(
-                    D=D,
-                    size=size,
-                    units=units,
-                    warpgroups=warpgroups,
-                    n_tiles=n_tiles,
-                    buffers=buffers,
-                    in_registers=in_registers,
-                    shared_memory=0,
-                )
-                plan = replace(plan, shared_memory=shared_memory_of(plan, counts))
-                if plan.shared_memory <= gpu.shared_memory:
-                    yield plan
-                    break
+            for parts in (1, 2):
+                # With a second buffer a CTA need not wait until its tile is multiplied everywhere.
+                for buffers in (2, 1):
+                    plan = ClusterWgmmaPlan(
+                        D=D,
+                        size=size,
+                        units=units,
+                        warpgroups=warpgroups,
+                        n_tiles=n_tiles,
+                        parts=parts,
+                        buffers=buffers,
+                        in_registers=in_registers,
+                        shared_memory=0,
+                    )
+                    plan = replace(plan, shared_memory=shared_memory_of(plan, counts))
+                    if plan.shared_memory <= gpu.shared_memory:
+                        yield plan
+                        break
 
 
 def shared_memory_of(plan: ClusterWgmmaPlan, counts: Counts) -> int:
@@ -176,7 +189,7 @@ def shared_memory_of(plan: ClusterWgmmaPlan, counts: Counts) -> int:
     tiles = plan.buffers * size + counts.gates + counts.states - 1 + (counts.starts > 0)
     # Each counts up to four tiles; one counts the packets that say that tiles are consumed.
     barriers = plan.buffers * tiles_of(size, min(4, size)) + 1
-    exchange = 16 + 16 * tiles_of(barriers, 2)
+    exchange = plan.parts * (16 + 16 * tiles_of(barriers, 2))
     bias = 4 * counts.gates * units
     in_shared = size * units // 16 - plan.in_registers
     # Where sequences' rows lie, and with resets whether the next step starts anew.

@@ -52,30 +52,45 @@ struct Matrix {
     }
 };
 
-__device__ inline void multiply(float (&sums)[4 * N_TILES], const Matrix& matrix,
-                                const Exchange& exchange) {
+// An operand so many bytes further on, within the same 256 KB.
+__device__ inline unsigned long long moved(unsigned long long operand, unsigned bytes) {
+    return operand >> 32 << 32 | static_cast<unsigned>(operand) + bytes / 16;
+}
+
+// Starts the product of a part with the tiles of a barrier, when they have arrived. The barriers follow in
+// order; wgmma_wait() completes the sums.
+template <int PART>
+__device__ inline void multiply(float (&all_sums)[4 * N_TILES], const Matrix& matrix,
+                                const Exchange& exchange, int barrier) {
+    constexpr int FIRST = first_n_tile(PART), COUNT = first_n_tile(PART + 1) - FIRST;
+    constexpr unsigned SUMMED = sequences_of(PART) * CHUNK_UNITS * sizeof(Element);
+    float(&sums)[4 * COUNT] = reinterpret_cast<float(&)[4 * COUNT]>(all_sums[4 * FIRST]);
     // Else the compiler computes the descriptors of all steps once, and keeps them in registers.
     unsigned in_shared = matrix.in_shared;
     materialize(in_shared);
+    const unsigned long long left = operand(in_shared, 128, 256);
+    exchange.wait(barrier);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        const int i = step / TILE_STEPS;
-        if (step % TILE_STEPS == 0) exchange.wait(i);
-        const unsigned h = shared_address(exchange.tile(exchange.sender(i))) +
-                           step % TILE_STEPS * 2 * SEQUENCES * CHUNK_UNITS * sizeof(Element);
-        const unsigned long long right = operand(h, SEQUENCES * CHUNK_UNITS * sizeof(Element), 128);
-        const bool add = step > 0;
-        if (is_in_registers(step)) {
-            wgmma(sums, matrix.in_registers[in_registers_before(step)].words, right, add, Operand{});
-        } else {
-            const unsigned R = in_shared + (step - in_registers_before(step)) * STEP_BYTES;
-            wgmma(sums, operand(R, 128, 256), right, add, Operand{});
+    for (int i = 0; i < TILES_A_BARRIER; ++i) {
+        const int tile = barrier * TILES_A_BARRIER + i;
+        if (tile >= GROUP_SIZE) break;
+        const unsigned h = shared_address(exchange.tile(exchange.sender(tile)));
+        const unsigned long long first = operand(h, SUMMED, 128);
+#pragma unroll
+        for (int k = 0; k < TILE_STEPS; ++k) {
+            const int step = tile * TILE_STEPS + k;
+            const unsigned long long right = moved(first, 2 * k * SUMMED);
+            const bool add = step > 0;
+            if (is_in_registers(step)) {
+                wgmma(sums, matrix.in_registers[in_registers_before(step)].words, right, add, Operand{});
+            } else {
+                const int before = step - in_registers_before(step);
+                wgmma(sums, moved(left, before * STEP_BYTES), right, add, Operand{});
+            }
         }
     }
     wgmma_commit();
-    wgmma_wait<0>();
-    materialize_all(sums);
 }
 
 }  // namespace cluster_wgmma
