@@ -182,7 +182,8 @@ def test_an_address_that_is_no_multiple_fails(copies):
 
 # A warpgroup multiplies ones, its left operand in registers or shared memory, twice.
 PRODUCTS = """
-extern "C" const char* emulate(bool in_registers, bool commits, bool waits, bool changes, float* results) {
+extern "C" const char* emulate(bool in_registers, bool commits, bool waits, bool changes,
+                               float* results) {
     const auto kernel = [=] {
         unsigned* const words = reinterpret_cast<unsigned*>(shared_memory());
         // 8 columns of 16 elements, then 64 rows of 16, in core matrices of 128 bytes.

@@ -101,7 +101,11 @@ struct Exchange {
     // before a fence_proxy_async and a barrier.
     __device__ void send() const {
         if (threadIdx.x % 32) return;
-        for (int i = 1 + (threadIdx.x - COMPUTING) / 32; i < GROUP_SIZE; i += PRODUCERS / 32) {
+        constexpr int WARPS = PRODUCERS / 32;
+#pragma unroll
+        for (int first = 1; first < GROUP_SIZE; first += WARPS) {
+            const int i = first + (threadIdx.x - COMPUTING) / 32;
+            if (i >= GROUP_SIZE) break;
             const int to = rank - i < 0 ? rank - i + GROUP_SIZE : rank - i;
             cp_async_bulk(mapa(tile(rank), to), tile(rank), tile_bytes(part),
                           mapa(barrier(buffer() * BARRIERS_A_BUFFER + i / TILES_A_BARRIER), to));

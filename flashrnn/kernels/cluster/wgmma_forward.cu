@@ -43,14 +43,12 @@ constexpr int FLAG_BYTES = RESETS ? SEQUENCES * int(sizeof(int)) : 0;
 static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
               "wgmma_plan.py computes another size of shared memory");
 
-// How many of the barriers of the next part's product are waited for, and their tiles' product started,
-// when so many n-tiles of a part's turn are computed; the rest when its h is written. Warps that wait for
-// h of others compute nothing, and let others wait for their own: so the first ones, which have arrived
-// early, while some n-tiles are left, and the last ones behind what the others wait for.
+// How many barriers of the next part's product a turn has waited for, and started the product of their
+// tiles, when it has computed so many of its n-tiles; it waits for the rest when h is written. Warps that
+// wait for h of others let others wait for theirs. So they compute first, while the first tiles arrive, and
+// do not wait for the last ones before they have sent their own.
 __device__ constexpr int products_due(int computed, int n_tiles) {
-    if (PARTS == 1) return 0;
-    if (computed == n_tiles) return BARRIERS_A_BUFFER - 1;
-    return computed >= (n_tiles + 1) / 2 && BARRIERS_A_BUFFER > 2 ? 1 : 0;
+    return PARTS == 2 && computed == n_tiles ? BARRIERS_A_BUFFER / 2 : 0;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -88,7 +86,9 @@ cluster_wgmma_forward(CALL) {
     // Which of the batch a sequence of the cluster's is.
     const auto index_of = [&](int sequence) { return SEQUENCED ? table[sequence].index : first + sequence; };
 
-    if (threadIdx.x >= COMPUTING) {
+    // The same for a warp, as the compiler must know to have products run asynchronously.
+    const bool computes = __shfl_sync(~0u, threadIdx.x / 32, 0) < WARPS;
+    if (!computes) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
         const int thread = threadIdx.x - COMPUTING;
         // In place of sequences that do not exist it reads the last one that does.
@@ -114,7 +114,8 @@ cluster_wgmma_forward(CALL) {
                 flags[sequence] = own.may_be_cut(t + 1) ? reset_flags[own.flag(t + 1)] : 0;
             }
         };
-        const auto store_outputs = [&](int part, long long t) {
+        // Pre-activations, or states.
+        const auto store_outputs = [&](int part, long long t, bool of_gates) {
 #pragma unroll 1
             for (int i = thread; i < chunks_of(part); i += PRODUCERS) {
                 const Chunk chunk(part, i);
@@ -129,16 +130,15 @@ cluster_wgmma_forward(CALL) {
                 const long long row =
                     SEQUENCED ? own.first_row + own.time(t) : (first + chunk.sequence) * T + t;
 #pragma unroll
-                for (int s = 0; s < STORED; ++s) {
+                for (int s = 0; s < STORED && !of_gates; ++s) {
                     const long long first_row = s * (PACKED ? T : B * T);
                     store(states + (first_row + row) * width + unit,
                           s > 0    ? tile(part, G - 1 + s)
                           : RESETS ? tile(part, STORED_H)
                                    : exchanges[part].tile(rank));
                 }
-                if (!SAVE_GATES) continue;
 #pragma unroll
-                for (int k = 0; k < G; ++k) {
+                for (int k = 0; k < G && of_gates; ++k) {
                     store(gates + (row * G + k) * width + unit, tile(part, k));
                 }
             }
@@ -176,9 +176,10 @@ cluster_wgmma_forward(CALL) {
                 }
                 named_barrier<THREADS>();
                 if (t < steps) exchange.send();
-                if (t > 0) store_outputs(part, t - 1);
+                if (SAVE_GATES && t > 0) store_outputs(part, t - 1, true);
                 if (t < steps) fetch_inputs(part, t);
                 cp_async_commit();
+                if (t > 0) store_outputs(part, t - 1, false);
             }
         }
         for (int part = 0; part < PARTS && RAGGED && !PACKED && STORED; ++part) clear_rest(part);
@@ -223,33 +224,53 @@ cluster_wgmma_forward(CALL) {
     const auto write_h = [&](int part) {
         Element* const own_tile = exchanges[part].tile(rank);
 #pragma unroll
-        for (int n_tile = first_n_tile(part); n_tile < first_n_tile(part + 1); ++n_tile) {
-#pragma unroll
-            for (int i = 0; i < ELEMENTS_A_TILE; ++i) {
-                const int e = n_tile * ELEMENTS_A_TILE + i;
-                const ThreadElement element(e);
-                // For units beyond D, R has zeros: 0 times an infinite h would be NaN.
-                const float h = element.unit < units ? carried[e][0] : 0.0f;
-                round_to(own_tile[tile_index(part, element.unit, element.sequence)], h);
-            }
+        for (int e = first_element(part); e < first_element(part + 1); ++e) {
+            const ThreadElement element(e);
+            // For units beyond D, R has zeros: 0 times an infinite h would be NaN.
+            const float h = element.unit < units ? carried[e][0] : 0.0f;
+            round_to(own_tile[tile_index(part, element.unit, element.sequence)], h);
         }
         fence_proxy_async();
         named_barrier<THREADS>();
     };
+    float sums[4 * N_TILES], preactivations[ELEMENTS][G];
+    // Completes the pre-activations of some n-tiles. It reads all that it reads from tiles before it writes
+    // any: else each read would wait for a write.
+    const auto add_up = [&](int part, int begin, int end) {
+#pragma unroll
+        for (int n_tile = begin; n_tile < end; ++n_tile) {
+            const RecurrentSums<1> recurrent([&](int, int i) { return sums[4 * n_tile + i]; });
+#pragma unroll
+            for (int i = 0; i < ELEMENTS_A_TILE; ++i) {
+                const int e = n_tile * ELEMENTS_A_TILE + i;
+                const ThreadElement element(e);
+                const int index = tile_index(part, element.unit, element.sequence);
+#pragma unroll
+                for (int k = 0; k < G; ++k) {
+                    float& sum = preactivations[e][k];
+                    sum = bias[k * UNITS + element.unit];
+                    if (FED_WX[k] >= 0) sum += to_float(tile(part, k)[index]);
+                    if (FED_R[k] >= 0) sum += recurrent.gates[i][FED_R[k] < 0 ? 0 : FED_R[k]];
+                }
+            }
+        }
+        if (!SAVE_GATES) return;
+#pragma unroll
+        for (int e = begin * ELEMENTS_A_TILE; e < end * ELEMENTS_A_TILE; ++e) {
+            const ThreadElement element(e);
+#pragma unroll
+            for (int k = 0; k < G; ++k) {
+                Element* const to = tile(part, k) + tile_index(part, element.unit, element.sequence);
+                round_to(*to, preactivations[e][k]);
+            }
+        }
+    };
     // Computes an element's next states.
-    const auto compute = [&](int part, int e, const float* sums_of_gates, long long t) {
+    const auto compute = [&](int part, int e, long long t) {
         const ThreadElement element(e);
         const int index = tile_index(part, element.unit, element.sequence);
-        float preactivations[G], after[S];
-#pragma unroll
-        for (int k = 0; k < G; ++k) {
-            Element& value = tile(part, k)[index];
-            preactivations[k] = bias[k * UNITS + element.unit];
-            if (FED_WX[k] >= 0) preactivations[k] += to_float(value);
-            if (FED_R[k] >= 0) preactivations[k] += sums_of_gates[FED_R[k] < 0 ? 0 : FED_R[k]];
-            if (SAVE_GATES) round_to(value, preactivations[k]);
-        }
-        step(carried[e], preactivations, after, clips.forward);
+        float after[S];
+        step(carried[e], preactivations[e], after, clips.forward);
         // Past its end a sequence keeps its last states.
         if (RAGGED && !table[element.sequence].has(t)) return;
 #pragma unroll
@@ -262,7 +283,6 @@ cluster_wgmma_forward(CALL) {
             if (flags[element.sequence]) reset(e, t + 1);
         }
     };
-    float sums[4 * N_TILES];
     const auto start_products = [&](int part, int begin, int end) {
 #pragma unroll
         for (int i = begin; i < end; ++i) {
@@ -274,27 +294,32 @@ cluster_wgmma_forward(CALL) {
     // two, if there is `more`.
     const auto turn = [&](int part, long long t, bool more) {
         const int next = PARTS - 1 - part, begin = first_n_tile(part), end = first_n_tile(part + 1);
+        // As many pre-activations at a time as there are registers for.
+        const int batches = (end - begin + 2) / 3, batch = (end - begin + batches - 1) / batches;
         Exchange& exchange = exchanges[part];
         wgmma_wait<0>();
         materialize_all(sums);
         exchange.expect_tiles(exchange.buffer());
         named_barrier<THREADS>();
         int started = 0;
-#pragma unroll
-        for (int n_tile = begin; n_tile < end; ++n_tile) {
-            const RecurrentSums<1> recurrent([&](int, int i) { return sums[4 * n_tile + i]; });
-#pragma unroll
-            for (int i = 0; i < ELEMENTS_A_TILE; ++i) {
-                compute(part, n_tile * ELEMENTS_A_TILE + i, recurrent.gates[i], t);
-            }
-            const int due = products_due(n_tile + 1 - begin, end - begin);
+        const auto start_until = [&](int due) {
             if (more) start_products(next, started, due);
             started = due;
+        };
+#pragma unroll
+        for (int n_tile = begin; n_tile < end; ++n_tile) {
+            start_until(products_due(n_tile - begin, end - begin));
+            if ((n_tile - begin) % batch == 0) {
+                add_up(part, n_tile, n_tile + batch < end ? n_tile + batch : end);
+            }
+#pragma unroll
+            for (int i = 0; i < ELEMENTS_A_TILE; ++i) compute(part, n_tile * ELEMENTS_A_TILE + i, t);
         }
+        start_until(products_due(end - begin, end - begin));
         exchange.wait_until_consumed();
         ++exchange.number;
         write_h(part);
-        if (more) start_products(next, started, BARRIERS_A_BUFFER);
+        start_until(BARRIERS_A_BUFFER);
     };
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) write_h(part);

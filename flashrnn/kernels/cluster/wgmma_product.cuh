@@ -69,13 +69,14 @@ __device__ inline void multiply(float (&all_sums)[4 * N_TILES], const Matrix& ma
     unsigned in_shared = matrix.in_shared;
     materialize(in_shared);
     const unsigned long long left = operand(in_shared, 128, 256);
+    const unsigned buffer = shared_address(exchange.tile(0));
     exchange.wait(barrier);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < TILES_A_BARRIER; ++i) {
         const int tile = barrier * TILES_A_BARRIER + i;
         if (tile >= GROUP_SIZE) break;
-        const unsigned h = shared_address(exchange.tile(exchange.sender(tile)));
+        const unsigned h = buffer + exchange.sender(tile) * tile_bytes(PART);
         const unsigned long long first = operand(h, SUMMED, 128);
 #pragma unroll
         for (int k = 0; k < TILE_STEPS; ++k) {

@@ -38,9 +38,13 @@ constexpr int CHUNK_UNITS = 8, UNIT_CHUNKS = UNITS / CHUNK_UNITS;
 // With resets the h that is stored, that before a reset, has one too.
 constexpr int TILES = G + S - 1 + RESETS;
 
-// The first n-tile of a part, and its first sequence, among the cluster's; a part's sequences.
-__device__ constexpr int first_n_tile(int part) { return part == PARTS ? N_TILES : part * ((N_TILES + 1) / 2); }
+// The first n-tile of a part among the cluster's, its first sequence, the first of the thread's elements;
+// a part's sequences.
+__device__ constexpr int first_n_tile(int part) {
+    return part == PARTS ? N_TILES : part * ((N_TILES + 1) / 2);
+}
 __device__ constexpr int first_sequence(int part) { return 8 * first_n_tile(part); }
+__device__ constexpr int first_element(int part) { return ELEMENTS_A_TILE * first_n_tile(part); }
 __device__ constexpr int sequences_of(int part) { return first_sequence(part + 1) - first_sequence(part); }
 
 // Chunks and elements of a part's tile.
