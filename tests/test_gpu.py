@@ -145,7 +145,7 @@ def test_heads_that_clusters_share(kind, sizes):
     ids="{0[0]}x8 sequences in {0[1]}".format,
 )
 def many_sequences_in_clusters(request, monkeypatch):
-    """Clusters that own so many, in such parts, are chosen before others, whatever the estimates."""
+    """Clusters that own so many in such parts are chosen before others, whatever they may take."""
     n_tiles, parts = request.param
     monkeypatch.setattr(
         wgmma_plan,

@@ -40,8 +40,8 @@ _CYCLES_AN_H = 0.68
 _CYCLES_A_VALUE = 0.334
 # With one buffer CTAs wait for each other a second time.
 _CYCLES_OF_ONE_BUFFER = 740
-# Two parts, reckoned and not measured (docs/cost-model.md): a step waits for two exchanges, of which half
-# of what grows with the sequences is hidden, and reads R from shared memory twice.
+# Two parts, reckoned and not measured (docs/cost-model.md): a step waits for two exchanges, half
+# of what grows with the sequences is hidden, and R is read from shared memory twice.
 _CYCLES_OF_TWO_PARTS = 985
 _LEFT_OF_TWO_PARTS = 0.5
 _CYCLES_A_READ = 14
