@@ -70,7 +70,7 @@ WGMMA += [("slstm", 768), ("gru", 768), ("elman", 768)]
 @pytest.mark.parametrize(("kind", "D"), quick(WGMMA, ("lstm", 256)))
 def test_wgmma_compiles_without_spills(kind, D):
     cell, plans = resolve(kind), set()
-    for B, parts in itertools.product((64, 256, 512), (1, 2)):
+    for B, parts in ((64, 1), (256, 1), (256, 2), (512, 2)):
         possible = wgmma_plan.possible_plans(Counts.of(cell), D, H200)
         cycles = {
             plan: wgmma_plan.estimated_cycles(plan, Counts.of(cell), B, 1, H200)

@@ -25,9 +25,8 @@ _MOST_REGISTERS = 240
 _OTHER_REGISTERS = 24
 _MANY_STATES = 11
 _REGISTERS_OF_MANY_STATES = 8
-# With options of sequences; with two parts.
+# With options of sequences.
 _REGISTERS_OF_SEQUENCES = 8
-_REGISTERS_OF_TWO_PARTS = 2
 
 # Cycles of a step, fitted to the times of 37 plans on an H200 (docs/cost-model.md), the mean of
 # calls that save pre-activations and calls that do not: within 13%, 3% off in the median. All are
@@ -163,13 +162,11 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterWgmmaPla
             working = _OTHER_REGISTERS + 4 * n_tiles + carried
             working += _REGISTERS_OF_MANY_STATES if carried > _MANY_STATES else 0
             working += _REGISTERS_OF_SEQUENCES if counts.sequence_bytes else 0
+            in_registers = min(steps, (registers_of(warpgroups) - working) // 4)
+            if in_registers < 1:
+                continue
             # Parts of one n-tile each would read R twice for little.
             for parts in (1, 2) if n_tiles > 2 else (1,):
-                left = registers_of(warpgroups) - working
-                left -= _REGISTERS_OF_TWO_PARTS if parts == 2 else 0
-                in_registers = min(steps, left // 4)
-                if in_registers < 1:
-                    continue
                 # With a second buffer a CTA need not wait until its tile is multiplied everywhere.
                 for buffers in (2, 1):
                     plan = ClusterWgmmaPlan(
