@@ -468,6 +468,8 @@ static void wgmma_commit() { close_product_group(); }
 template <int PENDING>
 static void wgmma_wait() {
     wait_for_products(PENDING);
+    // A warp goes on as one: what a lane says behind this holds for the products of all.
+    current->warp_meetings[threadIdx.x / 32].wait_for(32);
 }
 template <int COUNT>
 static void materialize_all(float (&)[COUNT]) {}
