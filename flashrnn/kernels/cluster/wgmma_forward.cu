@@ -20,9 +20,9 @@
 // - when they have: from here on the producer threads send h, store the tiles to global memory, and
 //   read the next step's Wx into the gates' tiles.
 //
-// With one part the computing warps then wait for h of other CTAs and multiply it. With two they start the
-// other part's product among the cell's computations, as far as its h has arrived by then; the tensor
-// cores multiply it in the meantime, and also while the part's own h is on its way.
+// With one part the computing warps then wait for h of other CTAs and multiply it. With two the other part's
+// h comes while they compute; they start its product as far as it has come (products_due()), and the tensor
+// cores multiply it while the warps go on, and while the part's own h is written and on its way.
 //
 // All CTAs of a cluster take as many steps as its longest sequence has, since each waits for h of all.
 // A sequence that has ended keeps its states, and its h is sent on. After a reset the h of the start is

@@ -55,8 +55,8 @@ class ClusterWgmmaPlan(ClusterPlan):
         PRODUCERS: threads of a CTA that send h and copy between global and shared memory.
         PRODUCER_REGISTERS: registers that each of them keeps, where it gives others away.
         warpgroups: warpgroups of a CTA that compute.
-        parts: parts of the sequences that take turns, one or two: the tensor cores multiply one of
-            two while the warps compute the other.
+        parts: parts of the sequences that take turns, one or two: h of one is on its way and is
+            multiplied while the warps compute the other.
         buffers: buffers of h of all CTAs, one or two.
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """

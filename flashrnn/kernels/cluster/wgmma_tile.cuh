@@ -8,8 +8,8 @@
 // A CTA's producer threads, four warps after its WARPGROUPS, send h to the other CTAs and copy a step's
 // inputs and results between shared and global memory.
 //
-// The sequences are one part, or PARTS = 2, which are exchanged, multiplied and computed in turn: while the
-// tensor cores multiply one part, the same warps compute the new states of the other.
+// The sequences are one part, or PARTS = 2, which are exchanged, multiplied and computed in turn: while h of
+// one part is on its way and is multiplied, the same warps compute the new states of the other.
 //
 // A tile, in shared memory, has one value for each unit of the CTA and each sequence of a part: h, a
 // gate, or another state. It consists of chunks of 16 bytes, CHUNK_UNITS neighbouring units of a
