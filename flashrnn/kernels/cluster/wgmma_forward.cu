@@ -37,7 +37,7 @@ namespace cluster_wgmma {
 constexpr int EXCHANGES_BYTES = exchange_bytes(0) + (PARTS == 2 ? exchange_bytes(1) : 0);
 constexpr int TILES_BYTES = TILES * UNITS * SEQUENCES * sizeof(Element);
 constexpr int BIAS_BYTES = G * UNITS * sizeof(float);
-constexpr int TABLE = EXCHANGES_BYTES + TILES_BYTES + BIAS_BYTES + MATRIX_BYTES;
+constexpr int TABLE = EXCHANGES_BYTES + TILES_BYTES + BIAS_BYTES + Matrix::BYTES;
 constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
 constexpr int FLAG_BYTES = RESETS ? SEQUENCES * int(sizeof(int)) : 0;
 static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
@@ -188,7 +188,8 @@ cluster_wgmma_forward(CALL) {
     }
 
     if (SHIFT_REGISTERS) setmaxnreg_inc<COMPUTING_REGISTERS>();
-    const Matrix matrix(reinterpret_cast<unsigned char*>(bias + G * UNITS), R, n, N, rank);
+    const Matrix matrix =
+        load_matrix(reinterpret_cast<unsigned char*>(bias + G * UNITS), R, n, N, rank);
     for (int i = threadIdx.x; i < G * UNITS; i += COMPUTING) {
         const int k = i / UNITS, unit = i % UNITS;
         const long long row = static_cast<long long>(FED_B[k]) * N + n;
