@@ -88,9 +88,8 @@ def test_wgmma_compiles_without_spills(kind, D):
     for plan in plans:
         parts = plan.source(cell, "bfloat16", SAVES_GATES, aligned=True)
         assert not spills_in_a_loop(parts, "sm_90a"), plan
-        # One wait a turn, and one at the end: where the compiler serializes products, it waits for
-        # each of them.
-        assert len(instructions(parts, "sm_90a", "WARPGROUP.DEPBAR")) <= plan.parts + 1, plan
+        # One wait a turn: where the compiler serializes products, it waits for each of them.
+        assert len(instructions(parts, "sm_90a", "WARPGROUP.DEPBAR")) == plan.parts, plan
 
 
 BACKWARD = [("lstm", 256), ("slstm", 384), ("gru", 512)]

@@ -119,9 +119,9 @@ struct Exchange {
         st_async(mapa(consumed_packets(), to), {}, mapa(barrier(CONSUMED_BARRIER), to));
     }
 
-    // Returns when the tiles of a barrier have arrived, if waits for those before have returned.
+    // Returns when the i-th tile has arrived, and those that share its barrier.
     __device__ void wait(int i) const {
-        mbarrier_wait(barrier(buffer() * BARRIERS_A_BUFFER + i), number / BUFFERS % 2);
+        mbarrier_wait(barrier(buffer() * BARRIERS_A_BUFFER + i / TILES_A_BARRIER), number / BUFFERS % 2);
     }
 
     // Returns when the CTA's tile of the next exchange may be written and sent.

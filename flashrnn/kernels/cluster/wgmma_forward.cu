@@ -20,9 +20,8 @@
 // - when they have: from here on the producer threads send h, store the tiles to global memory, and
 //   read the next step's Wx into the gates' tiles.
 //
-// With one part the computing warps then wait for h of other CTAs and multiply it. With two the other part's
-// h comes while they compute; they start its product as far as it has come (products_due()), and the tensor
-// cores multiply it while the warps go on, and while the part's own h is written and on its way.
+// Then the computing warps wait for the next product's h: with one part for what has just been sent, with
+// two for the other part's, which has been on its way since that part's turn.
 //
 // All CTAs of a cluster take as many steps as its longest sequence has, since each waits for h of all.
 // A sequence that has ended keeps its states, and its h is sent on. After a reset the h of the start is
@@ -42,14 +41,6 @@ constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
 constexpr int FLAG_BYTES = RESETS ? SEQUENCES * int(sizeof(int)) : 0;
 static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
               "wgmma_plan.py computes another size of shared memory");
-
-// How many barriers of the next part's product a turn has waited for, and started the product of their
-// tiles, when it has computed so many of its n-tiles; it waits for the rest when h is written. Warps that
-// wait for h of others let others wait for theirs. So they compute first, while the first tiles arrive, and
-// do not wait for the last ones before they have sent their own.
-__device__ constexpr int products_due(int computed, int n_tiles) {
-    return PARTS == 2 && computed == n_tiles ? BARRIERS_A_BUFFER / 2 : 0;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 cluster_wgmma_forward(CALL) {
@@ -99,13 +90,19 @@ cluster_wgmma_forward(CALL) {
                 if (chunk.first_unit() >= units) continue;
                 const int sequence = chunk.sequence < last ? chunk.sequence : last;
                 if (SEQUENCED && !table[sequence].has(t)) continue;
-                const long long of_step = SEQUENCED ? table[sequence].offset(t, Wx_b, Wx_t)
-                                                    : (first + sequence) * Wx_b + t * Wx_t;
-                const Element* from = Wx + of_step + n * Wx_n + first_unit + chunk.first_unit();
+                const auto inputs_of = [&](long long t) {
+                    const long long of_step = SEQUENCED ? table[sequence].offset(t, Wx_b, Wx_t)
+                                                        : (first + sequence) * Wx_b + t * Wx_t;
+                    return Wx + of_step + n * Wx_n + first_unit + chunk.first_unit();
+                };
+                // Those of the next step come from the L2 cache then. Of two parts each has time to get
+                // its inputs during the other's turn.
+                const bool prefetches = PARTS == 1 && (SEQUENCED ? table[sequence].has(t + 1) : t + 1 < T);
 #pragma unroll
                 for (int k = 0; k < G; ++k) {
                     if (FED_WX[k] < 0) continue;
-                    cp_async(tile(part, k) + chunk.index(), from + FED_WX[k] * Wx_g);
+                    cp_async(tile(part, k) + chunk.index(), inputs_of(t) + FED_WX[k] * Wx_g);
+                    if (prefetches) prefetch_l2(inputs_of(t + 1) + FED_WX[k] * Wx_g);
                 }
             }
             for (int i = thread; RESETS && i < sequences_of(part); i += PRODUCERS) {
@@ -234,13 +231,14 @@ cluster_wgmma_forward(CALL) {
         fence_proxy_async();
         named_barrier<THREADS>();
     };
-    float sums[4 * N_TILES], preactivations[ELEMENTS][G];
-    // Completes the pre-activations of some n-tiles. It reads all that it reads from tiles before it writes
-    // any: else each read would wait for a write.
-    const auto add_up = [&](int part, int begin, int end) {
+    // Completes the pre-activations of the elements of some n-tiles. It reads all that it reads from tiles
+    // before it writes any: else each read would wait for a write.
+    float preactivations[ELEMENTS][G];
+    const auto add_up = [&](int part, int begin, int end, const float* sums) {
 #pragma unroll
         for (int n_tile = begin; n_tile < end; ++n_tile) {
-            const RecurrentSums<1> recurrent([&](int, int i) { return sums[4 * n_tile + i]; });
+            const RecurrentSums<1> recurrent(
+                [&](int, int i) { return sums[4 * (n_tile - first_n_tile(part)) + i]; });
 #pragma unroll
             for (int i = 0; i < ELEMENTS_A_TILE; ++i) {
                 const int e = n_tile * ELEMENTS_A_TILE + i;
@@ -284,50 +282,35 @@ cluster_wgmma_forward(CALL) {
             if (flags[element.sequence]) reset(e, t + 1);
         }
     };
-    const auto start_products = [&](int part, int begin, int end) {
-#pragma unroll
-        for (int i = begin; i < end; ++i) {
-            if (part == 0) multiply<0>(sums, matrix, exchanges[0], i);
-            if (part == 1) multiply<PARTS - 1>(sums, matrix, exchanges[1], i);
-        }
-    };
-    // A part's step. It also starts the product that comes next, that of the other part where there are
-    // two, if there is `more`.
-    const auto turn = [&](int part, long long t, bool more) {
-        const int next = PARTS - 1 - part, begin = first_n_tile(part), end = first_n_tile(part + 1);
-        // As many pre-activations at a time as there are registers for.
-        const int batches = (end - begin + 2) / 3, batch = (end - begin + batches - 1) / batches;
+    // A part's step.
+    const auto turn = [&](int part, long long t) {
         Exchange& exchange = exchanges[part];
-        wgmma_wait<0>();
-        materialize_all(sums);
+        // Of their own for each part: where both have the same, the compiler finds too few registers, and has
+        // each wgmma wait for the one before.
+        float sums[PARTS][sums_of(0)];
+        if (part == 0) multiply<0>(sums[0], matrix, exchange);
+        if (part == 1) multiply<PARTS - 1>(sums[PARTS - 1], matrix, exchange);
         exchange.expect_tiles(exchange.buffer());
         named_barrier<THREADS>();
-        int started = 0;
-        const auto start_until = [&](int due) {
-            if (more) start_products(next, started, due);
-            started = due;
-        };
+        // As many pre-activations at a time as there are registers for.
+        const int begin = first_n_tile(part), end = first_n_tile(part + 1);
+        const int batches = (end - begin + 2) / 3, batch = (end - begin + batches - 1) / batches;
 #pragma unroll
-        for (int n_tile = begin; n_tile < end; ++n_tile) {
-            start_until(products_due(n_tile - begin, end - begin));
-            if ((n_tile - begin) % batch == 0) {
-                add_up(part, n_tile, n_tile + batch < end ? n_tile + batch : end);
-            }
+        for (int n_tile = begin; n_tile < end; n_tile += batch) {
+            const int behind = n_tile + batch < end ? n_tile + batch : end;
+            add_up(part, n_tile, behind, sums[part]);
 #pragma unroll
-            for (int i = 0; i < ELEMENTS_A_TILE; ++i) compute(part, n_tile * ELEMENTS_A_TILE + i, t);
+            for (int e = n_tile * ELEMENTS_A_TILE; e < behind * ELEMENTS_A_TILE; ++e) compute(part, e, t);
         }
-        start_until(products_due(end - begin, end - begin));
         exchange.wait_until_consumed();
         ++exchange.number;
         write_h(part);
-        start_until(BARRIERS_A_BUFFER);
     };
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) write_h(part);
-    if (steps > 0) start_products(0, 0, BARRIERS_A_BUFFER);
     for (long long t = 0; t < steps; ++t) {
-        if (PARTS == 2) turn(0, t, true);
-        turn(PARTS - 1, t, t + 1 < steps);
+        turn(0, t);
+        if (PARTS == 2) turn(PARTS - 1, t);
     }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {

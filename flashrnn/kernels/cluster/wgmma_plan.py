@@ -28,23 +28,18 @@ _REGISTERS_OF_MANY_STATES = 8
 # With options of sequences.
 _REGISTERS_OF_SEQUENCES = 8
 
-# Cycles of a step, fitted to the times of 37 plans on an H200 (docs/cost-model.md), the mean of
-# calls that save pre-activations and calls that do not: within 13%, 3% off in the median. All are
-# scaled by 0.87, so that they compare with the other regimes' estimates.
-_CYCLES = 1970
-# For each step of the product and warpgroup.
-_CYCLES_A_WGMMA = 1.6
+# Cycles of a step, fitted to the times of 56 plans on an H200 (docs/cost-model.md), the mean of
+# calls that save pre-activations and calls that do not: 3% off in the median. All are scaled by
+# 0.83, so that they compare with the other regimes' estimates.
+_CYCLES_OF_A_PART = 960
+# For each step of the product and warpgroup whose R is read from shared memory, by each part.
+_CYCLES_A_READ = 15.2
 # For each unit of all CTAs and n-tile: h, exchanged and multiplied.
-_CYCLES_AN_H = 0.68
+_CYCLES_AN_H = 0.735
 # For each gate and state of the CTA's units.
-_CYCLES_A_VALUE = 0.334
-# With one buffer CTAs wait for each other a second time.
-_CYCLES_OF_ONE_BUFFER = 740
-# Two parts, reckoned and not measured (docs/cost-model.md): a step waits for two exchanges, half
-# of what grows with the sequences is hidden, and R is read from shared memory twice.
-_CYCLES_OF_TWO_PARTS = 985
-_LEFT_OF_TWO_PARTS = 0.5
-_CYCLES_A_READ = 14
+_CYCLES_A_VALUE = 0.247
+# What is left of those two when h of a part is on its way during the other's turn.
+_LEFT_OF_TWO_PARTS = 0.67
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +50,8 @@ class ClusterWgmmaPlan(ClusterPlan):
         PRODUCERS: threads of a CTA that send h and copy between global and shared memory.
         PRODUCER_REGISTERS: registers that each of them keeps, where it gives others away.
         warpgroups: warpgroups of a CTA that compute.
-        parts: parts of the sequences that take turns, one or two: h of one is on its way and is
-            multiplied while the warps compute the other.
+        parts: parts of the sequences that take turns, one or two: h of one is on its way while the
+            warps multiply and compute the other.
         buffers: buffers of h of all CTAs, one or two.
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
@@ -215,11 +210,9 @@ def estimated_cycles(plan: ClusterWgmmaPlan, counts: Counts, B: int, N: int, gpu
     steps = plan.size * plan.units // 16
     elements = plan.size * plan.units * plan.n_tiles
     values = 8 * plan.units * plan.n_tiles * (counts.gates + counts.states)
-    step = _CYCLES + _CYCLES_A_WGMMA * plan.warpgroups * steps
-    step += _CYCLES_OF_ONE_BUFFER if plan.buffers == 1 else 0
+    reads = plan.warpgroups * (steps - plan.in_registers)
     of_sequences = _CYCLES_AN_H * elements + _CYCLES_A_VALUE * values
     if plan.parts == 2:
         of_sequences *= _LEFT_OF_TWO_PARTS
-        reads = plan.warpgroups * (steps - plan.in_registers)
-        step += _CYCLES_OF_TWO_PARTS + _CYCLES_A_READ * reads
-    return (step + of_sequences) * plan.rounds(B, N, gpu)
+    of_parts = plan.parts * (_CYCLES_OF_A_PART + _CYCLES_A_READ * reads)
+    return (of_parts + of_sequences) * plan.rounds(B, N, gpu)

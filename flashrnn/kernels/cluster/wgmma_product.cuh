@@ -21,32 +21,23 @@ __device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, in
     });
 }
 
-// Starts the product of a part with the tiles of a barrier, when they have arrived. The barriers follow in
-// order; wgmma_wait() completes the sums.
+// The sums of a part, which may be fewer than the first one has.
 template <int PART>
-__device__ inline void multiply(float (&all_sums)[4 * N_TILES], const Matrix& matrix,
-                                const Exchange& exchange, int barrier) {
-    constexpr int FIRST = first_n_tile(PART), COUNT = first_n_tile(PART + 1) - FIRST;
-    constexpr unsigned SUMMED = sequences_of(PART) * CHUNK_UNITS * sizeof(Element);
-    float(&sums)[4 * COUNT] = reinterpret_cast<float(&)[4 * COUNT]>(all_sums[4 * FIRST]);
-    const unsigned long long left = matrix.left();
-    const unsigned buffer = shared_address(exchange.tile(0));
-    exchange.wait(barrier);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < TILES_A_BARRIER; ++i) {
-        const int tile = barrier * TILES_A_BARRIER + i;
-        if (tile >= GROUP_SIZE) break;
-        const unsigned h = buffer + exchange.sender(tile) * tile_bytes(PART);
-        const unsigned long long first = operand(h, SUMMED, 128);
-#pragma unroll
-        for (int k = 0; k < TILE_STEPS; ++k) {
-            const int step = tile * TILE_STEPS + k;
-            const unsigned long long right = moved(first, 2 * k * SUMMED);
-            matrix.multiply_step(sums, left, step, right);
+__device__ inline void multiply(float (&room)[sums_of(0)], const Matrix& matrix,
+                                const Exchange& exchange) {
+    float(&sums)[sums_of(PART)] = reinterpret_cast<float(&)[sums_of(PART)]>(room);
+    constexpr unsigned CHUNKS_BYTES = sequences_of(PART) * CHUNK_UNITS * sizeof(Element);
+    const unsigned long long first = operand(shared_address(exchange.tile(0)), CHUNKS_BYTES, 128);
+    matrix.multiply(sums, [&](int step) {
+        const int i = step / TILE_STEPS;
+        if (step % (TILES_A_BARRIER * TILE_STEPS) == 0) {
+            exchange.wait(i);
+            // Else the compiler puts one here, does not see that no thread diverges, and has each
+            // wgmma wait for the one before.
+            wgmma_fence();
         }
-    }
-    wgmma_commit();
+        return moved(first, exchange.sender(i) * tile_bytes(PART) + step % TILE_STEPS * 2 * CHUNKS_BYTES);
+    });
 }
 
 }  // namespace cluster_wgmma

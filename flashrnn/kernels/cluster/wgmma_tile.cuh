@@ -47,6 +47,9 @@ __device__ constexpr int first_sequence(int part) { return 8 * first_n_tile(part
 __device__ constexpr int first_element(int part) { return ELEMENTS_A_TILE * first_n_tile(part); }
 __device__ constexpr int sequences_of(int part) { return first_sequence(part + 1) - first_sequence(part); }
 
+// A thread's sums of a part's product.
+__device__ constexpr int sums_of(int part) { return 4 * (first_n_tile(part + 1) - first_n_tile(part)); }
+
 // Chunks and elements of a part's tile.
 __device__ constexpr int chunks_of(int part) { return UNIT_CHUNKS * sequences_of(part); }
 __device__ constexpr int tile_of(int part) { return chunks_of(part) * CHUNK_UNITS; }
