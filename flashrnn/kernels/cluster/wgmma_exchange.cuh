@@ -68,11 +68,6 @@ struct Exchange {
         expect_consumed_packets();
     }
 
-    // Whose tile the CTA multiplies as the i-th; its own is number 0.
-    __device__ int sender(int i) const {
-        return rank + i < GROUP_SIZE ? rank + i : rank + i - GROUP_SIZE;
-    }
-
     __device__ unsigned buffer() const { return number % BUFFERS; }
     __device__ Element* tile(int sender) const {
         return reinterpret_cast<Element*>(shared + buffer() * buffer_bytes(part) +

@@ -9,7 +9,7 @@
 // inputs and results between shared and global memory.
 //
 // The sequences are one part, or PARTS = 2, which are exchanged, multiplied and computed in turn: while h of
-// one part is on its way and is multiplied, the same warps compute the new states of the other.
+// one part is on its way, the same warps multiply and compute the other.
 //
 // A tile, in shared memory, has one value for each unit of the CTA and each sequence of a part: h, a
 // gate, or another state. It consists of chunks of 16 bytes, CHUNK_UNITS neighbouring units of a
