@@ -2,6 +2,7 @@
 
 #include "emulation.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -148,6 +149,8 @@ int threads_of_cluster;
 
 static jmp_buf scheduler;
 static const void* kernel_to_run;
+// An operand of a product while it was on its way; products that their thread did not wait for.
+static bool operand_changed, product_left;
 static void (*run_thread)(const void* kernel);
 
 static void run_body() {
@@ -156,6 +159,8 @@ static void run_body() {
         yield();
         run_thread(kernel_to_run);
         self->finished = true;
+        product_left = product_left || !self->products.empty();
+        self->products.clear();
         last_progress = rounds;
     }
 }
@@ -235,7 +240,7 @@ const char* run(int grid, int threads, const void* kernel, void (*run_once)(cons
         }
     }
     pending.clear();
-    sent_too_late = misaligned = false;
+    sent_too_late = misaligned = operand_changed = product_left = false;
     cluster = blocks.data();
     cluster_meeting = {};
     threads_of_cluster = at_once * threads;
@@ -253,8 +258,39 @@ const char* run(int grid, int threads, const void* kernel, void (*run_once)(cons
         return "a kernel stalled: its threads wait for what never comes";
     }
     if (sent_too_late) return "a kernel sent something to a block that has left";
+    if (operand_changed) return "a kernel changed an operand before it had waited for its product";
+    if (product_left) return "a kernel's thread did not wait for its last products";
     if (misaligned) return "a kernel accessed an address that is no multiple of what it loads or stores";
     return fits ? nullptr : "a kernel wrote more shared memory than its plan has";
+}
+
+// ---- products of warpgroups
+
+Product& start_product(float* sums, int count) {
+    for (Product& product : self->products) {
+        // Part of the group that is open, though it began in another.
+        if (product.sums == sums && int(product.results.size()) == count) {
+            product.group = self->groups;
+            return product;
+        }
+    }
+    self->products.push_back({sums, std::vector<float>(sums, sums + count), {}, self->groups});
+    for (int i = 0; i < count; ++i) sums[i] = NAN;
+    return self->products.back();
+}
+
+void close_product_group() { ++self->groups; }
+
+void wait_for_products(int pending) {
+    for (auto i = self->products.begin(); i != self->products.end();) {
+        if (i->group >= self->groups - pending) {
+            ++i;
+            continue;
+        }
+        for (const auto& [word, was] : i->operands) operand_changed = operand_changed || *word != was;
+        memcpy(i->sums, i->results.data(), i->results.size() * sizeof(float));
+        i = self->products.erase(i);
+    }
 }
 
 // ---- copies to shared memory

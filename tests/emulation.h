@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -54,6 +55,15 @@ struct Meeting {
     void wait_for(int all);
 };
 
+// A product that a thread has started: its sums, as they will be, and what its operands had in shared memory
+// when it was. They count from the group on that they are committed to.
+struct Product {
+    float* sums;
+    std::vector<float> results;
+    std::vector<std::pair<const unsigned*, unsigned>> operands;
+    int group;
+};
+
 // Made by makecontext, switched by longjmp, which needs no system call.
 struct Coroutine {
     jmp_buf here;
@@ -62,6 +72,9 @@ struct Coroutine {
     int number = 0;
     // Its packets on their way.
     int pending = 0;
+    // Its products on their way, and its groups of them so far.
+    std::vector<Product> products;
+    int groups = 0;
 
     bool waits() const { return meeting && meeting->number == number; }
 };
@@ -141,6 +154,12 @@ void copy_later(void* to, const void* from, int bytes);
 void close_copy_group();
 // Those of all closed groups but the last ones, so many.
 void make_copies(int pending);
+
+// A product's sums are NaN until the thread has waited for its group: so late they may come. Products of the
+// same sums add up. Their operands must stay what they were until then.
+Product& start_product(float* sums, int count);
+void close_product_group();
+void wait_for_products(int pending);
 
 // What went wrong, or null. Blocks may wait for each other where they run at once.
 const char* run(int grid, int threads, const void* kernel, void (*run_once)(const void* kernel),
@@ -391,29 +410,35 @@ static void ldmatrix_transposed(unsigned (&words)[4], unsigned row) {
 // ---- common/wgmma.cuh
 
 // Of an operand's row the word that has the 2 j-th of the first or the second 8 summed elements.
-static unsigned word_of_operand(unsigned long long operand, int row, int half, int j) {
+static const unsigned* word_of_operand(unsigned long long operand, int row, int half, int j) {
     const unsigned address = (operand & 0x3fff) * 16, summed = (operand >> 16 & 0x3fff) * 16;
     const unsigned rows = (operand >> 32 & 0x3fff) * 16;
-    unsigned word;
-    memcpy(&word, shared_memory() + address + row / 8 * rows + half * summed + row % 8 * 16 + j * 4, 4);
-    return word;
+    return (unsigned*)(shared_memory() + address + row / 8 * rows + half * summed + row % 8 * 16 + j * 4);
 }
 
-// At once, so a wait that lacks does not show.
+// `left` gives a word of the rows of the thread's sums.
 template <int COUNT, typename Left, typename Operand>
-static void add_products(float (&sums)[COUNT], const Left& left, unsigned long long right, bool add,
-                         Operand operand) {
+static Product& add_products(float (&sums)[COUNT], const Left& left, unsigned long long right, bool add,
+                             Operand operand) {
     const int lane = threadIdx.x % 32;
+    Product& product = start_product(sums, COUNT);
     for (int i = 0; i < COUNT; ++i) {
         const int row_half = i / 2 % 2, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-        if (!add) sums[i] = 0.0f;
+        float& sum = product.results[i];
+        if (!add) sum = 0.0f;
         for (int j = 0; j < 4; ++j) {
             for (int half = 0; half < 2; ++half) {
-                sums[i] += dot(left(lane / 4, j, row_half, half),
-                               word_of_operand(right, column, half, j), operand);
+                sum += dot(left(lane / 4, j, row_half, half), *word_of_operand(right, column, half, j),
+                           operand);
             }
         }
     }
+    // Each lane remembers some words, the warp all.
+    for (int column = lane / 8; column < 2 * COUNT; column += 4) {
+        const unsigned* const word = word_of_operand(right, column, lane / 4 % 2, lane % 4);
+        product.operands.emplace_back(word, *word);
+    }
+    return product;
 }
 
 template <int COUNT, typename Operand>
@@ -423,23 +448,33 @@ static void wgmma(float (&sums)[COUNT], const unsigned (&left)[4],
         const auto word = [&](int i, int j, int row_half, int half) {
             return lanes[4 * i + j][2 * half + row_half];
         };
-        add_products(sums, word, right, add, operand);
+        Product& product = add_products(sums, word, right, add, operand);
+        for (const unsigned& own : left) product.operands.emplace_back(&own, own);
     });
 }
 
 template <int COUNT, typename Operand>
 static void wgmma(float (&sums)[COUNT], unsigned long long left,
                               unsigned long long right, bool add, Operand operand) {
-    const int first = threadIdx.x / 32 % 4 * 16;
+    const int first = threadIdx.x / 32 % 4 * 16, lane = threadIdx.x % 32;
     const auto word = [&](int i, int j, int row_half, int half) {
-        return word_of_operand(left, first + i + 8 * row_half, half, j);
+        return *word_of_operand(left, first + i + 8 * row_half, half, j);
     };
-    add_products(sums, word, right, add, operand);
+    Product& product = add_products(sums, word, right, add, operand);
+    for (int row = lane / 8; row < 16; row += 4) {
+        const unsigned* const own = word_of_operand(left, first + row, lane / 4 % 2, lane % 4);
+        product.operands.emplace_back(own, *own);
+    }
 }
+
 static void wgmma_fence() {}
-static void wgmma_commit() {}
+static void wgmma_commit() { close_product_group(); }
 template <int PENDING>
-static void wgmma_wait() {}
+static void wgmma_wait() {
+    wait_for_products(PENDING);
+    // A warp goes on as one: what a lane says behind this holds for the products of all.
+    current->warp_meetings[threadIdx.x / 32].wait_for(32);
+}
 template <int COUNT>
 static void materialize_all(float (&)[COUNT]) {}
 static void fence_proxy_async() {}

@@ -44,6 +44,7 @@ from tests.problems import (
     undefined,
     wide,
 )
+from tests.sequences import KINDS, hold_ragged_to_vanilla, random_ragged
 from tests.test_graphs import TABLES, check_table, table_inputs
 
 pytestmark = pytest.mark.gpu
@@ -143,13 +144,19 @@ def test_heads_that_clusters_share(kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
 
 
-@pytest.fixture(params=[2, 3, 5], ids="{}x8 sequences".format)
+@pytest.fixture(
+    params=[(2, 1), (3, 1), (5, 1), (3, 2), (5, 2), (8, 2)],
+    ids="{0[0]}x8 sequences in {0[1]}".format,
+)
 def many_sequences_in_clusters(request, monkeypatch):
-    """Clusters that own so many are chosen before others, whatever they are reckoned to take."""
+    """Clusters that own so many in such parts are chosen before others, whatever they may take."""
+    n_tiles, parts = request.param
     monkeypatch.setattr(
         wgmma_plan,
         "estimated_cycles",
-        lambda plan, *_: abs(plan.n_tiles - request.param) - plan.warpgroups,
+        lambda plan, *_: (
+            abs(plan.n_tiles - n_tiles) + 100 * (plan.parts != parts) - plan.warpgroups - 1000
+        ),
     )
     caches = (wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared_scan)
     for cache in caches:
@@ -163,6 +170,22 @@ def many_sequences_in_clusters(request, monkeypatch):
 @pytest.mark.parametrize("sizes", [(50, 40, 1, 768), (20, 9, 2, 520), (90, 9, 3, 136)], ids=str)
 def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+
+
+def test_same_bits_of_clusters_of_many_sequences(many_sequences_in_clusters):
+    """Whatever order things arrive in: with many steps and all of the GPU, fifty times."""
+    inputs = random_inputs("lstm", 300, 200, 1, 768, torch.bfloat16, "cuda")
+    first = call("lstm", inputs, backend="cuda_fused")
+    for _ in range(50):
+        again = call("lstm", inputs, backend="cuda_fused")
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_options_of_clusters_of_many_sequences(many_sequences_in_clusters, kind, kinds):
+    case = random_ragged(kind, 90, 20, 1, 520, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
 
 
 @pytest.fixture(

@@ -75,14 +75,14 @@ def _cluster_mma(size: int, n_tiles: int) -> registry.Regime:
     return plan
 
 
-def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regime:
+def _cluster_wgmma(warpgroups: int, n_tiles: int, parts: int, buffers: int) -> registry.Regime:
     """Plans of such a shape; with one buffer some of R lies in shared memory too."""
 
     def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
         if isinstance(found := cluster.plan_wgmma_forward(problem, gpu, backward), str):
             return found
         for plan in wgmma_plan.possible_plans(Counts.of_problem(problem), problem.D, gpu):
-            if (plan.warpgroups, plan.n_tiles) != (warpgroups, n_tiles):
+            if (plan.warpgroups, plan.n_tiles, plan.parts) != (warpgroups, n_tiles, parts):
                 continue
             if buffers == plan.buffers:
                 return plan
@@ -222,8 +222,8 @@ CLUSTER_MMA = [
 ]
 CLUSTER_WGMMA = [
     Regime(
-        f"cluster_wgmma-{warpgroups}x{n_tiles}x{buffers}",
-        forward=_cluster_wgmma(warpgroups, n_tiles, buffers),
+        f"cluster_wgmma-{warpgroups}x{n_tiles}x{parts}x{buffers}",
+        forward=_cluster_wgmma(warpgroups, n_tiles, parts, buffers),
         backward=cluster.plan_backward,
         gpu=LARGER,
         dtypes=tuple(SIXTEEN_BITS),
@@ -238,7 +238,10 @@ CLUSTER_WGMMA = [
             (20, 2, 3, 152),
         ),
     )
-    for warpgroups, n_tiles, buffers in [(2, 2, 2), (1, 4, 2), (2, 3, 1), (3, 5, 1)]
+    for warpgroups, n_tiles, parts, buffers in [
+        *[(2, 3, 2, 2), (1, 4, 1, 2), (2, 3, 2, 1), (3, 5, 1, 1)],
+        *[(2, 2, 1, 2), (1, 4, 2, 2), (3, 5, 2, 1)],
+    ]
 ]
 CLUSTER_BACKWARD = Regime(
     "cluster_backward",

@@ -9,7 +9,7 @@ import torch
 
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, source
-from flashrnn.kernels.cluster import ClusterBackwardPlan, backward_plan, mma_plan
+from flashrnn.kernels.cluster import ClusterBackwardPlan, backward_plan, mma_plan, wgmma_plan
 from flashrnn.kernels.plan import Counts
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import hold_to_vanilla
@@ -22,6 +22,7 @@ from tests.kernels.regimes import (
 )
 from tests.kernels.test_grid import with_little_in_registers
 from tests.machine_code import (
+    instructions,
     loop_of_products,
     needs_nvrtc,
     spills_in_a_loop,
@@ -75,13 +76,20 @@ WGMMA += [("slstm", 768), ("gru", 768), ("elman", 768)]
 @needs_nvrtc
 @pytest.mark.parametrize(("kind", "D"), quick(WGMMA, ("lstm", 256)))
 def test_wgmma_compiles_without_spills(kind, D):
-    plans = {
-        cluster.plan_wgmma_forward(planned(kind, B, N, D, torch.bfloat16), H200, False)
-        for B, N in itertools.product((64, 128, 256, 512), (1, 3))
-    }
+    cell, plans = resolve(kind), set()
+    for B, parts in ((64, 1), (256, 1), (256, 2), (512, 2)):
+        possible = wgmma_plan.possible_plans(Counts.of(cell), D, H200)
+        cycles = {
+            plan: wgmma_plan.estimated_cycles(plan, Counts.of(cell), B, 1, H200)
+            for plan in possible
+            if plan.parts == parts
+        }
+        plans.add(min(cycles, key=cycles.__getitem__))
     for plan in plans:
-        parts = plan.source(resolve(kind), "bfloat16", SAVES_GATES, aligned=True)
+        parts = plan.source(cell, "bfloat16", SAVES_GATES, aligned=True)
         assert not spills_in_a_loop(parts, "sm_90a"), plan
+        # One wait a turn: where the compiler serializes products, it waits for each of them.
+        assert len(instructions(parts, "sm_90a", "WARPGROUP.DEPBAR")) == plan.parts, plan
 
 
 BACKWARD = [("lstm", 256), ("slstm", 384), ("gru", 512)]

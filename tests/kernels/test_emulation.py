@@ -178,3 +178,59 @@ def test_an_address_that_is_no_multiple_fails(copies):
         address = ctypes.c_void_p(room.data_ptr() + first + offset)
         complaint = run(address, *([] if copies else [ctypes.c_void_p(to.data_ptr())]))
         assert (complaint is None) == (offset == 0)
+
+
+# A warpgroup multiplies ones, its left operand in registers or shared memory, twice.
+PRODUCTS = """
+extern "C" const char* emulate(bool in_registers, bool commits, bool waits, bool changes,
+                               float* results) {
+    const auto kernel = [=] {
+        unsigned* const words = reinterpret_cast<unsigned*>(shared_memory());
+        // 8 columns of 16 elements, then 64 rows of 16, in core matrices of 128 bytes.
+        for (int i = threadIdx.x; i < 64 + 512; i += THREADS) words[i] = 0x3c003c00;
+        __syncthreads();
+        const unsigned left[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+        const unsigned long long summed = 128 / 16 << 16, rows = 256ull / 16 << 32;
+        float sums[4] = {7.0f, 7.0f, 7.0f, 7.0f};
+        for (int i = 0; i < 2; ++i) {
+            if (in_registers) {
+                wgmma(sums, left, rows | summed, i > 0, float16{});
+            } else {
+                wgmma(sums, rows | summed | 256 / 16, rows | summed, i > 0, float16{});
+            }
+        }
+        if (commits) wgmma_commit();
+        const float early = sums[0];
+        if (changes) {
+            __syncthreads();
+            if (threadIdx.x == 0) words[in_registers ? 5 : 64 + 300] = 0;
+            __syncthreads();
+        }
+        if (waits) wgmma_wait<0>();
+        results[2 * threadIdx.x] = early;
+        results[2 * threadIdx.x + 1] = sums[threadIdx.x % 4];
+    };
+    return run_kernel(1, THREADS, kernel, 256 + 2048);
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("in_registers", [False, True])
+def test_products_come_when_they_are_waited_for(in_registers):
+    text = emulated({"products.cu": "constexpr int THREADS = 128;\n" + PRODUCTS})
+    results = torch.zeros(128, 2)
+
+    def run(commits=True, waits=True, changes=False):
+        Library(text).emulate(
+            in_registers, commits, waits, changes, ctypes.c_void_p(results.data_ptr())
+        )
+
+    run()
+    assert results[:, 0].isnan().all() and (results[:, 1] == 32).all()
+    for missing in ({"commits": False}, {"waits": False}):
+        with pytest.raises(AssertionError, match="did not wait"):
+            run(**missing)
+        assert results.isnan().all()
+    with pytest.raises(AssertionError, match="changed an operand"):
+        run(changes=True)

@@ -309,8 +309,8 @@ def test_few_sequences_make_small_tiles_and_many_do_not():
     ("sizes", "chosen"),
     [
         *[((B, 1, 768), B >= 128) for B in (1, 16, 64, 128, 256)],
-        *[((B, 1, 512), B >= 128) for B in (16, 128, 256)],
-        *[((B, 3, 256), B >= 256) for B in (16, 64, 72, 128, 136, 256)],
+        *[((B, 1, 512), B >= 64) for B in (16, 64, 128, 256)],
+        *[((B, 3, 256), B >= 256) for B in (16, 64, 72, 136, 256)],
         *[((64, 12, 192), False), ((256, 2, 384), True), ((256, 1, 1024), False)],
     ],
     ids=str,
@@ -320,6 +320,23 @@ def test_clusters_multiply_by_wgmma_where_it_is_fastest(monkeypatch, sizes, chos
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), False)
     assert isinstance(plan, ClusterWgmmaPlan) == chosen
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "parts"),
+    [
+        *[("lstm", (B, 1, 768), 1) for B in (128, 256, 512)],
+        *[("lstm", (256, 2, 768), 1), ("gru", (256, 1, 768), 1)],
+        *[("lstm", (B, 1, 512), parts) for B, parts in ((64, 1), (128, 1), (256, 2), (512, 2))],
+        *[("gru", (256, 1, 512), 2), ("slstm", (256, 1, 512), 2), ("lstm", (256, 3, 256), 2)],
+    ],
+    ids=str,
+)
+def test_sequences_are_in_two_parts_where_that_is_faster(monkeypatch, kind, sizes, parts):
+    """As measured on an H200: many sequences, and R in registers."""
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    plan = plan_taken(planned(kind, *sizes, torch.bfloat16), False)
+    assert isinstance(plan, ClusterWgmmaPlan) and plan.parts == parts
 
 
 @pytest.mark.parametrize("gpu", [RTX_4090, H200], ids=["RTX 4090", "H200"])

@@ -68,15 +68,16 @@ __device__ inline Fragment rows_of(const Element* R, int n, int N, int rank, con
     return fragment;
 }
 
-// R h of the thread's elements, for each gate that R feeds.
+// R h of the thread's elements of so many n-tiles, for each gate that R feeds.
+template <int TILES>
 struct RecurrentSums {
-    float gates[ELEMENTS][GR];
+    float gates[ELEMENTS_A_TILE * TILES][GR];
 
     // `sum(n_tile, i)` gives the four sums that the product left in the lane for an n-tile.
     template <typename Sum>
     __device__ explicit RecurrentSums(const Sum& sum) {
 #pragma unroll
-        for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+        for (int n_tile = 0; n_tile < TILES; ++n_tile) {
             float sums[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[i] = sum(n_tile, i);
@@ -94,7 +95,7 @@ struct RecurrentSums {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int e = PADDED == 2 ? i % 2 : i, gate = PADDED == 2 ? i / 2 : 0;
-                gates[(n_tile * ELEMENTS_A_TILE + e) % ELEMENTS][gate % GR] = sums[i];
+                gates[(n_tile * ELEMENTS_A_TILE + e) % (ELEMENTS_A_TILE * TILES)][gate % GR] = sums[i];
             }
         }
     }

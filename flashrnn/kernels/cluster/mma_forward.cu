@@ -184,7 +184,7 @@ cluster_mma_forward(CALL) {
             }
         }
         exchange.wait();
-        const RecurrentSums recurrent = multiply(matrix, exchange);
+        const RecurrentSums<N_TILES> recurrent = multiply(matrix, exchange);
         exchange.advance();
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {

@@ -55,7 +55,7 @@ constexpr int CHAINS = 4 / N_TILES;
 
 // R h for the thread's elements. `h(step, n_tile)` gives the lane's HFragment.
 template <typename H>
-__device__ inline RecurrentSums multiply(const Matrix& matrix, const H& h) {
+__device__ inline RecurrentSums<N_TILES> multiply(const Matrix& matrix, const H& h) {
     float chains[CHAINS][N_TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -67,7 +67,7 @@ __device__ inline RecurrentSums multiply(const Matrix& matrix, const H& h) {
                 b.words[0], b.words[1], Operand{});
         }
     }
-    return RecurrentSums([&](int n_tile, int i) {
+    return RecurrentSums<N_TILES>([&](int n_tile, int i) {
         float sum = chains[0][n_tile][i];
 #pragma unroll
         for (int chain = 1; chain < CHAINS; ++chain) sum += chains[chain][n_tile][i];

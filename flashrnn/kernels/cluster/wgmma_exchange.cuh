@@ -1,16 +1,16 @@
 // All-gather of h in a cluster: each CTA copies its tile of h, as a whole, into the shared memory of
-// all other CTAs (cp.async.bulk).
+// all other CTAs (cp.async.bulk). Of two parts of the sequences each has an exchange of its own.
 //
 //   producer threads of CTA X                      each other CTA Y
 //   -------------------------                      ----------------
 //                                                  BUFFERS buffers, each with the tiles of all CTAs
 //                                                  and a barrier for each TILES_A_BARRIER of them
 //   send(k), X's own tile being complete:
-//     cp.async.bulk tile ------------------------> buffer[k % BUFFERS].tile[X] += TILE_BYTES
-//                        \-----------------------> this tile's barrier: TILE_BYTES have come
+//     cp.async.bulk tile ------------------------> buffer[k % BUFFERS].tile[X], of tile_bytes
+//                        \-----------------------> this tile's barrier: so many have come
 //                                                  multiply(k): for all tiles, from its own on:
-//                                                    wait(i) until the tile's barrier is complete
-//                                                    multiply the tile
+//                                                    wait(group) until its barrier is complete
+//                                                    multiply its tiles
 //                                                  expect_tiles(): arm the barriers again
 //   with one buffer only:
 //     CONSUMED_BARRIER of X <--------------------- signal_consumed(): an empty packet (st.async)
@@ -43,36 +43,38 @@ namespace cluster_wgmma {
 constexpr int TILES_A_BARRIER = GROUP_SIZE < 4 ? GROUP_SIZE : 4;
 constexpr int BARRIERS_A_BUFFER = (GROUP_SIZE + TILES_A_BARRIER - 1) / TILES_A_BARRIER;
 
-// Shared memory, in bytes: the buffers; where the packets that say "consumed" arrive, all in one place;
-// the buffers' barriers, and the one that counts those packets.
-constexpr unsigned BUFFER_BYTES = GROUP_SIZE * TILE_BYTES;
-constexpr unsigned CONSUMED_PACKETS = BUFFERS * BUFFER_BYTES, BARRIERS = CONSUMED_PACKETS + 16;
-constexpr unsigned EXCHANGE_BYTES = BARRIERS + (BUFFERS * BARRIERS_A_BUFFER + 2) / 2 * 16;
 constexpr int CONSUMED_BARRIER = BUFFERS * BARRIERS_A_BUFFER;
+
+// Shared memory of a part's exchange, in bytes: the buffers; where the packets that say "consumed" arrive,
+// all in one place; the buffers' barriers, and the one that counts those packets.
+__device__ constexpr unsigned tile_bytes(int part) { return tile_of(part) * sizeof(Element); }
+__device__ constexpr unsigned buffer_bytes(int part) { return GROUP_SIZE * tile_bytes(part); }
+__device__ constexpr unsigned exchange_bytes(int part) {
+    return BUFFERS * buffer_bytes(part) + 16 + (CONSUMED_BARRIER + 2) / 2 * 16;
+}
 
 struct Exchange {
     unsigned char* shared;
-    int rank;
+    int rank, part;
     unsigned number = 0;
 
-    // Called by all threads of all CTAs of the cluster.
-    __device__ Exchange(unsigned char* shared, int rank) : shared(shared), rank(rank) {
+    __device__ Exchange(unsigned char* shared, int rank, int part)
+        : shared(shared), rank(rank), part(part) {}
+
+    // Called by all threads of all CTAs of the cluster, before a barrier of the cluster.
+    __device__ void begin() const {
         if (threadIdx.x <= CONSUMED_BARRIER) mbarrier_init(barrier(threadIdx.x));
         for (int i = 0; i < BUFFERS; ++i) expect_tiles(i);
         expect_consumed_packets();
-        cluster_barrier();
-    }
-
-    // Whose tile the CTA multiplies as the i-th; its own is number 0.
-    __device__ int sender(int i) const {
-        return rank + i < GROUP_SIZE ? rank + i : rank + i - GROUP_SIZE;
     }
 
     __device__ unsigned buffer() const { return number % BUFFERS; }
     __device__ Element* tile(int sender) const {
-        return reinterpret_cast<Element*>(shared + buffer() * BUFFER_BYTES + sender * TILE_BYTES);
+        return reinterpret_cast<Element*>(shared + buffer() * buffer_bytes(part) +
+                                          sender * tile_bytes(part));
     }
-    __device__ unsigned char* barrier(int i) const { return shared + BARRIERS + 8 * i; }
+    __device__ unsigned char* consumed_packets() const { return shared + BUFFERS * buffer_bytes(part); }
+    __device__ unsigned char* barrier(int i) const { return consumed_packets() + 16 + 8 * i; }
 
     // Arms a buffer's barriers, each by the thread that has its number. The CTA's own tile does not
     // arrive.
@@ -81,7 +83,7 @@ struct Exchange {
         const int left = GROUP_SIZE - i * TILES_A_BARRIER;
         if (0 <= i && i < BARRIERS_A_BUFFER) {
             const int tiles = (left < TILES_A_BARRIER ? left : TILES_A_BARRIER) - (i == 0);
-            mbarrier_expect_bytes(barrier(threadIdx.x), tiles * TILE_BYTES);
+            mbarrier_expect_bytes(barrier(threadIdx.x), tiles * tile_bytes(part));
         }
     }
     __device__ void expect_consumed_packets() const {
@@ -94,9 +96,13 @@ struct Exchange {
     // before a fence_proxy_async and a barrier.
     __device__ void send() const {
         if (threadIdx.x % 32) return;
-        for (int i = 1 + (threadIdx.x - COMPUTING) / 32; i < GROUP_SIZE; i += PRODUCERS / 32) {
+        constexpr int WARPS = PRODUCERS / 32;
+#pragma unroll
+        for (int first = 1; first < GROUP_SIZE; first += WARPS) {
+            const int i = first + (threadIdx.x - COMPUTING) / 32;
+            if (i >= GROUP_SIZE) break;
             const int to = rank - i < 0 ? rank - i + GROUP_SIZE : rank - i;
-            cp_async_bulk(mapa(tile(rank), to), tile(rank), TILE_BYTES,
+            cp_async_bulk(mapa(tile(rank), to), tile(rank), tile_bytes(part),
                           mapa(barrier(buffer() * BARRIERS_A_BUFFER + i / TILES_A_BARRIER), to));
         }
     }
@@ -105,12 +111,11 @@ struct Exchange {
     __device__ void signal_consumed() const {
         const int to = threadIdx.x - COMPUTING;
         if (BUFFERS == 2 || to >= GROUP_SIZE || to == rank) return;
-        st_async(mapa(shared + CONSUMED_PACKETS, to), {}, mapa(barrier(CONSUMED_BARRIER), to));
+        st_async(mapa(consumed_packets(), to), {}, mapa(barrier(CONSUMED_BARRIER), to));
     }
 
-    // Returns when the i-th tile has arrived, if waits for the tiles before it have returned.
+    // Returns when the i-th tile has arrived, and those that share its barrier.
     __device__ void wait(int i) const {
-        if (i % TILES_A_BARRIER) return;
         mbarrier_wait(barrier(buffer() * BARRIERS_A_BUFFER + i / TILES_A_BARRIER), number / BUFFERS % 2);
     }
 

@@ -15,6 +15,11 @@ namespace cluster_wgmma {
 // R in shared memory: for each warpgroup and step 64 rows of 16 elements, in core matrices of 8 by 8.
 constexpr int STEP_BYTES = 64 * 16 * sizeof(Element);
 
+// The descriptor of what lies so many bytes further on, within the same 256 KB.
+__device__ inline unsigned long long moved(unsigned long long operand, unsigned bytes) {
+    return operand >> 32 << 32 | static_cast<unsigned>(operand) + bytes / 16;
+}
+
 template <int STEPS>
 struct LeftOperand {
     static constexpr int IN_SHARED = STEPS - IN_REGISTERS;
@@ -54,12 +59,15 @@ struct LeftOperand {
         in_shared = shared_address(warpgroup);
     }
 
-    // The warpgroup's sums. `right(step)` waits for a step's right operand and gives its descriptor.
-    template <typename Right>
-    __device__ void multiply(float (&sums)[4 * N_TILES], const Right& right) const {
-        // Else the compiler computes the descriptors of all steps once, and keeps them in registers.
+    // The warpgroup's sums, of all n-tiles or of some. `right(step)` waits for a step's right operand and
+    // gives its descriptor.
+    template <int COUNT, typename Right>
+    __device__ void multiply(float (&sums)[COUNT], const Right& right) const {
+        // Else the compiler computes the descriptors of all steps once, and keeps them in registers. It
+        // must know that they are the same for a warp: else it moves each of them.
         unsigned first = in_shared;
         materialize(first);
+        const unsigned long long left = operand(__shfl_sync(~0u, first, 0), 128, 256);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
@@ -69,8 +77,8 @@ struct LeftOperand {
                 wgmma(sums, in_registers[in_registers_before(step)].words, right_operand, add,
                       Operand{});
             } else {
-                const unsigned R = first + (step - in_registers_before(step)) * STEP_BYTES;
-                wgmma(sums, operand(R, 128, 256), right_operand, add, Operand{});
+                const int before = step - in_registers_before(step);
+                wgmma(sums, moved(left, before * STEP_BYTES), right_operand, add, Operand{});
             }
         }
         wgmma_commit();

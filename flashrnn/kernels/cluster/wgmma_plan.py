@@ -23,23 +23,23 @@ _MOST_REGISTERS = 240
 # Registers of a computing thread beside those of R, of its sums and of its states; and some more
 # where it has many states. The tests compile such kernels and find no spills.
 _OTHER_REGISTERS = 24
-_MANY_STATES = 20
+_MANY_STATES = 11
 _REGISTERS_OF_MANY_STATES = 8
 # With options of sequences.
 _REGISTERS_OF_SEQUENCES = 8
 
-# Cycles of a step, fitted to the times of 37 plans on an H200 (docs/cost-model.md), the mean of
-# calls that save pre-activations and calls that do not: within 13%, 3% off in the median. All are
-# scaled by 0.87, so that they compare with the other regimes' estimates.
-_CYCLES = 1970
-# For each step of the product and warpgroup.
-_CYCLES_A_WGMMA = 1.6
+# Cycles of a step, fitted to the times of 56 plans on an H200 (docs/cost-model.md), the mean of
+# calls that save pre-activations and calls that do not: 3% off in the median. All are scaled by
+# 0.83, so that they compare with the other regimes' estimates.
+_CYCLES_OF_A_PART = 960
+# For each step of the product and warpgroup whose R is read from shared memory, by each part.
+_CYCLES_A_READ = 15.2
 # For each unit of all CTAs and n-tile: h, exchanged and multiplied.
-_CYCLES_AN_H = 0.68
+_CYCLES_AN_H = 0.735
 # For each gate and state of the CTA's units.
-_CYCLES_A_VALUE = 0.334
-# With one buffer CTAs wait for each other a second time.
-_CYCLES_OF_ONE_BUFFER = 740
+_CYCLES_A_VALUE = 0.247
+# What is left of those two when h of a part is on its way during the other's turn.
+_LEFT_OF_TWO_PARTS = 0.67
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class ClusterWgmmaPlan(ClusterPlan):
         PRODUCERS: threads of a CTA that send h and copy between global and shared memory.
         PRODUCER_REGISTERS: registers that each of them keeps, where it gives others away.
         warpgroups: warpgroups of a CTA that compute.
+        parts: parts of the sequences that take turns, one or two: h of one is on its way while the
+            warps multiply and compute the other.
         buffers: buffers of h of all CTAs, one or two.
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
@@ -59,6 +61,7 @@ class ClusterWgmmaPlan(ClusterPlan):
     PRODUCER_REGISTERS: ClassVar = 56
 
     warpgroups: int
+    parts: int
     buffers: int
     in_registers: int
 
@@ -77,6 +80,11 @@ class ClusterWgmmaPlan(ClusterPlan):
         """Registers of a computing thread: a multiple of 8, as setmaxnreg takes them."""
         return registers_of(self.warpgroups)
 
+    @property
+    def n_tiles_of_parts(self) -> tuple[int, ...]:
+        """The n-tiles of each part."""
+        return tuple((self.n_tiles + i) // self.parts for i in reversed(range(self.parts)))
+
     def source(
         self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
     ) -> dict[str, str]:
@@ -87,6 +95,7 @@ class ClusterWgmmaPlan(ClusterPlan):
             "UNITS": self.units,
             "WARPGROUPS": self.warpgroups,
             "N_TILES": self.n_tiles,
+            "PARTS": self.parts,
             "BUFFERS": self.buffers,
             "IN_REGISTERS": self.in_registers,
             # One warpgroup has as many registers as it can use without those of producers.
@@ -99,7 +108,9 @@ class ClusterWgmmaPlan(ClusterPlan):
             "STORED": len(cell.states),
             **dict(options),
         }
-        generated = {"common/wgmma.cuh": wgmma.instruction(8 * self.n_tiles, precision)}
+        columns = sorted({8 * n_tiles for n_tiles in self.n_tiles_of_parts})
+        instructions = "\n".join(wgmma.instruction(count, precision) for count in columns)
+        generated = {"common/wgmma.cuh": instructions}
         kernel = "cluster/wgmma_forward.cu"
         record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
         return source.program(kernel, cell, precision, constants, record, generated)
@@ -149,22 +160,25 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterWgmmaPla
             in_registers = min(steps, (registers_of(warpgroups) - working) // 4)
             if in_registers < 1:
                 continue
-            # With a second buffer a CTA need not wait until its tile is multiplied everywhere.
-            for buffers in (2, 1):
-                plan = ClusterWgmmaPlan(
-                    D=D,
-                    size=size,
-                    units=units,
-                    warpgroups=warpgroups,
-                    n_tiles=n_tiles,
-                    buffers=buffers,
-                    in_registers=in_registers,
-                    shared_memory=0,
-                )
-                plan = replace(plan, shared_memory=shared_memory_of(plan, counts))
-                if plan.shared_memory <= gpu.shared_memory:
-                    yield plan
-                    break
+            # Parts of one n-tile each would read R twice for little.
+            for parts in (1, 2) if n_tiles > 2 else (1,):
+                # With a second buffer a CTA need not wait until its tile is multiplied everywhere.
+                for buffers in (2, 1):
+                    plan = ClusterWgmmaPlan(
+                        D=D,
+                        size=size,
+                        units=units,
+                        warpgroups=warpgroups,
+                        n_tiles=n_tiles,
+                        parts=parts,
+                        buffers=buffers,
+                        in_registers=in_registers,
+                        shared_memory=0,
+                    )
+                    plan = replace(plan, shared_memory=shared_memory_of(plan, counts))
+                    if plan.shared_memory <= gpu.shared_memory:
+                        yield plan
+                        break
 
 
 def shared_memory_of(plan: ClusterWgmmaPlan, counts: Counts) -> int:
@@ -176,7 +190,7 @@ def shared_memory_of(plan: ClusterWgmmaPlan, counts: Counts) -> int:
     tiles = plan.buffers * size + counts.gates + counts.states - 1 + (counts.starts > 0)
     # Each counts up to four tiles; one counts the packets that say that tiles are consumed.
     barriers = plan.buffers * tiles_of(size, min(4, size)) + 1
-    exchange = 16 + 16 * tiles_of(barriers, 2)
+    exchange = plan.parts * (16 + 16 * tiles_of(barriers, 2))
     bias = 4 * counts.gates * units
     in_shared = size * units // 16 - plan.in_registers
     # Where sequences' rows lie, and with resets whether the next step starts anew.
@@ -196,11 +210,9 @@ def estimated_cycles(plan: ClusterWgmmaPlan, counts: Counts, B: int, N: int, gpu
     steps = plan.size * plan.units // 16
     elements = plan.size * plan.units * plan.n_tiles
     values = 8 * plan.units * plan.n_tiles * (counts.gates + counts.states)
-    step = (
-        _CYCLES
-        + _CYCLES_A_WGMMA * plan.warpgroups * steps
-        + _CYCLES_AN_H * elements
-        + _CYCLES_A_VALUE * values
-    )
-    step += _CYCLES_OF_ONE_BUFFER if plan.buffers == 1 else 0
-    return step * plan.rounds(B, N, gpu)
+    reads = plan.warpgroups * (steps - plan.in_registers)
+    of_sequences = _CYCLES_AN_H * elements + _CYCLES_A_VALUE * values
+    if plan.parts == 2:
+        of_sequences *= _LEFT_OF_TWO_PARTS
+    of_parts = plan.parts * (_CYCLES_OF_A_PART + _CYCLES_A_READ * reads)
+    return (of_parts + of_sequences) * plan.rounds(B, N, gpu)

@@ -21,14 +21,29 @@ __device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, in
     });
 }
 
-__device__ inline void multiply(float (&sums)[4 * N_TILES], const Matrix& matrix,
+// The sums of a part, which may be fewer than the first one has.
+template <int PART>
+__device__ inline void multiply(float (&room)[sums_of(0)], const Matrix& matrix,
                                 const Exchange& exchange) {
+    float(&sums)[sums_of(PART)] = reinterpret_cast<float(&)[sums_of(PART)]>(room);
+    constexpr unsigned CHUNKS_BYTES = sequences_of(PART) * CHUNK_UNITS * sizeof(Element);
+    // Else the compiler computes the places of all tiles once, and keeps them in registers (see
+    // LeftOperand::multiply).
+    unsigned own = exchange.rank;
+    materialize(own);
+    const int rank = __shfl_sync(~0u, own, 0);
+    const unsigned long long first = operand(shared_address(exchange.tile(0)), CHUNKS_BYTES, 128);
     matrix.multiply(sums, [&](int step) {
         const int i = step / TILE_STEPS;
-        if (step % TILE_STEPS == 0) exchange.wait(i);
-        const unsigned h = shared_address(exchange.tile(exchange.sender(i))) +
-                           step % TILE_STEPS * 2 * SEQUENCES * CHUNK_UNITS * sizeof(Element);
-        return operand(h, SEQUENCES * CHUNK_UNITS * sizeof(Element), 128);
+        if (step % (TILES_A_BARRIER * TILE_STEPS) == 0) {
+            exchange.wait(i);
+            // Else the compiler puts one here, does not see that no thread diverges, and has each
+            // wgmma wait for the one before.
+            wgmma_fence();
+        }
+        // Whose tile is multiplied as the i-th; the CTA's own is the first.
+        const int sender = rank + i < GROUP_SIZE ? rank + i : rank + i - GROUP_SIZE;
+        return moved(first, sender * tile_bytes(PART) + step % TILE_STEPS * 2 * CHUNKS_BYTES);
     });
 }
 
