@@ -92,6 +92,17 @@ def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regi
     return plan
 
 
+def _tiles_of(columns: int) -> registry.Regime:
+    """Plans of CTAs that have several tiles of so many sequences."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        plans = single_cta.possible_plans(problem, gpu, backward)
+        found = (x for x in plans if x.tiles > 1 and x.sequences == columns * x.tiles)
+        return next(found, "a CTA has one tile of such a problem")
+
+    return plan
+
+
 PER_STEP = Regime(
     "per_step",
     backend="cuda",
@@ -132,6 +143,28 @@ SINGLE_CTA = Regime(
         (3, 2, 1, 128),
     ),
 )
+SINGLE_CTA_TILES = [
+    Regime(
+        f"single_cta_tiles-{columns}",
+        forward=_tiles_of(columns),
+        backward=_tiles_of(columns),
+        gpu=H200,
+        dtypes=tuple(SIXTEEN_BITS),
+        # Four tiles a CTA. The last CTA lacks some sequences of one and all of others.
+        B=4 * columns + columns + 1,
+        D=40,
+        sizes=(
+            # A single step and sequence.
+            (1, 1, 1, 64),
+            # All exist, and more steps than the ring has stages.
+            (3 * columns, 11, 2, 64),
+            # Rows that begin anywhere, and twelve tiles.
+            (13 * columns - 1, 3, 1, 9),
+            (6 * columns + 3, 3, 2, 32),
+        ),
+    )
+    for columns in (2, 4, 8)
+]
 _LARGE_SIZES = (
     (3, 2, 1, 200),
     # A single step, and the smallest of these heads.
@@ -210,7 +243,7 @@ CLUSTER_BACKWARD = Regime(
 REGIMES = [
     *[PER_STEP, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0], CLUSTER_BACKWARD]
 ]
-VARIANTS = [*CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:]]
+VARIANTS = [*SINGLE_CTA_TILES, *CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:]]
 """The same kernels with other constants."""
 
 
