@@ -59,19 +59,23 @@ def test_compiles_for_every_architecture_without_spills(kind, arch):
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sizes", "precision"),
+    ("kind", "sizes", "precision"),
     [
         *(
-            (sizes, "bfloat16")
+            ("lstm", sizes, "bfloat16")
             for sizes in [(1, 1, 16), (256, 12, 64), (16, 6, 128), (300, 6, 128), (64, 8, 96)]
         ),
-        *((sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
-        ((16, 12, 64), "tf32"),
+        *(("lstm", sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
+        ("lstm", (16, 12, 64), "tf32"),
+        # Several tiles.
+        *(("slstm", sizes, "bfloat16") for sizes in [(128, 12, 64), (256, 12, 64), (200, 24, 32)]),
+        *(("lstm", sizes, "float16") for sizes in [(128, 12, 64), (200, 24, 32), (200, 12, 48)]),
+        *((kind, (256, 12, 64), "bfloat16") for kind in ("gru", "elman")),
     ],
     ids=str,
 )
-def test_compiles_for_every_plan_without_spills(sizes, precision):
-    for parts in programs("lstm", *sizes, precision, H200):
+def test_compiles_for_every_plan_without_spills(kind, sizes, precision):
+    for parts in programs(kind, *sizes, precision, H200):
         assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
 
 
