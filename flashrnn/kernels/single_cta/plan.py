@@ -40,8 +40,9 @@ _MOST_STAGES = 8
 _FEWEST_STAGES = 3
 
 # There are 2 producer warps, and more if each of them would copy more than so many pieces of 16
-# bytes a step.
+# bytes a step; a third more where two CTAs then run on a multiprocessor.
 _PIECES_A_PRODUCER_WARP = 192
+_MOST_PIECES = 256
 
 # Several CTAs run on a multiprocessor where R's rows have at most so many bytes. With 12 warps in
 # all each thread has 168 registers, which suffice for cells of so many gates. LSTM 12x64 in
@@ -359,10 +360,9 @@ def _producer_warps(head: _Head, sequences: int) -> int:
     # A whole warpgroup, which can give registers to the two that compute.
     if head.computing_warps == 8:
         return 4
-    if head.computing_warps > 6:
-        most = 4
-    else:
-        # So that two CTAs run on a multiprocessor, where they can.
-        most = min(4, (6 if head.is_small and head.has_few_gates else 8) - head.computing_warps)
+    most = 4 if head.computing_warps > 6 else min(4, 8 - head.computing_warps)
     pieces = sequences * head.inputs * tiles_of(head.D * head.itemsize, 16)
+    of_two = _WARPS_AT_ONCE // 2 - head.computing_warps
+    if head.is_small and head.has_few_gates and pieces <= _MOST_PIECES * of_two:
+        most = min(most, of_two)
     return min(most, max(2, tiles_of(pieces, _PIECES_A_PRODUCER_WARP)))
