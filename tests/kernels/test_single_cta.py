@@ -8,7 +8,12 @@ from flashrnn.backends import cuda_fused
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry, source
-from flashrnn.kernels.single_cta import SingleCtaPlan, plan_gradient, plan_scan
+from flashrnn.kernels.single_cta import (
+    SingleCtaPlan,
+    plan_gradient,
+    plan_scan,
+    possible_plans,
+)
 from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
@@ -106,6 +111,27 @@ def test_fragments_in_shared_memory(on_the_cpu):
     plan = plan_scan(planned("lstm", 2, 1, 112, torch.float32), H200, False)
     assert plan.in_registers < 4 * 14
     hold_to_vanilla("cuda_fused", "lstm", 2, 3, 1, 112, torch.float32)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
+    """The tiling follows from B; what a sequence's results are does not."""
+    inputs = random_inputs(kind, 27, 3, 2, 24, torch.bfloat16)
+
+    def results(k):
+        monkeypatch.setattr(registry, "SMALL_HEADS", (lambda *of: possible_plans(*of)[k],))
+        registry.best_plan.cache_clear()
+        cuda_fused._prepared_scan.cache_clear()
+        outputs = call(kind, inputs, backend="cuda_fused")
+        return [*outputs, *gradients(outputs, inputs).values()]
+
+    plans = possible_plans(planned(kind, 27, 2, 24, torch.bfloat16), H200, True)
+    assert [plan.tiles for plan in plans] == [1, 1, 1, 6, 6, 6]
+    first, *others = (results(k) for k in range(len(plans)))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
 
 
 class Operations(TorchDispatchMode):
