@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashrnn import FlashRNNConfig, cell
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
@@ -132,6 +133,32 @@ def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
     first, *others = (results(k) for k in range(len(plans)))
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
+
+
+@cell(states=("h",), gates=("g",))
+def steep_at_four(states, gates):
+    """At 4 its slope is finite, but not in float16; at 0 it is infinite."""
+    return (torch.tanh(1e30 * (gates[0] - 4)) + 1 / gates[0] - 0.25,)
+
+
+@needs_compiler
+def test_sequences_that_are_not_there_keep_no_clip_from_containing(on_the_cpu, monkeypatch):
+    """Lines of a tile's absent sequences are zeros, whose gradients here are no rounded numbers."""
+    monkeypatch.setattr(registry, "SMALL_HEADS", (lambda *of: possible_plans(*of)[3],))
+    inputs = random_inputs(steep_at_four, 3, 3, 1, 24, torch.float16)
+    with torch.no_grad():
+        for x in inputs.tensors().values():
+            x.zero_()
+        inputs.Wx.fill_(4)
+        # Zero times inf would be NaN.
+        inputs.R.fill_(0.25)[..., 0] = 0
+    found = []
+    for name in ("cuda_fused", "vanilla"):
+        config = FlashRNNConfig(gradient_recurrent_clipval=0.5)
+        _, last_states = call(steep_at_four, inputs, backend=name, config=config)
+        slopes = torch.full_like(last_states, 100.0)
+        found.append(torch.autograd.grad(last_states, inputs.states, slopes)[0])
+    assert torch.equal(*found) and (found[0][..., 1:] == 0.5).all()
 
 
 class Operations(TorchDispatchMode):

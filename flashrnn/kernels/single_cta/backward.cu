@@ -289,8 +289,11 @@ single_cta_backward(CALL) {
         bool infinite = false;
 #pragma unroll
         for (int i = 0; i < GR * ELEMENTS; ++i) {
-            const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][i % ELEMENTS];
-            infinite |= elements.unit(i % ELEMENTS) < D && !is_finite(d_gate);
+            const int e = i % ELEMENTS;
+            const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][e];
+            // Of a line that a regular copy leaves as it is, gradients mean nothing.
+            const bool exists = elements.unit(e) < D && (!REGULAR || elements.sequence(e) <= last);
+            infinite |= exists && !is_finite(d_gate);
         }
         Element* const read = gradients + (done + 1) % 2 * GATES;
         if (infinite) *infinite_step(read, elements.first_sequence) = done;
