@@ -247,7 +247,7 @@ class _Head(NamedTuple):
             return 1
         if not self.has_few_gates or self.itemsize == 4:
             return 2
-        return min(_WARPS_AT_ONCE // warps, 4)
+        return _WARPS_AT_ONCE // warps
 
     def line(self, rows: int) -> int:
         """Bytes from one line of shared memory to the next: ``pitch`` of ``tile.cuh``."""
