@@ -56,8 +56,9 @@ class Stepper:
     A call gives the bits that :func:`flashrnn.flashrnn` gives for T = 1, without what only a
     sequence or a gradient needs. With ``cuda_fused`` it is one launch, of which only the addresses
     differ from the call before; given ``out``, it allocates nothing once it has seen a batch size
-    on a stream. A CUDA graph may record it; the stepper, like all that the graph reads, must be
-    there for as long as the graph is.
+    on a stream. Batches so large that PyTorch's library computes the product (the README's
+    "Backends") take two launches, and memory for the product. A CUDA graph may record it; the
+    stepper, like all that the graph reads, must be there for as long as the graph is.
 
     Attributes:
         cell: the cell.
@@ -173,7 +174,7 @@ class Stepper:
             self._runs: Runs = cast(Any, self._chosen).stepper(problem, self._R, self._b)
         else:
             fused = cast(autograd.FusedBackend, self._chosen)
-            self._runs = _by_scans(fused, problem, self._R, self._b)
+            self._runs = autograd.by_scans(fused.forward, problem, self._R, self._b)
         # By the layouts of a call's tensors.
         self._known: dict[_Layouts, _Known] = {}
 
@@ -311,19 +312,3 @@ def _extent(tensor: Tensor) -> int:
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     return tensor.element_size() * (1 + sum(steps))
-
-
-def _by_scans(backend: autograd.FusedBackend, problem: Problem, R: Tensor, b: Tensor) -> Runs:
-    """Steps by a backend's forward scan, for one that has no other way to compute them."""
-
-    def run_of(B: int) -> Run:
-        of_batch = problem._replace(B=B)
-
-        def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
-            scanned = backend.forward(of_batch, wx.unsqueeze(1), R, b, states.unsqueeze(2))
-            found = scanned[1].squeeze(2)
-            return found if out is None else out.copy_(found)
-
-        return run
-
-    return run_of

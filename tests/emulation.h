@@ -21,6 +21,10 @@
 #define __restrict__
 #define __grid_constant__
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -476,6 +480,21 @@ static void nanosleep(unsigned) { yield(); }
 template <typename T>
 static unsigned load_opaque(const T* from) {
     return *from;
+}
+
+template <int COUNT>
+struct alignas(4 * COUNT) WordVector {
+    unsigned of[COUNT];
+};
+
+template <int COUNT>
+static WordVector<COUNT> load_words(const WordVector<COUNT>* from) {
+    return *from;
+}
+
+template <int COUNT>
+static void store_words(WordVector<COUNT>* to, const WordVector<COUNT>& words) {
+    *to = words;
 }
 
 static void prefetch_l2(const void*) {}

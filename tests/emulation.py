@@ -18,8 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from flashrnn.backends import cuda, cuda_fused, tables
+from flashrnn.backends import cuda, cuda_fused, steps, tables
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -210,21 +211,32 @@ def _emulated_kernel(entry, parts, shape, device) -> EmulatedKernel:
     return EmulatedKernel(_library(entry, emulated(parts)), shape)
 
 
+def _multiply(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> None:
+    """Stands in for the library's product of 16 bits, which PyTorch has on GPUs alone."""
+    torch.bmm(left.float(), right.float(), out=product)
+
+
+def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let programs of one kernel, and the library between them, run on the CPU."""
+    for module in (cuda_fused, steps, tables):
+        monkeypatch.setattr(module, "_kernel", _emulated_kernel)
+    monkeypatch.setattr(steps, "multiply", _multiply)
+
+
 @pytest.fixture
 def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
 
     def forget() -> None:
-        registry.best_plan.cache_clear()
-        for cached in (*cuda_fused.KERNELS, *tables.KERNELS):
+        plans = (registry.best_plan, registry.plan_steps)
+        for cached in (*plans, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
             cached.cache_clear()
 
     forget()
+    _emulate_kernels(monkeypatch)
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
-    monkeypatch.setattr(cuda_fused, "_kernel", _emulated_kernel)
-    monkeypatch.setattr(tables, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield
@@ -253,16 +265,16 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return EmulatedStepper(loaded, plan.record.size, grid, plan.threads, sizes)
 
     def forget() -> None:
-        cuda._stepper.cache_clear()
-        cuda._program.cache_clear()
-        for cached in tables.KERNELS:
+        own = (cuda._planned_steps, cuda._stepper, cuda._program)
+        for cached in (*own, *steps.KERNELS, *tables.KERNELS):
             cached.cache_clear()
 
     forget()
+    _emulate_kernels(monkeypatch)
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "unsupported", lambda problem: None)
+    monkeypatch.setattr(cuda, "_gpu", lambda problem: H200)
     monkeypatch.setattr(cuda, "_load", load)
-    monkeypatch.setattr(tables, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda, "_begin_backward", lambda *_: None)
     monkeypatch.setattr(cuda, "_shared_stepper", stepper)
     monkeypatch.setattr(runs, "run", lambda stepper, fields, count: stepper.run(fields, count))

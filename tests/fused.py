@@ -94,7 +94,7 @@ def hold_to_vanilla(
             assert given.is_contiguous(), name
         error, allowed = relative_error(given, truth), relative_error(plain, truth)
         bound = largest_error(name, allowed, dtype, B * T * N * D, T)
-        assert error <= bound, name
+        assert error <= bound, f"{name}: error {error:.3g}, at most {bound:.3g} is right"
 
 
 def largest_error(name: str, plain: float, dtype: torch.dtype, elements: int, T: int) -> float:

@@ -17,8 +17,6 @@ needs_nvrtc = pytest.mark.skipif(
     nvrtc.unavailable() is not None, reason=f"needs NVRTC: {nvrtc.INSTALL}"
 )
 
-_NOTHING = "0 bytes spill stores, 0 bytes spill loads"
-
 Code = list[tuple[int, str]]
 """Addresses and instructions."""
 Loop = tuple[int, int]
@@ -40,11 +38,37 @@ def spills_in_the_loop_of_products(parts: Mapping[str, str], arch: str) -> bool:
     return _spills(parts, arch, _innermost_with_most_products, some=0.01)
 
 
+def local_memory(parts: Mapping[str, str], arch: str) -> tuple[int, int]:
+    """Bytes of a thread's local memory, and bytes that spills store and load there.
+
+    ``sinf``, ``cosf`` and ``tanf`` keep an array there, with which they reduce large arguments.
+    """
+    _, frame, spilled = _assemble(parts, arch)
+    return frame, spilled
+
+
+def loop_of_products(parts: Mapping[str, str], arch: str) -> list[str]:
+    """The instructions of the innermost loop that has all tensor core instructions.
+
+    It must be the only one: code that the compiler has moved behind it, and that jumps back into
+    its middle, looks like a loop too, but has not all of them.
+    """
+    code = _disassemble(nvrtc.compile_program(parts, arch))
+    products = [address for address, instruction in code if re.search(r"HG?MMA", instruction)]
+    around = [x for x in _loops(code) if x[0] <= products[0] and products[-1] <= x[1]]
+    begin, end = min(around, key=lambda loop: loop[1] - loop[0])
+    return [instruction for address, instruction in code if begin <= address <= end]
+
+
 def instructions(parts: Mapping[str, str], arch: str, words: str) -> list[str]:
     """The names of those that have the words in them."""
+    return [name for name in in_order(parts, arch) if words in name]
+
+
+def in_order(parts: Mapping[str, str], arch: str) -> list[str]:
+    """The names of all instructions."""
     code = _disassemble(nvrtc.compile_program(parts, arch))
-    names = [re.sub(r"^@\S+ ", "", instruction).split()[0] for _, instruction in code]
-    return [name for name in names if words in name]
+    return [re.sub(r"^@\S+ ", "", instruction).split()[0] for _, instruction in code]
 
 
 def _spills(
@@ -53,16 +77,10 @@ def _spills(
     choose: Callable[[Code, list[Loop]], list[Loop]],
     some: float,
 ) -> bool:
-    from cuda.core import Program, ProgramOptions
-
-    log = io.StringIO()
-    options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
-    cubin = Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
-    lines = [line for line in log.getvalue().splitlines() if "spill" in line]
-    assert lines, log.getvalue()
-    if all(_NOTHING in line for line in lines):
+    cubin, _, spilled = _assemble(parts, arch)
+    if not spilled:
         return False
-    code = _disassemble(bytes(cubin.code))
+    code = _disassemble(cubin)
     assert len(code) > 100
     local = [address for address, instruction in code if re.search(r"\b(LDL|STL)\b", instruction)]
     for begin, end in choose(code, _loops(code)):
@@ -70,6 +88,20 @@ def _spills(
         if spilled > some * sum(begin <= address <= end for address, _ in code):
             return True
     return False
+
+
+def _assemble(parts: Mapping[str, str], arch: str) -> tuple[bytes, int, int]:
+    """The machine code, and bytes of the stack frames and of the spills."""
+    from cuda.core import Program, ProgramOptions
+
+    log = io.StringIO()
+    options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
+    cubin = Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
+    frames, spills = (
+        re.findall(rf"(\d+) bytes {of}", log.getvalue()) for of in ("stack frame", "spill")
+    )
+    assert frames and spills, log.getvalue()
+    return bytes(cubin.code), sum(map(int, frames)), sum(map(int, spills))
 
 
 def _loops(code: Code) -> list[Loop]:

@@ -31,6 +31,14 @@ def wide(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor,
     return (torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates))) * torch.sigmoid(h),)
 
 
+@cell(states=("h", "c"), gates=[f"g{k}" for k in range(20)])
+def widest(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """So many gates that a thread holds those of few units."""
+    h, c = states
+    c = torch.sigmoid(c) + torch.tanh(sum(torch.sigmoid(k * g) for k, g in enumerate(gates)))
+    return torch.tanh(c) * torch.sigmoid(h), c
+
+
 @cell(states=("h",), gates=("g",))
 def root(states: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Its derivative is not finite at 0."""

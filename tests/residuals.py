@@ -49,6 +49,43 @@ def infinite_counting_as_largest() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def clips_that_let_pass(share: float) -> Iterator[None]:
+    """Have vanilla clip h as it does, and let those gradients pass whose h is within a ``share`` of
+    the clip. So what hangs on the rounding of an h beside the clip is told from what does not.
+    """
+    run = vanilla.run
+
+    def run_so(problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        assert problem.step is not None and problem.forward_clipval is not None
+        bound = as_dtype_has_it(problem.forward_clipval, problem.carry_dtype)
+        step = partial(_let_pass, problem.step, bound, share)
+        return run(problem._replace(step=step, forward_clipval=None), *tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vanilla, "run", run_so)
+        yield
+
+
+def _let_pass(step: Any, bound: float, share: float, states: Any, gates: Any) -> Any:
+    h, *others = step(states, gates)
+    return _Clip.apply(h, bound, share), *others
+
+
+class _Clip(torch.autograd.Function):
+    """A clip whose gradient is that of another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float, share: float) -> Tensor:
+        ctx.save_for_backward(x.abs() <= share * bound)
+        return x.clamp(-bound, bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (passes,) = ctx.saved_tensors
+        return torch.where(passes, gradients[0], 0), None, None
+
+
 class _Product(torch.autograd.Function):
     """``torch.baddbmm``, whose second factor's gradient sees no infinite one."""
 

@@ -1,15 +1,18 @@
-"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND``.
+"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND [steps]``.
 
 It covers every tiling of the kernels, without and with options of sequences, at sizes that a
-sanitizer can finish.
+sanitizer can finish. With ``steps`` the backend computes step by step, with the library's product,
+wherever it can.
 """
 
 import sys
 
+import pytest
 import torch
 
 from tests.problems import call, gradients, random_inputs, sparse
 from tests.sequences import KINDS, gradients_of, random_ragged
+from tests.steps import by_steps
 
 WORKLOAD = [
     ("lstm", (3, 4, 2, 64), torch.bfloat16),
@@ -35,7 +38,9 @@ WORKLOAD = [
 ]
 
 if __name__ == "__main__":
-    (backend,) = sys.argv[1:]
+    backend, *way = sys.argv[1:]
+    if way == ["steps"]:
+        by_steps(pytest.MonkeyPatch())
     for kind, sizes, dtype in WORKLOAD:
         inputs = random_inputs(kind, *sizes, dtype, "cuda")
         gradients(call(kind, inputs, backend=backend), inputs)
@@ -45,4 +50,6 @@ if __name__ == "__main__":
             case = random_ragged(kind, *sizes, dtype=dtype, device="cuda", **kinds)
             gradients_of(case, case.call(backend))
             torch.cuda.synchronize()
-    print(f"{backend}: ran {len(WORKLOAD)} problems, each without and with options of sequences")
+    print(
+        f"{backend} {way}: ran {len(WORKLOAD)} problems, each without and with options of sequences"
+    )

@@ -11,8 +11,10 @@ import torch
 
 from flashrnn import Stepper, flashrnn, recurrent_layer
 from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
 from flashrnn.kernels import registry
-from flashrnn.kernels.cluster import wgmma_plan
+from flashrnn.kernels.cluster import ClusterWgmmaBackwardPlan, wgmma_backward_plan, wgmma_plan
+from flashrnn.problem import Problem
 from tests.fused import (  # noqa: F401
     DTYPES,
     OPTIONS,
@@ -34,6 +36,7 @@ from tests.problems import (
     gentle_inputs,
     gradients,
     random_inputs,
+    random_weights,
     relative_error,
     root,
     sparse,
@@ -171,6 +174,83 @@ def many_sequences_in_clusters(request, monkeypatch):
 @pytest.mark.parametrize("sizes", [(50, 40, 1, 768), (20, 9, 2, 520), (90, 9, 3, 136)], ids=str)
 def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+
+
+@pytest.fixture(
+    params=[(2, 1), (4, 1), (2, 3), (4, 4), (4, 5)], ids="{0[0]} columns, {0[1]}x8".format
+)
+def wgmma_backward(request, monkeypatch):
+    """Clusters of such a shape compute backward scans by wgmma, whatever they are reckoned to take.
+
+    Where they cannot, those do whose shape is next to it.
+    """
+    columns, n_tiles = request.param
+    monkeypatch.setattr(
+        wgmma_backward_plan,
+        "estimated_cycles",
+        lambda plan, *_: abs(plan.n_tiles - n_tiles) + 8 * (plan.columns != columns) - 100,
+    )
+    caches = (wgmma_backward_plan.best_plan, registry.best_plan, cuda_fused._prepared_scan)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def taken_backward(kind, sizes, dtype):
+    B, T, N, D = sizes
+    problem = Problem(resolve(kind).traced, B, T, N, D, dtype, torch.device("cuda"))
+    plan = cuda_fused._plan(problem._replace(needs_gradient=True), True, cuda_fused._gpu(problem))
+    if not isinstance(plan, ClusterWgmmaBackwardPlan):
+        pytest.skip("clusters of this GPU do not compute such a head by wgmma")
+    return plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # A step, two, and few; units and sequences that tiles lack; several rounds of clusters.
+        *[(1, 1, 1, 136), (3, 2, 1, 512), (50, 40, 1, 768), (41, 9, 2, 513)],
+        *[(20, 9, 2, 640), (90, 9, 3, 129), (700, 5, 2, 256)],
+    ],
+    ids=str,
+)
+def test_clusters_backward_by_wgmma(wgmma_backward, kind, sizes, dtype):
+    taken_backward(kind, sizes, dtype)
+    hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
+
+
+@pytest.mark.parametrize(
+    "options", [x for x in OPTIONS if "gradient_recurrent_cut" not in x], ids=str
+)
+def test_options_backward_by_wgmma(wgmma_backward, options):
+    sizes = (41, 9, 2, 513)
+    taken_backward("gru", sizes, torch.float16)
+    hold_to_vanilla("cuda_fused", "gru", *sizes, torch.float16, "cuda", **options)
+
+
+def test_same_bits_backward_by_wgmma(wgmma_backward):
+    """Whatever order things arrive in: with many steps and all of the GPU, a hundred times."""
+    sizes = (280, 64, 1, 768)
+    taken_backward("lstm", sizes, torch.bfloat16)
+    inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
+    outputs = call("lstm", inputs, backend="cuda_fused")
+    asked = random_weights(outputs, 1)
+    leaves = list(inputs.tensors().values())
+    first = torch.autograd.grad(outputs, leaves, asked, retain_graph=True)
+    for _ in range(100):
+        again = torch.autograd.grad(outputs, leaves, asked, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_many_steps_backward_by_wgmma(wgmma_backward):
+    """Barriers go round a thousand times."""
+    sizes = (64, 2000, 1, 512)
+    taken_backward("lstm", sizes, torch.bfloat16)
+    hold_to_vanilla("cuda_fused", "lstm", *sizes, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

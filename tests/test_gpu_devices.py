@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, cell, flashrnn
-from flashrnn.backends import cuda, cuda_fused, tables
+from flashrnn.backends import cuda, cuda_fused, steps, tables
 from flashrnn.cells import lstm
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels.per_step import runs
@@ -207,7 +207,7 @@ def test_unloading_does_not_disturb_another_threads_capture():
 def _forget():
     """Drop every kernel, and load so many that those before are unloaded."""
     of_cuda = cuda._stepper, cuda._shared_stepper, cuda._program
-    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, *of_cuda):
+    for cached in (*cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS, *of_cuda):
         cached.cache_clear()
     runs._steppers.clear()
     gc.collect()

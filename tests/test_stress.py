@@ -280,9 +280,9 @@ def test_few_gradients_hang_on_the_rounding_of_h_beside_a_clip():
     """Those that do not are held; vanilla in 16 bits is right there, too."""
     case = replace(fuzz.draw(640, "cuda"), B=4, N=1, D=64)
     draw = fuzz.Draw(case, "cpu", 0)
-    smaller, larger = (fuzz.pattern(found["d_Wx"]) for found in draw.about_the_clip)
-    assert 0 < (smaller != larger).float().mean() < 0.01
-    assert torch.equal(*(x[smaller == larger] for x in (smaller, fuzz.pattern(draw.plain["d_Wx"]))))
+    some, none = (fuzz.pattern(found["d_Wx"]) for found in draw.about_the_clip)
+    assert 0 < (some != none).float().mean() < 0.05
+    assert torch.equal(*(x[some == none] for x in (some, fuzz.pattern(draw.plain["d_Wx"]))))
 
 
 @without_gpu

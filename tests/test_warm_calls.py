@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, recurrent_layer
-from flashrnn.backends import autograd, cuda_fused, tables
+from flashrnn.backends import autograd, cuda_fused, steps, tables
 from flashrnn.kernels import call, registry
 from tests.gpus import H200, SMALL
 from tests.sequences import KINDS, random_ragged
@@ -476,7 +476,7 @@ def test_caches_have_a_bound(launches, monkeypatch):
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))
         assert len(calls.problems) <= 5 and len(initial._expanded_zeros) <= 5
-    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused):
+    for cached in (*cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS, cuda_fused._refused):
         assert cached.cache_info().maxsize is not None
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashrnn.backends import Backend, is_plain, jit_traced, loaded, recorded
+from flashrnn.backends import Backend, Run, Runs, is_plain, jit_traced, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
@@ -144,6 +144,27 @@ def run_directly(
     if problem.needs_gradient:
         return Scan.apply(Wx, R, b, states, backend, problem)
     return backend.forward(problem, Wx, R, b, states)[:2]
+
+
+def by_scans(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    problem: Problem,
+    R: Tensor,
+    b: Tensor,
+) -> Runs:
+    """Steps by a backend's forward scan, where it has no other way to compute them."""
+
+    def run_of(B: int) -> Run:
+        of_batch = problem._replace(B=B)
+
+        def run(wx: Tensor, states: Tensor, out: Tensor | None) -> Tensor:
+            scanned = forward(of_batch, wx.unsqueeze(1), R, b, states.unsqueeze(2))
+            found = scanned[1].squeeze(2)
+            return found if out is None else out.copy_(found)
+
+        return run
+
+    return run_of
 
 
 def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:

@@ -1,7 +1,9 @@
 """Backend ``cuda``: a launch for each step, product and cell in one, for any head dimension.
 
 Its kernels are compiled when a problem first needs them. Their launches are replayed from
-recordings (:mod:`flashrnn.kernels.per_step.runs`).
+recordings (:mod:`flashrnn.kernels.per_step.runs`). Where there are so many sequences that PyTorch's
+library multiplies faster, it computes the product, and the cell has a launch of its own
+(:mod:`flashrnn.backends.steps`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flashrnn.backends import autograd, tables
+from flashrnn.backends import autograd, steps, tables
 from flashrnn.backends.gradients import (
     Gradients,
     complete,
@@ -30,9 +32,9 @@ from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch, nvrtc
 from flashrnn.jit.background import compile_soon
 from flashrnn.kernels import call, source
-from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.gpu import GPU, whole
+from flashrnn.kernels.per_step import cell_plan, runs
 from flashrnn.kernels.per_step import plan as per_step
-from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
 
@@ -55,9 +57,11 @@ def unsupported(problem: Problem) -> str | None:
 def programs(
     problem: Problem, gpu: GPU | None, precision: str, backward: bool
 ) -> list[dict[str, str]]:
-    """See :func:`flashrnn.backends.cuda_fused.programs`; those of every GPU are the same."""
+    """See :func:`flashrnn.backends.cuda_fused.programs`."""
     if reason := unsupported(problem):
         raise ValueError(f"backend 'cuda' cannot do this call: {reason}")
+    if of_cell := _planned_steps(problem, precision, gpu or _gpu(problem), backward):
+        return [steps.program(problem, of_cell, precision)]
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     plan = per_step.plan_step(
         cell, problem.B, problem.N, problem.D, precision, backward, problem.is_sequenced
@@ -86,6 +90,10 @@ def forward(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    if problem.steps and (plan := _steps(problem, backward=False)):
+        if problem.needs_gradient:
+            _begin_backward(as_compiled(problem), source.precision_of(problem))
+        return steps.forward(problem, plan, Wx, R, b, states)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx, _stored(problem))
     if problem.B == 0 or problem.steps == 0:
         last_states = states.clone(memory_format=torch.contiguous_format)
@@ -133,6 +141,9 @@ def backward(
     sequences: Sequences | None = None,
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    if problem.steps and (plan := _steps(problem, backward=True)):
+        residuals = states_initial, states, gates
+        return steps.backward(problem, plan, R, *residuals, d_states, d_last_states)
     d_gates = torch.empty_like(gates)
     cut, d_resets = problem.gradient_recurrent_cut, zeros_like_starts(sequences)
     if problem.B == 0 or problem.steps == 0:
@@ -178,6 +189,28 @@ def backward(
     every_h = None if before is None else tables.h_before(problem, before, states[0])
     found = complete(problem, d_gates, d_initial, states_initial, states, every_h)
     return found._replace(reset_states=d_resets)
+
+
+def _gpu(problem: Problem) -> GPU:
+    return whole(problem.device)
+
+
+def _steps(problem: Problem, backward: bool) -> cell_plan.CellPlan | None:
+    """The plan by which a library computes the product, where that is faster."""
+    if not steps.may_be_faster(problem):
+        return None
+    precision = source.precision_of(problem)
+    return _planned_steps(as_compiled(problem), precision, _gpu(problem), backward)
+
+
+@lru_cache(maxsize=1024)
+def _planned_steps(
+    problem: Problem, precision: str, gpu: GPU, backward: bool
+) -> cell_plan.CellPlan | None:
+    B, N, D, itemsize = problem.B, problem.N, problem.D, problem.dtype.itemsize
+    own = per_step.plan_step(problem.cell, B, N, D, precision, backward)
+    cycles = own.estimated_cycles(B, N, D, itemsize, gpu)
+    return cell_plan.plan_steps(problem, precision, gpu, backward, cycles)
 
 
 def _stored(problem: Problem) -> int:

@@ -1,18 +1,20 @@
 """Backend ``cuda_fused``: one persistent kernel forward and one backward, R kept on chip.
 
 The kernel is that of the plan with the fewest estimated cycles (:mod:`flashrnn.kernels.registry`).
+Where there are so many sequences that a launch for each step is estimated to be faster, a direction
+is computed so (:mod:`flashrnn.backends.steps`).
 """
 
 from __future__ import annotations
 
 import threading
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashrnn.backends import Runs, autograd, tables
+from flashrnn.backends import Run, Runs, autograd, steps, tables
 from flashrnn.backends.gradients import (
     Gradients,
     number_of,
@@ -31,7 +33,8 @@ from flashrnn.jit.background import compile_soon
 from flashrnn.jit.kernel import Kernel, index_of
 from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
-from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.gpu import GPU, whole
+from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.kernels.plan import Plan, Scratch
 from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
@@ -82,6 +85,8 @@ def programs(
     gpu = gpu or _gpu(problem)
     if reason := _refused(problem, gpu):
         raise ValueError(f"backend 'cuda_fused' cannot do this call: {reason}")
+    if by_steps := _planned_steps(problem, precision, gpu, backward):
+        return [steps.program(problem, by_steps, precision)]
     D, plan = problem.D, _plan(problem, backward, gpu)
     aligned = D * problem.dtype.itemsize % 16 == 0
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
@@ -111,6 +116,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     gpu = _gpu(problem)
+    if problem.T and (plan := _steps(problem, gpu, backward=False)):
+        if problem.needs_gradient:
+            _begin_backward(as_compiled(problem), gpu, source.precision_of(problem))
+        return steps.forward(problem, plan, Wx, R, b, states)
     count = None if sequences is None else autograd.stored(problem)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx, count)
     if problem.B == 0 or problem.T == 0:
@@ -160,6 +169,10 @@ def backward(
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
+    gpu = _gpu(problem)
+    if T and (plan := _steps(problem, gpu, backward=True)):
+        residuals = states_initial, states, gates
+        return steps.backward(problem, plan, R, *residuals, d_states, d_last_states)
     d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
         found = of_no_steps(problem, d_gates, d_last_states, states_initial)
@@ -193,7 +206,6 @@ def backward(
         d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
-    gpu = _gpu(problem)
     _scan(problem, gpu, True, tensors, options)
     parts = None
     if registry.is_small(D):
@@ -261,7 +273,14 @@ def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
     if R.data_ptr() % 16:
         R = R.clone()
     b = b.contiguous()
-    return lambda B: _Steps(problem._replace(B=B), R, b)
+    scans = autograd.by_scans(forward, problem, R, b)
+
+    def of_batch(B: int) -> Run:
+        batch = problem._replace(B=B)
+        by_steps = _steps(batch, _gpu(batch), backward=False)
+        return scans(B) if by_steps else _Steps(batch, R, b)
+
+    return of_batch
 
 
 class _Steps:
@@ -569,6 +588,17 @@ def _plan(problem: Problem, backward: bool, gpu: GPU) -> Plan:
     return plan
 
 
+def _steps(problem: Problem, gpu: GPU, backward: bool) -> CellPlan | None:
+    """The plan of a launch for each step, where that is faster than a persistent kernel."""
+    if not steps.may_be_faster(problem):
+        return None
+    return _planned_steps(problem, source.precision_of(problem), gpu, backward)
+
+
+def _planned_steps(problem: Problem, precision: str, gpu: GPU, backward: bool) -> CellPlan | None:
+    return registry.plan_steps(_planned(problem, problem.B), precision, gpu, backward)
+
+
 def _planned(problem: Problem, B: int) -> Problem:
     """A problem without the fields that no plan depends on, as a key of caches of plans."""
     problem = problem._replace(
@@ -588,7 +618,7 @@ def _planned(problem: Problem, B: int) -> Problem:
 def _gpu(problem: Problem) -> GPU:
     """The GPU, or the part of it that the current context has."""
     if registry.is_small(problem.D):
-        return _whole_gpu(problem.device)
+        return whole(problem.device)
     # CTAs that wait for each other must run at once in the context of the launch.
     index = index_of(problem.device)
     with context.on_device(index):
@@ -596,21 +626,10 @@ def _gpu(problem: Problem) -> GPU:
         return _gpu_of_context(problem.device, context.number(stream))
 
 
-@cache
-def _whole_gpu(device: torch.device) -> GPU:
-    properties: Any = torch.cuda.get_device_properties(device)
-    return GPU(
-        multiprocessors=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
-        shifts_registers=properties.major == 9,
-        multiplies_by_groups=properties.major == 9,
-    )
-
-
 @lru_cache(maxsize=64)
 def _gpu_of_context(device: torch.device, _: int) -> GPU:
     """The part of a device that the current stream's context has; `_` is the context's number."""
-    index, gpu = index_of(device), _whole_gpu(device)
+    index, gpu = index_of(device), whole(device)
     stream = context.current_stream(index)
     clusters: tuple[int, ...] = ()
     if torch.cuda.get_device_capability(device)[0] in (9, 10):

@@ -43,9 +43,11 @@ def load(entry: str, parts: Mapping[str, str], shape: launch.Shape, device: torc
     Args:
         entry: the kernel's name.
         parts: the program's text (:mod:`flashrnn.jit.nvrtc`).
-        shape: its launches'.
+        shape: its launches', which overlap only where the device has that.
         device: the device.
     """
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        shape = shape._replace(overlaps=False)
     cubin = nvrtc.compile_program(parts, launch.architecture(device))
     return Kernel(launch.Program(cubin, (entry,), index_of(device), shape.shared_memory), shape)
 

@@ -285,6 +285,25 @@ BACKWARD = Record(
 )
 """Of a backward scan; see :data:`FORWARD`."""
 
+CELL_FORWARD = replace(
+    FORWARD,
+    name="CellForwardCall",
+    operands=(*FORWARD.operands, Operand("product", "const float")),
+)
+"""Of a step's cell where a library computes the product: ``[N, B, Gr, D]`` in float32."""
+
+CELL_BACKWARD = replace(
+    BACKWARD,
+    name="CellBackwardCall",
+    operands=(
+        *BACKWARD.operands,
+        Operand("product", "const float"),
+        Operand("factors", "Element"),
+    ),
+)
+"""As :data:`CELL_FORWARD`: a product ``[N, B, D]``, and what the next one reads,
+``[N, B, Gr, D]``."""
+
 RECURRENT_GRADIENT = Record(
     "RecurrentGradientCall",
     (

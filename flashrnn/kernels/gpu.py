@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
 
 
 class GPU(NamedTuple):
@@ -27,6 +30,18 @@ class GPU(NamedTuple):
 def clusters_at_once(size: int, gpu: GPU) -> int:
     """How many clusters of so many CTAs run at once."""
     return gpu.clusters[size] if size < len(gpu.clusters) else 0
+
+
+@cache
+def whole(device: torch.device) -> GPU:
+    """The limits of a device, but for clusters, which depend on the context."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return GPU(
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_block_optin,
+        shifts_registers=properties.major == 9,
+        multiplies_by_groups=properties.major == 9,
+    )
 
 
 class Model(NamedTuple):

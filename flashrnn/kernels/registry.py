@@ -1,5 +1,7 @@
 """The regimes of ``cuda_fused``, and the choice of the plan with the fewest estimated cycles.
 
+Calls of many sequences may be computed step by step instead.
+
 To add a regime, write its folder and name its planning function here. That function takes a
 problem, a GPU and the direction, and returns a plan or the reason why there is none.
 """
@@ -11,6 +13,7 @@ from functools import lru_cache
 
 from flashrnn.kernels import cluster, grid, single_cta
 from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
 
@@ -25,6 +28,7 @@ LARGE_HEADS: tuple[Regime, ...] = (
     cluster.plan_mma_forward,
     cluster.plan_wgmma_forward,
     cluster.plan_backward,
+    cluster.plan_wgmma_backward,
 )
 
 
@@ -40,3 +44,28 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     plans = [regime(problem, gpu, backward) for regime in regimes]
     possible = [plan for plan in plans if isinstance(plan, Plan)]
     return min(possible, key=lambda plan: plan.estimated_cycles, default=plans[0])
+
+
+# What float32 takes with TF32, of the estimate, which is for three products: 0.8 was measured.
+_WITH_TF32 = 0.75
+
+
+@lru_cache(maxsize=1024)
+def plan_steps(
+    problem: Problem, precision: str, gpu: GPU, backward: bool
+) -> cell_plan.CellPlan | None:
+    """The plan of a launch for each step, where that is estimated to be faster than the best plan.
+
+    Args:
+        problem: as for :func:`best_plan`.
+        precision: how products are computed.
+        gpu: on which GPU.
+        backward: the direction.
+    """
+    if is_small(problem.D):
+        return None
+    best = best_plan(problem, gpu, backward)
+    if isinstance(best, str):
+        return None
+    cycles = best.estimated_cycles * (_WITH_TF32 if precision == "tf32" else 1)
+    return cell_plan.plan_steps(problem, precision, gpu, backward, cycles)

@@ -11,13 +11,14 @@ import torch
 from flashrnn import Cell
 from flashrnn.backends import cuda_fused
 from flashrnn.kernels import cluster, grid, registry, single_cta
-from flashrnn.kernels.cluster import mma_plan, wgmma_plan
+from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.plan import Counts, Plan
 from flashrnn.problem import Problem
 from tests.fused import DTYPES, poison
 from tests.gpus import H200, LARGER, SMALL, planned
 from tests.problems import BUILT_IN, sparse, wide
+from tests.steps import by_steps
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
@@ -37,6 +38,7 @@ class Regime:
         B: sequences of which some tile is not full.
         D: a head's units, of which some tile is not full.
         sizes: B, T, N and D of further problems.
+        by_steps: whether a library computes the product, wherever it can.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Regime:
     B: int = 3
     D: int = 131
     sizes: tuple[tuple[int, int, int, int], ...] = ()
+    by_steps: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -103,6 +106,28 @@ def _tiles_of(columns: int) -> registry.Regime:
     return plan
 
 
+def _cluster_wgmma_backward(
+    warpgroups: int, columns: int, n_tiles: int, ahead: int, in_registers: int
+) -> registry.Regime:
+    """Plans of such a shape, with so much of R in registers, or more where all needs room."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        if isinstance(found := cluster.plan_wgmma_backward(problem, gpu, backward), str):
+            return found
+        values = wgmma_backward_plan.Values.of(problem.cell)
+        for plan in wgmma_backward_plan.possible_plans(values, problem.D, gpu):
+            if (plan.warpgroups, plan.columns, plan.n_tiles) != (warpgroups, columns, n_tiles):
+                continue
+            for kept in range(min(in_registers, plan.in_registers), plan.in_registers + 1):
+                changed = replace(plan, ahead=ahead, in_registers=kept)
+                memory = wgmma_backward_plan.shared_memory_of(changed, values)
+                if memory <= gpu.shared_memory:
+                    return replace(changed, shared_memory=memory)
+        return "no such plan"
+
+    return plan
+
+
 PER_STEP = Regime(
     "per_step",
     backend="cuda",
@@ -122,6 +147,22 @@ PER_STEP = Regime(
         (1, 130, 1, 8),
         # Five tiles of sequences by the launch for six.
         (33, 2, 2, 8),
+    ),
+)
+# Odd heads and options of sequences cannot be computed so: backend cuda's own kernels do.
+STEPS = Regime(
+    "steps",
+    backend="cuda",
+    by_steps=True,
+    cells=(*BUILT_IN, sparse, wide),
+    B=7,
+    D=40,
+    sizes=(
+        (1, 1, 1, 8),
+        (2, 5, 3, 24),
+        # Several CTAs; a bit more than one, of which one has a single thread with units.
+        (70, 2, 1, 136),
+        (41, 2, 1, 200),
     ),
 )
 SINGLE_CTA = Regime(
@@ -240,10 +281,42 @@ CLUSTER_BACKWARD = Regime(
     D=131,
     sizes=_LARGE_SIZES,
 )
-REGIMES = [
-    *[PER_STEP, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0], CLUSTER_BACKWARD]
+CLUSTER_WGMMA_BACKWARD = [
+    Regime(
+        f"cluster_wgmma_backward-{warpgroups}x{columns}x{n_tiles}",
+        forward=grid.plan_scan,
+        backward=_cluster_wgmma_backward(warpgroups, columns, n_tiles, ahead, in_registers),
+        gpu=gpu,
+        dtypes=tuple(SIXTEEN_BITS),
+        cells=(*BUILT_IN, sparse, wide),
+        B=9,
+        D=D,
+        sizes=(
+            # A single step, and few sequences.
+            (2, 1, 1, D),
+            # Several clusters, in the last of which most sequences do not exist.
+            (8 * n_tiles + 1, 3, 1, D + 5),
+            # More heads; the last CTA has no unit or lacks some.
+            (20, 2, 3, D - 1),
+        ),
+    )
+    for warpgroups, columns, n_tiles, ahead, in_registers, gpu, D in [
+        (2, 2, 1, 2, 7, SMALL, 131),
+        (1, 4, 3, 2, 100, LARGER, 131),
+        (3, 4, 2, 1, 5, LARGER, 193),
+        (2, 4, 1, 1, 1, LARGER, 131),
+    ]
 ]
-VARIANTS = [*SINGLE_CTA_TILES, *CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:]]
+REGIMES = [
+    *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
+    *[CLUSTER_BACKWARD, CLUSTER_WGMMA_BACKWARD[0]],
+]
+VARIANTS = [
+    *SINGLE_CTA_TILES,
+    *CLUSTER_MMA[1:],
+    *CLUSTER_WGMMA[1:],
+    *CLUSTER_WGMMA_BACKWARD[1:],
+]
 """The same kernels with other constants."""
 
 
@@ -273,6 +346,8 @@ def take(
         monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: regime.gpu)
         registry.best_plan.cache_clear()
         cuda_fused._prepared_scan.cache_clear()
+        if regime.by_steps:
+            by_steps(monkeypatch)
         return regime
 
     return take

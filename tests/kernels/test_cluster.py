@@ -1,6 +1,7 @@
 """Heads that clusters of CTAs own. What all regimes share is in ``test_regimes.py``."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,19 @@ from flashrnn.kernels.plan import Counts
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import hold_to_vanilla
 from tests.gpus import GPUS, H200, LARGER, planned
-from tests.kernels.regimes import CLUSTER_BACKWARD, CLUSTER_MMA, take  # noqa: F401
+from tests.kernels.regimes import (
+    CLUSTER_BACKWARD,
+    CLUSTER_MMA,
+    CLUSTER_WGMMA_BACKWARD,
+    take,  # noqa: F401
+)
 from tests.kernels.test_grid import with_little_in_registers
-from tests.machine_code import needs_nvrtc, spills_in_a_loop, spills_in_the_loop_of_products
+from tests.machine_code import (
+    loop_of_products,
+    needs_nvrtc,
+    spills_in_a_loop,
+    spills_in_the_loop_of_products,
+)
 
 SAVES_GATES = source.forward_options(True)
 
@@ -90,6 +101,26 @@ def test_backward_compiles_without_spills(kind, D, arch):
     assert not spills_in_the_loop_of_products(parts, arch)
 
 
+WGMMA_BACKWARD = [("lstm", 512, 128), ("lstm", 512, 1024), ("lstm", 768, 64), ("lstm", 768, 256)]
+WGMMA_BACKWARD += [("gru", 768, 128), ("gru", 768, 1024), ("slstm", 768, 256), ("elman", 1024, 256)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("kind", "D", "B"), quick(WGMMA_BACKWARD, ("lstm", 512, 128)))
+def test_wgmma_backward_waits_once_for_its_products(kind, D, B):
+    """The compiler makes each product wait for the one before where it cannot tell that no thread
+    diverges. Of addresses that stay the same some may be read back at each step."""
+    plan = cluster.plan_wgmma_backward(planned(kind, B, 1, D, torch.bfloat16), H200, True)
+    cell = resolve(kind)
+    options = source.backward_options(False, False, len(cell.states), given_last=False)
+    loop = loop_of_products(plan.source(cell, "bfloat16", options, aligned=True), "sm_90a")
+    steps = plan.rows * plan.units * len(cell.fed_by("R")) // 16
+    assert sum("HGMMA" in x for x in loop) == steps
+    assert sum("WARPGROUP.DEPBAR" in x for x in loop) == 1
+    local = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in loop)
+    assert local <= 0.02 * len(loop), (local, len(loop))
+
+
 # ---- the kernels
 
 
@@ -154,3 +185,11 @@ def test_fragments_wherever_there_is_room(take, dtype):  # noqa: F811
     plan = regime.plans(planned("lstm", 9, 2, 140, dtype), regime.gpu, True)
     assert plan.in_shared and plan.in_memory
     hold_to_vanilla("cuda_fused", "lstm", 9, 2, 2, 140, dtype)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", CLUSTER_WGMMA_BACKWARD, ids=str)
+def test_many_exchanges_of_the_wgmma_backward(take, regime):  # noqa: F811
+    """Warps are held up at random: a wait that lacks, or that misses its phase, shows in time."""
+    hold_to_vanilla(take(regime).backend, "lstm", 3, 70, 1, regime.D, torch.bfloat16)

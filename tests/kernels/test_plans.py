@@ -8,7 +8,12 @@ import torch
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, grid, registry, single_cta
-from flashrnn.kernels.cluster import ClusterBackwardPlan, ClusterMmaPlan, ClusterWgmmaPlan
+from flashrnn.kernels.cluster import (
+    ClusterBackwardPlan,
+    ClusterMmaPlan,
+    ClusterWgmmaBackwardPlan,
+    ClusterWgmmaPlan,
+)
 from flashrnn.kernels.gpu import clusters_of
 from flashrnn.kernels.grid import GridPlan, GridWgmmaPlan
 from flashrnn.kernels.per_step.plan import plan_step
@@ -42,7 +47,9 @@ def check(plan, gpu, B, N, D, given):
         assert plan.sequences * ctas >= B * N and plan.stages >= 3, given
         return
     units = plan.UNITS if isinstance(plan, GridWgmmaPlan) else plan.units
-    assert (plan.size - 1) * units < D <= plan.size * units, given
+    # Of whole rows of CTAs the last one may lack all units.
+    needed = plan.columns if isinstance(plan, ClusterWgmmaBackwardPlan) else 1
+    assert (plan.size - needed) * units < D <= plan.size * units, given
     if isinstance(plan, GridPlan):
         assert 8 * plan.n_tiles * plan.interleaved * plan.work_tiles(B, N) >= B * N, given
         assert plan.groups(B, N, gpu) <= plan.work_tiles(B, N), given
@@ -54,6 +61,10 @@ def check(plan, gpu, B, N, D, given):
     if isinstance(plan, (GridPlan, ClusterBackwardPlan)):
         in_memory = (plan.in_shared, plan.in_memory)
         assert plan.in_registers >= 1 and min(in_memory) >= 0, given
+    if isinstance(plan, ClusterWgmmaBackwardPlan):
+        assert plan.size == plan.rows * plan.columns and plan.rows >= 2, given
+        assert plan.columns * plan.units == plan.threads // 2, given
+        assert plan.in_registers >= 1 and 1 <= plan.ahead <= 4 // plan.columns * plan.n_tiles, given
     if isinstance(plan, ClusterMmaPlan):
         assert plan.units % plan.warps == 0 and plan.size in (2, 4, 8, 16), given
     if isinstance(plan, ClusterWgmmaPlan):
@@ -150,6 +161,57 @@ def test_plans_of_forward_scans_in_16_bits(plan_forward):
             check(plan, H200, B, N, D, (kind, B, N, D))
             assert plan.estimated_cycles > 0
     assert found > least
+
+
+def test_wgmma_plans_of_backward_scans():
+    found = 0
+    for kind, D, B, N in itertools.product(
+        CELLS, [129, 200, 256, 511, 640, 768, 1000], [0, 1, 64, 256, 777], [1, 3]
+    ):
+        problem = planned(kind, B, N, D, torch.bfloat16)
+        plan = cluster.plan_wgmma_backward(problem, H200, True)
+        if isinstance(plan, Plan):
+            found += 1
+            check(plan, H200, B, N, D, (kind, B, N, D))
+            assert plan.estimated_cycles > 0
+    assert found > 250
+
+
+def test_other_scans_have_no_wgmma_plans_backward():
+    def none(problem, gpu=H200, backward=True):
+        plan = cluster.plan_wgmma_backward(problem, gpu, backward)
+        return isinstance(plan, str) and len(plan) > 10
+
+    problem = planned("lstm", 256, 1, 768, torch.bfloat16)
+    assert not none(problem)
+    assert none(problem, backward=False)
+    assert all(none(problem, gpu) for gpu in (A100, RTX_4090, B200))
+    others = ({"dtype": torch.float32}, {"gradient_recurrent_cut": True})
+    others += ({"resets": True}, {"ragged": True}, {"reverse": True})
+    assert all(none(problem._replace(**other)) for other in others)
+    small_clusters = H200._replace(clusters=clusters_of(132, 4))
+    assert none(problem, small_clusters)
+    # R of such a head takes more than the registers and shared memory of 16 CTAs.
+    assert none(planned("lstm", 256, 1, 1024, torch.bfloat16))
+    assert none(planned("gru", 256, 1, 1024, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"),
+    [
+        *[((B, 1, 768), B >= 128) for B in (1, 16, 64, 128, 256, 1024)],
+        *[((B, 1, 512), B >= 128) for B in (16, 64, 128, 256, 1024, 4096)],
+        *[((16, 3, 256), False), ((64, 3, 256), False), ((256, 1, 1024), False)],
+    ],
+    ids=str,
+)
+def test_backward_scans_multiply_by_wgmma_where_they_have_many_sequences(
+    monkeypatch, sizes, chosen
+):
+    """Where an H200 was measured to be faster so: at 1×768 from 128 sequences on."""
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), True)
+    assert isinstance(plan, ClusterWgmmaBackwardPlan) == chosen
 
 
 def none(plan_forward, kind, B, N, D, gpu=H200, dtype=torch.bfloat16, backward=False):

@@ -28,6 +28,7 @@ from tests.fused import (
 from tests.kernels.regimes import (
     CLUSTER_MMA,
     CLUSTER_WGMMA,
+    CLUSTER_WGMMA_BACKWARD,
     GRID_WGMMA,
     PER_STEP,
     REGIMES,
@@ -79,8 +80,8 @@ def _name(value):
 every_regime = pytest.mark.parametrize("regime", REGIMES, ids=str)
 every_shape = pytest.mark.parametrize("regime", cases([*REGIMES, *VARIANTS], lambda _: [()]))
 SMALL_HEADS = (PER_STEP, SINGLE_CTA, *SINGLE_CTA_TILES)
-# Only their forward is their own, and it takes long here: a quick run asks less of them.
-WGMMA = (GRID_WGMMA, CLUSTER_WGMMA[0])
+# Only one direction is their own, and it takes long here: a quick run asks less of them.
+WGMMA = (GRID_WGMMA, CLUSTER_WGMMA[0], CLUSTER_WGMMA_BACKWARD[0])
 # A cell and a dtype that a quick run compiles in any case: tests that need no other take these.
 COMPILED = ("lstm", torch.bfloat16)
 # Of the CTAs of other regimes one waits for what another sends.
@@ -153,6 +154,8 @@ def options_and_kinds(regime):
         (options, *of)
         for options in OPTIONS
         for of in (COMPILED, *(others if regime is PER_STEP else others[:1]))
+        # Another regime takes calls without a gradient through R.
+        if regime not in CLUSTER_WGMMA_BACKWARD or "gradient_recurrent_cut" not in options
         # Which h are clipped is chance in 16 bits: clips_h has a cell of its own.
         if of != COMPILED or "gradient_recurrent_clipval" in options
     ]
@@ -264,6 +267,7 @@ def test_continues_a_sequence_exactly(take, regime):  # noqa: F811
         *cases([*CLUSTER_MMA[1:]], lambda _: [("lstm",), ("elman",)]),
         *cases([CLUSTER_WGMMA[0]], lambda _: [("gru",)], lambda *_: False),
         *cases([*CLUSTER_WGMMA[1:]], lambda _: [("lstm",), ("gru",)]),
+        *cases([*CLUSTER_WGMMA_BACKWARD[1:]], lambda _: [("lstm",), ("gru",)]),
     ],
 )
 def test_same_bits_in_whatever_order_things_arrive(take, regime, kind):  # noqa: F811

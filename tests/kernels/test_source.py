@@ -20,6 +20,7 @@ from tests.emulation import HEADER, Library, emulated, needs_compiler
 from tests.gpus import GPUS, planned
 from tests.kernels.regimes import REGIMES
 from tests.machine_code import (
+    local_memory,
     needs_nvrtc,
     spills_in_a_loop,
     spills_in_the_loop_of_products,
@@ -475,6 +476,8 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x, int n) 
 )
 def test_a_spill_would_be_noticed(arch):
     assert spills_in_a_loop({"spilling": SPILLING}, arch)
+    size, spilled = local_memory({"spilling": SPILLING}, arch)
+    assert size > 0 and spilled > 0
 
 
 SPILLING_PRODUCTS = """

@@ -7,10 +7,9 @@
 // if it were sent the gates' gradients instead, it would have to receive those of all units of the
 // head.
 //
-// Rows i and i + 8 of a row tile of the product are the two units of a pair. So the four sums that mma
-// leaves in a lane, of two units and two neighbouring sequences, all go to one CTA: they are a packet
-// of 16 bytes. A CTA sends to all CTAs in the order of their ranks from its own on, so that they do not
-// all send to one at a time.
+// The two units of a pair belong to one CTA, so a packet (backward_packets.cuh) goes to one as it is. A
+// CTA sends to all CTAs in the order of their ranks from its own on, so that they do not all send to one
+// at a time.
 //
 //   CTA X                                          CTA Y, of which X computes parts of dh
 //   -----                                          --------------------------------------
@@ -46,16 +45,12 @@
 // exchange, so nothing is sent to a CTA that has left. Exchanges are numbered from 1; the parity that a
 // wait for exchange k - 1, while `number` is k, expects is (k / 2 + 1) % 2.
 
+#include "cluster/backward_packets.cuh"
 #include "cluster/backward_tile.cuh"
 
 namespace cluster_backward {
 
-struct alignas(16) Words {
-    unsigned words[4];
-};
-
-// Pairs of units: of a CTA, of all CTAs. Packets that a CTA receives from one CTA in an exchange.
-constexpr int PAIRS = (UNITS + 1) / 2;
+// Pairs of units of all CTAs. Packets that a CTA receives from one CTA in an exchange.
 constexpr int ALL_PAIRS = GROUP_SIZE * PAIRS;
 constexpr int PACKETS = PAIRS * SEQUENCES / 2;
 
@@ -67,17 +62,9 @@ constexpr int ELEMENTS = (CTA_ELEMENTS + THREADS - 1) / THREADS;
 // Row tiles of the product, of 8 pairs each: warp w has the tiles w, w + WARPS, ..., ROW_TILES of them.
 constexpr int ROW_TILES = ((ALL_PAIRS + 7) / 8 + WARPS - 1) / WARPS;
 
-// The dimension that the product sums: all gates of the first unit, then of the next, and so on. 16
-// bytes of it, for one sequence, are a chunk. A slice has a chunk for each of the four lanes that have
-// a sequence: two steps of mma.
-constexpr int CHUNK = 16 / sizeof(Element);
+// Of the dimension that the product sums, a slice has a chunk for each of the four lanes that have a
+// sequence: two steps of mma.
 constexpr int SLICES = (UNITS * GR + 4 * CHUNK - 1) / (4 * CHUNK);
-
-// The index of the packet of a pair and of the sequences 2 j and 2 j + 1 of an n-tile. Packets that a
-// warp sends at once are neighbours, and the numbers that it adds up at once are in 32 different banks.
-__device__ inline int packet_index(int n_tile, int pair, int j) {
-    return (n_tile * PAIRS + pair) * 4 + (j ^ pair / 2 % 4);
-}
 
 // The pair that the lane has in one of the warp's row tiles, and the CTA whose units these are.
 struct Pair {
@@ -134,13 +121,6 @@ constexpr unsigned GRADIENT_BYTES = SLICES * N_TILES * 32 * sizeof(Words);
 constexpr unsigned FIRST_GRADIENTS = 2 * RECEIVED_BYTES;
 constexpr unsigned FIRST_BARRIER = FIRST_GRADIENTS + 2 * GRADIENT_BYTES;
 constexpr int EXCHANGE_BYTES = FIRST_BARRIER + 16;
-
-// As many gates of a unit as are neighbours in one chunk, whichever unit it is: they are written at
-// once.
-constexpr int NEIGHBOURS = (GR & -GR) < CHUNK ? GR & -GR : CHUNK;
-struct alignas(NEIGHBOURS * sizeof(Element)) PackedGates {
-    Element values[NEIGHBOURS];
-};
 
 struct Exchange {
     unsigned char* shared;

@@ -31,7 +31,7 @@
 namespace cluster_wgmma {
 
 constexpr int BIAS_BYTES = G * UNITS * sizeof(float);
-constexpr int TABLE = EXCHANGE_BYTES + TILES * TILE_BYTES + BIAS_BYTES + MATRIX_BYTES;
+constexpr int TABLE = EXCHANGE_BYTES + TILES * TILE_BYTES + BIAS_BYTES + Matrix::BYTES;
 constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
 constexpr int FLAG_BYTES = RESETS ? SEQUENCES * int(sizeof(int)) : 0;
 static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
@@ -154,7 +154,8 @@ cluster_wgmma_forward(CALL) {
     }
 
     if (SHIFT_REGISTERS) setmaxnreg_inc<COMPUTING_REGISTERS>();
-    const Matrix matrix(reinterpret_cast<unsigned char*>(bias + G * UNITS), R, n, N, rank);
+    const Matrix matrix =
+        load_matrix(reinterpret_cast<unsigned char*>(bias + G * UNITS), R, n, N, rank);
     for (int i = threadIdx.x; i < G * UNITS; i += COMPUTING) {
         const int k = i / UNITS, unit = i % UNITS;
         const long long row = static_cast<long long>(FED_B[k]) * N + n;

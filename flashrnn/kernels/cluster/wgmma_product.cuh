@@ -1,81 +1,35 @@
 // The product of the CTA's part of R with h, by warpgroups.
 //
 // It sums over the tiles of h in the order in which the exchange waits for them, from the CTA's own on,
-// in STEPS steps of 16 units. R's columns are in the same order. Of IN_REGISTERS of the steps R is in
-// the registers of the warps that multiply it, of the others in shared memory. Both kinds are
-// interleaved evenly: a wgmma that reads R from shared memory takes longer, and others run meanwhile.
+// in STEPS steps of 16 units. R's columns are in the same order (wgmma_matrix.cuh says where they lie).
 
 #include "cluster/wgmma_exchange.cuh"
-#include "common/wgmma.cuh"
+#include "cluster/wgmma_matrix.cuh"
 
 namespace cluster_wgmma {
 
 constexpr int TILE_STEPS = UNITS / 16;
 constexpr int STEPS = GROUP_SIZE * TILE_STEPS;
-constexpr int IN_SHARED = STEPS - IN_REGISTERS;
 
-__device__ constexpr int in_registers_before(int step) { return step * IN_REGISTERS / STEPS; }
-__device__ constexpr bool is_in_registers(int step) {
-    return in_registers_before(step + 1) > in_registers_before(step);
+using Matrix = LeftOperand<STEPS>;
+
+__device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, int n, int N, int rank) {
+    return Matrix(shared, [&](int step) {
+        const int sender = (rank + step / TILE_STEPS) % GROUP_SIZE;
+        const int first = sender * UNITS + step % TILE_STEPS * 16 + 2 * (threadIdx.x % 4);
+        return rows_of(R, n, N, rank, [&](int half, int k) { return first + 8 * half + k; });
+    });
 }
-
-// R in shared memory: for each warpgroup and step 64 rows of 16 elements, in core matrices of 8 by 8.
-constexpr int STEP_BYTES = 64 * 16 * sizeof(Element);
-constexpr int MATRIX_BYTES = WARPGROUPS * IN_SHARED * STEP_BYTES;
-
-struct Matrix {
-    Fragment in_registers[IN_REGISTERS];
-    unsigned in_shared;
-
-    __device__ Matrix(unsigned char* shared, const Element* R, int n, int N, int rank) {
-        const int warp = threadIdx.x / 32 % 4, i = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-        unsigned char* const warpgroup = shared + threadIdx.x / 128 * IN_SHARED * STEP_BYTES;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            const int sender = (rank + step / TILE_STEPS) % GROUP_SIZE;
-            const int first = sender * UNITS + step % TILE_STEPS * 16 + 2 * j;
-            const Fragment fragment =
-                rows_of(R, n, N, rank, [&](int half, int k) { return first + 8 * half + k; });
-            if (is_in_registers(step)) {
-                in_registers[in_registers_before(step)] = fragment;
-                continue;
-            }
-            unsigned char* const to = warpgroup + (step - in_registers_before(step)) * STEP_BYTES;
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                const int core_matrix = 2 * (2 * warp + w % 2) + w / 2;
-                unsigned char* const word = to + core_matrix * 128 + i * 16 + j * 4;
-                *reinterpret_cast<unsigned*>(word) = fragment.words[w];
-            }
-        }
-        in_shared = shared_address(warpgroup);
-    }
-};
 
 __device__ inline void multiply(float (&sums)[4 * N_TILES], const Matrix& matrix,
                                 const Exchange& exchange) {
-    // Else the compiler computes the descriptors of all steps once, and keeps them in registers.
-    unsigned in_shared = matrix.in_shared;
-    materialize(in_shared);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    matrix.multiply(sums, [&](int step) {
         const int i = step / TILE_STEPS;
         if (step % TILE_STEPS == 0) exchange.wait(i);
         const unsigned h = shared_address(exchange.tile(exchange.sender(i))) +
                            step % TILE_STEPS * 2 * SEQUENCES * CHUNK_UNITS * sizeof(Element);
-        const unsigned long long right = operand(h, SEQUENCES * CHUNK_UNITS * sizeof(Element), 128);
-        const bool add = step > 0;
-        if (is_in_registers(step)) {
-            wgmma(sums, matrix.in_registers[in_registers_before(step)].words, right, add, Operand{});
-        } else {
-            const unsigned R = in_shared + (step - in_registers_before(step)) * STEP_BYTES;
-            wgmma(sums, operand(R, 128, 256), right, add, Operand{});
-        }
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    materialize_all(sums);
+        return operand(h, SEQUENCES * CHUNK_UNITS * sizeof(Element), 128);
+    });
 }
 
 }  // namespace cluster_wgmma

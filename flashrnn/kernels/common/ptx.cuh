@@ -335,6 +335,51 @@ __device__ inline unsigned load_opaque(const unsigned* from) {
     return bits;
 }
 
+// Words of global memory that lie together, loaded and stored as one.
+template <int COUNT>
+struct alignas(4 * COUNT) WordVector {
+    unsigned of[COUNT];
+};
+
+// The compiler keeps the order of this load and a griddepcontrol_wait(). A load by ld.global.nc, which
+// the compiler may choose itself, would be moved behind it.
+__device__ inline WordVector<1> load_words(const WordVector<1>* from) {
+    WordVector<1> words;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(words.of[0]) : "l"(from));
+    return words;
+}
+
+__device__ inline WordVector<2> load_words(const WordVector<2>* from) {
+    WordVector<2> words;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words.of[0]), "=r"(words.of[1])
+                 : "l"(from));
+    return words;
+}
+
+__device__ inline WordVector<4> load_words(const WordVector<4>* from) {
+    WordVector<4> words;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.of[0]), "=r"(words.of[1]), "=r"(words.of[2]), "=r"(words.of[3])
+                 : "l"(from));
+    return words;
+}
+
+__device__ inline void store_words(WordVector<1>* to, const WordVector<1>& words) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(words.of[0]) : "memory");
+}
+
+__device__ inline void store_words(WordVector<2>* to, const WordVector<2>& words) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.of[0]), "r"(words.of[1])
+                 : "memory");
+}
+
+__device__ inline void store_words(WordVector<4>* to, const WordVector<4>& words) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.of[0]),
+                 "r"(words.of[1]), "r"(words.of[2]), "r"(words.of[3])
+                 : "memory");
+}
+
 // Starts loading the address's line into the L2 cache.
 __device__ inline void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

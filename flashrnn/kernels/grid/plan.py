@@ -239,8 +239,9 @@ def _units(work_tiles: int, D: int, gpu: GPU) -> list[int]:
 # Registers of a thread for all but R, sums, packets and elements. With so many, the loop over time
 # of no plan spills; tests hold the machine code to that.
 _OTHER_REGISTERS = 68
-# Where a sequence's rows lie, backward, in calls with options of sequences.
-_SEQUENCE_REGISTERS = 16
+# Where a sequence's rows lie, backward, in calls with options of sequences: for Hopper, and for
+# others, of which the compiler takes more for sm_80.
+_SEQUENCE_REGISTERS, _SEQUENCE_REGISTERS_ELSEWHERE = 8, 16
 # float32 in full splits each operand into two, in registers of their own.
 _SPLIT_OPERANDS = 64
 # A thread of a fragment has 4 of its words, a warp 512 bytes.
@@ -258,7 +259,7 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> GridPlan | None:
     """Where R goes, if there is room for enough of it."""
     warps, fragments = choice.warps, choice.fragments
     ahead = _slices_ahead(choice, most_ahead)
-    in_registers = min(fragments, _registers_for_R(choice, ahead) // _FRAGMENT_WORDS)
+    in_registers = min(fragments, _registers_for_R(choice, ahead, gpu) // _FRAGMENT_WORDS)
     taken = _shared_memory_without_R(choice)
     room = gpu.shared_memory - taken
     if in_registers < 1 or room < 0:
@@ -298,7 +299,7 @@ def _slices_ahead(choice: Choice, most_ahead: int) -> int:
     return tiles_of(slices, tiles_of(slices, most))
 
 
-def _registers_for_R(choice: Choice, ahead: int) -> int:
+def _registers_for_R(choice: Choice, ahead: int, gpu: GPU) -> int:
     """Registers of a thread that are left for R; below 0 if there are too few for the rest."""
     values, n_tiles = choice.values, choice.n_tiles
     # A lane has two packets, of 4 words each, of a slice and an n-tile.
@@ -308,7 +309,9 @@ def _registers_for_R(choice: Choice, ahead: int) -> int:
     sums = 4 * choice.row_tiles * n_tiles
     working = _OTHER_REGISTERS + sums + packets + choice.elements * values.kept
     working += _SPLIT_OPERANDS if values.passes > 1 else 0
-    working += _SEQUENCE_REGISTERS if values.sequence_bytes and values.backward else 0
+    if values.sequence_bytes and values.backward:
+        hopper = gpu.multiplies_by_groups
+        working += _SEQUENCE_REGISTERS if hopper else _SEQUENCE_REGISTERS_ELSEWHERE
     # Of 65536 of a multiprocessor, by the 8; a thread cannot have more than 255.
     return min(255, 65536 // (32 * choice.warps) // 8 * 8) - working
 
