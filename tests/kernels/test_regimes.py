@@ -65,7 +65,7 @@ def cases(regimes, further, quick=lambda regime, *rest: regime in REGIMES):
 def more_cases(further, quick):
     """Of all regimes and, slow, of several tiles of a CTA, whose rows are copied otherwise."""
     return cases(
-        [*REGIMES, SINGLE_CTA_TILES[2]],
+        [*REGIMES, SINGLE_CTA_TILES[-1]],
         further,
         lambda regime, *rest: regime in REGIMES and quick(regime, *rest),
     )
@@ -105,7 +105,7 @@ def kinds_and_dtypes(regime):
         [*REGIMES, *VARIANTS],
         kinds_and_dtypes,
         lambda regime, *rest: (
-            (rest == COMPILED and regime in (*REGIMES, SINGLE_CTA_TILES[1]))
+            (rest == COMPILED and regime in (*REGIMES, SINGLE_CTA_TILES[0]))
             or (rest == (sparse, regime.dtypes[-1]) and regime in REGIMES and regime not in WGMMA)
         ),
     ),

@@ -75,7 +75,8 @@ def test_compiles_for_every_architecture_without_spills(kind, arch):
         ("lstm", (16, 12, 64), "tf32"),
         # Several tiles.
         *(("slstm", sizes, "bfloat16") for sizes in [(128, 12, 64), (256, 12, 64), (200, 24, 32)]),
-        *(("lstm", sizes, "float16") for sizes in [(128, 12, 64), (200, 24, 32), (200, 12, 48)]),
+        *(("lstm", sizes, "float16") for sizes in [(128, 12, 64), (256, 24, 32), (300, 12, 48)]),
+        ("lstm", (500, 24, 16), "bfloat16"),
         *((kind, (256, 12, 64), "bfloat16") for kind in ("gru", "elman")),
     ],
     ids=str,
@@ -122,15 +123,20 @@ def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
     inputs = random_inputs(kind, 27, 3, 2, 24, torch.bfloat16)
 
     def results(k):
-        monkeypatch.setattr(registry, "SMALL_HEADS", (lambda *of: possible_plans(*of)[k],))
+        def plan(*of):
+            plans = possible_plans(*of)
+            return plans[min(k, len(plans) - 1)]
+
+        monkeypatch.setattr(registry, "SMALL_HEADS", (plan,))
         registry.best_plan.cache_clear()
         cuda_fused._prepared_scan.cache_clear()
         outputs = call(kind, inputs, backend="cuda_fused")
         return [*outputs, *gradients(outputs, inputs).values()]
 
-    plans = possible_plans(planned(kind, 27, 2, 24, torch.bfloat16), H200, True)
-    assert [plan.tiles for plan in plans] == [1, 1, 1, 6, 6, 6]
-    first, *others = (results(k) for k in range(len(plans)))
+    problem = planned(kind, 27, 2, 24, torch.bfloat16)
+    tiles = [[x.tiles for x in possible_plans(problem, H200, back)] for back in (False, True)]
+    assert tiles == [[1, 1, 1, 6, 6], [1, 1, 1, 6]]
+    first, *others = (results(k) for k in range(5))
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
 

@@ -54,14 +54,37 @@ _WARPS_AT_ONCE = 12
 # Sequences of a tile: as many as a product has columns, or fewer, which share the cell's work.
 _COLUMNS = (2, 4, 8)
 # Computing warps of a CTA of several tiles. With 4 producer warps, which give up some, a computing
-# thread has 152 registers.
+# thread has 152 registers. Such tiles are of 4 or 8 sequences, and a CTA has at most so many, by
+# whether it goes backward: there 48 took longer than one tile a CTA (LSTM 24x32, B = 200, H200).
 _SHARING_WARPS = 12
+_SHARING_COLUMNS = (4, 8)
+_MOST_SHARING = {False: 48, True: 32}
 
 # Shared memory of a multiprocessor that the system takes for each CTA.
 _RESERVED_MEMORY = 1024
 
 # An estimate is not better than that: of plans so much alike the first is taken.
 _ALIKE = 1.03
+
+
+class _Cycles(NamedTuple):
+    """Of a step, as docs/cost-model.md says and to what they were fitted.
+
+    Attributes:
+        fixed: of a CTA, whatever it computes.
+        product: for each k-step of the product of each warp that a scheduler runs.
+        sequence: for each sequence of a tile of each such warp.
+        another: that a further CTA of the multiprocessor adds, for each sequence and warp of it.
+    """
+
+    fixed: float
+    product: float
+    sequence: float
+    another: float
+
+
+# By whether they are of backward.
+_CYCLES = {False: _Cycles(210, 26, 43, 10), True: _Cycles(210, 48, 46, 20)}
 
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
@@ -281,19 +304,24 @@ class _Tiling(NamedTuple):
     producer_warps: int
     at_once: int
 
-    def cycles(self, B: int, N: int, gpu: GPU) -> float:
+    def cycles(self, B: int, N: int, gpu: GPU, backward: bool) -> float:
         """An estimate of what a step of all sequences takes."""
         ctas = N * tiles_of(B, self.tiles * self.columns)
         rounds, rest = divmod(ctas, self.at_once * gpu.multiprocessors)
-        cycles = rounds * self._cycles(self.at_once)
+        cycles = rounds * self._cycles(self.at_once, backward)
         if rest:
-            cycles += self._cycles(tiles_of(rest, gpu.multiprocessors))
+            # How many a multiprocessor has: forward their mean fits, backward those of the busiest.
+            busiest, mean = tiles_of(rest, gpu.multiprocessors), rest / gpu.multiprocessors
+            cycles += self._cycles(busiest if backward else max(1, mean), backward)
         return cycles
 
-    def _cycles(self, ctas: int) -> float:
+    def _cycles(self, ctas: float, backward: bool) -> float:
         """With so many CTAs on a multiprocessor."""
-        chain, further = 290 + 48 * self.columns, (55 + 26 * self.columns) * self.warps / 4
-        return chain + (ctas * self.tiles - 1) * further + (30 if self.tiles > 1 else 0)
+        of = _CYCLES[backward]
+        # Warps of a CTA meet at every step: those of one of the four schedulers add up.
+        in_turn = max(1, self.tiles * self.warps / 4)
+        alone = of.fixed + in_turn * (of.product * self.warps + of.sequence * self.columns)
+        return alone + (ctas - 1) * of.another * self.warps * self.columns
 
 
 @lru_cache(maxsize=1024)
@@ -313,7 +341,8 @@ def _tilings(head: _Head, gpu: GPU) -> list[_Tiling]:
     shares = head.is_small and head.has_few_gates and head.itemsize == 2 and not head.sequence_bytes
     if shares and gpu.shifts_registers and _SHARING_WARPS % warps == 0:
         tiles = _SHARING_WARPS // warps
-        found += [_Tiling(columns, tiles, warps, 4, 1) for columns in _COLUMNS]
+        most = _MOST_SHARING[head.backward] // tiles
+        found += [_Tiling(few, tiles, warps, 4, 1) for few in _SHARING_COLUMNS if few <= most]
     return found
 
 
@@ -340,7 +369,7 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
         stages=stages,
         at_once=at_once,
         shared_memory=R_bytes + lines + _READ_BEYOND_LINES,
-        estimated_cycles=tiling.cycles(B, N, gpu),
+        estimated_cycles=tiling.cycles(B, N, gpu, head.backward),
     )
 
 
