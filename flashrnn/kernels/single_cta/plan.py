@@ -270,7 +270,9 @@ class _Head(NamedTuple):
             return 1
         if not self.has_few_gates or self.itemsize == 4:
             return 2
-        return _WARPS_AT_ONCE // warps
+        at_once = _WARPS_AT_ONCE // warps
+        # Options of sequences take registers too: with three, sLSTM 24x32 would spill.
+        return min(2, at_once) if self.sequence_bytes else at_once
 
     def line(self, rows: int) -> int:
         """Bytes from one line of shared memory to the next: ``pitch`` of ``tile.cuh``."""
