@@ -485,6 +485,8 @@ static void cp_async(void* to, const void* from) {
     copy_later(to, from, 16);
 }
 
+static void cp_async(unsigned to, const void* from) { cp_async(at(to), from); }
+
 static void cp_async_word(void* to, const void* from) {
     expect_aligned(to, 4);
     expect_aligned(from, 4);

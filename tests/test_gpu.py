@@ -86,6 +86,21 @@ def test_equals_vanilla(backend, kind, dtype, sizes):
     hold_to_vanilla(backend, kind, *sizes, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    # Tiles of 4 and 8, in CTAs of three, six, four and twelve; the last CTA lacks sequences.
+    [
+        *[(125, 33, 12, 64), (250, 33, 12, 64), (250, 9, 24, 32), (200, 9, 24, 32)],
+        *[(300, 9, 12, 41), (500, 9, 24, 16)],
+    ],
+    ids=str,
+)
+def test_several_tiles_of_small_heads(kind, dtype, sizes):
+    hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

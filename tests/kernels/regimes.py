@@ -95,6 +95,17 @@ def _cluster_wgmma(warpgroups: int, n_tiles: int, parts: int, buffers: int) -> r
     return plan
 
 
+def _tiles_of(columns: int) -> registry.Regime:
+    """Plans of CTAs that have several tiles, of at most so many sequences, where there are any."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        plans = single_cta.possible_plans(problem, gpu, backward)
+        several = [x for x in plans if x.tiles > 1 and x.sequences <= columns * x.tiles]
+        return (several or plans)[-1]
+
+    return plan
+
+
 def _cluster_wgmma_backward(
     warpgroups: int, columns: int, n_tiles: int, ahead: int, in_registers: int
 ) -> registry.Regime:
@@ -173,6 +184,28 @@ SINGLE_CTA = Regime(
         (3, 2, 1, 128),
     ),
 )
+SINGLE_CTA_TILES = [
+    Regime(
+        f"single_cta_tiles-{columns}",
+        forward=_tiles_of(columns),
+        backward=_tiles_of(columns),
+        gpu=H200,
+        dtypes=tuple(SIXTEEN_BITS),
+        # Four tiles a CTA. The last CTA lacks some sequences of one and all of others.
+        B=4 * columns + columns + 1,
+        D=40,
+        sizes=(
+            # A single step and sequence.
+            (1, 1, 1, 64),
+            # All exist, and more steps than the ring has stages.
+            (3 * columns, 11, 2, 64),
+            # Rows that begin anywhere, and forward twelve tiles.
+            (13 * columns - 1, 3, 1, 9),
+            (6 * columns + 3, 3, 2, 32),
+        ),
+    )
+    for columns in (4, 8)
+]
 _LARGE_SIZES = (
     (3, 2, 1, 200),
     # A single step, and the smallest of these heads.
@@ -281,7 +314,12 @@ REGIMES = [
     *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
     *[CLUSTER_BACKWARD, CLUSTER_WGMMA_BACKWARD[0]],
 ]
-VARIANTS = [*CLUSTER_MMA[1:], *CLUSTER_WGMMA[1:], *CLUSTER_WGMMA_BACKWARD[1:]]
+VARIANTS = [
+    *SINGLE_CTA_TILES,
+    *CLUSTER_MMA[1:],
+    *CLUSTER_WGMMA[1:],
+    *CLUSTER_WGMMA_BACKWARD[1:],
+]
 """The same kernels with other constants."""
 
 

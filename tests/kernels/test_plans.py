@@ -297,12 +297,40 @@ def test_the_batch_does_not_decide_for_any_regime(monkeypatch):
         assert len(set(refused)) == 1, D
 
 
-def test_few_sequences_make_small_tiles_and_many_do_not():
-    tiles = [
-        single_cta.plan_scan(planned("lstm", B, 12, 64, torch.bfloat16), H200, False).sequences
-        for B in (1, 16, 64, 256)
+@pytest.mark.parametrize(
+    ("N", "D", "backward", "fastest"),
+    [
+        (12, 64, False, [(1, 2), (1, 2), (1, 4), (1, 8), (1, 8), (3, 8), (3, 8), (1, 8)]),
+        (12, 64, True, [(1, 2), (1, 2), (1, 8), (3, 4), (3, 4), (3, 8), (3, 8), (3, 8)]),
+        (24, 32, False, [(1, 2), (1, 2), (1, 4), (1, 8), (1, 8), (6, 8), (6, 4), (6, 8)]),
+        (24, 32, True, [(1, 2), (1, 2), (1, 4), (6, 4), (1, 8), (6, 4), (6, 4), (6, 4)]),
+        (6, 128, False, [(1, 2), (1, 2), (1, 4), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8)]),
+        (6, 128, True, [(1, 2), (1, 2), (1, 4), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8)]),
+    ],
+)
+def test_tiles_of_small_heads(N, D, backward, fastest):
+    """How many tiles a CTA has, of how many sequences: what docs/cost-model.md has measured."""
+    found = []
+    for B in (1, 16, 64, 100, 128, 200, 256, 512):
+        problem = planned("lstm", B, N, D, torch.bfloat16)
+        plan = single_cta.plan_scan(problem, H200, backward)
+        found.append((plan.tiles, plan.sequences // plan.tiles))
+    assert found == fastest
+
+
+def test_several_tiles_take_registers_that_only_some_gpus_shift():
+    """And none for options of sequences, cells of many gates, wider heads, or float32."""
+    problem = planned("lstm", 256, 12, 64, torch.bfloat16)
+    others = [
+        planned("lstm", 256, 12, 96, torch.bfloat16),
+        planned("lstm", 256, 12, 32, torch.float32),
+        planned(wide, 256, 12, 64, torch.bfloat16),
+        problem._replace(ragged=True),
     ]
-    assert tiles == [2, 2, 4, 8]
+    assert any(plan.tiles > 1 for plan in single_cta.possible_plans(problem, H200, False))
+    assert all(plan.tiles == 1 for plan in single_cta.possible_plans(problem, A100, False))
+    for other in others:
+        assert all(plan.tiles == 1 for plan in single_cta.possible_plans(other, H200, False))
 
 
 @pytest.mark.parametrize(

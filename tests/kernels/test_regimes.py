@@ -33,6 +33,7 @@ from tests.kernels.regimes import (
     PER_STEP,
     REGIMES,
     SINGLE_CTA,
+    SINGLE_CTA_TILES,
     VARIANTS,
     has_plans,
     take,  # noqa: F401
@@ -61,6 +62,15 @@ def cases(regimes, further, quick=lambda regime, *rest: regime in REGIMES):
     ]
 
 
+def more_cases(further, quick):
+    """Of all regimes and, slow, of several tiles of a CTA, whose rows are copied otherwise."""
+    return cases(
+        [*REGIMES, SINGLE_CTA_TILES[-1]],
+        further,
+        lambda regime, *rest: regime in REGIMES and quick(regime, *rest),
+    )
+
+
 def _name(value):
     if isinstance(value, Cell):
         return value.name
@@ -69,7 +79,7 @@ def _name(value):
 
 every_regime = pytest.mark.parametrize("regime", REGIMES, ids=str)
 every_shape = pytest.mark.parametrize("regime", cases([*REGIMES, *VARIANTS], lambda _: [()]))
-SMALL_HEADS = (PER_STEP, SINGLE_CTA)
+SMALL_HEADS = (PER_STEP, SINGLE_CTA, *SINGLE_CTA_TILES)
 # Only one direction is their own, and it takes long here: a quick run asks less of them.
 WGMMA = (GRID_WGMMA, CLUSTER_WGMMA[0], CLUSTER_WGMMA_BACKWARD[0])
 # A cell and a dtype that a quick run compiles in any case: tests that need no other take these.
@@ -95,8 +105,8 @@ def kinds_and_dtypes(regime):
         [*REGIMES, *VARIANTS],
         kinds_and_dtypes,
         lambda regime, *rest: (
-            regime in REGIMES
-            and (rest == COMPILED or (rest == (sparse, regime.dtypes[-1]) and regime not in WGMMA))
+            (rest == COMPILED and regime in (*REGIMES, SINGLE_CTA_TILES[0]))
+            or (rest == (sparse, regime.dtypes[-1]) and regime in REGIMES and regime not in WGMMA)
         ),
     ),
 )
@@ -153,8 +163,7 @@ def options_and_kinds(regime):
 
 @pytest.mark.parametrize(
     ("regime", "options", "kind", "dtype"),
-    cases(
-        REGIMES,
+    more_cases(
         options_and_kinds,
         # Of the two clips, that of the direction that is the regime's own.
         lambda regime, options, *of: (
@@ -206,8 +215,7 @@ def test_steps_in_place(take, regime):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("regime", "kind", "dtype"),
-    cases(
-        REGIMES,
+    more_cases(
         lambda regime: [
             COMPILED,
             *([] if torch.float32 in regime.dtypes else [("gru", torch.float16)]),
@@ -222,8 +230,7 @@ def test_any_strides(take, regime, kind, dtype):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("regime", "dtype", "change"),
-    cases(
-        REGIMES,
+    more_cases(
         lambda regime: [
             (dtype, change)
             for dtype in dict.fromkeys((torch.bfloat16, regime.dtypes[-1]))
@@ -241,7 +248,7 @@ def test_any_addresses_and_layouts(take, regime, dtype, change):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("regime", "kind"),
-    cases(REGIMES, lambda _: [("lstm",), ("slstm",)], lambda regime, kind: kind == "lstm"),
+    more_cases(lambda _: [("lstm",), ("slstm",)], lambda regime, kind: kind == "lstm"),
 )
 def test_no_gradient_asked_for(take, regime, kind):  # noqa: F811
     assert same_without_gradients(take(regime).backend, regime.D, regime.B, kind)
@@ -283,8 +290,7 @@ def test_a_nan_stays_in_its_sequence_and_head(take, regime):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("regime", "dtype"),
-    cases(
-        REGIMES,
+    more_cases(
         lambda regime: [(x,) for x in regime.dtypes[::2]],
         lambda regime, dtype: regime is SINGLE_CTA and dtype == torch.float32,
     ),
@@ -310,8 +316,7 @@ def patterns(regime):
 
 @pytest.mark.parametrize(
     ("regime", "D", "dtype", "clipval"),
-    cases(
-        REGIMES,
+    more_cases(
         patterns,
         lambda regime, D, dtype, clipval: (
             dtype == torch.bfloat16
@@ -333,8 +338,7 @@ def test_finite_infinite_and_nan_where_vanilla_has_them(take, regime, D, dtype, 
 
 @pytest.mark.parametrize(
     ("regime", "kind", "D", "dtype"),
-    cases(
-        REGIMES,
+    more_cases(
         lambda regime: [
             (kind, D, dtype)
             for kind in BAD_AT_ZERO

@@ -244,6 +244,8 @@ FIELDS = [
                 ("lstm", (300, 6, 128), "bfloat16", "sm_90a"),
                 ("lstm", (64, 8, 96), "bfloat16", "sm_90a"),
                 ("slstm", (64, 12, 64), "bfloat16", "sm_80"),
+                *((kind, (100, 12, 64), "bfloat16", "sm_90a") for kind in ("lstm", "gru")),
+                ("slstm", (100, 24, 32), "bfloat16", "sm_90a"),
                 ("lstm", (16, 12, 64), "float32", "sm_90a"),
             ]
         ),

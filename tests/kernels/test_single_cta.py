@@ -4,11 +4,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashrnn import FlashRNNConfig, cell
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry, source
-from flashrnn.kernels.single_cta import SingleCtaPlan, plan_gradient, plan_scan
+from flashrnn.kernels.single_cta import (
+    SingleCtaPlan,
+    plan_gradient,
+    plan_scan,
+    possible_plans,
+)
 from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
@@ -59,19 +65,24 @@ def test_compiles_for_every_architecture_without_spills(kind, arch):
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sizes", "precision"),
+    ("kind", "sizes", "precision"),
     [
         *(
-            (sizes, "bfloat16")
+            ("lstm", sizes, "bfloat16")
             for sizes in [(1, 1, 16), (256, 12, 64), (16, 6, 128), (300, 6, 128), (64, 8, 96)]
         ),
-        *((sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
-        ((16, 12, 64), "tf32"),
+        *(("lstm", sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
+        ("lstm", (16, 12, 64), "tf32"),
+        # Several tiles.
+        *(("slstm", sizes, "bfloat16") for sizes in [(128, 12, 64), (256, 12, 64), (200, 24, 32)]),
+        *(("lstm", sizes, "float16") for sizes in [(128, 12, 64), (256, 24, 32), (300, 12, 48)]),
+        ("lstm", (500, 24, 16), "bfloat16"),
+        *((kind, (256, 12, 64), "bfloat16") for kind in ("gru", "elman")),
     ],
     ids=str,
 )
-def test_compiles_for_every_plan_without_spills(sizes, precision):
-    for parts in programs("lstm", *sizes, precision, H200):
+def test_compiles_for_every_plan_without_spills(kind, sizes, precision):
+    for parts in programs(kind, *sizes, precision, H200):
         assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
 
 
@@ -102,6 +113,58 @@ def test_fragments_in_shared_memory(on_the_cpu):
     plan = plan_scan(planned("lstm", 2, 1, 112, torch.float32), H200, False)
     assert plan.in_registers < 4 * 14
     hold_to_vanilla("cuda_fused", "lstm", 2, 3, 1, 112, torch.float32)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
+    """The tiling follows from B; what a sequence's results are does not."""
+    inputs = random_inputs(kind, 27, 3, 2, 24, torch.bfloat16)
+
+    def results(k):
+        def plan(*of):
+            plans = possible_plans(*of)
+            return plans[min(k, len(plans) - 1)]
+
+        monkeypatch.setattr(registry, "SMALL_HEADS", (plan,))
+        registry.best_plan.cache_clear()
+        cuda_fused._prepared_scan.cache_clear()
+        outputs = call(kind, inputs, backend="cuda_fused")
+        return [*outputs, *gradients(outputs, inputs).values()]
+
+    problem = planned(kind, 27, 2, 24, torch.bfloat16)
+    tiles = [[x.tiles for x in possible_plans(problem, H200, back)] for back in (False, True)]
+    assert tiles == [[1, 1, 1, 6, 6], [1, 1, 1, 6]]
+    first, *others = (results(k) for k in range(5))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(other, first, strict=True))
+
+
+@cell(states=("h",), gates=("g",))
+def steep_at_four(states, gates):
+    """At 4 its slope is finite, but not in float16; at 0 it is infinite."""
+    return (torch.tanh(1e30 * (gates[0] - 4)) + 1 / gates[0] - 0.25,)
+
+
+@needs_compiler
+def test_sequences_that_are_not_there_keep_no_clip_from_containing(on_the_cpu, monkeypatch):
+    """Lines of a tile's absent sequences are zeros, whose gradients here are no rounded numbers."""
+    monkeypatch.setattr(registry, "SMALL_HEADS", (lambda *of: possible_plans(*of)[3],))
+    inputs = random_inputs(steep_at_four, 3, 3, 1, 24, torch.float16)
+    with torch.no_grad():
+        for x in inputs.tensors().values():
+            x.zero_()
+        inputs.Wx.fill_(4)
+        # Zero times inf would be NaN.
+        inputs.R.fill_(0.25)[..., 0] = 0
+    found = []
+    for name in ("cuda_fused", "vanilla"):
+        config = FlashRNNConfig(gradient_recurrent_clipval=0.5)
+        _, last_states = call(steep_at_four, inputs, backend=name, config=config)
+        slopes = torch.full_like(last_states, 100.0)
+        found.append(torch.autograd.grad(last_states, inputs.states, slopes)[0])
+    assert torch.equal(*found) and (found[0][..., 1:] == 0.5).all()
 
 
 class Operations(TorchDispatchMode):

@@ -64,12 +64,20 @@ struct FlagCopy {
 };
 
 // The rows of one tensor, step after step. T is const if they are read.
-template <typename Layout, int COUNT, typename T>
+//
+// REGULAR, of aligned rows and a layout that is not sequenced: the pieces of a thread are the same piece
+// of the same row, of every so many sequences. It keeps one address, and with many pieces a thread the
+// others would take too many registers. Lines beyond the last sequence are left as they are.
+template <typename Layout, int COUNT, typename T, bool REGULAR = false>
 struct TiledCopy {
     static constexpr int PIECE = Layout::ALIGNED ? 16 / sizeof(Element) : 1;
     static constexpr int ROW_PIECES = Layout::UNITS / PIECE;
     static constexpr int PIECES = Layout::LINES * COUNT * ROW_PIECES;
-    static constexpr int THREAD_PIECES = (PIECES + Layout::PRODUCERS - 1) / Layout::PRODUCERS;
+    // Sequences of which all threads together have a piece, and how many threads that takes.
+    static constexpr int APART = Layout::PRODUCERS / (COUNT * ROW_PIECES);
+    static constexpr int BUSY = REGULAR ? APART * COUNT * ROW_PIECES : Layout::PRODUCERS;
+    static constexpr int THREAD_PIECES = (PIECES + BUSY - 1) / BUSY;
+    static_assert(!REGULAR || (Layout::ALIGNED && !Layout::SEQUENCED && Layout::EXACT && APART > 0));
 
     TensorRows<T> rows;
     long long step;
@@ -78,7 +86,7 @@ struct TiledCopy {
     const Sequence* sequences = nullptr;
     long long row_stride = 0;
     int at = 0, direction = 1;
-    T* addresses[Layout::ALIGNED ? THREAD_PIECES : 1];
+    T* addresses[Layout::ALIGNED && !REGULAR ? THREAD_PIECES : 1];
     // Where sequences are ragged, how many steps that of each piece has.
     static constexpr bool ENDS_APART = Layout::SEQUENCED && RAGGED;
     int lengths[Layout::ALIGNED && ENDS_APART ? THREAD_PIECES : 1];
@@ -89,7 +97,9 @@ struct TiledCopy {
     __device__ TiledCopy(TensorRows<T> rows, long long step, int pitch, int last,
                          int units = Layout::UNITS)
         : rows(rows), step(step), pitch(pitch), last(last), units(units) {
-        if constexpr (Layout::ALIGNED) {
+        if constexpr (REGULAR) {
+            addresses[0] = address(index(0));
+        } else if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
         }
@@ -116,7 +126,7 @@ struct TiledCopy {
 
     // Of the thread's piece i among all pieces.
     __device__ static int index(int i) {
-        return threadIdx.x - Layout::FIRST_PRODUCER + i * Layout::PRODUCERS;
+        return threadIdx.x - Layout::FIRST_PRODUCER + i * BUSY;
     }
     __device__ static int sequence(int index) { return index / (ROW_PIECES * COUNT); }
     __device__ bool exists(int index) const {
@@ -147,9 +157,26 @@ struct TiledCopy {
                index % ROW_PIECES * PIECE;
     }
 
+    // Calls copy(i, address) for each of the thread's pieces of a regular copy.
+    template <typename Copy>
+    __device__ void for_each(const Copy& copy) const {
+        const bool busy = BUSY == Layout::PRODUCERS || index(0) < BUSY;
+        const int left = busy ? last - sequence(index(0)) : -1;
+        T* at = addresses[0];
+#pragma unroll
+        for (int i = 0; i < THREAD_PIECES; ++i) {
+            if (left >= i * APART) copy(i, at);
+            at += APART * rows.sequence;
+            // Otherwise each address is computed from the first, by products of 64 bits.
+            materialize(at);
+        }
+    }
+
     // Goes on to the next step.
     __device__ void advance() {
-        if constexpr (Layout::ALIGNED) {
+        if constexpr (REGULAR) {
+            addresses[0] += step;
+        } else if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] += step;
         } else if constexpr (!Layout::SEQUENCED) {
@@ -180,7 +207,12 @@ struct TiledCopy {
     // Starts copying the present step's rows into the lines. Where rows are aligned, the copies belong
     // to the group that the thread commits next.
     __device__ void fetch(Element* lines) const {
-        if constexpr (Layout::ALIGNED) {
+        if constexpr (REGULAR) {
+            const unsigned first = shared_address(lines) + place(index(0)) * int(sizeof(Element));
+            for_each([&](int i, T* from) {
+                cp_async(first + i * APART * pitch * int(sizeof(Element)), from);
+            });
+        } else if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
                 if (exists(index(i)) && has_step(i)) cp_async(lines + place(index(i)), addresses[i]);
@@ -197,7 +229,13 @@ struct TiledCopy {
 
     // Copies the lines to the present step's rows.
     __device__ void store(const Element* lines) const {
-        if constexpr (Layout::ALIGNED) {
+        if constexpr (REGULAR) {
+            const Element* first = lines + place(index(0));
+            for_each([&](int i, T* to) {
+                const Element* from = first + i * APART * pitch;
+                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+            });
+        } else if constexpr (Layout::ALIGNED) {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
                 if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {

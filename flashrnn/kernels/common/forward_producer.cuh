@@ -28,12 +28,12 @@
 
 #include "common/copier.cuh"
 
-template <typename Layout, int STORED, typename FetchFlags>
-__device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element>& input,
-                                            TiledCopy<Layout, STORED, Element>& output,
-                                            TiledCopy<Layout, G, Element>& output_gates, Element* ring,
-                                            const Element* states, const Element* gates, long long T,
-                                            const FetchFlags& fetch_flags) {
+template <typename Layout, int STORED, bool REGULAR, typename FetchFlags>
+__device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element, REGULAR>& input,
+                                            TiledCopy<Layout, STORED, Element, REGULAR>& output,
+                                            TiledCopy<Layout, G, Element, REGULAR>& output_gates,
+                                            Element* ring, const Element* states, const Element* gates,
+                                            long long T, const FetchFlags& fetch_flags) {
     constexpr int STAGES = Layout::RING_STAGES;
     long long fetched = 0;
     int slot = 0;

@@ -222,10 +222,11 @@ __device__ inline void ldmatrix_transposed(unsigned (&words)[4], unsigned row) {
 
 // Copies 16 bytes from global to shared memory. They have arrived once the thread has waited for the
 // group that it committed them to.
-__device__ inline void cp_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-                 : "memory");
+__device__ inline void cp_async(unsigned to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+
+__device__ inline void cp_async(void* to, const void* from) { cp_async(shared_address(to), from); }
 
 // The same with 4 bytes.
 __device__ inline void cp_async_word(void* to, const void* from) {

@@ -9,9 +9,9 @@
 //   on to the step before, and the sums over time of the gates' gradients, which are the bias's; all in
 //   float32;
 // - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
-//   inputs, a line of which has the gates' pre-activations, the states before the step and the
-//   gradients given for the first GIVEN states after it; two buffers of gates' gradients, the operand
-//   of the next product;
+//   inputs, a line of which has the gates' pre-activations, the states before the step from FIRST_READ
+//   on, those that the derivative reads, and the gradients given for the first GIVEN states after it;
+//   two buffers of gates' gradients, the operand of the next product;
 // - global memory: producer threads read or write each element of gates, states, d_states and d_gates
 //   once, in 16 bytes where addresses allow it; computing warps read R and the initial states and the
 //   last states' gradients, and write those of the initial states and of the bias, one for each
@@ -36,7 +36,8 @@
 
 namespace single_cta {
 
-constexpr int INPUT_PITCH = pitch(G + S + GIVEN), GATE_PITCH = pitch(G);
+constexpr int READ = S - FIRST_READ;
+constexpr int INPUT_PITCH = pitch(G + READ + GIVEN), GATE_PITCH = pitch(G);
 
 // Elements of the ring, and of one buffer of gates' gradients.
 constexpr int RING = STAGES * SEQUENCES * INPUT_PITCH;
@@ -47,24 +48,27 @@ constexpr int LARGEST_RING = STAGES * SEQUENCES * pitch(G + 2 * S);
 static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES +
                       TABLE_BYTES ==
                   SHARED_MEMORY,
-              "plan.py computes the same layout, with gradients given for all states");
+              "plan.py computes the same layout, with all states read and gradients given for all");
 
-using GivenCopy = TiledCopy<CopyLayout, GIVEN ? GIVEN : 1, const Element>;
+// Of the rows of a step; T is const if they are read.
+template <int COUNT, typename T>
+using Copy = TiledCopy<CopyLayout, COUNT, T, REGULAR>;
+using StateCopy = Copy<READ ? READ : 1, const Element>;
+using GivenCopy = Copy<GIVEN ? GIVEN : 1, const Element>;
 
 // Whether the step computed first, which has no gradient through R, stands before the loop as a copy of
 // its own. Not where R takes so many registers that addresses would be spilled, nor where sequences may
 // have no step: there it multiplies what the other buffer happens to hold, and nothing is added. A branch
 // around the product would keep the compiler from moving the cell's work up beside it.
-constexpr bool FIRST_STEP_APART = COMPUTING < 8 && !SEQUENCED;
+constexpr bool FIRST_STEP_APART = WARPS < 8 && !SEQUENCED;
 
 // What the producer threads do, step after step, as the diagram says.
 // `fetch_step_flags(step, lines)` fetches what else belongs to a step's lines of inputs.
 template <typename FetchFlags>
-__device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Element>& input_gates,
-                                             TiledCopy<CopyLayout, S, const Element>& input_states,
-                                             GivenCopy& input_given,
-                                             TiledCopy<CopyLayout, G, Element>& output, Element* ring,
-                                             const Element* gradients, long long T,
+__device__ inline void run_backward_producer(Copy<G, const Element>& input_gates,
+                                             StateCopy& input_states, GivenCopy& input_given,
+                                             Copy<G, Element>& output,
+                                             Element* ring, const Element* gradients, long long T,
                                              const FetchFlags& fetch_step_flags) {
     long long to_fetch = T;
     int slot = 0;
@@ -72,11 +76,11 @@ __device__ inline void run_backward_producer(TiledCopy<CopyLayout, G, const Elem
         Element* to = ring + slot * SEQUENCES * INPUT_PITCH;
         if (to_fetch > 0) {
             input_gates.fetch(to);
-            if (GIVEN) input_given.fetch(to + (G + S) * BLOCK_D);
+            if (GIVEN) input_given.fetch(to + (G + READ) * BLOCK_D);
             fetch_step_flags(to_fetch - 1, to);
         }
         // Step 0 has the initial states before it, which the computing threads read themselves.
-        if (to_fetch > 1) input_states.fetch(to + G * BLOCK_D);
+        if (READ && to_fetch > 1) input_states.fetch(to + G * BLOCK_D);
         --to_fetch;
         cp_async_commit();
         input_gates.advance();
@@ -118,19 +122,24 @@ single_cta_backward(CALL) {
                                                sequence_lengths, runs_backwards, n);
     }
     const long long all_rows = PACKED ? T : B * T;
+    const Element* const states_read = states + FIRST_READ * all_rows * width + n * D;
 
-    // Threads of units beyond D run the cell too: on zeros, which nothing overwrites.
-    if (D != BLOCK_D) {
+    // Threads of units beyond D run the cell too: on zeros, which nothing overwrites. So do those of
+    // lines that a regular copy leaves as they are.
+    if (D != BLOCK_D || (REGULAR && last < SEQUENCES - 1)) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
         __syncthreads();
     }
-    // Where a buffer says which step last wrote a gradient that was infinite before it was rounded: in
-    // the padding of its first line. -1 stands for none.
-    const auto infinite_step = [](Element* lines) {
-        return reinterpret_cast<int*>(lines + GATE_PITCH - VECTOR);
+    // Where a buffer says which step last wrote a gradient of a tile that was infinite before it was
+    // rounded: in the padding of the tile's first line. -1 stands for none.
+    const auto infinite_step = [](Element* lines, int first_sequence) {
+        return reinterpret_cast<int*>(lines + (first_sequence + 1) * GATE_PITCH - VECTOR);
     };
     if (CONTAINS<Operand>) {
-        if (threadIdx.x < 2) *infinite_step(gradients + threadIdx.x * GATES) = -1;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            if (threadIdx.x < 2) *infinite_step(gradients + threadIdx.x * GATES, tile * COLUMNS) = -1;
+        }
         __syncthreads();
     }
 
@@ -138,15 +147,14 @@ single_cta_backward(CALL) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
         if constexpr (SEQUENCED) {
             const int begin = steps - 1;
-            TiledCopy<CopyLayout, G, const Element> input_gates(
+            Copy<G, const Element> input_gates(
                 {gates + n * D, T * G * width, width, 1}, G * width, INPUT_PITCH, last, table, begin, -1);
             // The states before a step are those of the step before.
-            TiledCopy<CopyLayout, S, const Element> input_states(
-                {states + n * D, T * width, all_rows * width, 1}, width, INPUT_PITCH, last, table,
-                begin - 1, -1);
+            StateCopy input_states({states_read, T * width, all_rows * width, 1}, width, INPUT_PITCH,
+                                   last, table, begin - 1, -1);
             GivenCopy input_given({d_states + n * d_states_n, d_states_b, d_states_s, d_states_d},
                                   d_states_t, INPUT_PITCH, last, table, begin, -1);
-            TiledCopy<CopyLayout, G, Element> output({d_gates + n * D, T * G * width, width, 1},
+            Copy<G, Element> output({d_gates + n * D, T * G * width, width, 1},
                                                      G * width, GATE_PITCH, last, table, begin, -1);
             // With the inputs of a step it is known whether the one computed next starts anew.
             const FlagCopy<CopyLayout> flags(table, reset_flags);
@@ -157,17 +165,17 @@ single_cta_backward(CALL) {
                                   fetch_step_flags);
             if (RAGGED && !PACKED) output.clear_rest(T);
         } else {
-            const long long at = (first * T + T - 1) * width + n * D;
+            const long long at_states = (first * T + T - 2) * width;
             const long long at_gates = (first * T + T - 1) * G * width + n * D;
             const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
-            TiledCopy<CopyLayout, G, const Element> input_gates(
+            Copy<G, const Element> input_gates(
                 {gates + at_gates, T * G * width, width, 1}, -G * width, INPUT_PITCH, last);
             // The states before a step are those of the step before.
-            TiledCopy<CopyLayout, S, const Element> input_states(
-                {states + at - width, T * width, B * T * width, 1}, -width, INPUT_PITCH, last);
+            StateCopy input_states({states_read + at_states, T * width, all_rows * width, 1}, -width,
+                                   INPUT_PITCH, last);
             GivenCopy input_given({d_states + at_given, d_states_b, d_states_s, d_states_d},
                                   -d_states_t, INPUT_PITCH, last);
-            TiledCopy<CopyLayout, G, Element> output({d_gates + at_gates, T * G * width, width, 1},
+            Copy<G, Element> output({d_gates + at_gates, T * G * width, width, 1},
                                                      -G * width, GATE_PITCH, last);
             run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, T,
                                   [](long long, Element*) {});
@@ -192,7 +200,9 @@ single_cta_backward(CALL) {
         const float* from = initial + index_of(elements.sequence(e)) * initial_b + n * initial_n +
                             elements.unit(e) * initial_d;
 #pragma unroll
-        for (int s = 0; s < S; ++s) initial_states[s][e] = exists ? from[s * initial_s] : 0.0f;
+        for (int s = FIRST_READ; s < S; ++s) {
+            initial_states[s][e] = exists ? from[s * initial_s] : 0.0f;
+        }
     }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
@@ -210,17 +220,17 @@ single_cta_backward(CALL) {
     for (int e = 0; e < (RAGGED ? ELEMENTS : 0); ++e) {
         ends[e] = steps - table[elements.sequence(e)].length;
     }
-    const unsigned line = matrix_line(gradients, GATE_PITCH);
+    const unsigned line = matrix_line(gradients, GATE_PITCH, elements);
     constexpr unsigned BUFFER_BYTES = GATES * sizeof(Element);
     // Adds the gradient that reaches h through R from the step computed last.
     const auto add_recurrent_gradient = [&](int done) {
         if (CUT) return;
         const int buffer = (done + 1) % 2;
         Element* const read = gradients + buffer * GATES;
-        float sums[N_TILES][4];
+        float sums[4];
         // Infinities that are no result of rounding stay infinite.
-        const bool contain = CONTAINS<Operand> && *infinite_step(read) != done;
-        transposed_product<Operand>(sums, matrix, line + buffer * BUFFER_BYTES, GATE_PITCH, contain);
+        const bool contain = CONTAINS<Operand> && *infinite_step(read, elements.first_sequence) != done;
+        transposed_product<Operand>(sums, matrix, line + buffer * BUFFER_BYTES, contain);
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
             float d_h = elements.sum(sums, e);
@@ -239,7 +249,7 @@ single_cta_backward(CALL) {
     float anew[S][ELEMENTS] = {}, left[S][ELEMENTS];
     const auto load_starts = [&](const bool (&cut)[ELEMENTS], int step) {
 #pragma unroll
-        for (int i = 0; i < S * ELEMENTS; ++i) {
+        for (int i = FIRST_READ * ELEMENTS; i < S * ELEMENTS; ++i) {
             const int s = i / ELEMENTS, e = i % ELEMENTS, unit = elements.unit(e);
             if (!cut[e] || unit >= D) continue;
             anew[s][e] = starts.value(s, table[elements.sequence(e)], step, unit);
@@ -279,11 +289,14 @@ single_cta_backward(CALL) {
         bool infinite = false;
 #pragma unroll
         for (int i = 0; i < GR * ELEMENTS; ++i) {
-            const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][i % ELEMENTS];
-            infinite |= elements.unit(i % ELEMENTS) < D && !is_finite(d_gate);
+            const int e = i % ELEMENTS;
+            const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][e];
+            // Of a line that a regular copy leaves as it is, gradients mean nothing.
+            const bool exists = elements.unit(e) < D && (!REGULAR || elements.sequence(e) <= last);
+            infinite |= exists && !is_finite(d_gate);
         }
         Element* const read = gradients + (done + 1) % 2 * GATES;
-        if (infinite) *infinite_step(read) = done;
+        if (infinite) *infinite_step(read, elements.first_sequence) = done;
     };
     float d_bias_sums[G][ELEMENTS] = {};
     int slot = 0;
@@ -291,19 +304,22 @@ single_cta_backward(CALL) {
         const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
         // The pre-activations, and then their gradients.
-        float preactivations[G][ELEMENTS], before[S][ELEMENTS], given[S][ELEMENTS];
+        float preactivations[G][ELEMENTS], before[S][ELEMENTS] = {}, given[S][ELEMENTS];
 #pragma unroll
         for (int k = 0; k < G; ++k) {
             load_elements(preactivations[k], inputs + k * BLOCK_D, INPUT_PITCH, elements);
         }
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            load_elements(before[s], inputs + (G + s) * BLOCK_D, INPUT_PITCH, elements);
+            if (s >= FIRST_READ) {
+                const Element* row = inputs + (G + s - FIRST_READ) * BLOCK_D;
+                load_elements(before[s], row, INPUT_PITCH, elements);
+            }
             if (s >= GIVEN) continue;
-            load_elements(given[s], inputs + (G + S + s) * BLOCK_D, INPUT_PITCH, elements);
+            load_elements(given[s], inputs + (G + READ + s) * BLOCK_D, INPUT_PITCH, elements);
         }
 #pragma unroll
-        for (int i = 0; i < S * ELEMENTS; ++i) {
+        for (int i = FIRST_READ * ELEMENTS; i < S * ELEMENTS; ++i) {
             float& state = before[i / ELEMENTS][i % ELEMENTS];
             state = done == steps - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
         }
@@ -313,7 +329,9 @@ single_cta_backward(CALL) {
             next_is_cut[e] =
                 *flag_of(const_cast<Element*>(inputs), elements.sequence(e), INPUT_PITCH);
 #pragma unroll
-            for (int s = 0; s < S; ++s) before[s][e] = is_cut[e] ? anew[s][e] : before[s][e];
+            for (int s = FIRST_READ; s < S; ++s) {
+                before[s][e] = is_cut[e] ? anew[s][e] : before[s][e];
+            }
         }
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {

@@ -97,12 +97,12 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) lengths[e] = table[elements.sequence(e)].length;
     }
-    const unsigned line = matrix_line(new_states + H_ROW * BLOCK_D, STATE_PITCH);
+    const unsigned line = matrix_line(new_states + H_ROW * BLOCK_D, STATE_PITCH, elements);
     constexpr unsigned BUFFER_BYTES = STATES * sizeof(Element);
     int slot = 0;
     for (int t = 0; t < T; ++t) {
-        float sums[GR][N_TILES][4], preactivations[G][ELEMENTS];
-        recurrent_product(sums, matrix, line + (t + 1) % 2 * BUFFER_BYTES, STATE_PITCH);
+        float sums[GR][4], preactivations[G][ELEMENTS];
+        recurrent_product(sums, matrix, line + (t + 1) % 2 * BUFFER_BYTES);
         // This does not depend on the product, so it runs while the tensor core is busy.
         const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -210,8 +210,9 @@ single_cta_forward(CALL) {
     }
     const long long all_rows = PACKED ? T : B * T;
 
-    // Threads of units beyond D run the cell too: on zeros, which nothing overwrites.
-    if (D != BLOCK_D) {
+    // Threads of units beyond D run the cell too: on zeros, which nothing overwrites. So do those of
+    // lines that a regular copy leaves as they are.
+    if (D != BLOCK_D || (REGULAR && last < SEQUENCES - 1)) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
         __syncthreads();
     }
@@ -236,11 +237,11 @@ single_cta_forward(CALL) {
         } else {
             const long long head = first * T * width + n * D;
             const long long head_gates = first * T * G * width + n * D;
-            TiledCopy<ForwardLayout, GW, const Element> input(
+            TiledCopy<ForwardLayout, GW, const Element, REGULAR> input(
                 {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUT_PITCH, last);
-            TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
+            TiledCopy<ForwardLayout, STORED ? STORED : 1, Element, REGULAR> output(
                 {states + head, T * width, B * T * width, 1}, width, STATE_PITCH, last);
-            TiledCopy<ForwardLayout, G, Element> output_gates(
+            TiledCopy<ForwardLayout, G, Element, REGULAR> output_gates(
                 {gates + head_gates, T * G * width, width, 1}, G * width, GATE_PITCH, last);
             run_forward_producer(input, output, output_gates, ring, new_states, saved, T,
                                  [](long long, Element*) {});

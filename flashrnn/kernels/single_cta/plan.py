@@ -30,8 +30,9 @@ _MOST_FRAGMENTS_IN_REGISTERS = {2: 32, 4: 22}
 # with 12 warps, the most that there are.
 _MOST_REGISTERS = 255
 _REGISTERS_OF_12_WARPS = 168
-# A computing thread's where producer threads give up some: COMPUTING_REGISTERS of tile.cuh.
-_SHIFTED_REGISTERS = 216
+# A computing thread's where producer threads give up some, by the number of computing warps:
+# COMPUTING_REGISTERS of tile.cuh.
+_SHIFTED_REGISTERS = {8: 216, 12: 152}
 
 # Inputs are fetched a step less ahead than the ring has stages: with 8, main memory's latency is
 # covered at the shortest steps, of 0.1 us; with fewer than 3, every step would wait for it.
@@ -39,15 +40,51 @@ _MOST_STAGES = 8
 _FEWEST_STAGES = 3
 
 # There are 2 producer warps, and more if each of them would copy more than so many pieces of 16
-# bytes a step.
+# bytes a step; a third more where two CTAs then run on a multiprocessor.
 _PIECES_A_PRODUCER_WARP = 192
+_MOST_PIECES = 256
 
-# Two CTAs run on a multiprocessor where R's rows have at most so many bytes, a CTA so many threads,
-# which leaves each thread 168 registers, and the cell so many gates. LSTM 12x64 in bfloat16,
-# forward, on an H200, one CTA and two: B = 128 0.68 and 0.49 ms, B = 256 1.02 and 0.78.
-_ROW_BYTES_OF_TWO = 128
-_THREADS_OF_TWO = 192
-_GATES_OF_TWO = 4
+# Several CTAs run on a multiprocessor where R's rows have at most so many bytes. With 12 warps in
+# all each thread has 168 registers, which suffice for cells of so many gates. LSTM 12x64 in
+# bfloat16, forward, on an H200, one CTA and two: B = 128 0.68 and 0.49 ms, B = 256 1.02 and 0.78.
+# Two are reckoned with for other cells too, but the compiler is not held to it: it would spill.
+_SMALL_ROW_BYTES = 128
+_SMALL_GATES = 4
+_WARPS_AT_ONCE = 12
+# Sequences of a tile: as many as a product has columns, or fewer, which share the cell's work.
+_COLUMNS = (2, 4, 8)
+# Computing warps of a CTA of several tiles. With 4 producer warps, which give up some, a computing
+# thread has 152 registers. Such tiles are of 4 or 8 sequences, and a CTA has at most so many, by
+# whether it goes backward: there 48 took longer than one tile a CTA (LSTM 24x32, B = 200, H200).
+_SHARING_WARPS = 12
+_SHARING_COLUMNS = (4, 8)
+_MOST_SHARING = {False: 48, True: 32}
+
+# Shared memory of a multiprocessor that the system takes for each CTA.
+_RESERVED_MEMORY = 1024
+
+# An estimate is not better than that: of plans so much alike the first is taken.
+_ALIKE = 1.03
+
+
+class _Cycles(NamedTuple):
+    """Of a step, as docs/cost-model.md says and to what they were fitted.
+
+    Attributes:
+        fixed: of a CTA, whatever it computes.
+        product: for each k-step of the product of each warp that a scheduler runs.
+        sequence: for each sequence of a tile of each such warp.
+        another: that a further CTA of the multiprocessor adds, for each sequence and warp of it.
+    """
+
+    fixed: float
+    product: float
+    sequence: float
+    another: float
+
+
+# By whether they are of backward.
+_CYCLES = {False: _Cycles(210, 26, 43, 10), True: _Cycles(210, 48, 46, 20)}
 
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
@@ -61,7 +98,8 @@ class SingleCtaPlan(Plan):
 
     Attributes:
         backward: the direction.
-        sequences: sequences of a CTA: 2, 4, or a multiple of 8.
+        sequences: sequences of a CTA.
+        tiles: tiles of 2, 4 or 8 of them, each with computing warps of its own.
         in_registers: a warp's fragments of R that stay in registers; the others lie in shared
             memory.
         producers: threads that copy between global and shared memory.
@@ -71,6 +109,7 @@ class SingleCtaPlan(Plan):
 
     backward: bool
     sequences: int
+    tiles: int
     in_registers: int
     producers: int
     stages: int
@@ -84,7 +123,7 @@ class SingleCtaPlan(Plan):
     @property
     def threads(self) -> int:
         """Threads of a CTA."""
-        return 32 * tiles_of(self.D, 16) + self.producers
+        return 32 * self.tiles * tiles_of(self.D, 16) + self.producers
 
     def grid(self, B: int, N: int, gpu: GPU) -> int:
         """CTAs of a launch."""
@@ -97,6 +136,7 @@ class SingleCtaPlan(Plan):
         constants = {
             "D": self.D,
             "SEQUENCES": self.sequences,
+            "TILES": self.tiles,
             "IN_REGISTERS": self.in_registers,
             "PRODUCERS": self.producers,
             "STAGES": self.stages,
@@ -108,6 +148,7 @@ class SingleCtaPlan(Plan):
         }
         if self.backward:
             kernel, record = "single_cta/backward.cu", call.BACKWARD
+            constants["FIRST_READ"] = _first_read(cell)
         else:
             kernel, record = "single_cta/forward.cu", call.FORWARD
             constants["H_IS_NEVER_LARGE"] = source.h_is_never_large(cell)
@@ -129,6 +170,36 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
             f"a head of {problem.D} units; it takes up to {LARGEST_HEAD}, "
             "since one CTA computes a whole head"
         )
+    head = _head(problem, backward)
+    if possible := _plans(head, problem.B, problem.N, gpu):
+        least = min(plan.estimated_cycles for plan in possible)
+        return next(plan for plan in possible if plan.estimated_cycles <= _ALIKE * least)
+    return (
+        f"{head.recurrent} gates of {head.D} units that R feeds; with what a step reads and "
+        f"writes they take more than the {gpu.shared_memory} bytes of shared memory that this "
+        "GPU gives a CTA"
+    )
+
+
+def possible_plans(problem: Problem, gpu: GPU, backward: bool) -> tuple[SingleCtaPlan, ...]:
+    """All plans of a problem with heads of at most ``LARGEST_HEAD`` units.
+
+    Args:
+        problem: as of :func:`plan_scan`.
+        gpu: the device.
+        backward: whether for the backward scan.
+    """
+    return _plans(_head(problem, backward), problem.B, problem.N, gpu)
+
+
+def _first_read(cell: TracedCell) -> int:
+    """The first state whose value before a step the derivative reads. No cell reads all of them."""
+    derivative, count = cell.graphs.derivative, len(cell.states)
+    read = (s for s, name in enumerate(derivative.inputs[:count]) if name in derivative.used)
+    return next(read, count)
+
+
+def _head(problem: Problem, backward: bool) -> _Head:
     counts = Counts.of(problem.cell)
     if backward:
         inputs = counts.gates + 2 * counts.states
@@ -138,7 +209,7 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
         outputs = (counts.states, counts.gates) if problem.needs_gradient else (counts.states,)
     if not backward and problem.resets:
         outputs = (outputs[0] + 1, *outputs[1:])
-    head = _Head(
+    return _Head(
         backward,
         counts.recurrent,
         counts.gates,
@@ -148,7 +219,6 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
         problem.dtype.itemsize,
         SEQUENCE_BYTES if problem.is_sequenced else 0,
     )
-    return _plan(head, problem.B, problem.N, gpu)
 
 
 class _Head(NamedTuple):
@@ -186,8 +256,23 @@ class _Head(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether R takes few enough registers for two CTAs on a multiprocessor."""
-        return self.D * self.itemsize <= _ROW_BYTES_OF_TWO
+        """Whether R takes few enough registers for several tiles on a multiprocessor."""
+        return self.D * self.itemsize <= _SMALL_ROW_BYTES
+
+    @property
+    def has_few_gates(self) -> bool:
+        """Whether a step takes few enough registers for that too."""
+        return self.gates <= _SMALL_GATES
+
+    def at_once(self, warps: int) -> int:
+        """How many CTAs of so many warps are reckoned to run on a multiprocessor."""
+        if not self.is_small:
+            return 1
+        if not self.has_few_gates or self.itemsize == 4:
+            return 2
+        at_once = _WARPS_AT_ONCE // warps
+        # Options of sequences take registers too: with three, sLSTM 24x32 would spill.
+        return min(2, at_once) if self.sequence_bytes else at_once
 
     def line(self, rows: int) -> int:
         """Bytes from one line of shared memory to the next: ``pitch`` of ``tile.cuh``."""
@@ -204,68 +289,111 @@ class _Head(NamedTuple):
         return 2 * sum(map(self.line, self.outputs)) + self.sequence_bytes
 
 
+class _Tiling(NamedTuple):
+    """How a multiprocessor's sequences lie in tiles, each with computing warps of its own.
+
+    Attributes:
+        columns: sequences of a tile.
+        tiles: tiles of a CTA.
+        warps: computing warps of a tile.
+        producer_warps: of a CTA.
+        at_once: CTAs on a multiprocessor.
+    """
+
+    columns: int
+    tiles: int
+    warps: int
+    producer_warps: int
+    at_once: int
+
+    def cycles(self, B: int, N: int, gpu: GPU, backward: bool) -> float:
+        """An estimate of what a step of all sequences takes."""
+        ctas = N * tiles_of(B, self.tiles * self.columns)
+        rounds, rest = divmod(ctas, self.at_once * gpu.multiprocessors)
+        cycles = rounds * self._cycles(self.at_once, backward)
+        if rest:
+            # How many a multiprocessor has: forward their mean fits, backward those of the busiest.
+            busiest, mean = tiles_of(rest, gpu.multiprocessors), rest / gpu.multiprocessors
+            cycles += self._cycles(busiest if backward else max(1, mean), backward)
+        return cycles
+
+    def _cycles(self, ctas: float, backward: bool) -> float:
+        """With so many CTAs on a multiprocessor."""
+        of = _CYCLES[backward]
+        # Warps of a CTA meet at every step: those of one of the four schedulers add up.
+        in_turn = max(1, self.tiles * self.warps / 4)
+        alone = of.fixed + in_turn * (of.product * self.warps + of.sequence * self.columns)
+        return alone + (ctas - 1) * of.another * self.warps * self.columns
+
+
 @lru_cache(maxsize=1024)
-def _plan(head: _Head, B: int, N: int, gpu: GPU) -> SingleCtaPlan | str:
-    in_registers = _fragments_in_registers(head, gpu)
+def _plans(head: _Head, B: int, N: int, gpu: GPU) -> tuple[SingleCtaPlan, ...]:
+    """Those of all tilings for which shared memory suffices."""
+    plans = (_plan(head, tiling, B, N, gpu) for tiling in _tilings(head, gpu))
+    return tuple(plan for plan in plans if plan is not None)
+
+
+def _tilings(head: _Head, gpu: GPU) -> list[_Tiling]:
+    """All, those with the fewest tiles and sequences first."""
+    warps, found = head.computing_warps, []
+    for columns in _COLUMNS:
+        producers = _producer_warps(head, columns)
+        found.append(_Tiling(columns, 1, warps, producers, head.at_once(warps + producers)))
+    # Producer threads of several tiles have no registers left for what options of sequences need.
+    shares = head.is_small and head.has_few_gates and head.itemsize == 2 and not head.sequence_bytes
+    if shares and gpu.shifts_registers and _SHARING_WARPS % warps == 0:
+        tiles = _SHARING_WARPS // warps
+        most = _MOST_SHARING[head.backward] // tiles
+        found += [_Tiling(few, tiles, warps, 4, 1) for few in _SHARING_COLUMNS if few <= most]
+    return found
+
+
+def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPlan | None:
+    """The plan of a tiling, if shared memory suffices."""
+    in_registers = _fragments_in_registers(head, tiling, gpu)
     R_bytes = (head.fragments - in_registers) * head.computing_warps * _FRAGMENT_BYTES
-    room = gpu.shared_memory - R_bytes - _READ_BEYOND_LINES
-    sequences = _sequences(head, B, N, room, gpu)
-    room_for_ring = room - sequences * head.output_bytes
-    stages = min(_MOST_STAGES, room_for_ring // (sequences * head.input_bytes))
+    sequences = tiling.tiles * tiling.columns
+    at_once = tiling.at_once if head.has_few_gates else 1
+    # Of the shared memory that CTAs of a multiprocessor divide, each takes some for the system.
+    share = (gpu.shared_memory + _RESERVED_MEMORY) // at_once - _RESERVED_MEMORY
+    room = share - R_bytes - _READ_BEYOND_LINES - sequences * head.output_bytes
+    stages = min(_MOST_STAGES, room // (sequences * head.input_bytes))
     if stages < _FEWEST_STAGES:
-        return (
-            f"{head.recurrent} gates of {head.D} units that R feeds; with what a step reads and "
-            f"writes they take more than the {gpu.shared_memory} bytes of shared memory that this "
-            "GPU gives a CTA"
-        )
-    producer_warps = _producer_warps(head, sequences)
-    threads = 32 * (head.computing_warps + producer_warps)
-    two = head.is_small and threads <= _THREADS_OF_TWO and head.gates <= _GATES_OF_TWO
+        return None
     lines = sequences * (stages * head.input_bytes + head.output_bytes)
     return SingleCtaPlan(
         D=head.D,
         backward=head.backward,
         sequences=sequences,
+        tiles=tiling.tiles,
         in_registers=in_registers,
-        producers=32 * producer_warps,
+        producers=32 * tiling.producer_warps,
         stages=stages,
-        at_once=2 if two else 1,
+        at_once=at_once,
         shared_memory=R_bytes + lines + _READ_BEYOND_LINES,
+        estimated_cycles=tiling.cycles(B, N, gpu, head.backward),
     )
 
 
-def _fragments_in_registers(head: _Head, gpu: GPU) -> int:
+def _fragments_in_registers(head: _Head, tiling: _Tiling, gpu: GPU) -> int:
     """How many of a warp's fragments of R stay in registers."""
-    registers = _MOST_REGISTERS
-    if head.computing_warps == 8 and gpu.shifts_registers:
-        registers = _SHIFTED_REGISTERS
-    elif head.computing_warps > 6:
+    registers, warps = _MOST_REGISTERS, tiling.tiles * tiling.warps
+    if gpu.shifts_registers and tiling.producer_warps == 4 and warps in _SHIFTED_REGISTERS:
+        registers = _SHIFTED_REGISTERS[warps]
+    elif warps > 6:
         registers = _REGISTERS_OF_12_WARPS
     room = (registers - _WORKING_REGISTERS[head.itemsize]) // 4
     return min(head.fragments, _MOST_FRAGMENTS_IN_REGISTERS[head.itemsize], room)
 
 
-def _sequences(head: _Head, B: int, N: int, room: int, gpu: GPU) -> int:
-    """Sequences of a CTA: the fewest for which all CTAs run at once, or 8.
-
-    Fewer where shared memory does not hold so many. LSTM 12x64 in bfloat16, forward, with 2, 4, 8
-    and 16 sequences: B = 16 0.20, 0.25, 0.35, 0.60 ms; B = 64 0.51, 0.32, 0.36, 0.61; B = 256 1.52,
-    0.96, 1.06, 1.20.
-    """
-    at_once = (2 if head.is_small else 1) * gpu.multiprocessors
-    sequences = next((few for few in (2, 4) if N * tiles_of(B, few) <= at_once), 8)
-    while sequences > 2 and room < sequences * (
-        _FEWEST_STAGES * head.input_bytes + head.output_bytes
-    ):
-        sequences //= 2
-    return sequences
-
-
 def _producer_warps(head: _Head, sequences: int) -> int:
-    """How many warps copy between global and shared memory."""
+    """How many warps copy between global and shared memory, for a CTA of one tile."""
     # A whole warpgroup, which can give registers to the two that compute.
     if head.computing_warps == 8:
         return 4
     most = 4 if head.computing_warps > 6 else min(4, 8 - head.computing_warps)
     pieces = sequences * head.inputs * tiles_of(head.D * head.itemsize, 16)
+    of_two = _WARPS_AT_ONCE // 2 - head.computing_warps
+    if head.is_small and head.has_few_gates and pieces <= _MOST_PIECES * of_two:
+        most = min(most, of_two)
     return min(most, max(2, tiles_of(pieces, _PIECES_A_PRODUCER_WARP)))

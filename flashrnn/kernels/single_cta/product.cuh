@@ -3,7 +3,8 @@
 // A fragment holds 16 rows of the matrix by 32 bytes of the summed dimension. Row i of a fragment is
 // unit 2 i of the warp for i < 8, unit 2 (i - 8) + 1 otherwise: this gives a lane the sums of two
 // neighbouring units. Of a warp's FRAGMENTS the first IN_REGISTERS stay in registers; the others lie in
-// shared memory, where each lane stores and reads its own 16 bytes of them.
+// shared memory, where each lane stores and reads its own 16 bytes of them. Warps of several tiles that
+// own the same units read the same, which those of the first tile store.
 
 #include "common/mma.cuh"
 #include "single_cta/tile.cuh"
@@ -14,7 +15,7 @@ namespace single_cta {
 constexpr int STEPS = BLOCK_D * sizeof(Element) / 32;
 constexpr int FRAGMENTS = GR * STEPS;
 constexpr int IN_SHARED = FRAGMENTS - IN_REGISTERS;
-constexpr int FRAGMENT_BYTES = COMPUTING * IN_SHARED * 32 * sizeof(Fragment);
+constexpr int FRAGMENT_BYTES = WARPS * IN_SHARED * 32 * sizeof(Fragment);
 
 // The lane's part of fragment f, that of recurrent gate f % GR and step f / GR. FORWARD: its rows are
 // units that R produces, and the sum runs over units that R reads; backward the other way round.
@@ -51,7 +52,7 @@ struct Matrix {
     template <bool FORWARD>
     __device__ void load(const Element* R, int n, int N, const ThreadElements& elements,
                          Fragment* shared) {
-        unsigned offset = threadIdx.x / 32 * IN_SHARED * 32 + threadIdx.x % 32;
+        unsigned offset = elements.warp_of_tile() * IN_SHARED * 32 + threadIdx.x % 32;
         materialize(offset);
         Fragment* own = shared + offset;
         in_shared = own;
@@ -59,7 +60,7 @@ struct Matrix {
         for (int f = 0; f < FRAGMENTS; ++f) {
             const Fragment loaded = fragment<FORWARD>(f, R, n, N, elements);
             if (f < IN_REGISTERS) in_registers[f < IN_REGISTERS ? f : 0] = loaded;
-            else own[(f - IN_REGISTERS) * 32] = loaded;
+            else if (TILES == 1 || elements.tile() == 0) own[(f - IN_REGISTERS) * 32] = loaded;
         }
     }
 
@@ -69,39 +70,34 @@ struct Matrix {
     }
 };
 
-// The shared address that the lane passes to ldmatrix for the first n-tile of the lines.
-__device__ inline unsigned matrix_line(const Element* lines, int pitch) {
+// The shared address that the lane passes to ldmatrix for the tile's lines.
+__device__ inline unsigned matrix_line(const Element* lines, int pitch,
+                                       const ThreadElements& elements) {
     const int lane = threadIdx.x % 32;
-    return shared_address(lines + lane % COLUMNS * pitch + lane / 8 * VECTOR);
+    const Element* of_tile = lines + elements.first_sequence * pitch;
+    return shared_address(of_tile + lane % COLUMNS * pitch + lane / 8 * VECTOR);
 }
 
-// One pass of the fragment's products with all n-tiles; `half` says which of the two steps in `right`.
+// One pass of a fragment's product; `half` says which of the two steps in `right`.
 template <typename Number>
-__device__ inline void multiply(int pass, float (&sums)[N_TILES][4], const Fragment& a,
-                                const unsigned (&right)[N_TILES][4], int half, Number) {
-#pragma unroll
-    for (int tile = 0; tile < N_TILES; ++tile) {
-        mma_pass(pass, sums[tile], a.words[0], a.words[1], a.words[2], a.words[3],
-                 right[tile][2 * half], right[tile][2 * half + 1], Number{});
-    }
+__device__ inline void multiply(int pass, float (&sums)[4], const Fragment& a,
+                                const unsigned (&right)[4], int half, Number) {
+    mma_pass(pass, sums, a.words[0], a.words[1], a.words[2], a.words[3], right[2 * half],
+             right[2 * half + 1], Number{});
 }
 
 // An mma waits for the one before that adds to the same sum. So sums are split into chains, which are
-// added at the end, and consecutive instructions belong to different chains, gates or n-tiles.
-constexpr int CHAINS_FORWARD = GR * N_TILES < 3 ? 2 : 1;
+// added at the end, and consecutive instructions belong to different chains or gates.
+constexpr int CHAINS_FORWARD = GR < 3 ? 2 : 1;
 
 // For each recurrent gate, the product of R and the first row of the lines, which is h. `line` is
 // matrix_line()'s result.
-__device__ inline void recurrent_product(float (&sums)[GR][N_TILES][4], const Matrix& matrix,
-                                         unsigned line, int pitch) {
-    float chains[CHAINS_FORWARD][GR][N_TILES][4] = {};
+__device__ inline void recurrent_product(float (&sums)[GR][4], const Matrix& matrix, unsigned line) {
+    float chains[CHAINS_FORWARD][GR][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
-        unsigned right[N_TILES][4];
-#pragma unroll
-        for (int tile = 0; tile < N_TILES; ++tile) {
-            ldmatrix(right[tile], line + 8 * tile * pitch * sizeof(Element) + step * 32);
-        }
+        unsigned right[4];
+        ldmatrix(right, line + step * 32);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (step + half == STEPS) break;
@@ -118,11 +114,9 @@ __device__ inline void recurrent_product(float (&sums)[GR][N_TILES][4], const Ma
 #pragma unroll
     for (int s = 0; s < GR; ++s) {
 #pragma unroll
-        for (int i = 0; i < 4 * N_TILES; ++i) {
-            sums[s][i / 4][i % 4] = chains[0][s][i / 4][i % 4];
-            if (CHAINS_FORWARD > 1) {
-                sums[s][i / 4][i % 4] += chains[CHAINS_FORWARD - 1][s][i / 4][i % 4];
-            }
+        for (int i = 0; i < 4; ++i) {
+            sums[s][i] = chains[0][s][i];
+            if (CHAINS_FORWARD > 1) sums[s][i] += chains[CHAINS_FORWARD - 1][s][i];
         }
     }
 }

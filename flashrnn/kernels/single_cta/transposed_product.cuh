@@ -6,27 +6,23 @@
 namespace single_cta {
 
 // Several chains, for the reason that product.cuh gives.
-constexpr int CHAINS_BACKWARD = N_TILES > 1 ? 2 : PASSES<Operand> == 1 ? 4 : 6;
+constexpr int CHAINS_BACKWARD = PASSES<Operand> == 1 ? 4 : 6;
 
 // The gradient of the h that R reads, from the recurrent gates' rows of the lines. `contain`: infinite
 // factors are bounded, as common/gradient_clip.cuh says.
 template <typename Number>
-__device__ inline void transposed_product(float (&sums)[N_TILES][4], const Matrix& matrix,
-                                          unsigned line, int pitch, bool contain) {
-    float chains[CHAINS_BACKWARD][N_TILES][4] = {};
+__device__ inline void transposed_product(float (&sums)[4], const Matrix& matrix, unsigned line,
+                                          bool contain) {
+    float chains[CHAINS_BACKWARD][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
 #pragma unroll
         for (int s = 0; s < GR; ++s) {
-            unsigned right[N_TILES][4];
+            unsigned right[4];
+            ldmatrix(right, line + RECURRENT[s] * BLOCK_D * int(sizeof(Element)) + step * 32);
 #pragma unroll
-            for (int tile = 0; tile < N_TILES; ++tile) {
-                const int offset = 8 * tile * pitch + RECURRENT[s] * BLOCK_D;
-                ldmatrix(right[tile], line + offset * sizeof(Element) + step * 32);
-#pragma unroll
-                for (int w = 0; w < 4; ++w) {
-                    if (contain) right[tile][w] = contained(right[tile][w], Number{});
-                }
+            for (int w = 0; w < 4; ++w) {
+                if (contain) right[w] = contained(right[w], Number{});
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -41,10 +37,10 @@ __device__ inline void transposed_product(float (&sums)[N_TILES][4], const Matri
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4 * N_TILES; ++i) {
-        sums[i / 4][i % 4] = chains[0][i / 4][i % 4];
+    for (int i = 0; i < 4; ++i) {
+        sums[i] = chains[0][i];
 #pragma unroll
-        for (int c = 1; c < CHAINS_BACKWARD; ++c) sums[i / 4][i % 4] += chains[c][i / 4][i % 4];
+        for (int c = 1; c < CHAINS_BACKWARD; ++c) sums[i] += chains[c][i];
     }
 }
 
