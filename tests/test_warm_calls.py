@@ -188,10 +188,11 @@ def test_a_call_launches_what_it_would_if_it_were_the_first(launches, choices):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_what_is_compiled_meanwhile_is_what_a_call_with_options_runs(launches, kind, monkeypatch):
-    """The usual programs, whose gradients are those of the states that are returned."""
+    """The usual programs, whose gradients are those of the states that are returned; of so many rows
+    that R's gradient is in parts."""
     begun = []
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *problem: begun.append(problem))
-    case = random_ragged("lstm", 3, 5, 2, 64, dtype=torch.bfloat16, **kind)
+    case = random_ragged("lstm", 3, 1000, 2, 64, dtype=torch.bfloat16, **kind)
     every_state, last_states = case.call("cuda_fused")
     asked = last_states if kind.get("return_states") == "last" else every_state
     asked.backward(torch.zeros_like(asked))
@@ -447,7 +448,7 @@ def test_options_take_a_launch_beside_the_scan(launches, monkeypatch, D, kinds):
         ours = [one[0] for one in launches.take()]
         looked_up = bool(makes or "reverse" in kinds)
         assert ours.count("make_tables") == looked_up
-        assert len(ours) == (3 if D == 16 else 2 + looked_up) + looked_up
+        assert len(ours) == 2 + looked_up * (1 if D == 16 else 2)
     assert forward.names == []
     # Kernels add to the gradient of what resets go back to. The product for R's gradient of a large
     # head is PyTorch's.

@@ -207,11 +207,13 @@ def backward(
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
     _scan(problem, gpu, True, tensors, options)
-    parts = None
     if registry.is_small(D):
-        parts = _recurrent_gradient_parts(problem, gpu, d_gates, states_initial, states, of_options)
-    d_R, d_b = _sums(problem, parts, d_bias)
-    if d_R is None:
+        d_R, d_b = _gradients_of_R_and_b(
+            problem, gpu, d_gates, d_bias, states_initial, states, of_options
+        )
+    else:
+        d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
+        _sum(problem, {"d_bias": d_bias, "d_b": d_b})
         before = of_options.before
         every_h = None if before is None else tables.h_before(problem, before, states[0])
         d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0], every_h)
@@ -394,20 +396,22 @@ class _Step(NamedTuple):
         self.kept.enqueue()
 
 
-def _recurrent_gradient_parts(
+def _gradients_of_R_and_b(
     problem: Problem,
     gpu: GPU,
     d_gates: Tensor,
+    d_bias: Tensor,
     states_initial: Tensor,
     states: Tensor,
     of_options: tables.Tables,
-) -> Tensor:
-    """Parts ``[P, Gr, N, D, D]`` in float32 whose sum is R's gradient.
+) -> tuple[Tensor, Tensor]:
+    """The gradient of R of small heads, and that of the bias, in one launch if rows are few.
 
     Args:
         problem: what was computed.
         gpu: on which GPU.
         d_gates: ``[B, T, G, N, D]``.
+        d_bias: ``[B, G, N, D]`` in float32, their sums over T.
         states_initial: ``[S, B, 1, N, D]``, of which h is the first.
         states: ``[S, B, T, N, D]``, likewise.
         of_options: what says that h before a step is not that of the row before.
@@ -430,31 +434,31 @@ def _recurrent_gradient_parts(
     addresses, layout = record.read(tensors)
     precision = source.precision_of(problem)
     prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
-    parts = d_gates.new_empty(shape, dtype=torch.float32)
-    prepared.launch([*addresses, parts.data_ptr()])
-    return parts
+    d_R = d_gates.new_empty(shape[1:])
+    d_b = d_gates.new_empty(len(problem.cell.fed_by("b")), problem.N, problem.D)
+    if shape[0] == 1:
+        prepared.launch([*addresses, d_bias.data_ptr(), d_R.data_ptr(), d_b.data_ptr()])
+    else:
+        parts = d_gates.new_empty(shape, dtype=torch.float32)
+        prepared.launch([*addresses, parts.data_ptr()])
+        _sum(problem, {"d_bias": d_bias, "d_b": d_b, "parts": parts, "d_R": d_R})
+    return d_R, d_b
 
 
-def _sums(problem: Problem, parts: Tensor | None, d_bias: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The gradient of R, if it is in parts, and that of the bias, in one launch.
+def _sum(problem: Problem, tensors: dict[str, Tensor]) -> None:
+    """Complete the gradient of the bias and, if it is in parts, that of R, in one launch.
 
     Args:
         problem: what was computed.
-        parts: ``[P, Gr, N, D, D]`` in float32, whose sum is R's gradient.
-        d_bias: ``[B, G, N, D]`` in float32; the bias's gradient is the sum over B.
+        tensors: ``d_bias`` ``[B, G, N, D]`` in float32, whose sum over B becomes ``d_b``
+            ``[Gb, N, D]``; and ``parts`` ``[P, Gr, N, D, D]`` in float32, whose sum over P becomes
+            ``d_R`` ``[Gr, N, D, D]``, if there are parts.
     """
-    dtype, fed = problem.dtype, len(problem.cell.fed_by("b"))
-    d_R, d_b = None, d_bias.new_empty(fed, problem.N, problem.D, dtype=dtype)
-    tensors = {"d_bias": d_bias, "d_b": d_b}
-    if parts is not None:
-        d_R = parts.new_empty(parts.shape[1:], dtype=dtype)
-        tensors |= {"parts": parts, "d_R": d_R}
     addresses, layout = call.GRADIENT_SUMS.read(tensors)
-    rows = 0 if parts is None else len(parts)
+    rows = len(tensors["parts"]) if "parts" in tensors else 0
     prepared = _prepared_sums(problem, source.precision_of(problem), rows, layout)
     if prepared is not None:
         prepared.launch(addresses)
-    return d_R, d_b
 
 
 class _Prepared(NamedTuple):
@@ -524,7 +528,10 @@ def _prepared_scan(
 def _prepared_gradient(
     problem: Problem, gpu: GPU, precision: str, layout: call.Layout
 ) -> tuple[_Prepared, tuple[int, ...]]:
-    """The launch, and the shape of the parts of the sum that it gives."""
+    """The launch, and the shape of the parts of R's gradient that it gives.
+
+    Of one part it gives R's gradient itself, and that of the bias.
+    """
     cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
     recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
     if problem.is_sequenced:
@@ -536,11 +543,17 @@ def _prepared_gradient(
     aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
     options = source.gradient_options(problem)
     kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, options, problem.device)
-    prepared = _Prepared(
-        kernel,
-        kernel.shape._replace(grid=plan.grid(N)),
-        record.packing(layout, "parts", rows_a_part=plan.rows, T=T, B=B, N=N),
-    )
+    ctas = plan.grid(N)
+    numbers = {"rows_a_part": plan.rows, "R_ctas": ctas, "T": T, "B": B, "N": N}
+    if plan.parts > 1:
+        packing = record.packing(layout, "parts", **numbers)
+    else:
+        columns = len(cell.fed_by("b")) * N * D
+        of_bias = gradient_sums.plan_sums(0, 0, problem.B, columns)
+        ctas += of_bias.b_ctas
+        numbers |= {"b_rows": problem.B, "b_columns": columns, "b_shares": of_bias.b_shares}
+        packing = record.packing(layout, "d_bias", "d_R", "d_b", **numbers)
+    prepared = _Prepared(kernel, kernel.shape._replace(grid=ctas), packing)
     return prepared, (plan.parts, recurrent, N, D, D)
 
 

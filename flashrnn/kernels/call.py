@@ -311,8 +311,20 @@ RECURRENT_GRADIENT = Record(
         Operand("h_initial", "const float", "b1nd"),
         Operand("h", "const Element"),
         Operand("parts", "float"),
+        Operand("d_bias", "const float"),
+        Operand("d_R", "Element"),
+        Operand("d_b", "Element"),
     ),
-    {"rows_a_part": "int", "T": "unsigned", "B": "long long", "N": "int"},
+    {
+        "rows_a_part": "int",
+        "R_ctas": "int",
+        "b_rows": "long long",
+        "b_columns": "long long",
+        "b_shares": "int",
+        "T": "unsigned",
+        "B": "long long",
+        "N": "int",
+    },
     absent=(
         *_BEFORE,
         Operand("runs_backwards", "const int"),
@@ -320,7 +332,8 @@ RECURRENT_GRADIENT = Record(
         Operand("lengths", "const int"),
     ),
 )
-"""Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous.
+"""Of the kernel of R's gradient. In float32 ``h_initial`` is contiguous. ``parts`` are given where
+there are several; else ``d_R``, and what the bias's gradient needs.
 
 What it lacks is passed where a call has options of sequences: the flags and the sequences'
 ``lengths``, or the others in the place of ``h_initial``; see ``source.gradient_options``.

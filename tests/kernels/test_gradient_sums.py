@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashrnn.backends import cuda_fused
+from flashrnn.backends import cuda_fused, tables
 from flashrnn.cells import resolve
 from flashrnn.kernels import gradient_sums
 from flashrnn.problem import Problem
@@ -29,14 +29,49 @@ def test_sums(fused_emulation, poisoned, sizes, kind, dtype):  # noqa: F811
     generator = torch.Generator().manual_seed(P + B)
     parts = torch.randn(P, len(cell.fed_by("R")), N, D, D, generator=generator)
     d_bias = torch.randn(B, len(cell.gates), N, D, generator=generator)
-    found = cuda_fused._sums(problem, parts if P else None, d_bias)
-    assert P or found[0] is None
-    expected = parts.double().sum(0), d_bias.double().sum(0)[list(cell.fed_by("b"))]
-    for given, truth in list(zip(found, expected, strict=True))[0 if P else 1 :]:
-        assert given.dtype == dtype and given.shape == truth.shape and given.is_contiguous()
-        largest = max(P, B) ** 0.5
+    truths = {"d_R": parts.double().sum(0), "d_b": d_bias.double().sum(0)[list(cell.fed_by("b"))]}
+    if not P:
+        del truths["d_R"]
+    found = {name: torch.full(x.shape, torch.nan, dtype=dtype) for name, x in truths.items()}
+    given = {"parts": parts} if P else {}
+    cuda_fused._sum(problem, {"d_bias": d_bias, **given, **found})
+    for name, truth in truths.items():
+        given, largest = found[name], max(P, B) ** 0.5
         torch.testing.assert_close(
             given.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-6 * largest
+        )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru", sparse], ids=["lstm", "gru", "sparse"])
+@pytest.mark.parametrize("rows", [(3, 5), (600, 1), (7, 100)], ids=str)
+def test_gradients_of_R_and_b(fused_emulation, poisoned, rows, kind, dtype):  # noqa: F811
+    """Few rows take one launch, which completes the gradient of the bias, too."""
+    (B, T), N, D = rows, 2, 20
+    cell = resolve(kind).traced
+    problem = Problem(cell, B, T, N, D, dtype, torch.device("cpu"), needs_gradient=True)
+    generator = torch.Generator().manual_seed(B)
+
+    def random(*sizes, dtype=dtype):
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    d_gates, h = random(B, T, len(cell.gates), N, D), random(1, B, T, N, D)
+    initial = random(1, B, 1, N, D, dtype=torch.float32)
+    d_bias = random(B, len(cell.gates), N, D, dtype=torch.float32)
+    found = cuda_fused._gradients_of_R_and_b(
+        problem, GPUS["sm_90a"], d_gates, d_bias, initial, h, tables.Tables({})
+    )
+    before = torch.cat([initial[0].to(dtype), h[0, :, :-1]], 1).double()
+    of_R = d_gates.double()[:, :, list(cell.fed_by("R"))]
+    truths = (
+        torch.einsum("btgnd,btnp->gndp", of_R, before),
+        d_bias.double().sum(0)[list(cell.fed_by("b"))],
+    )
+    for given, truth in zip(found, truths, strict=True):
+        assert given.dtype == dtype and given.is_contiguous()
+        torch.testing.assert_close(
+            given.double(), truth, rtol=2 * torch.finfo(dtype).eps, atol=1e-5 * (B * T) ** 0.5
         )
 
 

@@ -10,7 +10,9 @@
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
 // the GATES recurrent gates from group * GATES on. gradient_sums.cu adds the parts afterwards, in a
-// fixed order. The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
+// fixed order. Where there is one part, which `parts` being null says, nothing is left to add: dR is
+// written as it is returned, and CTAs behind the R_ctas of dR sum the bias's gradient in the same launch.
+// The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
 // unit of h (BLOCK_D). The number of all rows may exceed 32 bits; that of a part does not.
 //
 // What lives where:
@@ -25,6 +27,7 @@
 
 #include "problem.cuh"
 #include "common/mma.cuh"
+#include "common/row_sums.cuh"
 
 namespace single_cta {
 
@@ -99,10 +102,15 @@ __device__ inline void load_right(unsigned (&words)[4], const Element* corner, i
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 recurrent_gradient(CALL) {
+    const long long width = static_cast<long long>(N) * D;
+    if (blockIdx.x >= R_ctas) {
+        float* sums = reinterpret_cast<float*>(shared_memory());
+        sum_bias<THREADS>(d_b, d_bias, b_rows, width, b_columns, b_shares, blockIdx.x - R_ctas, sums);
+        return;
+    }
     Element* ring = reinterpret_cast<Element*>(shared_memory());
     constexpr int GROUPS = (GR + GATES - 1) / GATES;
     const int n = blockIdx.x % N, group = blockIdx.x / N % GROUPS, part = blockIdx.x / N / GROUPS;
-    const long long width = static_cast<long long>(N) * D;
     // The part's first row and how many rows follow; from here on rows are counted within the part.
     const long long begin = static_cast<long long>(part) * rows_a_part, left = B * T - begin;
     const int rows = left < rows_a_part ? left : rows_a_part, chunks = (rows + CHUNK - 1) / CHUNK;
@@ -275,8 +283,13 @@ recurrent_gradient(CALL) {
                 const int p = 8 * n_tile + 2 * (lane % 4) + v % 2;
                 if (line < LINES && s < GR && d < D && p < D) {
                     const long long matrix = (static_cast<long long>(part) * GR + s) * N + n;
+                    const long long place = (matrix * D + d) * D + p;
                     const float sum = sums[tile][n_tile][v];
-                    parts[(matrix * D + d) * D + p] = sum;
+                    if (parts) {
+                        parts[place] = sum;
+                    } else {
+                        round_to(d_R[place], sum);
+                    }
                     any_nan |= sum != sum;
                 }
             }
@@ -284,11 +297,12 @@ recurrent_gradient(CALL) {
     }
     // Sums that came out as NaN or infinite are computed once more, in scalar float32 (NEEDS_CARE).
     if (!NEEDS_CARE<Operand> || !__syncthreads_or(any_nan)) return;
+    float* results = parts ? parts : reinterpret_cast<float*>(d_R);
 #pragma unroll 1
     for (int i = threadIdx.x; i < GATES * D * D; i += THREADS) {
         const int s = group * GATES + i / (D * D), d = i / D % D, p = i % D;
         if (s >= GR) break;
-        float& result = parts[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p];
+        float& result = results[(((static_cast<long long>(part) * GR + s) * N + n) * D + d) * D + p];
         if (is_finite(result)) continue;
         int gate = 0;
 #pragma unroll

@@ -90,6 +90,8 @@ _CHUNK_BYTES = 64
 # Chunks of a part, if there are enough rows: so many that the time to write the part's sums does
 # not matter.
 _FEWEST_CHUNKS = 8
+# Chunks that stay one part: to write parts and add them up takes a launch more, as long as these.
+_WHOLE_CHUNKS = 16
 # Elements of padding of a chunk's row (recurrent_gradient.cu): 8 for the gates and 8 for h.
 _PADDING = 16
 
@@ -128,6 +130,8 @@ def plan_gradient(
 
 def _parts(rows: int, ctas: int, chunk: int, gpu: GPU) -> int:
     """How many parts the sum has, each of so many CTAs: as many as run at once, if rows allow."""
+    if rows <= _WHOLE_CHUNKS * chunk:
+        return 1
     at_once = _CTAS_A_MULTIPROCESSOR * gpu.multiprocessors
     parts = max(1, min(at_once // ctas, tiles_of(rows, _FEWEST_CHUNKS * chunk)))
     return max(parts, tiles_of(rows, _MOST_ROWS))
