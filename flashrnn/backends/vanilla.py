@@ -38,8 +38,9 @@ def run(
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`flashrnn.backends.autograd.run`."""
-    if sequences is None:
-        return _run(problem, Wx, R, b, states, _Steps())
+    if sequences is None or not problem.is_sequenced:
+        every_state, last_states = _run(problem, Wx, R, b, states, _Steps())
+        return every_state[: problem.returned], last_states
     if problem.longest is None and _can_wait(sequences):
         # Else every sequence of a packed batch takes as many steps as the batch has rows.
         _, lengths = bounds(sequences, problem.T)

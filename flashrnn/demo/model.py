@@ -51,9 +51,16 @@ class RecurrentLayer(nn.Module):
         """
         Wx = self.projection(self.norm(x)).unflatten(-1, (-1, self.N, self.D))
         every_state, last_states = flashrnn(
-            Wx, self.R, self.b, states, self.function, self.backend, dtype=self.dtype
+            Wx,
+            self.R,
+            self.b,
+            states,
+            self.function,
+            self.backend,
+            dtype=self.dtype,
+            return_states="h",
         )
-        return x + every_state[0].flatten(-2).to(x.dtype), last_states
+        return x + every_state.squeeze(0).flatten(-2).to(x.dtype), last_states
 
 
 class RecurrentNetwork(nn.Module):

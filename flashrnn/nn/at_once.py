@@ -185,7 +185,9 @@ def layer(
     ended = last_states.squeeze(2).unflatten(2, (directions, N)).flatten(3).transpose(1, 2)
     if batch.reset is not None and directions == 2:
         ended = torch.stack([ended[:, 0], _ends_of_parts(every_state, batch.reset, N).to(ended)], 1)
-    h, last = every_state[0].flatten(2), list(ended.unbind(0))
+    # A view of the only state: the gradient of a choice is zeros, and a copy into them.
+    h = every_state.squeeze(0) if len(every_state) == 1 else every_state[0]
+    h, last = h.flatten(2), list(ended.unbind(0))
     if hr is not None:
         h, last[0] = _projected(h, last[0], weights, given_h, batch)
     return h, last

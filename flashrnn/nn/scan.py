@@ -2,8 +2,11 @@
 
 So layers are computed where :mod:`flashrnn.nn.at_once` is not chosen: by ``vanilla``, which is
 slower with the options of sequences, and by a fused backend where it lacks them. No call here has
-any. Two layouts come in: ``[T, B, I]``, sequences of one length; and rows ``[rows, I]`` of
-sequences of several lengths, in the order of :class:`torch.nn.utils.rnn.PackedSequence`, with a
+any, but that it returns h alone: to choose one of several states makes the backward pass fill zeros
+for all of them, and copy.
+
+Two layouts come in: ``[T, B, I]``, sequences of one length; and rows ``[rows, I]`` of sequences of
+several lengths, in the order of :class:`torch.nn.utils.rnn.PackedSequence`, with a
 :class:`flashrnn.nn.packing.Packing` that says which row is which.
 """
 
@@ -125,9 +128,9 @@ def _steps(
     """h ``[T, B, N * D]`` and the last states, out of ``x`` ``[T, B, I]``."""
     config = config_on(x.device)
     every_state, last_states = recurrent_layer(
-        x.transpose(0, 1), W, R, b, states, cell, backend, config=config
+        x.transpose(0, 1), W, R, b, states, cell, backend, config=config, return_states="h"
     )
-    return every_state[0].flatten(2).transpose(0, 1), last_states
+    return every_state.squeeze(0).flatten(2).transpose(0, 1), last_states
 
 
 def _packed(
@@ -158,8 +161,10 @@ def _packed(
             ended.insert(0, states[:, B:])
             states = states[:, :B]
         piece = Wx[first : first + T * B].unflatten(0, (T, B)).transpose(0, 1)
-        every_state, states = flashrnn(piece, R, b, states, cell, backend, config=config)
-        rows.append(every_state[0].transpose(0, 1).flatten(0, 1).flatten(1))
+        every_state, states = flashrnn(
+            piece, R, b, states, cell, backend, config=config, return_states="h"
+        )
+        rows.append(every_state.squeeze(0).transpose(0, 1).flatten(0, 1).flatten(1))
         first += T * B
     assert states is not None, "a packed batch has a step"
     return torch.cat(rows), torch.cat([states, *ended], 1)

@@ -210,8 +210,9 @@ class sLSTM(torch.nn.Module):
             slstm,
             self.backend,
             config=self.config,
+            return_states="h",
         )
-        return self._normalized(every_state[0]), SLSTMState(window, last.squeeze(2))
+        return self._normalized(every_state.squeeze(0)), SLSTMState(window, last.squeeze(2))
 
     def step(self, x: Tensor, state: SLSTMState | None = None) -> tuple[Tensor, SLSTMState]:
         """Run the layer one step further: :meth:`forward` over one step, at less cost.
