@@ -188,8 +188,10 @@ def test_a_call_launches_what_it_would_if_it_were_the_first(launches, choices):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_what_is_compiled_meanwhile_is_what_a_call_with_options_runs(launches, kind, monkeypatch):
-    """The usual programs, whose gradients are those of the states that are returned; of so many rows
-    that R's gradient is in parts."""
+    """The usual programs, whose gradients are those of the states that are returned.
+
+    There are so many rows that R's gradient is in parts.
+    """
     begun = []
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *problem: begun.append(problem))
     case = random_ragged("lstm", 3, 1000, 2, 64, dtype=torch.bfloat16, **kind)
