@@ -142,7 +142,7 @@ def _at_once(
         output = rows.squeeze(0)
     else:
         output = rows.transpose(0, 1).contiguous() if by_time else rows
-    return output, [torch.cat(found).to(output.dtype) for found in zip(*last, strict=True)]
+    return output, [_after_all(found, output.dtype) for found in zip(*last, strict=True)]
 
 
 def _in_turn(
@@ -167,12 +167,21 @@ def _in_turn(
                 packing=packing,
             )
             outputs.append(output)
-            last.append(ended)
+            last.append([state.unsqueeze(0) for state in ended])
         x = torch.cat(outputs, -1) if layers.bidirectional else outputs[0]
         if drops_after(layers, layer):
             # Contiguous: then the numbers drawn are those of torch.nn.
             x = dropout(x.contiguous(), layers.dropout)
-    return x, [torch.stack(rows).to(x.dtype) for rows in zip(*last, strict=True)]
+    return x, [_after_all(rows, x.dtype) for rows in zip(*last, strict=True)]
+
+
+def _after_all(states: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """One state after all layers, ``[L, B, ·]``, out of parts of it, in memory of its own.
+
+    Callers change it in place, which a view of all states of a call would not allow.
+    """
+    only, *others = states
+    return only.to(dtype) if not others and only.dtype != dtype else torch.cat(states).to(dtype)
 
 
 def _between_resets(
