@@ -517,11 +517,17 @@ def _prepared_scan(
         scratch,
         tuple(
             name
-            for name in ("Wx", "R")
-            if plan.ROW_ALIGNMENT > 1
-            and not record.rows_begin_at(plan.ROW_ALIGNMENT, (name,), layout, D, size)
+            for name, multiple in _alignments(plan, D * size)
+            if multiple > 1 and not record.rows_begin_at(multiple, (name,), layout, D, size)
         ),
     )
+
+
+def _alignments(plan: Plan, row: int) -> list[tuple[str, int]]:
+    """At which multiples rows of so many bytes must begin, of the tensors that are copied else."""
+    # Kernels load R by words of 4 bytes where rows have a whole number of them.
+    of_R = max(plan.ROW_ALIGNMENT, 1 if row % 4 else 4)
+    return [("Wx", plan.ROW_ALIGNMENT), ("R", of_R)]
 
 
 @lru_cache(maxsize=256)

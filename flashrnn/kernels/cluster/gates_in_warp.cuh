@@ -16,6 +16,7 @@
 
 #include "problem.cuh"
 #include "common/mma.cuh"
+#include "common/r_words.cuh"
 
 namespace cluster_forward {
 
@@ -42,7 +43,8 @@ struct ThreadElement {
 };
 
 // The lane's words of a left operand: the warp's 16 rows of R and 16 of R's columns. Word w is of row
-// i + 8 (w % 2). `column(half, k)` gives the column of R of element k of the words with w / 2 == half.
+// i + 8 (w % 2). `column(half, k)` gives the column of R of element k of the words with w / 2 == half: that
+// of element 0 is even, that of element 1 the next one.
 template <typename Column>
 __device__ inline Fragment rows_of(const Element* R, int n, int N, int rank, const Column& column) {
     const int i = threadIdx.x % 32 / 4;
@@ -53,15 +55,20 @@ __device__ inline Fragment rows_of(const Element* R, int n, int N, int rank, con
         const int warp_unit = PADDED == 4 ? i / 2 : PADDED == 2 ? i : 2 * i + half;
         const int gate = PADDED == 4 ? i % 2 + 2 * half : PADDED == 2 ? half : 0;
         const long long d = rank * UNITS + threadIdx.x / 32 * WARP_UNITS + warp_unit;
-        Element elements[2] = {};
+        const Element* row = R + ((static_cast<long long>(gate) * N + n) * D + d) * D;
+        const bool exists = gate < GR && d < D;
+        if constexpr (R_HAS_WORDS) {
+            const int p = column(w / 2, 0);
+            fragment.words[w] = exists && p < D ? load_word(row + p) : 0;
+        } else {
+            Element elements[2] = {};
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const int p = column(w / 2, k);
-            if (gate < GR && d < D && p < D) {
-                elements[k] = R[((static_cast<long long>(gate) * N + n) * D + d) * D + p];
+            for (int k = 0; k < 2; ++k) {
+                const int p = column(w / 2, k);
+                if (exists && p < D) elements[k] = row[p];
             }
+            memcpy(&fragment.words[w], elements, 4);
         }
-        memcpy(&fragment.words[w], elements, 4);
         // Without this the compiler loads all elements before it packs any of them, and spills.
         materialize(fragment.words[w]);
     }

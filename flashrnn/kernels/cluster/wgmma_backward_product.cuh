@@ -6,6 +6,7 @@
 
 #include "cluster/wgmma_backward_exchange.cuh"
 #include "cluster/wgmma_matrix.cuh"
+#include "common/r_words.cuh"
 
 namespace wgmma_backward {
 
@@ -22,17 +23,29 @@ __device__ inline Fragment fragment(const Element* R, int n, int N, const Exchan
     const int rank = exchange.row_of(step / TILE_STEPS) * COLUMNS + exchange.column;
     Fragment fragment;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        Element elements[2] = {};
+    for (int half = 0; half < 2; ++half) {
+        // Of each element of the words both units: p and the next one.
+        const long long p = first_p + 2 * i;
+        unsigned units[2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const int summed = step % TILE_STEPS * 16 + w / 2 * 8 + 2 * j + k, gate = summed % GR;
-            const long long d = rank * UNITS + summed / GR, p = first_p + 2 * i + w % 2;
-            if (d < D && p < D) elements[k] = R[((static_cast<long long>(gate) * N + n) * D + d) * D + p];
+            const int summed = step % TILE_STEPS * 16 + half * 8 + 2 * j + k, gate = summed % GR;
+            const long long d = rank * UNITS + summed / GR;
+            const Element* from = R + ((static_cast<long long>(gate) * N + n) * D + d) * D + p;
+            if constexpr (R_HAS_WORDS) {
+                units[k] = d < D && p < D ? load_word(from) : 0;
+            } else {
+                Element pair[2] = {};
+                if (d < D && p < D) pair[0] = from[0];
+                if (d < D && p + 1 < D) pair[1] = from[1];
+                memcpy(&units[k], pair, 4);
+            }
         }
-        memcpy(&fragment.words[w], elements, 4);
+        fragment.words[2 * half] = low_halves(units[0], units[1]);
+        fragment.words[2 * half + 1] = high_halves(units[0], units[1]);
         // Without this the compiler loads all elements before it packs any of them, and spills.
-        materialize(fragment.words[w]);
+        materialize(fragment.words[2 * half]);
+        materialize(fragment.words[2 * half + 1]);
     }
     return fragment;
 }

@@ -8,25 +8,38 @@
 #include "grid/all_gather.cuh"
 #include "grid/sequences.cuh"
 #include "common/r_matrix.cuh"
+#include "common/r_words.cuh"
 
 namespace grid {
 
-// The element of R that row `row` of the CTA's product multiplies with element k of a packet's word; 0
-// where there is none.
+// The element of R that row `row` of the CTA's product multiplies with element k of a packet's word.
+struct PlaceInR {
+    bool exists;
+    int gate, d, p;
+
+    __device__ PlaceInR(int rank, int row, int packet, int word, int k) {
+        // The unit among those of the CTA that sends it.
+        const int sent = packet % UNIT_PACKETS * PACKET_UNITS + word * WORD_ELEMENTS + k;
+        const int from = packet / PACKETS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
+        gate = FORWARD ? row % PRODUCED : packet % PACKETS / UNIT_PACKETS;
+        d = FORWARD ? to : from;
+        p = FORWARD ? from : to;
+        exists = packet < GROUP_SIZE * PACKETS && sent < UNITS && from < D && row < UNITS * PRODUCED &&
+                 to < D;
+    }
+
+    __device__ const Element* in(const Element* R, int n, int N) const {
+        const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
+        return head + static_cast<long long>(d) * D + p;
+    }
+};
+
+// That element; 0 where there is none.
 __device__ inline Element element_of_R(const Element* R, int n, int N, int rank, int row, int packet,
                                        int word, int k) {
-    // The unit among those of the CTA that sends it.
-    const int sent = packet % UNIT_PACKETS * PACKET_UNITS + word * WORD_ELEMENTS + k;
-    const int from = packet / PACKETS * UNITS + sent, to = rank * UNITS + row / PRODUCED;
-    const int gate = FORWARD ? row % PRODUCED : packet % PACKETS / UNIT_PACKETS;
-    const bool exists = packet < GROUP_SIZE * PACKETS && sent < UNITS && from < D &&
-                        row < UNITS * PRODUCED && to < D;
-    const Element* head = R + (static_cast<long long>(gate) * N + n) * D * D;
+    const PlaceInR place(rank, row, packet, word, k);
     Element found = {};
-    if (exists) {
-        const int d = FORWARD ? to : from, p = FORWARD ? from : to;
-        found = head[static_cast<long long>(d) * D + p];
-    }
+    if (place.exists) found = *place.in(R, n, N);
     return found;
 }
 
@@ -41,12 +54,18 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N, int r
     for (int w = 0; w < 4; ++w) {
         const int packet = Order::even_packet(slice, lane % 4) + operand_packet(step, w / 2);
         const int row = 16 * row_tile + w % 2 * 8 + lane / 4;
-        Element elements[WORD_ELEMENTS] = {};
+        const int word = operand_word(step, w / 2);
+        if constexpr (FORWARD && R_HAS_WORDS && UNITS % 2 == 0) {
+            const PlaceInR place(rank, row, packet, word, 0);
+            fragment.words[w] = place.exists ? load_word(place.in(R, n, N)) : 0;
+        } else {
+            Element elements[WORD_ELEMENTS] = {};
 #pragma unroll
-        for (int k = 0; k < WORD_ELEMENTS; ++k) {
-            elements[k] = element_of_R(R, n, N, rank, row, packet, operand_word(step, w / 2), k);
+            for (int k = 0; k < WORD_ELEMENTS; ++k) {
+                elements[k] = element_of_R(R, n, N, rank, row, packet, word, k);
+            }
+            memcpy(&fragment.words[w], elements, 4);
         }
-        memcpy(&fragment.words[w], elements, 4);
         fragment.words[w] = prepare(fragment.words[w], Operand{});
         // Without this, the compiler loads all elements before it makes words of the first ones, and
         // spills registers.

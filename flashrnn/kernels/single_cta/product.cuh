@@ -7,6 +7,7 @@
 // own the same units read the same, which those of the first tile store.
 
 #include "common/mma.cuh"
+#include "common/r_words.cuh"
 #include "single_cta/tile.cuh"
 
 namespace single_cta {
@@ -23,20 +24,40 @@ template <bool FORWARD>
 __device__ inline Fragment fragment(int f, const Element* R, int n, int N,
                                     const ThreadElements& elements) {
     const Element* matrix = R + (static_cast<long long>(f % GR) * N + n) * D * D;
+    const int first_unit = elements.first_unit + 2 * elements.i;
+    const int first_summed = f / GR * 2 * VECTOR + elements.j * (4 / sizeof(Element));
     Fragment fragment;
+    if constexpr (R_HAS_WORDS) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int summed = first_summed + half * VECTOR;
+            const bool exists = first_unit < D && summed < D;
+            unsigned loaded[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int row = FORWARD ? first_unit + k : summed + k;
+                loaded[k] = exists ? load_word(matrix + row * D + (FORWARD ? summed : first_unit)) : 0;
+            }
+            fragment.words[2 * half] = FORWARD ? loaded[0] : low_halves(loaded[0], loaded[1]);
+            fragment.words[2 * half + 1] = FORWARD ? loaded[1] : high_halves(loaded[0], loaded[1]);
+        }
+    } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            constexpr int WORD = 4 / sizeof(Element);
+            const int unit = first_unit + w % 2, summed = first_summed + w / 2 * VECTOR;
+            Element word[WORD] = {};
+#pragma unroll
+            for (int k = 0; k < WORD; ++k) {
+                if (unit < D && summed + k < D) {
+                    word[k] = FORWARD ? matrix[unit * D + summed + k] : matrix[(summed + k) * D + unit];
+                }
+            }
+            memcpy(&fragment.words[w], word, 4);
+        }
+    }
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-        constexpr int WORD = 4 / sizeof(Element);
-        const int unit = elements.first_unit + 2 * elements.i + w % 2;
-        const int summed = f / GR * 2 * VECTOR + w / 2 * VECTOR + elements.j * WORD;
-        Element word[WORD] = {};
-#pragma unroll
-        for (int k = 0; k < WORD; ++k) {
-            if (unit < D && summed + k < D) {
-                word[k] = FORWARD ? matrix[unit * D + summed + k] : matrix[(summed + k) * D + unit];
-            }
-        }
-        memcpy(&fragment.words[w], word, 4);
         fragment.words[w] = prepare(fragment.words[w], Operand{});
         // Otherwise the compiler loads the elements of all words first, and registers spill.
         materialize(fragment.words[w]);
