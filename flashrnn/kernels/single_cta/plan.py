@@ -84,8 +84,10 @@ class _Cycles(NamedTuple):
 
 # By whether they are of backward.
 _CYCLES = {False: _Cycles(190, 1), True: _Cycles(280, 1.8)}
-# Of a warp, for each fragment of R, and for each gate and state of each sequence.
+# Of a warp, for each product by a fragment of R, of which full float32 has three, and for each gate
+# and state of each sequence.
 _CYCLES_A_FRAGMENT = 9
+_PRODUCTS = {2: 1, 4: 3}
 _CYCLES_A_VALUE = 4.5
 # Of a CTA, for copies and barriers, where several share a multiprocessor's schedulers.
 _CYCLES_OF_COPIES = 160
@@ -418,7 +420,7 @@ def _cycles(head: _Head, tiling: _Tiling, busiest: int, mean: float, filled: flo
     CTAs' sequences that there are.
     """
     of = _CYCLES[head.backward]
-    product = _CYCLES_A_FRAGMENT * head.fragments
+    product = _CYCLES_A_FRAGMENT * head.fragments * _PRODUCTS[head.itemsize]
     cell = _CYCLES_A_VALUE * head.values * tiling.columns
     # Warps of a CTA meet at every step: those of one of the four schedulers add up.
     latency = of.fixed + max(1, tiling.computing_warps / 4) * (product + cell)
