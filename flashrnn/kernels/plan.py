@@ -102,6 +102,7 @@ class Counts(NamedTuple):
         starts: states that a reset goes back to; 0 without resets.
         sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
             without options of sequences.
+        saved: gates whose pre-activations forward saves; 0 where no gradient is needed.
     """
 
     recurrent: int
@@ -110,10 +111,11 @@ class Counts(NamedTuple):
     gates: int
     starts: int = 0
     sequence_bytes: int = 0
+    saved: int = 0
 
     @staticmethod
     def of(cell: TracedCell) -> Counts:
-        """Those of a cell, in a call without options of sequences."""
+        """Those of a cell, in a call without gradients and options of sequences."""
         recurrent, inputs = (len(cell.fed_by(source)) for source in ("R", "Wx"))
         return Counts(recurrent, inputs, len(cell.states), len(cell.gates))
 
@@ -123,6 +125,7 @@ class Counts(NamedTuple):
         return Counts.of(problem.cell)._replace(
             starts=len(problem.cell.states) if problem.resets else 0,
             sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
+            saved=len(problem.cell.gates) if problem.needs_gradient else 0,
         )
 
 

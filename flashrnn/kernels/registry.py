@@ -46,8 +46,10 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     return min(possible, key=lambda plan: plan.estimated_cycles, default=plans[0])
 
 
-# What float32 takes with TF32, of the estimate, which is for three products: 0.8 was measured.
-_WITH_TF32 = 0.75
+# Cycles that a step takes on an H200, of the estimate. What kernels are estimated to take compares
+# with one another and is too low by as much for all (docs/cost-model.md). With TF32 float32 takes
+# less, since the estimate is for three products: 0.8 was measured.
+_TAKEN, _TAKEN_WITH_TF32 = 1.18, 0.75
 
 
 @lru_cache(maxsize=1024)
@@ -67,5 +69,5 @@ def plan_steps(
     best = best_plan(problem, gpu, backward)
     if isinstance(best, str):
         return None
-    cycles = best.estimated_cycles * (_WITH_TF32 if precision == "tf32" else 1)
+    cycles = best.estimated_cycles * (_TAKEN_WITH_TF32 if precision == "tf32" else _TAKEN)
     return cell_plan.plan_steps(problem, precision, gpu, backward, cycles)

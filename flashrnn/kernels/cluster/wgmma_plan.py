@@ -28,18 +28,18 @@ _REGISTERS_OF_MANY_STATES = 8
 # With options of sequences.
 _REGISTERS_OF_SEQUENCES = 8
 
-# Cycles of a step, fitted to the times of 56 plans on an H200 (docs/cost-model.md), the mean of
-# calls that save pre-activations and calls that do not: 3% off in the median. All are scaled by
-# 0.83, so that they compare with the other regimes' estimates.
-_CYCLES_OF_A_PART = 960
+# Cycles of a step, fitted to 96 times of an H200 (docs/cost-model.md): 2% off in the median. All
+# are scaled by 0.83, so that they compare with the other regimes' estimates.
+_CYCLES_OF_A_PART = 710
 # For each step of the product and warpgroup whose R is read from shared memory, by each part.
-_CYCLES_A_READ = 15.2
+_CYCLES_A_READ = 14.2
 # For each unit of all CTAs and n-tile: h, exchanged and multiplied.
-_CYCLES_AN_H = 0.735
-# For each gate and state of the CTA's units.
-_CYCLES_A_VALUE = 0.247
-# What is left of those two when h of a part is on its way during the other's turn.
-_LEFT_OF_TWO_PARTS = 0.67
+_CYCLES_AN_H = 0.705
+# For each gate and state of the CTA's units, and more for each gate that is saved.
+_CYCLES_A_VALUE = 0.239
+_CYCLES_A_SAVED_VALUE = 0.154
+# What is left of these when h of a part is on its way during the other's turn.
+_LEFT_OF_TWO_PARTS = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +209,10 @@ def estimated_cycles(plan: ClusterWgmmaPlan, counts: Counts, B: int, N: int, gpu
     """The cycles of a step of all sequences, by which plans of all regimes are compared."""
     steps = plan.size * plan.units // 16
     elements = plan.size * plan.units * plan.n_tiles
-    values = 8 * plan.units * plan.n_tiles * (counts.gates + counts.states)
+    of_a_unit = _CYCLES_A_VALUE * (counts.gates + counts.states)
+    of_a_unit += _CYCLES_A_SAVED_VALUE * counts.saved
     reads = plan.warpgroups * (steps - plan.in_registers)
-    of_sequences = _CYCLES_AN_H * elements + _CYCLES_A_VALUE * values
+    of_sequences = _CYCLES_AN_H * elements + 8 * plan.units * plan.n_tiles * of_a_unit
     if plan.parts == 2:
         of_sequences *= _LEFT_OF_TWO_PARTS
     of_parts = plan.parts * (_CYCLES_OF_A_PART + _CYCLES_A_READ * reads)

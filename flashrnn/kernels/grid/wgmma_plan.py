@@ -9,7 +9,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch
+from flashrnn.kernels.plan import Counts, Plan, Scratch
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -23,12 +23,12 @@ _MOST_SLICES_AT_ONCE = 4
 # Numbers of wgmma_tile.cuh.
 _THREADS, _WARPGROUPS, _LANE_UNITS, _PACKET_WORDS = 256, 2, 6, 3
 
-# Cycles of a step, fitted to times of 10 plans on an H200, the means of calls that save
-# pre-activations and calls that do not, and then multiplied by 0.87: the estimates of grid and of
-# cluster plans by mma, which came from other machines, are lower than these times by as much
-# (docs/cost-model.md, "How plans are chosen"). A step of a batch tile takes so many for each slice
-# that its warps receive and multiply, and for each state and gate of the cell.
-_STEP_CYCLES, _SLICE_CYCLES, _VALUE_CYCLES = 250, 44, 284
+# Cycles of a step, fitted to 20 times of an H200 and scaled by 0.83, so that they compare with the
+# other regimes' estimates (docs/cost-model.md): 3% off in the median. Each warp has a batch tile of
+# its own, so that the cell takes as long for one as for four: so many cycles for each gate that R
+# feeds, whose sums partner warps exchange, and for each state. But batch tiles wait for one another
+# where they receive slices and where they save gates.
+_VALUE_CYCLES, _SLICE_CYCLES, _SAVED_GATE_CYCLES = 850, 41, 211
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> GridWgmmaPlan | 
         packets=batch_tiles * 2 * _WARPGROUPS * slices * 2 * 2 * 32,
         shared_memory=shared_memory,
     )
-    values = len(cell.states) + len(cell.gates)
-    cycles = estimated_cycles(plan, values, max(1, problem.B), N, gpu)
+    counts = Counts.of_problem(problem)
+    cycles = estimated_cycles(plan, counts, max(1, problem.B), N, gpu)
     return replace(plan, estimated_cycles=cycles)
 
 
@@ -143,13 +143,11 @@ def _shared_memory(slices: int, recurrent: int, gates: int) -> int:
     return matrix + partner_sums + 4 * gates * GridWgmmaPlan.UNITS
 
 
-def estimated_cycles(plan: GridWgmmaPlan, values: int, B: int, N: int, gpu: GPU) -> float:
-    """What a step of all sequences takes, comparable with the grid's ``estimated_cycles``.
-
-    `values`: states and gates of a cell.
-    """
+def estimated_cycles(plan: GridWgmmaPlan, counts: Counts, B: int, N: int, gpu: GPU) -> float:
+    """What a step of all sequences takes, comparable with the grid's ``estimated_cycles``."""
     slices = _WARPGROUPS * _slices_a_warp(plan.size)
     work_tiles = N * tiles_of(B, 16 * plan.batch_tiles)
     rounds = tiles_of(work_tiles, plan.groups(B, N, gpu))
-    of_a_tile = _SLICE_CYCLES * slices + _VALUE_CYCLES * values
-    return rounds * (_STEP_CYCLES + plan.batch_tiles * of_a_tile)
+    of_a_tile = _SLICE_CYCLES * slices + _SAVED_GATE_CYCLES * counts.saved
+    of_the_cell = _VALUE_CYCLES * (counts.recurrent + counts.states)
+    return rounds * (of_the_cell + plan.batch_tiles * of_a_tile)

@@ -125,15 +125,15 @@ def plan_steps(
     """The plan, where a step is estimated to take less time by it than by another way.
 
     T does not matter, so that a sequence in parts has the bits of the whole: a persistent kernel's
-    start, 17,000 cycles on an H200, is less than a step of the calls that this is for. Nor does it
-    matter whether pre-activations are saved, so that a call without gradients has the same bits.
+    start, 17,000 cycles on an H200, is less than a step of the calls that this is for. What steps
+    take is estimated as if they saved pre-activations in any case.
 
     Args:
         problem: what is computed.
         precision: how products are computed.
         gpu: on which GPU.
         backward: the direction.
-        cycles: of a step by the other way.
+        cycles: that a step takes by the other way.
     """
     # What rows that begin anywhere cost is not known.
     rows_begin_anywhere = problem.D * problem.dtype.itemsize % 16 != 0

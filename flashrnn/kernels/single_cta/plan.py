@@ -7,7 +7,7 @@ loop over time spills, which tests look for in the machine code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ LARGEST_HEAD = 128
 # Registers that a computing thread needs beside R's, by bytes of an element. Full float32 splits
 # every factor in two, which takes more.
 _WORKING_REGISTERS = {2: 64, 4: 136}
+# Registers of which the compiler makes use beside those of R and of the cell, where it is free to.
+_USED_REGISTERS = {2: 56, 4: 128}
+_REGISTERS_OF_A_MULTIPROCESSOR = 64 * 1024
 # The most fragments of R in registers, 4 registers of a thread each, by bytes of an element.
 _MOST_FRAGMENTS_IN_REGISTERS = {2: 32, 4: 22}
 
@@ -63,7 +66,7 @@ _MOST_SHARING = {False: 48, True: 32}
 # Shared memory of a multiprocessor that the system takes for each CTA.
 _RESERVED_MEMORY = 1024
 
-# An estimate is not better than that: of plans so much alike the first is taken.
+# An estimate is not better than that: of plans so much alike the one with the widest CTAs is taken.
 _ALIKE = 1.03
 
 
@@ -72,19 +75,35 @@ class _Cycles(NamedTuple):
 
     Attributes:
         fixed: of a CTA, whatever it computes.
-        product: for each k-step of the product of each warp that a scheduler runs.
-        sequence: for each sequence of a tile of each such warp.
-        another: that a further CTA of the multiprocessor adds, for each sequence and warp of it.
+        others: how much longer than alone a warp keeps its scheduler busy for other CTAs' warps.
     """
 
     fixed: float
-    product: float
-    sequence: float
-    another: float
+    others: float
 
 
 # By whether they are of backward.
-_CYCLES = {False: _Cycles(210, 26, 43, 10), True: _Cycles(210, 48, 46, 20)}
+_CYCLES = {False: _Cycles(190, 1), True: _Cycles(280, 1.8)}
+# Of a warp, for each product by a fragment of R, of which full float32 has three, and for each gate
+# and state of each sequence.
+_CYCLES_A_FRAGMENT = 9
+_PRODUCTS = {2: 1, 4: 3}
+_CYCLES_A_VALUE = 4.5
+# Of a CTA, for copies and barriers, where several share a multiprocessor's schedulers.
+_CYCLES_OF_COPIES = 160
+# Of the multiprocessor's share of main memory, for each row of a head that a step reads or writes,
+# and for each byte of it. Less than a sector is not moved.
+_CYCLES_A_ROW = 1.4
+_CYCLES_A_BYTE = 0.063
+_SECTOR_BYTES = 32
+# Several heads write one line of the L2 cache, each its rows, and their CTAs run apart, the more so
+# the more sequences of a multiprocessor are in other CTAs. A written row takes so much longer for
+# each of those, times the part of the line that other heads write.
+_LINE_BYTES = 128
+_LONGER_FOR_OTHERS = 0.025
+# Latency, issue and memory overlap, but not wholly where two of them take equally long: they are
+# added as powers of so much.
+_OVERLAP = 6
 
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
@@ -171,9 +190,10 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> SingleCtaPlan | str
             "since one CTA computes a whole head"
         )
     head = _head(problem, backward)
-    if possible := _plans(head, problem.B, problem.N, gpu):
+    if possible := _plans(head, max(1, problem.B), problem.N, gpu):
         least = min(plan.estimated_cycles for plan in possible)
-        return next(plan for plan in possible if plan.estimated_cycles <= _ALIKE * least)
+        alike = (plan for plan in possible if plan.estimated_cycles <= _ALIKE * least)
+        return max(alike, key=lambda plan: plan.sequences)
     return (
         f"{head.recurrent} gates of {head.D} units that R feeds; with what a step reads and "
         f"writes they take more than the {gpu.shared_memory} bytes of shared memory that this "
@@ -189,7 +209,7 @@ def possible_plans(problem: Problem, gpu: GPU, backward: bool) -> tuple[SingleCt
         gpu: the device.
         backward: whether for the backward scan.
     """
-    return _plans(_head(problem, backward), problem.B, problem.N, gpu)
+    return _plans(_head(problem, backward), max(1, problem.B), problem.N, gpu)
 
 
 def _first_read(cell: TracedCell) -> int:
@@ -213,6 +233,7 @@ def _head(problem: Problem, backward: bool) -> _Head:
         backward,
         counts.recurrent,
         counts.gates,
+        counts.gates + counts.states,
         inputs,
         outputs,
         problem.D,
@@ -228,6 +249,7 @@ class _Head(NamedTuple):
         backward: the direction.
         recurrent: gates that R feeds.
         gates: all gates.
+        values: gates and states.
         inputs: rows of a line of the ring: numbers of a unit that a step reads.
         outputs: rows of the lines that a step writes, one number for each kind of line.
         D: head dimension.
@@ -238,6 +260,7 @@ class _Head(NamedTuple):
     backward: bool
     recurrent: int
     gates: int
+    values: int
     inputs: int
     outputs: tuple[int, ...]
     D: int
@@ -306,24 +329,15 @@ class _Tiling(NamedTuple):
     producer_warps: int
     at_once: int
 
-    def cycles(self, B: int, N: int, gpu: GPU, backward: bool) -> float:
-        """An estimate of what a step of all sequences takes."""
-        ctas = N * tiles_of(B, self.tiles * self.columns)
-        rounds, rest = divmod(ctas, self.at_once * gpu.multiprocessors)
-        cycles = rounds * self._cycles(self.at_once, backward)
-        if rest:
-            # How many a multiprocessor has: forward their mean fits, backward those of the busiest.
-            busiest, mean = tiles_of(rest, gpu.multiprocessors), rest / gpu.multiprocessors
-            cycles += self._cycles(busiest if backward else max(1, mean), backward)
-        return cycles
+    @property
+    def sequences(self) -> int:
+        """Sequences of a CTA."""
+        return self.tiles * self.columns
 
-    def _cycles(self, ctas: float, backward: bool) -> float:
-        """With so many CTAs on a multiprocessor."""
-        of = _CYCLES[backward]
-        # Warps of a CTA meet at every step: those of one of the four schedulers add up.
-        in_turn = max(1, self.tiles * self.warps / 4)
-        alone = of.fixed + in_turn * (of.product * self.warps + of.sequence * self.columns)
-        return alone + (ctas - 1) * of.another * self.warps * self.columns
+    @property
+    def computing_warps(self) -> int:
+        """Computing warps of a CTA."""
+        return self.tiles * self.warps
 
 
 @lru_cache(maxsize=1024)
@@ -352,7 +366,7 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
     """The plan of a tiling, if shared memory suffices."""
     in_registers = _fragments_in_registers(head, tiling, gpu)
     R_bytes = (head.fragments - in_registers) * head.computing_warps * _FRAGMENT_BYTES
-    sequences = tiling.tiles * tiling.columns
+    sequences = tiling.sequences
     at_once = tiling.at_once if head.has_few_gates else 1
     # Of the shared memory that CTAs of a multiprocessor divide, each takes some for the system.
     share = (gpu.shared_memory + _RESERVED_MEMORY) // at_once - _RESERVED_MEMORY
@@ -361,7 +375,7 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
     if stages < _FEWEST_STAGES:
         return None
     lines = sequences * (stages * head.input_bytes + head.output_bytes)
-    return SingleCtaPlan(
+    plan = SingleCtaPlan(
         D=head.D,
         backward=head.backward,
         sequences=sequences,
@@ -371,13 +385,61 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
         stages=stages,
         at_once=at_once,
         shared_memory=R_bytes + lines + _READ_BEYOND_LINES,
-        estimated_cycles=tiling.cycles(B, N, gpu, head.backward),
     )
+    resident = _resident(head, tiling, plan, gpu)
+    return replace(plan, estimated_cycles=_estimated_cycles(head, tiling, resident, B, N, gpu))
+
+
+def _resident(head: _Head, tiling: _Tiling, plan: SingleCtaPlan, gpu: GPU) -> int:
+    """CTAs on a multiprocessor: more than the compiler is held to, if it needs fewer registers."""
+    elements = max(1, tiling.columns // 2)
+    used = 4 * plan.in_registers + elements * head.values + _USED_REGISTERS[head.itemsize]
+    of_a_cta = plan.threads * 8 * tiles_of(used, 8)
+    by_memory = (gpu.shared_memory + _RESERVED_MEMORY) // (plan.shared_memory + _RESERVED_MEMORY)
+    return max(tiling.at_once, min(_REGISTERS_OF_A_MULTIPROCESSOR // of_a_cta, by_memory))
+
+
+def _estimated_cycles(
+    head: _Head, tiling: _Tiling, resident: int, B: int, N: int, gpu: GPU
+) -> float:
+    """What a step of all sequences takes, with so many CTAs resident on a multiprocessor."""
+    tiles = tiles_of(B, tiling.sequences)
+    filled = B / (tiles * tiling.sequences)
+    rounds, rest = divmod(N * tiles, resident * gpu.multiprocessors)
+    cycles = rounds * _cycles(head, tiling, resident, resident, filled)
+    if rest:
+        busiest = tiles_of(rest, gpu.multiprocessors)
+        cycles += _cycles(head, tiling, busiest, rest / gpu.multiprocessors, filled)
+    return cycles
+
+
+def _cycles(head: _Head, tiling: _Tiling, busiest: int, mean: float, filled: float) -> float:
+    """A step of one round of CTAs.
+
+    `busiest`: CTAs of the multiprocessor that has most; `mean`: of all; `filled`: the part of the
+    CTAs' sequences that there are.
+    """
+    of = _CYCLES[head.backward]
+    product = _CYCLES_A_FRAGMENT * head.fragments * _PRODUCTS[head.itemsize]
+    cell = _CYCLES_A_VALUE * head.values * tiling.columns
+    # Warps of a CTA meet at every step: those of one of the four schedulers add up.
+    latency = of.fixed + max(1, tiling.computing_warps / 4) * (product + cell)
+    of_a_cta = _CYCLES_OF_COPIES + tiling.computing_warps * of.others * (product + cell)
+    issue = busiest * of_a_cta / 4
+    row_bytes = max(_SECTOR_BYTES, head.D * head.itemsize)
+    in_other_ctas = (busiest - 1) * tiling.columns
+    of_other_heads = max(0, 1 - row_bytes / _LINE_BYTES)
+    written = sum(head.outputs) * (1 + _LONGER_FOR_OTHERS * in_other_ctas * of_other_heads)
+    rows = head.inputs + written
+    # Multiprocessors compete for memory, but each has a limit of its own too.
+    sequences = tiling.sequences * (mean * filled + busiest) / 2
+    memory = sequences * rows * (_CYCLES_A_ROW + _CYCLES_A_BYTE * row_bytes)
+    return float(sum(x**_OVERLAP for x in (latency, issue, memory)) ** (1 / _OVERLAP))
 
 
 def _fragments_in_registers(head: _Head, tiling: _Tiling, gpu: GPU) -> int:
     """How many of a warp's fragments of R stay in registers."""
-    registers, warps = _MOST_REGISTERS, tiling.tiles * tiling.warps
+    registers, warps = _MOST_REGISTERS, tiling.computing_warps
     if gpu.shifts_registers and tiling.producer_warps == 4 and warps in _SHIFTED_REGISTERS:
         registers = _SHIFTED_REGISTERS[warps]
     elif warps > 6:
