@@ -10,10 +10,9 @@
 //
 // - R: where a row has numbers, zeros aside, that are more than 29 powers of two apart, or not finite, the
 //   warp multiplies tf32 operands, as for an h without a bound;
-// - h: a step may make a tiny one, and initial states may be of any size. The sums of such a sequence are
-//   computed again, as those of several products, each of the h within 29 powers of two (a layer). So
-//   every term is as precise as in the range, and other sequences keep their sums. Whoever writes such an
-//   h marks the step (marked_step() of forward.cu).
+// - h: a step may make a tiny one, and initial states may be of any size. The sums are then computed
+//   again, as those of several products, each of the h within 29 powers of two (a layer). So every term
+//   is as precise as in the range. Whoever writes such an h marks the step (marked_step() of forward.cu).
 
 #include "single_cta/product.cuh"
 
@@ -188,10 +187,9 @@ __device__ inline unsigned layer_bit(unsigned h) {
     return 2 * h ? 1u << layer : 0u;
 }
 
-// Computes the sums of those sequences again that have an h out of the range.
+// As split_product(), of h of any size. Sequences whose h all are in the range get the same bits.
 __device__ inline void multiply_in_layers(float (&sums)[GR][4], const SplitMatrix& matrix,
                                           unsigned line) {
-    // Of the column whose h the lane loads.
     unsigned layers = 0;
 #pragma unroll 1
     for (int step = 0; step < STEPS; step += 2) {
@@ -200,37 +198,23 @@ __device__ inline void multiply_in_layers(float (&sums)[GR][4], const SplitMatri
 #pragma unroll
         for (int w = 0; w < 4; ++w) layers |= layer_bit(words[w]);
     }
-    layers |= __shfl_xor_sync(~0u, layers, 1);
-    layers |= __shfl_xor_sync(~0u, layers, 2);
-    if (!(layers & ~(1u << LAYER_OF_RANGE))) layers = 0;
-    unsigned all = layers;
 #pragma unroll
-    for (int other = 4; other < 32; other *= 2) all |= __shfl_xor_sync(~0u, all, other);
-    // The lane's sums are of the columns 2 j and 2 j + 1.
+    for (int lane = 1; lane < 32; lane *= 2) layers |= __shfl_xor_sync(~0u, layers, lane);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        const bool is_computed = __shfl_sync(~0u, layers, 4 * (2 * (threadIdx.x % 4) + k));
-#pragma unroll
-        for (int s = 0; s < GR; ++s) {
-            if (is_computed) sums[s][k] = sums[s][k + 2] = 0.0f;
-        }
-    }
+    for (int i = 0; i < 4 * GR; ++i) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll 1
     for (int layer = 0; layer <= INFINITE_LAYER; ++layer) {
-        if (!(all >> layer & 1)) continue;
+        if (!(layers >> layer & 1)) continue;
         const bool is_infinite = layer == INFINITE_LAYER;
         const int above = is_infinite ? 0 : (layer - LAYER_OF_RANGE) * EXPONENTS;
         const auto scale = [&](unsigned word) {
-            const bool has_part = layers && layer_bit(word) == 1u << layer;
-            return has_part ? scaled(__uint_as_float(word), H_SCALE - above) : 0.0f;
+            const bool is_part = layer_bit(word) == 1u << layer;
+            return is_part ? scaled(__uint_as_float(word), H_SCALE - above) : 0.0f;
         };
         float of_layer[GR][4];
         split_product(of_layer, matrix, line, scale, is_infinite);
 #pragma unroll
-        for (int s = 0; s < GR; ++s) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[s][i] += scaled(of_layer[s][i], above);
-        }
+        for (int i = 0; i < 4 * GR; ++i) sums[i / 4][i % 4] += scaled(of_layer[i / 4][i % 4], above);
     }
 }
 
