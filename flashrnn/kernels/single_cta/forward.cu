@@ -2,7 +2,8 @@
 //
 // What lives where:
 //
-// - registers of the computing warps: R (product.cuh), the bias, the carried states in float32;
+// - registers of the computing warps: R (product.cuh, split_product.cuh), the bias, the carried states in
+//   float32;
 // - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
 //   inputs; two buffers, of even and odd steps, of new states, whose h is the next product's operand;
 //   two buffers of pre-activations, where they are saved;

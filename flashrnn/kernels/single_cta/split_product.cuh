@@ -187,7 +187,8 @@ __device__ inline unsigned layer_bit(unsigned h) {
     return 2 * h ? 1u << layer : 0u;
 }
 
-// As split_product(), of h of any size. Sequences whose h all are in the range get the same bits.
+// Changes what split_product() gave to the sums of h of any size. Sequences whose h all are in the range
+// keep their bits.
 __device__ inline void multiply_in_layers(float (&sums)[GR][4], const SplitMatrix& matrix,
                                           unsigned line) {
     unsigned layers = 0;
@@ -200,6 +201,7 @@ __device__ inline void multiply_in_layers(float (&sums)[GR][4], const SplitMatri
     }
 #pragma unroll
     for (int lane = 1; lane < 32; lane *= 2) layers |= __shfl_xor_sync(~0u, layers, lane);
+    if (!(layers & ~(1u << LAYER_OF_RANGE))) return;
 #pragma unroll
     for (int i = 0; i < 4 * GR; ++i) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll 1
