@@ -43,6 +43,9 @@ if __name__ == "__main__":
         by_steps(pytest.MonkeyPatch())
     for kind, sizes, dtype in WORKLOAD:
         inputs = random_inputs(kind, *sizes, dtype, "cuda")
+        # Beyond what small heads in float32 can split.
+        with torch.no_grad():
+            inputs.states[0, 0] *= 1e-12
         gradients(call(kind, inputs, backend=backend), inputs)
         torch.cuda.synchronize()
         # Lengths and packed rows with resets, in both directions; sequences without a step.

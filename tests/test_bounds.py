@@ -12,7 +12,7 @@ from flashrnn.cells.bounds import ANYTHING, bound_of_h, intervals
 from flashrnn.cells.graph import GraphBuilder
 from flashrnn.cells.operations import OPERATIONS
 from flashrnn.cells.traced import FORWARD_CLIPVAL, TracedCell, clipped
-from flashrnn.kernels.source import h_is_never_large
+from flashrnn.kernels.source import exponent_of_h
 from tests.patterns import linear, summing
 from tests.patterns import root as root_cell
 from tests.problems import sparse, wide
@@ -109,15 +109,18 @@ def test_bounds_hold_for_each_operation_of_bounded_numbers(name, data):
 
 
 @pytest.mark.parametrize(
-    ("own", "bound"),
-    [(elman, 1), (lstm, 1), (everything, 1.25), (gru, None), (slstm, None), (linear, None)],
+    ("own", "bound", "exponent"),
+    [
+        *[(elman, 1, 1), (lstm, 1, 1), (everything, 1.25, 1)],
+        *[(own, None, None) for own in (gru, slstm, linear)],
+    ],
     ids=str,
 )
-def test_bounds_of_h(own, bound):
+def test_bounds_of_h(own, bound, exponent):
     for cell in (traced(own), clipped(traced(own))):
         found = bound_of_h(cell.graphs.forward)
         assert found is None if bound is None else bound <= found < 1.01 * bound
-        assert h_is_never_large(cell) == (bound is not None)
+        assert exponent_of_h(cell) == exponent
 
 
 def test_every_operation_has_a_rule():

@@ -18,7 +18,9 @@ from tests.patterns import (
     follows_vanilla,
     ignores_what_is_not_there,
 )
-from tests.problems import Inputs, call, random_inputs, relative_error
+from tests.problems import BUILT_IN, Inputs, call, random_inputs, relative_error
+from tests.terms import SIZES as SIZES_OF_TERMS
+from tests.terms import keeps_every_term, leaves_other_sequences_alone
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +56,40 @@ def test_finite_infinite_and_nan_where_vanilla_has_them(backend, sizes, dtype, c
 )
 def test_bounded_h_takes_care_where_it_must(backend, sizes, kind, forward_clipval):
     bounded_follows_vanilla(backend, kind, *sizes, device="cuda", forward_clipval=forward_clipval)
+
+
+@pytest.mark.parametrize("sizes", SIZES_OF_TERMS)
+@pytest.mark.parametrize("D", [16, 64, 100, 128])
+def test_every_term_has_its_precision(D, sizes):
+    keeps_every_term("cuda_fused", D, sizes, device="cuda", B=17)
+
+
+@pytest.mark.parametrize("bound", [1e-6, 1e6, 1e15])
+@pytest.mark.parametrize("sizes", ["ordinary", "tinier", "larger", "spread", "spread, large"])
+def test_every_term_has_its_precision_whatever_the_bound(bound, sizes):
+    keeps_every_term("cuda_fused", 64, sizes, bound, device="cuda", B=17)
+
+
+@pytest.mark.parametrize("kind", ["elman", "lstm"])
+@pytest.mark.parametrize("D", [16, 64, 100, 128])
+@pytest.mark.parametrize("B", [3, 64])
+def test_what_float16_cannot_hold_leaves_other_sequences_alone(kind, D, B):
+    leaves_other_sequences_alone("cuda_fused", kind, B, 50, 12, D, device="cuda")
+
+
+@pytest.mark.parametrize("T", [1, 200])
+@pytest.mark.parametrize("D", [16, 64, 100, 128])
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_float32_is_as_precise_as_three_products_are(kind, D, T):
+    """Without TF32, of small heads; the bound is a tenth of what all backends are held to."""
+    for B in (2, 64):
+        inputs = random_inputs(kind, B, T, 3, D, torch.float32, "cuda", seed=T)
+        with torch.no_grad():
+            given = call(kind, inputs, backend="cuda_fused")
+            again = call(kind, inputs, backend="cuda_fused")
+            truth = call(kind, inputs.to(torch.float64), backend="vanilla")
+        assert all(torch.equal(x, y) for x, y in zip(given, again, strict=True))
+        assert all(relative_error(x, y) <= 1e-6 for x, y in zip(given, truth, strict=True))
 
 
 @pytest.mark.parametrize("kind", BAD_AT_ZERO, ids=str)

@@ -9,6 +9,7 @@ plan, the cell, and the record of the call.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -109,10 +110,16 @@ def _add(name: str, generated: Mapping[str, str], parts: dict[str, str]) -> None
     parts[name] = _INCLUDE.sub("", text)
 
 
-def h_is_never_large(cell: TracedCell) -> bool:
-    """Whether each new h is NaN or less than 2^60 in size: see ``common/mma.cuh``."""
+def exponent_of_h(cell: TracedCell) -> int | None:
+    """The least exponent such that each new h is NaN or less than 2 to it in size, at least -16.
+
+    ``None`` if it is more than 60, or if there is none: see ``single_cta/split_product.cuh``.
+    """
     bound = bound_of_h(cell.graphs.forward)
-    return bound is not None and bound < 2**60
+    if bound is None:
+        return None
+    exponent = max(math.frexp(bound)[1], -16)
+    return exponent if exponent <= 60 else None
 
 
 Options = tuple[tuple[str, bool | int], ...]

@@ -19,9 +19,10 @@ from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
 from tests.gpus import GPUS, H200, planned
-from tests.machine_code import needs_nvrtc, spills_in_a_loop
+from tests.machine_code import instructions, needs_nvrtc, spills_in_a_loop
 from tests.patterns import bounded_follows_vanilla, follows_vanilla
 from tests.problems import call, gradients, random_inputs, relative_error, wide
+from tests.terms import SIZES, keeps_every_term, leaves_other_sequences_alone
 
 # ---- the machine code
 
@@ -84,6 +85,28 @@ def test_compiles_for_every_architecture_without_spills(kind, arch):
 def test_compiles_for_every_plan_without_spills(kind, sizes, precision):
     for parts in programs(kind, *sizes, precision, H200):
         assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kind", "arch", "by_float16"),
+    [
+        pytest.param(kind, arch, by_float16, marks=[] if quick else pytest.mark.slow)
+        for kind, by_float16 in (("elman", True), ("lstm", True), ("gru", False), ("slstm", False))
+        for arch in GPUS
+        for quick in [(kind, arch) == ("elman", "sm_90a")]
+    ],
+)
+def test_a_bounded_h_takes_half_the_instructions(kind, arch, by_float16):
+    """Of float16 a step's product, and once more for h of any size; of tf32 where R needs it."""
+    plan = plan_scan(planned(kind, 16, 12, 64, torch.float32), GPUS[arch], False)
+    parts = plan.source(resolve(kind), "float32", source.forward_options(True), aligned=True)
+    assert not spills_in_a_loop(parts, arch)
+    products = instructions(parts, arch, "HMMA")
+    gates = len(resolve(kind).fed_by("R"))
+    float16 = sum("TF32" not in name for name in products)
+    assert len(products) - float16 == gates * (64 // 8) * 3
+    assert float16 == (2 * gates * (64 // 16) * 3 if by_float16 else 0)
 
 
 # ---- around the kernels
@@ -215,6 +238,50 @@ def test_no_kernel_of_its_own_for_a_length(on_the_cpu):
 @pytest.mark.parametrize("kind", ["lstm", pytest.param("elman", marks=pytest.mark.slow)])
 def test_bounded_h_takes_care_where_it_must(on_the_cpu, kind, forward_clipval):
     bounded_follows_vanilla("cuda_fused", kind, 3, 4, 2, 20, forward_clipval=forward_clipval)
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_term_has_its_precision(on_the_cpu, sizes):
+    keeps_every_term("cuda_fused", 20, sizes)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["ordinary", "tinier", "larger", "spread", "spread, large"])
+@pytest.mark.parametrize("bound", [1e-6, 0.5, 1e6, 1e15])
+def test_every_term_has_its_precision_whatever_the_bound(on_the_cpu, bound, sizes):
+    keeps_every_term("cuda_fused", 20, sizes, bound)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [16, 64, 112, 128])
+@pytest.mark.parametrize("sizes", ["spread", "rows of R", "wide R"])
+def test_every_term_has_its_precision_in_heads_of_any_size(on_the_cpu, D, sizes):
+    keeps_every_term("cuda_fused", D, sizes)
+
+
+@needs_compiler
+def test_what_float16_cannot_hold_leaves_other_sequences_alone(on_the_cpu):
+    """A tile's sequences are columns of one product. Some steps later h is in the range again."""
+    leaves_other_sequences_alone("cuda_fused", "lstm", 7, 4, 1, 20)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [1e-30, 1e6, 1e38])
+def test_resets_to_what_float16_cannot_hold(on_the_cpu, value):
+    inputs = random_inputs("lstm", 3, 4, 1, 20, torch.float32)
+    reset = torch.zeros(3, 4, dtype=torch.bool)
+    reset[1, 2], reset[2, 0], reset[2, 3] = True, True, True
+    starts = inputs.states.detach().clone()
+    starts[0, ..., ::3] = value
+    with torch.no_grad():
+        results = [
+            call("lstm", x, backend=name, reset=reset, reset_states=starts.to(x.Wx))
+            for name, x in (("cuda_fused", inputs), ("vanilla", inputs.to(torch.float64)))
+        ]
+    assert all(relative_error(x, exact) < 1e-6 for x, exact in zip(*results, strict=True))
 
 
 @needs_compiler

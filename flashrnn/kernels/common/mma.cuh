@@ -79,8 +79,4 @@ __device__ inline void mma_pass(int pass, float (&c)[4], unsigned a0, unsigned a
 template <typename Operand>
 constexpr bool NEEDS_CARE = PASSES<Operand> > 1;
 
-// Whether |x| >= 2^60. Sums of up to 2^7 products of smaller factors, or of their parts, cannot
-// overflow. Not true of NaN, with which scalar arithmetic gives NaN too.
-__device__ inline bool is_large(float x) { return fabsf(x) >= 1.152921504606846976e18f; }
-
 __device__ inline bool is_finite(float x) { return fabsf(x) <= 3.4028234663852886e38f; }

@@ -2,7 +2,8 @@
 //
 // What lives where:
 //
-// - registers of the computing warps: R (product.cuh), the bias, the carried states in float32;
+// - registers of the computing warps: R (product.cuh, split_product.cuh), the bias, the carried states in
+//   float32;
 // - shared memory: the fragments of R that registers do not hold; a ring of the next STAGES steps'
 //   inputs; two buffers, of even and odd steps, of new states, whose h is the next product's operand;
 //   two buffers of pre-activations, where they are saved;
@@ -14,7 +15,7 @@
 // common/forward_producer.cuh shows what the producer threads do meanwhile.
 
 #include "single_cta/tile.cuh"
-#include "single_cta/product.cuh"
+#include "single_cta/split_product.cuh"
 #include "common/copier.cuh"
 #include "common/forward_producer.cuh"
 
@@ -48,21 +49,10 @@ constexpr int LAYOUT_BYTES = FRAGMENT_BYTES +
 static_assert(SAVE_GATES ? LAYOUT_BYTES == SHARED_MEMORY : LAYOUT_BYTES <= SHARED_MEMORY,
               "plan.py computes the same layout");
 
-// Whether sums of the product may come out as NaN although they are none (NEEDS_CARE): at the first
-// step, whose h is in the lines, or at any later one.
-__device__ inline bool product_may_make_nan(const Matrix& matrix, const Element* lines) {
-    if (!NEEDS_CARE<Operand> || !H_IS_NEVER_LARGE) return NEEDS_CARE<Operand>;
-    bool large = false;
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-        const Fragment a = matrix[f];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) large |= is_large(__uint_as_float(a.words[w]));
-    }
-    for (int i = threadIdx.x % 32; i < SEQUENCES * BLOCK_D; i += 32) {
-        large |= is_large(to_float(lines[i / BLOCK_D * STATE_PITCH + i % BLOCK_D]));
-    }
-    return __any_sync(~0u, large);
+// Where a buffer of states says which step last wrote an h that split_product() cannot split, in the
+// padding of its first line. -1 stands for the initial states, which count as such.
+__device__ inline int* marked_step(Element* states) {
+    return reinterpret_cast<int*>(states + STATE_PITCH - VECTOR);
 }
 
 // What an element's states go back to before a step.
@@ -73,10 +63,10 @@ __device__ inline float start(int s, int e, int step, const ThreadElements& elem
 }
 
 // All steps of the scan, of a computing warp. RECOMPUTE: elements whose pre-activations are NaN are
-// computed once more with scalar products.
+// computed once more with scalar products. Otherwise R is split where it SPLITS.
 template <bool RECOMPUTE>
 __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bias)[G][ELEMENTS],
-                                 const Matrix& matrix, const ThreadElements& elements,
+                                 const SplitMatrix& matrix, const ThreadElements& elements,
                                  const Element* ring, Element* new_states, Element* saved,
                                  const Element* R, int n, int N, long long T, const Clips& clips,
                                  const Sequence* table, const ResetStates& starts) {
@@ -102,7 +92,14 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
     int slot = 0;
     for (int t = 0; t < T; ++t) {
         float sums[GR][4], preactivations[G][ELEMENTS];
-        recurrent_product(sums, matrix, line + (t + 1) % 2 * BUFFER_BYTES);
+        const unsigned h_before = line + (t + 1) % 2 * BUFFER_BYTES;
+        bool in_layers = false;
+        if constexpr (SPLITS && !RECOMPUTE) {
+            in_layers = *marked_step(new_states + (t + 1) % 2 * STATES) == t - 1;
+            split_product(sums, matrix, h_before);
+        } else {
+            recurrent_product(sums, matrix, h_before);
+        }
         // This does not depend on the product, so it runs while the tensor core is busy.
         const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -114,6 +111,11 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
             }
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) preactivations[k][e] = input[e] + bias[k][e];
+        }
+        if constexpr (SPLITS && !RECOMPUTE) {
+            if (__any_sync(~0u, in_layers)) {
+                multiply_in_layers(sums, matrix, h_before);
+            }
         }
         // Whether the next step starts anew.
         bool is_cut[ELEMENTS];
@@ -186,6 +188,14 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
             }
             store_elements(to + H_ROW * BLOCK_D, STATE_PITCH, carried[0], elements);
         }
+        if constexpr (SPLITS) {
+            bool is_marked = false;
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                is_marked |= is_out_of_range(carried[0][e]) & (D == BLOCK_D || elements.unit(e) < D);
+            }
+            if (is_marked) *marked_step(to) = t;
+        }
         named_barrier<THREADS>();
     }
 }
@@ -251,7 +261,7 @@ single_cta_forward(CALL) {
 
     if (SHIFT_REGISTERS) setmaxnreg_inc<COMPUTING_REGISTERS>();
     const ThreadElements elements;
-    Matrix matrix;
+    SplitMatrix matrix;
     matrix.load<true>(R, n, N, elements, in_shared);
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
@@ -287,9 +297,11 @@ single_cta_forward(CALL) {
     // Step 0 reads h from the buffer of odd steps.
     Element* const h = new_states + STATES + H_ROW * BLOCK_D;
     store_elements(h, STATE_PITCH, carried[0], elements);
+    if (SPLITS && threadIdx.x < 2) *marked_step(new_states + threadIdx.x * STATES) = -1;
+    const bool needs_care = product_needs_care(matrix);
     named_barrier<THREADS>();
 
-    if ((RESETS && NEEDS_CARE<Operand>) || product_may_make_nan(matrix, h)) {
+    if (needs_care) {
         run_steps<true>(carried, bias, matrix, elements, ring, new_states, saved, R, n, N, steps, clips,
                         table, starts);
     } else {

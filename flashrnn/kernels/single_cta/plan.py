@@ -170,7 +170,8 @@ class SingleCtaPlan(Plan):
             constants["FIRST_READ"] = _first_read(cell)
         else:
             kernel, record = "single_cta/forward.cu", call.FORWARD
-            constants["H_IS_NEVER_LARGE"] = source.h_is_never_large(cell)
+            exponent = source.exponent_of_h(cell)
+            constants["H_IS_BOUNDED"], constants["H_EXPONENT"] = exponent is not None, exponent or 0
         if source.is_sequenced(options):
             record = record.complete
         return source.program(kernel, cell, precision, constants, record)

@@ -68,7 +68,7 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N,
 // The warp's fragments.
 struct Matrix {
     Fragment in_registers[IN_REGISTERS];
-    const Fragment* in_shared;
+    Fragment* in_shared;
 
     template <bool FORWARD>
     __device__ void load(const Element* R, int n, int N, const ThreadElements& elements,
@@ -88,6 +88,12 @@ struct Matrix {
     __device__ Fragment operator[](int f) const {
         return f < IN_REGISTERS ? in_registers[f < IN_REGISTERS ? f : 0]
                                 : in_shared[(f - IN_REGISTERS) * 32];
+    }
+
+    // Of a CTA of one tile.
+    __device__ void set(int f, const Fragment& fragment) {
+        if (f < IN_REGISTERS) in_registers[f < IN_REGISTERS ? f : 0] = fragment;
+        else in_shared[(f - IN_REGISTERS) * 32] = fragment;
     }
 };
 
