@@ -402,9 +402,9 @@ def test_spellings_for_an_interval_stand_where_arguments_lie_in_it():
             assert name not in render(rows)
 
 
-# The largest distance from the number nearest to the truth, in units in the last place. The truth is
-# 2 atanh(x / (2 + x)), by its series: in float64 the terms behind the 17th are nothing, since x / (2 + x)
-# is at most 0.34. The compiler makes vectors of all that, which it cannot of the library's log1p.
+# The largest distance from the number nearest to the truth, in units in the last place. The truth
+# is 2 atanh(x / (2 + x)), by its series: x / (2 + x) is at most 0.34, so that in float64 the terms
+# behind the 17th are nothing. The compiler makes vectors of it, which it cannot of log1p.
 EVERY_LOG1P = """
 extern "C" bool is_fused() {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
