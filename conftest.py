@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
-    # Problems here are small: threads that share one do little but wait for each other.
+    # Problems here are small: threads that share one do little but wait for each other. Processes
+    # that tests start read the variable.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def loop_of_products(parts: Mapping[str, str], arch: str) -> list[str]:
     It must be the only one: code that the compiler has moved behind it, and that jumps back into
     its middle, looks like a loop too, but has not all of them.
     """
-    code = _disassemble(nvrtc.compile_program(parts, arch))
+    code = _disassemble(_assemble(parts, arch)[0])
     products = [address for address, instruction in code if re.search(r"HG?MMA", instruction)]
     around = [x for x in _loops(code) if x[0] <= products[0] and products[-1] <= x[1]]
     begin, end = min(around, key=lambda loop: loop[1] - loop[0])
@@ -67,7 +68,7 @@ def instructions(parts: Mapping[str, str], arch: str, words: str) -> list[str]:
 
 def in_order(parts: Mapping[str, str], arch: str) -> list[str]:
     """The names of all instructions."""
-    code = _disassemble(nvrtc.compile_program(parts, arch))
+    code = _disassemble(_assemble(parts, arch)[0])
     return [re.sub(r"^@\S+ ", "", instruction).split()[0] for _, instruction in code]
 
 
@@ -92,11 +93,17 @@ def _spills(
 
 def _assemble(parts: Mapping[str, str], arch: str) -> tuple[bytes, int, int]:
     """The machine code, and bytes of the stack frames and of the spills."""
+    return _assembled(nvrtc.join(parts), arch)
+
+
+# A test may ask several questions about a program.
+@lru_cache(maxsize=4)
+def _assembled(text: str, arch: str) -> tuple[bytes, int, int]:
     from cuda.core import Program, ProgramOptions
 
     log = io.StringIO()
     options = ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
-    cubin = Program(nvrtc.join(parts), "c++", options).compile("cubin", logs=log)
+    cubin = Program(text, "c++", options).compile("cubin", logs=log)
     frames, spills = (
         re.findall(rf"(\d+) bytes {of}", log.getvalue()) for of in ("stack frame", "spill")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -37,10 +37,12 @@ ALL = KINDS[-2:]
 """All at once, with ``lengths`` and packed."""
 
 
-def alternating(firsts: Sequence[Any], seconds: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
-    """Every two of the values, each with one of ``ALL``; each value meets both."""
+def alternating(
+    firsts: Iterable[Any], seconds: Iterable[Any], thirds: Sequence[Any] = ALL
+) -> list[tuple[Any, Any, Any]]:
+    """Every two of the values, each with one of the thirds by turns, all of which a value meets."""
     return [
-        (first, second, ALL[(i + j) % 2])
+        (first, second, thirds[(i + j) % len(thirds)])
         for i, first in enumerate(firsts)
         for j, second in enumerate(seconds)
     ]

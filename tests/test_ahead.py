@@ -235,7 +235,7 @@ background.compile_soon(cuda_fused.programs(problem, limits, precision, True), "
 
 @pytest.mark.parametrize(
     "wait",
-    [0.1, *(pytest.param(0.1 * k, marks=pytest.mark.slow) for k in range(2, 12))],
+    [0.1, *(pytest.param(0.1 * k, marks=pytest.mark.slow) for k in range(3, 13, 2))],
 )
 def test_a_process_may_end_meanwhile(folder, wait):
     done = subprocess.run(

@@ -198,40 +198,41 @@ FIELDS = [
 ]
 
 
+COMPILED = [
+    ("lstm", (16, 1, 512), torch.bfloat16, "sm_90a"),
+    ("lstm", (9, 2, 256), torch.bfloat16, "sm_100"),
+    ("lstm", (9, 1, 768), torch.float16, "sm_90a"),
+    ("slstm", (9, 1, 768), torch.bfloat16, "sm_90a"),
+    ("slstm", (1, 1, 256), torch.bfloat16, "sm_90a"),
+    ("slstm", (40, 2, 256), torch.bfloat16, "sm_100"),
+    ("gru", (20, 2, 768), torch.float16, "sm_90a"),
+    ("elman", (9, 1, 1024), torch.bfloat16, "sm_90a"),
+    ("lstm", (9, 1, 512), torch.float32, "sm_90a"),
+    ("lstm", (64, 1, 768), torch.bfloat16, "sm_90a"),
+]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("kind", "sizes", "dtype", "arch"),
-    [
-        ("lstm", (16, 1, 512), torch.bfloat16, "sm_90a"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ("lstm", (9, 2, 256), torch.bfloat16, "sm_100"),
-                ("lstm", (9, 1, 768), torch.float16, "sm_90a"),
-                ("slstm", (9, 1, 768), torch.bfloat16, "sm_90a"),
-                ("slstm", (1, 1, 256), torch.bfloat16, "sm_90a"),
-                ("slstm", (40, 2, 256), torch.bfloat16, "sm_100"),
-                ("gru", (20, 2, 768), torch.float16, "sm_90a"),
-                ("elman", (9, 1, 1024), torch.bfloat16, "sm_90a"),
-                ("lstm", (9, 1, 512), torch.float32, "sm_90a"),
-                ("lstm", (64, 1, 768), torch.bfloat16, "sm_90a"),
-            ]
-        ),
-    ],
+    ("case", "turn"),
+    [pytest.param(x, i % 2, marks=pytest.mark.slow if i else []) for i, x in enumerate(COMPILED)],
     ids=str,
 )
-def test_compiles_without_spills(kind, sizes, dtype, arch):
+def test_compiles_without_spills(case, turn):
+    """With all options, and either direction with some of them by turns."""
+    kind, sizes, dtype, arch = case
     cell = resolve(kind)
     quick = sizes == (16, 1, 512)
     compiled = 0
-    for fields in FIELDS[-1:] if quick else FIELDS:
-        problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
-        for plan_scan in (
-            cluster.plan_mma_forward,
-            cluster.plan_wgmma_forward,
-            cluster.plan_backward,
-        ):
-            backward = plan_scan is cluster.plan_backward
+    for plan_scan in (
+        cluster.plan_mma_forward,
+        cluster.plan_wgmma_forward,
+        cluster.plan_backward,
+    ):
+        backward = plan_scan is cluster.plan_backward
+        some = FIELDS[(turn + backward) % 2]
+        for fields in FIELDS[-1:] if quick else (some, FIELDS[-1]):
+            problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
             plan = plan_scan(problem, GPUS[arch], backward)
             if isinstance(plan, str):
                 continue

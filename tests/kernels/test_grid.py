@@ -1,6 +1,5 @@
 """Heads that groups of CTAs own over the whole GPU; the rest is in ``test_regimes.py``."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -423,14 +422,13 @@ def test_same_bits_of_options_without_gradients(take, regime, kinds):  # noqa: F
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("reverse", ["none", "some"])
-def test_what_is_no_step_reaches_nothing(take, monkeypatch, reverse):  # noqa: F811
+@pytest.mark.parametrize(("reverse", "ragged"), [("none", "lengths"), ("some", "packed")])
+def test_what_is_no_step_reaches_nothing(take, monkeypatch, reverse, ragged):  # noqa: F811
     monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
     backend = take(GRID).backend
     hold_padding_out(backend, reverse, D=GRID.D)
     hold_rows_of_no_sequence(backend, reverse, D=GRID.D)
-    for ragged in ("lengths", "packed"):
-        hold_empty_sequences_out(backend, ragged, D=GRID.D)
+    hold_empty_sequences_out(backend, ragged, D=GRID.D)
 
 
 @needs_compiler
@@ -473,26 +471,21 @@ COMPILED = [
 ]
 
 
-def every_two(*values):
-    """Of each parameter's values, of which one is the first: every two with some other.
+def met_by_pairs():
+    """Every two of a problem, an architecture and options of sequences meet.
 
-    Combinations of which at most two are not their parameter's first; a quick run has that of all
-    firsts.
+    Each problem is compiled once for each architecture: with all options for one half of them, as
+    these take most registers, and with one of the others for the rest. A quick run has the first.
     """
-    found = []
-    for chosen in itertools.product(*values):
-        others = sum(x is not of[0] for x, of in zip(chosen, values, strict=True))
-        if others <= 2:
-            found.append(pytest.param(*chosen, marks=pytest.mark.slow if others else []))
-    return found
+    *others, everything = FIELDS
+    for i, problem in enumerate(COMPILED):
+        for j, arch in enumerate(sorted(GPUS, key=lambda arch: arch != "sm_90a")):
+            fields = others[(i // 2 + j // 2) % len(others)] if (i + j) % 2 else everything
+            yield pytest.param(problem, arch, fields, marks=pytest.mark.slow if i or j else [])
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(
-    ("problem", "arch", "fields"),
-    every_two(COMPILED, sorted(GPUS, key=lambda arch: arch != "sm_90a"), FIELDS[::-1]),
-    ids=str,
-)
+@pytest.mark.parametrize(("problem", "arch", "fields"), list(met_by_pairs()), ids=str)
 def test_options_compile_without_spills(problem, arch, fields):
     kind, sizes, precision = problem
     cell, dtype = resolve(kind), getattr(torch, precision)

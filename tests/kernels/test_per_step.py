@@ -14,6 +14,7 @@ from tests.fused import LAYOUTS, at_odd_addresses, check_clipped, hold_to_vanill
 from tests.gpus import GPUS, H200
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
 from tests.problems import BUILT_IN, call, random_inputs, sparse, wide
+from tests.sequences import alternating
 from tests.test_graphs import everything, more
 
 PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
@@ -38,27 +39,38 @@ QUICK = {("lstm", "sm_80"), ("slstm", "sm_90a"), (wide, "sm_120")}
 @needs_nvrtc
 @directions
 @pytest.mark.parametrize(
-    ("kind", "arch"),
+    ("kind", "arch", "precisions"),
     [
-        pytest.param(kind, arch, marks=[] if (kind, arch) in QUICK else pytest.mark.slow)
-        for kind in (*BUILT_IN, sparse, wide, everything, more)
-        for arch in GPUS
+        pytest.param(*case, marks=[] if case[:2] in QUICK else pytest.mark.slow)
+        for case in alternating(
+            (*BUILT_IN, sparse, wide, everything, more),
+            GPUS,
+            [("bfloat16", "float32"), ("float32", "bfloat16")],
+        )
     ],
     ids=str,
 )
-def test_compiles_for_every_architecture_without_spills(kind, arch, backward):
-    for precision in ("bfloat16", "float32"):
-        assert not spills_in_a_loop(program(kind, 16, 1, 768, precision, backward), arch), precision
+def test_compiles_for_every_architecture_without_spills(kind, arch, precisions, backward):
+    """The precisions are those of forward and backward."""
+    parts = program(kind, 16, 1, 768, precisions[backward], backward)
+    assert not spills_in_a_loop(parts, arch)
 
 
 @needs_nvrtc
 @pytest.mark.slow
 @directions
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("sizes", [(16, 12, 64), (256, 1, 768), (7, 5, 41), (16, 1, 4096)], ids=str)
-def test_compiles_for_every_plan_without_spills(sizes, precision, backward):
-    for kind in ("lstm", "slstm"):
-        assert not spills_in_a_loop(program(kind, *sizes, precision, backward), "sm_90a"), kind
+@pytest.mark.parametrize(
+    ("sizes", "precision", "kinds"),
+    alternating(
+        [(16, 12, 64), (256, 1, 768), (7, 5, 41), (16, 1, 4096)],
+        PRECISIONS,
+        [("lstm", "slstm"), ("slstm", "lstm")],
+    ),
+    ids=str,
+)
+def test_compiles_for_every_plan_without_spills(sizes, precision, kinds, backward):
+    """One cell forward, and another one backward."""
+    assert not spills_in_a_loop(program(kinds[backward], *sizes, precision, backward), "sm_90a")
 
 
 # ---- the kernels

@@ -232,41 +232,46 @@ FIELDS = [
 ]
 
 
+COMPILED = [
+    ("lstm", (16, 12, 64), "bfloat16", "sm_90a"),
+    *(("lstm", (16, 12, 64), "bfloat16", arch) for arch in GPUS if arch != "sm_90a"),
+    ("lstm", (300, 6, 128), "bfloat16", "sm_90a"),
+    ("lstm", (64, 8, 96), "bfloat16", "sm_90a"),
+    ("slstm", (64, 12, 64), "bfloat16", "sm_80"),
+    *((kind, (100, 12, 64), "bfloat16", "sm_90a") for kind in ("lstm", "gru")),
+    ("slstm", (100, 24, 32), "bfloat16", "sm_90a"),
+    ("lstm", (16, 12, 64), "float32", "sm_90a"),
+]
+
+
+def directions_of(fields, turn):
+    """Both directions, each with the last of the fields; either with every other one, by turns."""
+    *others, everything = fields
+    yield from ((bool((turn + i) % 2), other) for i, other in enumerate(others))
+    yield from ((backward, everything) for backward in (False, True))
+
+
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("kind", "sizes", "precision", "arch"),
-    [
-        ("lstm", (16, 12, 64), "bfloat16", "sm_90a"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                *(("lstm", (16, 12, 64), "bfloat16", arch) for arch in GPUS if arch != "sm_90a"),
-                ("lstm", (300, 6, 128), "bfloat16", "sm_90a"),
-                ("lstm", (64, 8, 96), "bfloat16", "sm_90a"),
-                ("slstm", (64, 12, 64), "bfloat16", "sm_80"),
-                *((kind, (100, 12, 64), "bfloat16", "sm_90a") for kind in ("lstm", "gru")),
-                ("slstm", (100, 24, 32), "bfloat16", "sm_90a"),
-                ("lstm", (16, 12, 64), "float32", "sm_90a"),
-            ]
-        ),
-    ],
+    ("case", "turn"),
+    [pytest.param(x, i % 2, marks=pytest.mark.slow if i else []) for i, x in enumerate(COMPILED)],
     ids=str,
 )
-def test_compiles_without_spills(kind, sizes, precision, arch):
+def test_compiles_without_spills(case, turn):
+    kind, sizes, precision, arch = case
     cell, dtype = resolve(kind), getattr(torch, precision)
     quick = arch == "sm_90a" and sizes == (16, 12, 64)
-    for fields in FIELDS[-1:] if quick else FIELDS:
+    for backward, fields in directions_of(FIELDS[-1:] if quick else FIELDS, turn):
         problem = planned(kind, *sizes, dtype)._replace(returned=1, **fields)
-        for backward in (False, True):
-            plan = plan_scan(problem, GPUS[arch], backward)
-            options = source.backward_options(False, False, 1, False)
-            options = options if backward else source.forward_options(True)
-            options = (*options, *source.sequence_options(problem))
-            parts = plan.source(cell, precision, options, aligned=True)
-            assert not spills_in_a_loop(parts, arch), (fields, backward)
+        plan = plan_scan(problem, GPUS[arch], backward)
+        options = source.backward_options(False, False, 1, False)
+        options = options if backward else source.forward_options(True)
+        options = (*options, *source.sequence_options(problem))
+        parts = plan.source(cell, precision, options, aligned=True)
+        assert not spills_in_a_loop(parts, arch), (fields, backward)
     B, N, D = sizes
     plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
-    for fields in FIELDS[::2] if quick else FIELDS:
+    for fields in FIELDS[turn::2]:
         options = source.gradient_options(planned(kind, *sizes, dtype)._replace(**fields))
         assert not spills_in_a_loop(plan.source(cell, precision, True, options), arch), fields
 
@@ -305,18 +310,20 @@ def test_large_heads_return_what_is_asked_for(take, returned):  # noqa: F811
 
 @needs_nvrtc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_80"])
-@pytest.mark.parametrize("sizes", [(16, 12, 64), (64, 1, 768)], ids=str)
-def test_a_step_compiles_without_spills(sizes, arch):
+@pytest.mark.parametrize(
+    ("sizes", "arch", "turn"),
+    alternating([(16, 12, 64), (64, 1, 768)], ["sm_90a", "sm_80"], [0, 1]),
+    ids=str,
+)
+def test_a_step_compiles_without_spills(sizes, arch, turn):
     cell = resolve("lstm")
-    for fields in FIELDS:
+    for backward, fields in directions_of(FIELDS, turn):
         problem = planned("lstm", *sizes, torch.bfloat16)._replace(returned=1, **fields)
-        for backward in (False, True):
-            plan = plan_step(cell, *sizes, "bfloat16", backward, sequenced=True)
-            options = source.backward_options(False, False, 1, False)
-            options = options if backward else source.forward_options(True)
-            parts = plan.source(cell, "bfloat16", (*options, *source.sequence_options(problem)))
-            assert not spills_in_a_loop(parts, arch), (fields, backward)
+        plan = plan_step(cell, *sizes, "bfloat16", backward, sequenced=True)
+        options = source.backward_options(False, False, 1, False)
+        options = options if backward else source.forward_options(True)
+        parts = plan.source(cell, "bfloat16", (*options, *source.sequence_options(problem)))
+        assert not spills_in_a_loop(parts, arch), (fields, backward)
 
 
 @needs_compiler

@@ -1,5 +1,7 @@
 """Heads that one CTA owns. What all regimes share is in ``test_regimes.py``."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,24 +24,27 @@ from tests.gpus import GPUS, H200, planned
 from tests.machine_code import instructions, needs_nvrtc, spills_in_a_loop
 from tests.patterns import bounded_follows_vanilla, follows_vanilla
 from tests.problems import call, gradients, random_inputs, relative_error, wide
+from tests.sequences import alternating
 from tests.terms import SIZES, keeps_every_term, leaves_other_sequences_alone
 
 # ---- the machine code
 
 
-def programs(kind, B, N, D, precision, gpu):
+# What backward may be given: gradients of all states, and of the last ones. Cases take turns.
+GIVEN = [(True, True), (True, False), (False, True)]
+
+
+def programs(kind, B, N, D, precision, gpu, given):
     cell = resolve(kind)
     dtype = getattr(torch, precision.replace("tf32", "float32"))
     plans = [plan_scan(planned(kind, B, N, D, dtype), gpu, backward) for backward in (False, True)]
     assert all(isinstance(plan, SingleCtaPlan) for plan in plans), plans
-    backward = [
-        source.backward_options(False, False, *given)
-        for given in ((len(cell.states), True), (len(cell.states), False), (0, True))
-    ]
+    all_states, last = given
+    backward = source.backward_options(False, False, len(cell.states) if all_states else 0, last)
     gradient = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
         plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        *(plans[1].source(cell, precision, options, aligned=True) for options in backward),
+        plans[1].source(cell, precision, backward, aligned=True),
         gradient.source(cell, precision, aligned=True),
     ]
 
@@ -50,40 +55,43 @@ QUICK = {("lstm", "sm_90a"), ("slstm", "sm_80"), (wide, "sm_90a")}
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("kind", "arch"),
+    ("kind", "arch", "given"),
     [
-        pytest.param(kind, arch, marks=[] if (kind, arch) in QUICK else pytest.mark.slow)
-        for kind in ("lstm", "slstm", wide)
-        for arch in GPUS
+        pytest.param(*case, marks=[] if case[:2] in QUICK else pytest.mark.slow)
+        for case in alternating(("lstm", "slstm", wide), GPUS, GIVEN)
     ],
     ids=str,
 )
-def test_compiles_for_every_architecture_without_spills(kind, arch):
-    for parts in programs(kind, 16, 12, 64, "bfloat16", GPUS[arch]):
+def test_compiles_for_every_architecture_without_spills(kind, arch, given):
+    for parts in programs(kind, 16, 12, 64, "bfloat16", GPUS[arch], given):
         assert not spills_in_a_loop(parts, arch), list(parts)[-1]
+
+
+PLANS = [
+    *(
+        ("lstm", sizes, "bfloat16")
+        for sizes in [(1, 1, 16), (256, 12, 64), (16, 6, 128), (300, 6, 128), (64, 8, 96)]
+    ),
+    *(("lstm", sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
+    ("lstm", (16, 12, 64), "tf32"),
+    # Several tiles.
+    *(("slstm", sizes, "bfloat16") for sizes in [(128, 12, 64), (256, 12, 64), (200, 24, 32)]),
+    *(("lstm", sizes, "float16") for sizes in [(128, 12, 64), (256, 24, 32), (300, 12, 48)]),
+    ("lstm", (500, 24, 16), "bfloat16"),
+    *((kind, (256, 12, 64), "bfloat16") for kind in ("gru", "elman")),
+]
 
 
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "sizes", "precision"),
-    [
-        *(
-            ("lstm", sizes, "bfloat16")
-            for sizes in [(1, 1, 16), (256, 12, 64), (16, 6, 128), (300, 6, 128), (64, 8, 96)]
-        ),
-        *(("lstm", sizes, "float32") for sizes in [(1, 1, 16), (16, 12, 64), (16, 6, 128)]),
-        ("lstm", (16, 12, 64), "tf32"),
-        # Several tiles.
-        *(("slstm", sizes, "bfloat16") for sizes in [(128, 12, 64), (256, 12, 64), (200, 24, 32)]),
-        *(("lstm", sizes, "float16") for sizes in [(128, 12, 64), (256, 24, 32), (300, 12, 48)]),
-        ("lstm", (500, 24, 16), "bfloat16"),
-        *((kind, (256, 12, 64), "bfloat16") for kind in ("gru", "elman")),
-    ],
+    ("case", "given"),
+    list(zip(PLANS, itertools.cycle(GIVEN))),
     ids=str,
 )
-def test_compiles_for_every_plan_without_spills(kind, sizes, precision):
-    for parts in programs(kind, *sizes, precision, H200):
+def test_compiles_for_every_plan_without_spills(case, given):
+    kind, sizes, precision = case
+    for parts in programs(kind, *sizes, precision, H200, given):
         assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
 
 

@@ -138,12 +138,13 @@ def plan_scan(problem: Problem, gpu: GPU, backward: bool) -> GridPlan | str:
 def best_plan(values: Values, B: int, N: int, D: int, gpu: GPU) -> GridPlan | str:
     """The plan with the fewest :func:`estimated_cycles`, or the reason why there is none."""
     best: GridPlan | None = None
-    for choice, most_ahead in product(_choices(values, B, N, D, gpu), (max(_AHEAD.values()), 1)):
-        plan = _plan(choice, gpu, most_ahead)
-        if plan is not None:
-            plan = replace(plan, estimated_cycles=estimated_cycles(choice, plan, B, N, gpu))
-            if best is None or plan.estimated_cycles < best.estimated_cycles:
-                best = plan
+    for choice in _choices(values, B, N, D, gpu):
+        for ahead in _slices_ahead(choice):
+            plan = _plan(choice, gpu, ahead)
+            if plan is not None:
+                plan = replace(plan, estimated_cycles=estimated_cycles(choice, plan, B, N, gpu))
+                if best is None or plan.estimated_cycles < best.estimated_cycles:
+                    best = plan
     if best is None:
         return (
             f"a head of {D} units; its recurrent matrix does not find room on this GPU: more than "
@@ -255,10 +256,9 @@ _AHEAD_FORWARD = 2
 _MOST_AHEAD_IN_PARTS = 4
 
 
-def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> GridPlan | None:
+def _plan(choice: Choice, gpu: GPU, ahead: int) -> GridPlan | None:
     """Where R goes, if there is room for enough of it."""
     warps, fragments = choice.warps, choice.fragments
-    ahead = _slices_ahead(choice, most_ahead)
     in_registers = min(fragments, _registers_for_R(choice, ahead, gpu) // _FRAGMENT_WORDS)
     taken = _shared_memory_without_R(choice)
     room = gpu.shared_memory - taken
@@ -285,18 +285,17 @@ def _plan(choice: Choice, gpu: GPU, most_ahead: int) -> GridPlan | None:
     )
 
 
-def _slices_ahead(choice: Choice, most_ahead: int) -> int:
-    """How many slices a warp loads at once."""
+def _slices_ahead(choice: Choice) -> list[int]:
+    """How many slices a warp may load at once: as many as are of use, or one."""
     slices = choice.slices
     if choice.n_tiles > 1:
-        most = 1
-    else:
-        most = _AHEAD_FORWARD if choice.values.sent == 1 else _AHEAD[choice.warps]
-    most = min(most, most_ahead)
+        return [1]
+    most = _AHEAD_FORWARD if choice.values.sent == 1 else _AHEAD[choice.warps]
     if most > _MOST_AHEAD_IN_PARTS and (most < slices or choice.interleaved > 1):
         most = 1 if choice.interleaved == 1 else _MOST_AHEAD_IN_PARTS
     # Parts of equal size.
-    return tiles_of(slices, tiles_of(slices, most))
+    ahead = tiles_of(slices, tiles_of(slices, most))
+    return [ahead, 1] if ahead > 1 else [1]
 
 
 def _registers_for_R(choice: Choice, ahead: int, gpu: GPU) -> int:
