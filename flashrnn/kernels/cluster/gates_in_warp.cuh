@@ -42,38 +42,53 @@ struct ThreadElement {
     }
 };
 
-// The lane's words of a left operand: the warp's 16 rows of R and 16 of R's columns. Word w is of row
-// i + 8 (w % 2). `column(half, k)` gives the column of R of element k of the words with w / 2 == half: that
-// of element 0 is even, that of element 1 the next one.
-template <typename Column>
-__device__ inline Fragment rows_of(const Element* R, int n, int N, int rank, const Column& column) {
-    const int i = threadIdx.x % 32 / 4;
-    Fragment fragment;
+// The rows of R of which a lane has words of a left operand: of the warp's 16 rows, i and i + 8.
+struct LaneRows {
+    const Element* rows[2];
+    // Of each row: D, or 0 where it does not exist.
+    int columns[2];
+
+    __device__ LaneRows(const Element* R, int n, int N, int rank) {
+        const int i = threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        const int half = w % 2;
-        const int warp_unit = PADDED == 4 ? i / 2 : PADDED == 2 ? i : 2 * i + half;
-        const int gate = PADDED == 4 ? i % 2 + 2 * half : PADDED == 2 ? half : 0;
-        const long long d = rank * UNITS + threadIdx.x / 32 * WARP_UNITS + warp_unit;
-        const Element* row = R + ((static_cast<long long>(gate) * N + n) * D + d) * D;
-        const bool exists = gate < GR && d < D;
-        if constexpr (R_HAS_WORDS) {
-            const int p = column(w / 2, 0);
-            fragment.words[w] = exists && p < D ? load_word(row + p) : 0;
-        } else {
-            Element elements[2] = {};
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int p = column(w / 2, k);
-                if (exists && p < D) elements[k] = row[p];
-            }
-            memcpy(&fragment.words[w], elements, 4);
+        for (int half = 0; half < 2; ++half) {
+            const int warp_unit = PADDED == 4 ? i / 2 : PADDED == 2 ? i : 2 * i + half;
+            const int gate = PADDED == 4 ? i % 2 + 2 * half : PADDED == 2 ? half : 0;
+            const long long d = rank * UNITS + threadIdx.x / 32 * WARP_UNITS + warp_unit;
+            rows[half] = R + ((static_cast<long long>(gate) * N + n) * D + d) * D;
+            columns[half] = gate < GR && d < D ? D : 0;
+            // Else the compiler computes the addresses of all loads at once, which takes more registers
+            // than there are.
+            materialize(rows[half]);
         }
-        // Without this the compiler loads all elements before it packs any of them, and spills.
-        materialize(fragment.words[w]);
     }
-    return fragment;
-}
+
+    // The lane's words of 16 columns. `column(half, k)` gives the column of element k of the words w with
+    // w / 2 == half: that of element 0 is even, that of element 1 the next one.
+    template <typename Column>
+    __device__ Fragment words(const Column& column) const {
+        Fragment fragment;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const Element* const row = rows[w % 2];
+            if constexpr (R_HAS_WORDS) {
+                const int p = column(w / 2, 0);
+                fragment.words[w] = p < columns[w % 2] ? load_word(row + p) : 0;
+            } else {
+                Element elements[2] = {};
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const int p = column(w / 2, k);
+                    if (p < columns[w % 2]) elements[k] = row[p];
+                }
+                memcpy(&fragment.words[w], elements, 4);
+            }
+            // Without this the compiler loads all elements before it packs any of them, and spills.
+            materialize(fragment.words[w]);
+        }
+        return fragment;
+    }
+};
 
 // R h of the thread's elements of so many n-tiles, for each gate that R feeds.
 template <int TILES>

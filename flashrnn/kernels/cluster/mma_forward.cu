@@ -112,7 +112,8 @@ cluster_mma_forward(CALL) {
         return;
     }
 
-    matrix.load([&](int step) { return fragment(step, R, n, N, rank); });
+    const LaneRows rows(R, n, N, rank);
+    matrix.load([&](int step) { return fragment(step, rows); });
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
     const ResetStates starts = {

@@ -40,9 +40,9 @@ __device__ constexpr int line_pitch(int rows) {
 // The lane's part of the warp's 16 rows of R in a step of the product. Of each 16 units that a step
 // sums, lane 4 i + j has the four from 4 j on, not 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 as PTX numbers the
 // operand: the sum is the same in any order, and h of four neighbouring units is one read of 8 bytes.
-__device__ inline Fragment fragment(int step, const Element* R, int n, int N, int rank) {
+__device__ inline Fragment fragment(int step, const LaneRows& rows) {
     const int first = 16 * step + threadIdx.x % 4 * 4;
-    return rows_of(R, n, N, rank, [&](int half, int k) { return first + 2 * half + k; });
+    return rows.words([&](int half, int k) { return first + 2 * half + k; });
 }
 
 // The lane's words of the right operand: h of those four units of one sequence.

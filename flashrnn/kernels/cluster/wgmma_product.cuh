@@ -14,10 +14,11 @@ constexpr int STEPS = GROUP_SIZE * TILE_STEPS;
 using Matrix = LeftOperand<STEPS>;
 
 __device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, int n, int N, int rank) {
+    const LaneRows rows(R, n, N, rank);
     return Matrix(shared, [&](int step) {
         const int sender = (rank + step / TILE_STEPS) % GROUP_SIZE;
         const int first = sender * UNITS + step % TILE_STEPS * 16 + 2 * (threadIdx.x % 4);
-        return rows_of(R, n, N, rank, [&](int half, int k) { return first + 8 * half + k; });
+        return rows.words([&](int half, int k) { return first + 8 * half + k; });
     });
 }
 
