@@ -272,7 +272,8 @@ def results(case: Case, inputs: Inputs, backend: str, seed: int) -> Results:
             config=FlashRNNConfig(**config),
         )
     found = dict(zip(("states", "last_states"), outputs, strict=True))
-    leaves = {name: x for name, x in given.items() if x.requires_grad}
+    # A cell that b feeds no gate of has an empty one, of which vanilla's results do not depend.
+    leaves = {name: x for name, x in given.items() if x.requires_grad and x.numel()}
     if case.mode != "training" or not leaves:
         return found
 
