@@ -44,6 +44,7 @@ from tests.problems import (
     undefined,
     wide,
 )
+from tests.residuals import backward_from_residuals
 from tests.sequences import KINDS, hold_ragged_to_vanilla, random_ragged
 from tests.test_graphs import TABLES, check_table, table_inputs
 
@@ -256,7 +257,10 @@ def test_clusters_backward_by_wgmma(wgmma_backward, kind, sizes, dtype):
 def test_options_backward_by_wgmma(wgmma_backward, options):
     sizes = (41, 9, 2, 513)
     taken_backward("gru", sizes, torch.float16)
-    hold_to_vanilla("cuda_fused", "gru", *sizes, torch.float16, "cuda", **options)
+    # Some of so many h lie beside a clip. Whether their gradients pass is decided by rounding, that of
+    # pre-activations too, which vanilla does not round: with it it errs two to five times as much.
+    with backward_from_residuals():
+        hold_to_vanilla("cuda_fused", "gru", *sizes, torch.float16, "cuda", **options)
 
 
 def test_same_bits_backward_by_wgmma(wgmma_backward):
