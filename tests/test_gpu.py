@@ -257,8 +257,9 @@ def test_clusters_backward_by_wgmma(wgmma_backward, kind, sizes, dtype):
 def test_options_backward_by_wgmma(wgmma_backward, options):
     sizes = (41, 9, 2, 513)
     taken_backward("gru", sizes, torch.float16)
-    # Some of so many h lie beside a clip. Whether their gradients pass is decided by rounding, that of
-    # pre-activations too, which vanilla does not round: with it it errs two to five times as much.
+    # Some of so many h lie beside a clip. Whether their gradients pass is decided by rounding, that
+    # of pre-activations too. Vanilla, which does not round these, errs two to five times as much
+    # once it does.
     with backward_from_residuals():
         hold_to_vanilla("cuda_fused", "gru", *sizes, torch.float16, "cuda", **options)
 
