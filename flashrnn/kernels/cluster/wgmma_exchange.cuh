@@ -7,10 +7,10 @@
 //                                                  and a barrier for each TILES_A_BARRIER of them
 //   send(k), X's own tile being complete:
 //     cp.async.bulk tile ------------------------> buffer[k % BUFFERS].tile[X], of tile_bytes
-//                        \-----------------------> this tile's barrier: so many have come
+//                        \-----------------------> this tile's barrier, which counts these bytes
 //                                                  multiply(k): for all tiles, from its own on:
-//                                                    wait(group) until its barrier is complete
-//                                                    multiply its tiles
+//                                                    wait(i) until the barrier of the i-th is complete
+//                                                    multiply that tile
 //                                                  expect_tiles(): arm the barriers again
 //   with one buffer only:
 //     CONSUMED_BARRIER of X <--------------------- signal_consumed(): an empty packet (st.async)

@@ -65,9 +65,9 @@ struct FlagCopy {
 
 // The rows of one tensor, step after step. T is const if they are read.
 //
-// REGULAR, of aligned rows and a layout that is not sequenced: the pieces of a thread are the same piece
-// of the same row, of every so many sequences. It keeps one address, and with many pieces a thread the
-// others would take too many registers. Lines beyond the last sequence are left as they are.
+// REGULAR, of aligned rows and a layout that is not sequenced: a thread copies the same piece of the same
+// row of every APART-th sequence. So it keeps one address only: where a thread has many pieces, an address
+// for each would take too many registers. Lines beyond the last sequence are left as they are.
 template <typename Layout, int COUNT, typename T, bool REGULAR = false>
 struct TiledCopy {
     static constexpr int PIECE = Layout::ALIGNED ? 16 / sizeof(Element) : 1;

@@ -1,7 +1,7 @@
 // Loads of R, two elements of 16 bits at a time.
 //
-// Lanes of a warp load from many rows of R, of each a few bytes, so that a load is as many accesses of the
-// L1 cache. Their number, not the bytes, is what it takes to load R.
+// The lanes of a warp load a few bytes each, from many rows of R, so one load takes many accesses of the
+// L1 cache. How long it takes to load R depends on the number of these accesses, not on their bytes.
 
 #include "problem.cuh"
 #include "common/ptx.cuh"
@@ -15,8 +15,7 @@ __device__ inline unsigned load_word(const Element* from) {
     return __ldg(reinterpret_cast<const unsigned*>(from));
 }
 
-// Words of two elements each, out of two that have the first and the second of either: the low halves, and
-// the high ones.
+// Of two words of two elements each: the word of both low halves, and that of both high halves.
 __device__ inline unsigned low_halves(unsigned first, unsigned second) {
     return (first & 0xffff) | second << 16;
 }

@@ -1,7 +1,7 @@
-// Sums over rows of equal columns, in float32, each rounded once.
+// Sums over the rows of a matrix, one for each column: in float32, rounded once.
 //
-// `shares` threads of a CTA share a column, each the sum of every so many rows; the first one of them
-// adds the others' sums, one after another. So the order is fixed.
+// `shares` threads of a CTA share a column. Each adds up every `shares`-th row; then the first of them
+// adds the others' sums, one after another. So the order of additions is fixed.
 
 #include "problem.cuh"
 

@@ -3,8 +3,8 @@
 // A fragment holds 16 rows of the matrix by 32 bytes of the summed dimension. Row i of a fragment is
 // unit 2 i of the warp for i < 8, unit 2 (i - 8) + 1 otherwise: this gives a lane the sums of two
 // neighbouring units. Of a warp's FRAGMENTS the first IN_REGISTERS stay in registers; the others lie in
-// shared memory, where each lane stores and reads its own 16 bytes of them. Warps of several tiles that
-// own the same units read the same, which those of the first tile store.
+// shared memory, where each lane stores and reads its own 16 bytes of them. Where a CTA has several
+// tiles, the warps of the first tile store them, and the warps of all tiles read those of their units.
 
 #include "common/mma.cuh"
 #include "common/r_words.cuh"

@@ -10,8 +10,8 @@
 //
 // A CTA computes a part of the sum, over the rows (b, t) from part * rows_a_part on, for one head and
 // the GATES recurrent gates from group * GATES on. gradient_sums.cu adds the parts afterwards, in a
-// fixed order. Where there is one part, which `parts` being null says, nothing is left to add: dR is
-// written as it is returned, and CTAs behind the R_ctas of dR sum the bias's gradient in the same launch.
+// fixed order. Where there is one part (`parts` is null), nothing is left to add: dR is written as it is
+// returned, and the CTAs after the R_ctas of dR sum the bias's gradient in the same launch.
 // The CTA's tile has a line for each unit of its gates (GATES * BLOCK_D) and a column for each
 // unit of h (BLOCK_D). The number of all rows may exceed 32 bits; that of a part does not.
 //

@@ -8,8 +8,8 @@
 //
 // What is out of the range:
 //
-// - R: where a row has numbers, zeros aside, that are more than 29 powers of two apart, or not finite, the
-//   warp multiplies tf32 operands, as for an h without a bound;
+// - R: where a row's numbers, zeros aside, span more than 29 powers of two, or its largest is below 2^-80,
+//   2^60 or more, or not finite, the warp multiplies tf32 operands, as for an h without a bound;
 // - h: a step may make a tiny one, and initial states may be of any size. The sums are then computed
 //   again, as those of several products, each of the h within 29 powers of two (a layer). So every term
 //   is as precise as in the range. Whoever writes such an h marks the step (marked_step() of forward.cu).

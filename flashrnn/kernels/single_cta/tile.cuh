@@ -60,7 +60,7 @@ struct CopyLayout {
     static constexpr bool SEQUENCED = ::SEQUENCED;
 };
 
-// Whether producer threads have so many pieces that they are copied REGULAR.
+// Whether producer threads have so many pieces that each keeps one address for all (common/copier.cuh).
 constexpr bool REGULAR = TILES > 1 && ALIGNED;
 static_assert(TILES == 1 || !SEQUENCED);
 
