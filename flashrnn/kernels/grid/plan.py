@@ -252,7 +252,7 @@ _AHEAD = {6: 8, 8: 8, 12: 4, 16: 1}
 # Forward, a group exchanges little: polling for more only slows down the CTAs that still send.
 _AHEAD_FORWARD = 2
 # Beyond this many, the compiler may copy flags to other registers, and so wait for one load after
-# the other: a plan with 8 slices took 7.4 ms instead of 2.0 at 1x768 (docs/cost-model.md).
+# the other: a plan with 8 slices took 7.4 ms instead of 2.0 at 1x768 (docs/notebook/2026-11-28.md).
 _MOST_AHEAD_IN_PARTS = 4
 
 

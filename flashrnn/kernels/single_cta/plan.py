@@ -84,8 +84,8 @@ class _Cycles(NamedTuple):
 
 # By whether they are of backward.
 _CYCLES = {False: _Cycles(190, 1), True: _Cycles(280, 1.8)}
-# Of a warp, for each product by a fragment of R, of which full float32 has three, and for each gate
-# and state of each sequence.
+# Of a warp, for each product by a fragment of R, of which float32 is counted three (with TF32 too),
+# and for each gate and state of each sequence.
 _CYCLES_A_FRAGMENT = 9
 _PRODUCTS = {2: 1, 4: 3}
 _CYCLES_A_VALUE = 4.5
