@@ -101,6 +101,7 @@ def test_graphs_equal_the_cell_and_autograd(cell, data):
         torch.stack(expected),
         rtol=1e-10,
         atol=1e-10,
+        equal_nan=True,  # As that of hypot at 0, 0.
     )
 
 
