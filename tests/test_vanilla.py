@@ -404,3 +404,11 @@ def test_default_states_are_no_fake_of_an_earlier_call(monkeypatch):
         flashrnn(*(torch.ones(x.shape, dtype=x.dtype) for x in (Wx, R, b)))
     expected = flashrnn(Wx, R, b, torch.zeros_like(states))
     assert all(map(torch.equal, flashrnn(Wx, R, b), expected))
+
+
+@pytest.mark.parametrize("return_states", ["all", "h"])
+def test_a_slice_only_where_states_are_left_out(return_states):
+    """Of all of them it would be a node of autograd, whose gradient is zeros and a copy."""
+    inputs = random_inputs("lstm", 2, 3, 1, 4, torch.float32)
+    states, _ = flashrnn(*inputs.tensors().values(), backend="vanilla", return_states=return_states)
+    assert states._is_view() == (return_states == "h")

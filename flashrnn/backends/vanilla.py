@@ -40,7 +40,9 @@ def run(
     """See :func:`flashrnn.backends.autograd.run`."""
     if sequences is None or not problem.is_sequenced:
         every_state, last_states = _run(problem, Wx, R, b, states, _Steps())
-        return every_state[: problem.returned], last_states
+        # A slice of all would be a node of autograd too, whose gradient is a copy.
+        returned = problem.returned
+        return every_state if returned is None else every_state[:returned], last_states
     if problem.longest is None and _can_wait(sequences):
         # Else every sequence of a packed batch takes as many steps as the batch has rows.
         _, lengths = bounds(sequences, problem.T)
