@@ -42,12 +42,6 @@ class Graph:
         lines = [f"({', '.join(self.inputs)}) ->", *map(str, self.body)]
         return "\n    ".join([*lines, f"({', '.join(map(str, self.outputs))})"])
 
-    @property
-    def used(self) -> frozenset[str]:
-        """The names that it reads, inputs among them."""
-        read = [*(x for assignment in self.body for x in assignment.arguments), *self.outputs]
-        return frozenset(x for x in read if isinstance(x, str))
-
     def to_json(self) -> list[Any]:
         """Lists, strings and numbers, of which :meth:`from_json` makes the graph again."""
         body = [[x.name, x.operation, *x.arguments] for x in self.body]

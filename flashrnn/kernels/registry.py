@@ -46,9 +46,10 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     return min(possible, key=lambda plan: plan.estimated_cycles, default=plans[0])
 
 
-# Cycles that a step takes on an H200, of the estimate. What kernels are estimated to take compares
-# with one another and is too low by as much for all (docs/cost-model.md). With TF32 float32 takes
-# less, since the estimate is for three products: 0.8 was measured.
+# What a step by a persistent kernel takes on an H200, as a multiple of its estimate. The estimates
+# compare with one another, but are all too low by about as much (docs/cost-model.md). With TF32 a
+# step takes less than estimated, since the estimate of float32 is for three products: 0.8 was
+# measured.
 _TAKEN, _TAKEN_WITH_TF32 = 1.18, 0.75
 
 

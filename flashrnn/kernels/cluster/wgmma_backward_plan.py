@@ -52,8 +52,8 @@ _COPIED_BYTES_A_CYCLE = 20
 _PACKED_BYTES_A_CYCLE = 10
 # Barriers, signals, addresses.
 _CYCLES_OF_A_STEP = 600
-# Of each element whose inputs are not loaded ahead: what plans with more of them took longer on an
-# H200, for whatever reason.
+# Of each element whose inputs are not loaded ahead. Fitted: on an H200 plans with more of them took
+# so much longer. The cause is not known.
 _CYCLES_OF_A_LATE_ELEMENT = 800
 
 

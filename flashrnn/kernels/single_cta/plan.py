@@ -14,7 +14,7 @@ from typing import NamedTuple
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import SEQUENCE_BYTES, Counts, Plan
+from flashrnn.kernels.plan import SEQUENCE_BYTES, Counts, Plan, read_states
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -214,10 +214,9 @@ def possible_plans(problem: Problem, gpu: GPU, backward: bool) -> tuple[SingleCt
 
 
 def _first_read(cell: TracedCell) -> int:
-    """The first state whose value before a step the derivative reads. No cell reads all of them."""
-    derivative, count = cell.graphs.derivative, len(cell.states)
-    read = (s for s, name in enumerate(derivative.inputs[:count]) if name in derivative.used)
-    return next(read, count)
+    """The first state whose value before a step the derivative reads; their number if none is."""
+    read, count = read_states(cell, backward=True), len(cell.states)
+    return next((s for s in range(count) if read >> s & 1), count)
 
 
 def _head(problem: Problem, backward: bool) -> _Head:

@@ -90,7 +90,8 @@ _CHUNK_BYTES = 64
 # Chunks of a part, if there are enough rows: so many that the time to write the part's sums does
 # not matter.
 _FEWEST_CHUNKS = 8
-# Chunks that stay one part: to write parts and add them up takes a launch more, as long as these.
+# Up to so many chunks are one part. Several parts need another launch to be added up, which is
+# reckoned to take as long.
 _WHOLE_CHUNKS = 16
 # Elements of padding of a chunk's row (recurrent_gradient.cu): 8 for the gates and 8 for h.
 _PADDING = 16
