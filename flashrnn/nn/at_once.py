@@ -185,7 +185,7 @@ def layer(
     ended = last_states.squeeze(2).unflatten(2, (directions, N)).flatten(3).transpose(1, 2)
     if batch.reset is not None and directions == 2:
         ended = torch.stack([ended[:, 0], _ends_of_parts(every_state, batch.reset, N).to(ended)], 1)
-    # A view of the only state: the gradient of a choice is zeros, and a copy into them.
+    # Where h is the only state, a view of it: the gradient of a choice takes zeros and a copy.
     h = every_state.squeeze(0) if len(every_state) == 1 else every_state[0]
     h, last = h.flatten(2), list(ended.unbind(0))
     if hr is not None:

@@ -180,8 +180,9 @@ def _after_all(states: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
 
     Callers change it in place, which a view of all states of a call would not allow.
     """
-    only, *others = states
-    return only.to(dtype) if not others and only.dtype != dtype else torch.cat(states).to(dtype)
+    if len(states) == 1 and states[0].dtype != dtype:
+        return states[0].to(dtype)
+    return torch.cat(states).to(dtype)
 
 
 def _between_resets(
