@@ -188,9 +188,11 @@ def prepared(
 
 def _with_tensors(
     problem: Problem, options: Given, config: FlashRNNConfig
-) -> tuple[Problem, Sequences]:
+) -> tuple[Problem, Sequences | None]:
     """A problem with what the values of its options tell, and the options' tensors, as
-    :func:`flashrnn.backends.autograd.run` has them."""
+    :func:`flashrnn.backends.autograd.run` has them: ``None`` where sequences run as without."""
+    if not problem.is_sequenced:
+        return problem, None
     check_values = problem.ragged and not backends.recorded()
     tensors, longest = sequences.tensors_of(options, problem, check_values)
     if longest is not None:

@@ -141,7 +141,7 @@ def flashrnn(
         problem, cell, backend, states, config, options, direct
     )
     arguments = calls.as_computed(problem, Wx, R, b, states)
-    if direct and options is None and autograd.is_fused(chosen):
+    if direct and of_options is None and autograd.is_fused(chosen):
         # None of its operations depends on autocast.
         return autograd.run_directly(chosen, problem, *arguments)
     with without_autocast(problem.device.type):

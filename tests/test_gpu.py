@@ -175,7 +175,7 @@ def many_sequences_in_clusters(request, monkeypatch):
             abs(plan.n_tiles - n_tiles) + 100 * (plan.parts != parts) - plan.warpgroups - 1000
         ),
     )
-    caches = (wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared_scan)
+    caches = (wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -219,7 +219,7 @@ def wgmma_backward(request, monkeypatch):
         "estimated_cycles",
         lambda plan, *_: abs(plan.n_tiles - n_tiles) + 8 * (plan.columns != columns) - 100,
     )
-    caches = (wgmma_backward_plan.best_plan, registry.best_plan, cuda_fused._prepared_scan)
+    caches = (wgmma_backward_plan.best_plan, registry.best_plan, cuda_fused._prepared)
     for cache in caches:
         cache.cache_clear()
     yield

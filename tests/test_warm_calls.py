@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, recurrent_layer
 from flashrnn.backends import autograd, cuda_fused, steps, tables
 from flashrnn.kernels import call, registry
+from tests.emulation import one_by_one
 from tests.gpus import H200, SMALL
 from tests.sequences import KINDS, random_ragged
 
@@ -81,6 +82,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: found.gpu)
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
+    monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield found

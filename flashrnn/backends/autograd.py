@@ -123,7 +123,8 @@ def run(
             problem.allow_tf32,
             *_of_operator(problem, sequences),
         )
-        return (every_state if sequences is None else every_state[: problem.returned]), last_states
+        returned = problem.returned
+        return every_state if returned is None else every_state[:returned], last_states
     return run_directly(backend, problem, Wx, R, b, states, sequences)
 
 
@@ -174,8 +175,9 @@ def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:
 
 def _of_operator(problem: Problem, sequences: Sequences | None) -> tuple[Any, ...]:
     """The options of sequences as arguments of an operator, which may lack them."""
-    if sequences is None:
+    if problem.returned is None:
         return ()
+    sequences = sequences or Sequences()
     reverse = problem.reverse if isinstance(problem.reverse, tuple) else (problem.reverse,)
     if not any(reverse):
         return *sequences, None, problem.returned
@@ -213,9 +215,10 @@ def stored(problem: Problem) -> int:
 
 def kept(problem: Problem, states: Tensor) -> Tensor:
     """Of the states that a forward has stored those that it returns: in training all."""
-    return (
-        states if problem.returned is None or problem.needs_gradient else states[: problem.returned]
-    )
+    returned = problem.returned
+    if returned is None or problem.needs_gradient or returned == states.shape[0]:
+        return states
+    return states[:returned]
 
 
 def new_outputs(
@@ -473,22 +476,22 @@ class Scan(torch.autograd.Function):
             problem, Wx, R, b, states_initial, *((Sequences(*options),) if options else ())
         )
         states, last_states, gates = found
-        whole = problem.returned is None or problem.returned == len(states)
+        whole = problem.returned is None or problem.returned == states.shape[0]
         output = states if whole else states[: problem.returned]
         part = () if whole else (output,)
         ctx.save_for_backward(R, states_initial, states, gates, *options, *part)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.problem = backend, problem
+        ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
         return output, last_states
 
     @staticmethod
     def backward(  # noqa: D102
         ctx: Any, d_states: Tensor | None, d_last: Tensor | None
     ) -> tuple[Any, ...]:
-        backend, problem = ctx.backend, ctx.problem
+        backend, problem, given = ctx.backend, ctx.problem, 4 + ctx.given
         saved = ctx.saved_tensors
-        options, part = saved[4:8], saved[8:]
-        if options and not problem.returned:
+        options, part = saved[4:given], saved[given:]
+        if problem.returned == 0:
             d_states = None
         if part and torch.is_grad_enabled():
             saved = *saved[:3], _Followed.apply(saved[3], *part)

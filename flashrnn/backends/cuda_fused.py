@@ -30,12 +30,13 @@ from flashrnn.backends.requirements import (
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
-from flashrnn.jit.kernel import Kernel, index_of
+from flashrnn.jit.kernel import Kernel, index_of, launch_in_turn
 from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, gradient_sums, registry, single_cta, source
 from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.kernels.per_step.cell_plan import CellPlan
-from flashrnn.kernels.plan import Plan, Scratch
+from flashrnn.kernels.plan import Plan
+from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
 
@@ -120,11 +121,10 @@ def forward(
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), gpu, source.precision_of(problem))
         return steps.forward(problem, plan, Wx, R, b, states)
-    count = None if sequences is None else autograd.stored(problem)
-    every_state, last_states, gates = autograd.new_outputs(problem, Wx, count)
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
-        every_state = autograd.kept(problem, every_state)
-        return every_state, states.clone(memory_format=torch.contiguous_format), gates
+        last_states = states.clone(memory_format=torch.contiguous_format)
+        return autograd.kept(problem, every_state), last_states, gates
     tensors = {
         "Wx": Wx,
         "R": R.contiguous(),
@@ -140,11 +140,10 @@ def forward(
         idle = _idle(problem, every_state, problem.N * problem.D)
         problem = _as_planned(problem, sequences)
         tensors |= tables.made(problem, sequences, idle=idle).of_scan
-        options = (*options, *source.options_of_storing(problem, len(every_state)))
-    _scan(problem, gpu, False, tensors, options)
-    if sequences is not None:
-        every_state = autograd.kept(problem, every_state)
-    return every_state, last_states, gates
+    if problem.returned is not None:
+        options = (*options, *source.options_of_storing(problem, every_state.shape[0]))
+    _launch(problem, gpu, False, tensors, options)
+    return autograd.kept(problem, every_state), last_states, gates
 
 
 def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
@@ -206,50 +205,56 @@ def backward(
         d_resets = zeros_like_starts(sequences)
         if d_resets is not None:
             tensors["d_reset_states"] = d_resets.expand(-1, B, T, -1, -1)
-    _scan(problem, gpu, True, tensors, options)
-    if registry.is_small(D):
-        d_R, d_b = _gradients_of_R_and_b(
-            problem, gpu, d_gates, d_bias, states_initial, states, of_options
-        )
+    if of_options.before is not None:
+        tensors |= {"before_rows": of_options.before.rows, "h_starts": of_options.before.starts}
+    if of_options.lengths is not None:
+        tensors["lengths"] = of_options.lengths
+    is_small = registry.is_small(D)
+    if is_small:
+        tensors["d_R"] = d_gates.new_empty(len(cell.fed_by("R")), N, D, D)
+        if problem.dtype == torch.float32:
+            tensors["h_initial"] = states_initial[0].contiguous()
+    tensors["d_b"] = d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
+    _launch(problem, gpu, True, tensors, options)
+    if is_small:
+        d_R = tensors["d_R"]
     else:
-        d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
-        _sum(problem, {"d_bias": d_bias, "d_b": d_b})
         before = of_options.before
         every_h = None if before is None else tables.h_before(problem, before, states[0])
         d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0], every_h)
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
 
 
-def _scan(
+def _launch(
     problem: Problem,
     gpu: GPU,
     backward: bool,
     tensors: dict[str, Tensor],
     options: source.Options,
 ) -> None:
-    """Launch a direction's kernel.
+    """Launch a direction's kernels.
 
     Args:
         problem: what is computed.
         gpu: the GPU, or the part of it, that it is computed on.
         backward: the direction.
-        tensors: those of the direction's record, but for scratch memory.
+        tensors: those of the direction's records, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
     """
     record = _record(problem, backward)
     precision = source.precision_of(problem)
     addresses, layout = record.read(tensors)
-    prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
+    prepared = _prepared(problem, gpu, backward, precision, options, layout)
     if prepared.copied:
         for name in prepared.copied:
             # A copy also of a contiguous tensor that begins at an unaligned address.
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
-        prepared = _prepared_scan(problem, gpu, backward, precision, options, layout)
+        prepared = _prepared(problem, gpu, backward, precision, options, layout)
     if any(prepared.scratch):
         scratch = _scratch(prepared, tensors["R"])
         addresses += [memory.data_ptr() for memory in scratch]
-    prepared.launch(addresses)
+    launch_in_turn([(to.kernel, to.shape, to.packing(addresses)) for to in prepared.launches])
 
 
 def _record(problem: Problem, backward: bool) -> call.Record:
@@ -258,14 +263,13 @@ def _record(problem: Problem, backward: bool) -> call.Record:
 
 
 def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
-    """The memory that a launch needs for itself, in the order of its addresses."""
-    packets, R_in_memory = prepared.scratch
+    """The memory that launches need for themselves, in the order of its addresses."""
+    packets, *others = prepared.scratch
     found = []
     if packets:
         # Flags count from 1: a zero is no packet's.
         found.append(like.new_zeros(packets, 4, dtype=torch.int32))
-    if R_in_memory:
-        found.append(like.new_empty(R_in_memory, 4, dtype=torch.int32))
+    found += [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
     return found
 
 
@@ -348,7 +352,7 @@ class _Steps:
         }
         options = source.forward_options(False)
         addresses, layout = call.FORWARD.read(tensors)
-        prepared = _prepared_scan(problem, _gpu(problem), False, precision, options, layout)
+        prepared = _prepared(problem, _gpu(problem), False, precision, options, layout)
         if prepared.copied:
             copy = wx.clone(memory_format=torch.contiguous_format)
             return self._prepare(precision, copy, states, out)._replace(copies_wx=True)
@@ -356,11 +360,12 @@ class _Steps:
             # Later steps write it too, within inference mode or not.
             scratch = _scratch(prepared, wx)
         addresses += [memory.data_ptr() for memory in scratch]
+        ((kernel, shape, packing),) = prepared.launches
         return _Step(
-            prepared.kernel.kept(prepared.shape, prepared.packing(addresses)),
-            prepared.packing.places(3, len(addresses)),
-            scratch[0] if prepared.scratch.packets else None,
-            (prepared.kernel, every_state, *scratch),
+            kernel.kept(shape, packing(addresses)),
+            packing.places(3, len(addresses)),
+            scratch[0] if prepared.scratch[0] else None,
+            (kernel, every_state, *scratch),
         )
 
 
@@ -396,100 +401,43 @@ class _Step(NamedTuple):
         self.kept.enqueue()
 
 
-def _gradients_of_R_and_b(
-    problem: Problem,
-    gpu: GPU,
-    d_gates: Tensor,
-    d_bias: Tensor,
-    states_initial: Tensor,
-    states: Tensor,
-    of_options: tables.Tables,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of R of small heads, and that of the bias, in one launch if rows are few.
-
-    Args:
-        problem: what was computed.
-        gpu: on which GPU.
-        d_gates: ``[B, T, G, N, D]``.
-        d_bias: ``[B, G, N, D]`` in float32, their sums over T.
-        states_initial: ``[S, B, 1, N, D]``, of which h is the first.
-        states: ``[S, B, T, N, D]``, likewise.
-        of_options: what says that h before a step is not that of the row before.
-    """
-    tensors, record = {"d_gates": d_gates, "h": states}, call.RECURRENT_GRADIENT
-    if problem.is_sequenced:
-        record = record.complete
-    of_scan, lengths, before = of_options
-    if before is not None:
-        tensors |= {"before_rows": before.rows, "h_starts": before.starts}
-        names: tuple[str, ...] = ("runs_backwards",)
-    else:
-        # Copied as it is in float32; in 16 bits each element is rounded.
-        is_copied = states.dtype == torch.float32
-        tensors["h_initial"] = states_initial[0].contiguous() if is_copied else states_initial
-        if lengths is not None:
-            tensors["lengths"] = lengths
-        names = ("reset_flags",)
-    tensors |= {name: of_scan[name] for name in names if name in of_scan}
-    addresses, layout = record.read(tensors)
-    precision = source.precision_of(problem)
-    prepared, shape = _prepared_gradient(problem, gpu, precision, layout)
-    d_R = d_gates.new_empty(shape[1:])
-    d_b = d_gates.new_empty(len(problem.cell.fed_by("b")), problem.N, problem.D)
-    if shape[0] == 1:
-        prepared.launch([*addresses, d_bias.data_ptr(), d_R.data_ptr(), d_b.data_ptr()])
-    else:
-        parts = d_gates.new_empty(shape, dtype=torch.float32)
-        prepared.launch([*addresses, parts.data_ptr()])
-        _sum(problem, {"d_bias": d_bias, "d_b": d_b, "parts": parts, "d_R": d_R})
-    return d_R, d_b
-
-
-def _sum(problem: Problem, tensors: dict[str, Tensor]) -> None:
-    """Complete the gradient of the bias and, if it is in parts, that of R, in one launch.
-
-    Args:
-        problem: what was computed.
-        tensors: ``d_bias`` ``[B, G, N, D]`` in float32, whose sum over B becomes ``d_b``
-            ``[Gb, N, D]``; and ``parts`` ``[P, Gr, N, D, D]`` in float32, whose sum over P becomes
-            ``d_R`` ``[Gr, N, D, D]``, if there are parts.
-    """
-    addresses, layout = call.GRADIENT_SUMS.read(tensors)
-    rows = len(tensors["parts"]) if "parts" in tensors else 0
-    prepared = _prepared_sums(problem, source.precision_of(problem), rows, layout)
-    if prepared is not None:
-        prepared.launch(addresses)
-
-
-class _Prepared(NamedTuple):
+class _Launch(NamedTuple):
     """A launch that lacks only its tensors' addresses.
 
     Attributes:
         kernel: the kernel.
         shape: the launch's.
-        packing: of the record's fields.
-        scratch: global memory that it needs for itself.
-        copied: the tensors that are to be copied first, since the kernel cannot read their rows.
+        packing: of the record's fields, out of the addresses of all the call's tensors.
     """
 
     kernel: Kernel
     shape: launch.Shape
     packing: call.Packing
-    scratch: Scratch = Scratch(0, 0)
+
+
+class _Prepared(NamedTuple):
+    """A direction's launches.
+
+    Attributes:
+        launches: in order.
+        scratch: global memory that they need for themselves, in units of 16 bytes: packets, R in
+            memory, and the parts of R's gradient.
+        copied: the tensors that are to be copied first, since the kernel cannot read their rows.
+    """
+
+    launches: tuple[_Launch, ...]
+    scratch: tuple[int, int, int] = (0, 0, 0)
     copied: tuple[str, ...] = ()
 
-    def launch(self, addresses: list[int]) -> None:
-        """Enqueue it on PyTorch's current stream."""
-        self.kernel.launch(self.shape, self.packing(addresses))
+
+# Whose rows scans copy in pieces of 16 bytes, where these are so aligned; and R's gradient.
+_IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates")
+_IN_PIECES_OF_R = ("d_gates", "h_initial", "h_starts", "h")
 
 
-# Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
-_IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates", "h_initial", "h_starts", "h")
-
-
-# What a launch depends on is all here, but for addresses, stream and context.
+# What launches depend on is all here, but for addresses, stream and context.
 @lru_cache(maxsize=512)
-def _prepared_scan(
+def _prepared(
     problem: Problem,
     gpu: GPU,
     backward: bool,
@@ -507,20 +455,20 @@ def _prepared_scan(
     aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
     kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
-    scratch = plan.scratch(B, N, gpu)
-    others = [name for name, size in zip(("packets", "R_in_memory"), scratch, strict=True) if size]
-    groups = plan.groups(B, N, gpu)
-    return _Prepared(
-        kernel,
-        kernel.shape._replace(grid=plan.grid(B, N, gpu)),
-        record.packing(layout, *others, T=T, B=B, N=N, clips=clips, groups=groups),
-        scratch,
-        tuple(
-            name
-            for name, multiple in _alignments(plan, D * size)
-            if multiple > 1 and not record.rows_begin_at(multiple, (name,), layout, D, size)
-        ),
+    copied = tuple(
+        name
+        for name, multiple in _alignments(plan, D * size)
+        if multiple > 1 and not record.rows_begin_at(multiple, (name,), layout, D, size)
     )
+    of_R = _plan_of_R(problem, gpu) if backward and registry.is_small(D) else None
+    scratch = *plan.scratch(B, N, gpu), 0 if of_R is None else _units_of_parts(problem, of_R)
+    layout = layout.with_scratch(scratch)
+    groups = plan.groups(B, N, gpu)
+    packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
+    launches = [_Launch(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
+    if backward:
+        launches += _after_scan(problem, of_R, precision, layout)
+    return _Prepared((*launches,), scratch, copied)
 
 
 def _alignments(plan: Plan, row: int) -> list[tuple[str, int]]:
@@ -530,54 +478,85 @@ def _alignments(plan: Plan, row: int) -> list[tuple[str, int]]:
     return [("Wx", plan.ROW_ALIGNMENT), ("R", of_R)]
 
 
-@lru_cache(maxsize=256)
-def _prepared_gradient(
-    problem: Problem, gpu: GPU, precision: str, layout: call.Layout
-) -> tuple[_Prepared, tuple[int, ...]]:
-    """The launch, and the shape of the parts of R's gradient that it gives.
+def _plan_of_R(problem: Problem, gpu: GPU) -> single_cta.GradientPlan:
+    """How R's gradient of small heads is computed."""
+    recurrent, (B, T) = len(problem.cell.fed_by("R")), problem.rows
+    size = problem.dtype.itemsize
+    return single_cta.plan_gradient(recurrent, B * T, problem.N, problem.D, size, gpu)
 
-    Of one part it gives R's gradient itself, and that of the bias.
+
+def _units_of_parts(problem: Problem, of_R: single_cta.GradientPlan) -> int:
+    """Units of 16 bytes that the parts of R's gradient take, where there are several."""
+    if of_R.parts == 1:
+        return 0
+    elements = len(problem.cell.fed_by("R")) * problem.N * problem.D**2
+    return tiles_of(of_R.parts * elements, 4)
+
+
+def _after_scan(
+    problem: Problem, of_R: single_cta.GradientPlan | None, precision: str, layout: call.Layout
+) -> list[_Launch]:
+    """The launches that give the gradients of the bias and, of small heads, of R.
+
+    Of few rows that is one. Else R's gradient is in parts, which a second launch sums up.
+
+    Args:
+        problem: what is computed.
+        of_R: the plan of R's gradient; ``None``: that is computed otherwise.
+        precision: how products are computed.
+        layout: that of the backward scan's tensors and scratch memory.
     """
     cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
-    recurrent, record = len(cell.fed_by("R")), call.RECURRENT_GRADIENT
+    if of_R is None:
+        return _sums(problem, precision, 0, layout)
+    size, record = problem.dtype.itemsize, call.RECURRENT_GRADIENT
     if problem.is_sequenced:
         record = record.complete
-    size = problem.dtype.itemsize
-    plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
+    of_sums, layout = layout, _as_gradient_reads(layout, N, D)
     # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
-    in_pieces = _IN_PIECES if size == 4 else tuple(x for x in _IN_PIECES if x != "h_initial")
+    in_pieces = [x for x in _IN_PIECES_OF_R if x != "h_initial" or size == 4]
     aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
     options = source.gradient_options(problem)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, options, problem.device)
-    ctas = plan.grid(N)
-    numbers = {"rows_a_part": plan.rows, "R_ctas": ctas, "T": T, "B": B, "N": N}
-    if plan.parts > 1:
-        packing = record.packing(layout, "parts", **numbers)
-    else:
+    kernel = _gradient_kernel(cell, precision, of_R.compiled, aligned, options, problem.device)
+    ctas = of_R.grid(N)
+    numbers = {"rows_a_part": of_R.rows, "R_ctas": ctas, "T": T, "B": B, "N": N}
+    rest = _sums(problem, precision, of_R.parts, of_sums) if of_R.parts > 1 else []
+    if not rest:
         columns = len(cell.fed_by("b")) * N * D
         of_bias = gradient_sums.plan_sums(0, 0, problem.B, columns)
         ctas += of_bias.b_ctas
         numbers |= {"b_rows": problem.B, "b_columns": columns, "b_shares": of_bias.b_shares}
-        packing = record.packing(layout, "d_bias", "d_R", "d_b", **numbers)
-    prepared = _Prepared(kernel, kernel.shape._replace(grid=ctas), packing)
-    return prepared, (plan.parts, recurrent, N, D, D)
+    shape = kernel.shape._replace(grid=ctas)
+    return [_Launch(kernel, shape, record.packing(layout, **numbers)), *rest]
 
 
-@lru_cache(maxsize=256)
-def _prepared_sums(
-    problem: Problem, precision: str, rows: int, layout: call.Layout
-) -> _Prepared | None:
-    """The launch, if there is anything to sum; R's gradient is in so many parts."""
+def _as_gradient_reads(layout: call.Layout, N: int, D: int) -> call.Layout:
+    """The layout of a backward scan's tensors, by the names of R's gradient's record."""
+    names = {"states": "h"}
+    if "h_initial" in layout.names:
+        # Contiguous, [B, 1, N, D].
+        strides: tuple[int, ...] = (N * D, N * D, D, 1)
+    else:
+        names["initial"] = "h_initial"
+        strides = layout.strides[0][1:]
+    return layout._replace(
+        names=tuple(names.get(name, name) for name in layout.names), strides=(strides,)
+    )
+
+
+def _sums(problem: Problem, precision: str, parts: int, layout: call.Layout) -> list[_Launch]:
+    """The launch that sums up the bias's gradient over sequences, and R's over so many parts, if
+    there is anything to sum."""
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
-    R_columns = len(cell.fed_by("R")) * N * D * D if rows else 0
+    R_columns = len(cell.fed_by("R")) * N * D * D if parts else 0
     b_columns = len(cell.fed_by("b")) * N * D
-    plan = gradient_sums.plan_sums(rows, R_columns, B, b_columns)
+    plan = gradient_sums.plan_sums(parts, R_columns, B, b_columns)
     if not plan.grid:
-        return None
+        return []
     kernel = _sums_kernel(cell, precision, problem.device)
     packing = call.GRADIENT_SUMS.packing(
-        layout,
-        R_rows=rows,
+        layout._replace(strides=()),
+        R_rows=parts,
         R_columns=R_columns,
         R_shares=plan.R_shares,
         R_ctas=plan.R_ctas,
@@ -587,7 +566,7 @@ def _prepared_sums(
         N=N,
         D=D,
     )
-    return _Prepared(kernel, kernel.shape._replace(grid=plan.grid), packing)
+    return [_Launch(kernel, kernel.shape._replace(grid=plan.grid), packing)]
 
 
 @lru_cache(maxsize=1024)
@@ -713,7 +692,7 @@ def _sums_kernel(cell: TracedCell, precision: str, device: torch.device) -> Kern
 
 
 KERNELS = (
-    *(_prepared_scan, _prepared_gradient, _prepared_sums),
+    _prepared,
     *(_scan_kernel, _gradient_kernel, _sums_kernel),
 )
 """The caches that hold kernels."""

@@ -68,7 +68,7 @@ def too_many_numbered_rows(problem: Problem) -> str | None:
     rows = problem.rows[0] * problem.T
     # What sequences start with and go back to is numbered behind the rows (gradients.Before).
     numbered = rows + problem.B if problem.resets else rows
-    if problem.returned is None or numbered < 2**31:
+    if not problem.is_sequenced or numbered < 2**31:
         return None
     return (
         f"B · T is {rows}; with options of sequences its kernels count to 2³¹ − 1 rows, and with "

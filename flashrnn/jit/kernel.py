@@ -25,16 +25,31 @@ class Kernel:
 
     def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
-        device, (kernel,) = self.program.device, self.program.kernels
-        with context.on_device(device):
-            stream = self._stream()
-            launch.enqueue([launch.Launch(kernel, shape, fields)], stream, device)
+        launch_in_turn([(self, shape, fields)])
 
     def _stream(self) -> int:
         """The current stream; if it is captured, the program stays for the graph."""
         if torch.cuda.is_current_stream_capturing():
             self.program.keep_for_graphs()
         return context.current_stream(self.program.device)
+
+
+def launch_in_turn(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]]) -> None:
+    """Enqueue launches of kernels of one device on PyTorch's current stream, in order."""
+    device = launches[0][0].program.device
+    with context.on_device(device):
+        if torch.cuda.is_current_stream_capturing():
+            for kernel, _, _ in launches:
+                kernel.program.keep_for_graphs()
+        stream = context.current_stream(device)
+        launch.enqueue(
+            [
+                launch.Launch(kernel.program.kernels[0], shape, fields)
+                for kernel, shape, fields in launches
+            ],
+            stream,
+            device,
+        )
 
 
 def load(entry: str, parts: Mapping[str, str], shape: launch.Shape, device: torch.device) -> Kernel:

@@ -10,7 +10,7 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from math import gcd
@@ -59,6 +59,15 @@ class Layout(NamedTuple):
     names: tuple[str, ...]
     strides: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]
+
+    def with_scratch(self, sizes: Sequence[int]) -> Layout:
+        """The same, and behind the operands the scratch memory that is not of size 0."""
+        found = [name for name, size in zip(SCRATCH, sizes, strict=True) if size]
+        return self._replace(names=(*self.names, *found))
+
+
+SCRATCH = ("packets", "R_in_memory", "parts")
+"""The operands that are memory which launches need for themselves."""
 
 
 class Packing(NamedTuple):
@@ -116,19 +125,18 @@ class Record:
         offsets = [address % 16 for address in addresses] if reduce(or_, addresses, 0) % 16 else ()
         return addresses, Layout((*tensors,), (*strides,), (*offsets,))
 
-    def packing(self, layout: Layout, *others: str, **numbers: int) -> Packing:
+    def packing(self, layout: Layout, **numbers: int) -> Packing:
         """How the fields' values follow from the addresses of tensors of one layout.
 
         Args:
-            layout: the tensors'.
-            others: operands whose addresses follow those of the tensors.
+            layout: the tensors'. It may have more than the record; those are left out.
             numbers: the other fields; 0 for those that are not given.
         """
         constants = [0]
         for strides in layout.strides:
             constants += strides
         constants += [numbers.get(name, 0) for name in self.numbers]
-        return Packing((*constants,), self._orders((*layout.names, *others)))
+        return Packing((*constants,), self._orders(layout.names))
 
     @cached_property
     def _orders(self) -> Callable[[tuple[str, ...]], itemgetter[Any]]:

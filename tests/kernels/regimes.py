@@ -348,7 +348,7 @@ def take(
         monkeypatch.setattr(registry, "LARGE_HEADS", plans)
         monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: regime.gpu)
         registry.best_plan.cache_clear()
-        cuda_fused._prepared_scan.cache_clear()
+        cuda_fused._prepared.cache_clear()
         if regime.by_steps:
             by_steps(monkeypatch)
         return regime

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from flashrnn.backends import cuda_fused, tables
+from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
-from flashrnn.kernels import gradient_sums
+from flashrnn.kernels import call, gradient_sums, source
 from flashrnn.problem import Problem
-from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import fused_emulation, needs_compiler, one_by_one  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
 from tests.gpus import GPUS
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
@@ -34,7 +34,9 @@ def test_sums(fused_emulation, poisoned, sizes, kind, dtype):  # noqa: F811
         del truths["d_R"]
     found = {name: torch.full(x.shape, torch.nan, dtype=dtype) for name, x in truths.items()}
     given = {"parts": parts} if P else {}
-    cuda_fused._sum(problem, {"d_bias": d_bias, **given, **found})
+    addresses, layout = call.GRADIENT_SUMS.read({"d_bias": d_bias, **given, **found})
+    launches = cuda_fused._sums(problem, source.precision_of(problem), P, layout)
+    one_by_one([(to.kernel, to.shape, to.packing(addresses)) for to in launches])
     for name, truth in truths.items():
         given, largest = found[name], max(P, B) ** 0.5
         torch.testing.assert_close(
@@ -59,9 +61,24 @@ def test_gradients_of_R_and_b(fused_emulation, poisoned, rows, kind, dtype):  # 
     d_gates, h = random(B, T, len(cell.gates), N, D), random(1, B, T, N, D)
     initial = random(1, B, 1, N, D, dtype=torch.float32)
     d_bias = random(B, len(cell.gates), N, D, dtype=torch.float32)
-    found = cuda_fused._gradients_of_R_and_b(
-        problem, GPUS["sm_90a"], d_gates, d_bias, initial, h, tables.Tables({})
+    found = (
+        d_gates.new_empty(len(cell.fed_by("R")), N, D, D),
+        d_gates.new_empty(len(cell.fed_by("b")), N, D),
     )
+    tensors = {"initial": initial, "states": h, "d_gates": d_gates, "d_bias": d_bias}
+    tensors |= {"d_R": found[0], "d_b": found[1]}
+    if dtype == torch.float32:
+        tensors["h_initial"] = initial[0]
+    addresses, layout = call.BACKWARD.read(tensors)
+    precision = source.precision_of(problem)
+    of_R = cuda_fused._plan_of_R(problem, GPUS["sm_90a"])
+    units = cuda_fused._units_of_parts(problem, of_R)
+    layout = layout.with_scratch((0, 0, units))
+    launches = cuda_fused._after_scan(problem, of_R, precision, layout)
+    assert (len(launches) == 1) == (units == 0)
+    parts = torch.full((units, 4), torch.nan)
+    addresses += [parts.data_ptr()] if units else []
+    one_by_one([(to.kernel, to.shape, to.packing(addresses)) for to in launches])
     before = torch.cat([initial[0].to(dtype), h[0, :, :-1]], 1).double()
     of_R = d_gates.double()[:, :, list(cell.fed_by("R"))]
     truths = (

@@ -160,7 +160,7 @@ def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
 
         monkeypatch.setattr(registry, "SMALL_HEADS", (plan,))
         registry.best_plan.cache_clear()
-        cuda_fused._prepared_scan.cache_clear()
+        cuda_fused._prepared.cache_clear()
         outputs = call(kind, inputs, backend="cuda_fused")
         return [*outputs, *gradients(outputs, inputs).values()]
 
