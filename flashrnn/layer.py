@@ -112,7 +112,7 @@ def recurrent_layer(
     )
     with without_autocast(problem.device.type):
         if direct and problem.needs_gradient and autograd.is_fused(chosen):
-            found, last_states = _Layer.apply(
+            found, last_states = Layer.apply(
                 x, W, R, b, states, chosen, problem, *(of_options or ())
             )
         else:
@@ -144,7 +144,7 @@ def _is_time_major(x: Tensor) -> bool:
     return B > 1 and T > 1 and of_T == B * of_B > 0
 
 
-class _Layer(torch.autograd.Function):
+class Layer(torch.autograd.Function):
     """The input product, and :class:`flashrnn.backends.autograd.Scan` within the same node.
 
     A product is one for all steps and gates, in each direction: none of them depends on the step
@@ -155,7 +155,7 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any,
         x: Tensor,
         W: Tensor,
@@ -169,7 +169,7 @@ class _Layer(torch.autograd.Function):
         # Autograd casts the gradients back to the dtypes of what is given here.
         x, W = _factors(problem, x, W)
         arguments = calls.as_computed(problem, _input_product(problem, x, W), R, b, states)
-        scan = _ScanContext()
+        scan = InnerContext()
         outputs = autograd.Scan.forward(scan, *arguments, backend, problem, *options)
         ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
         ctx.set_materialize_grads(False)
@@ -177,10 +177,12 @@ class _Layer(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None) -> tuple[Any, ...]:
+    def backward(  # noqa: D102
+        ctx: Any, d_states: Tensor | None, d_last: Tensor | None
+    ) -> tuple[Any, ...]:
         x, W, *saved = ctx.saved_tensors
         needs_x, needs_W, *needs = ctx.needs_input_grad
-        scan = _ScanContext(
+        scan = InnerContext(
             **vars(ctx.scan), saved_tensors=saved, needs_input_grad=(needs_x or needs_W, *needs)
         )
         with without_autocast(x.device.type):
@@ -197,11 +199,12 @@ class _Layer(torch.autograd.Function):
         return d_x, d_W, *others
 
 
-class _ScanContext(SimpleNamespace):
-    """What a node of :class:`autograd.Scan` would have as its context, within another node."""
+class InnerContext(SimpleNamespace):
+    """What a node would have as its context, where another node does what it does."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep them as they are."""
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, _: bool) -> None:
-        """The node around it decides."""
+        """Do nothing: the node around it decides."""

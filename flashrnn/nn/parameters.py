@@ -179,9 +179,14 @@ def parameters_of(layers: RecurrentParameters) -> list[Tensor]:
     return [getattr(layers, name) for name in layers._flat_weights_names]
 
 
+def names_of(layers: RecurrentParameters, row: int) -> list[str]:
+    """The names of one direction's; ``row`` counts the directions of all layers."""
+    return layers._all_weights[row]
+
+
 def weights_of(layers: RecurrentParameters, row: int) -> Weights:
-    """Those of one direction of a layer; ``row`` counts the directions of all layers."""
-    weight_ih, weight_hh, *biases = (getattr(layers, name) for name in layers._all_weights[row])
+    """Those of one direction of a layer, as :func:`names_of` counts."""
+    weight_ih, weight_hh, *biases = (getattr(layers, name) for name in names_of(layers, row))
     weight_hr = biases.pop() if layers.proj_size else None
     return Weights.of(
         layers.mode, layers.cell, layers.heads, weight_ih, weight_hh, biases, weight_hr

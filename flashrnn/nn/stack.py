@@ -1,8 +1,9 @@
 """All layers of a call, one after another, by what computes them best.
 
 A layer is computed by PyTorch's own kernels (:mod:`flashrnn.nn.torch_kernels`), in one call for all
-of it (:mod:`flashrnn.nn.at_once`), or one direction at a time (:mod:`flashrnn.nn.scan`). A single
-step has a stepper that is kept (:mod:`flashrnn.nn.stepping`), where there can be one.
+of it (:mod:`flashrnn.nn.at_once`), as one node of autograd (:mod:`flashrnn.nn.node`), or one
+direction at a time (:mod:`flashrnn.nn.scan`). A single step has a stepper that is kept
+(:mod:`flashrnn.nn.stepping`), where there can be one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from flashrnn import backends
-from flashrnn.nn import at_once, stepping, torch_kernels
+from flashrnn.nn import at_once, node, stepping, torch_kernels
 from flashrnn.nn.arguments import check_bounds
 from flashrnn.nn.packing import Packing, Segments, between_resets, moved, one_after_another
 from flashrnn.nn.parameters import (
@@ -72,6 +73,9 @@ def run(
         return _segments(layers, x, states, segments, len(bounds) - 1)
     if batch_sizes is not None:
         return _in_turn(layers, x, states, Packing.of(batch_sizes, x.device))
+    as_nodes = node.run(layers, x, states)
+    if as_nodes is not None:
+        return as_nodes
     if layers.batch_first:
         output, last = _in_turn(layers, x.transpose(0, 1), states, None)
         return output.transpose(0, 1), last

@@ -80,3 +80,39 @@ def bias(mode: str, biases: Sequence[Tensor], N: int, D: int) -> Tensor:
         # in place, as clipping does, would change each of them twice.
         b = b_ih + b_hh
     return b.view(-1, N, D)
+
+
+def gradients(
+    mode: str,
+    d_W: Tensor | None,
+    d_R: Tensor | None,
+    d_b: Tensor | None,
+    shapes: Sequence[torch.Size],
+) -> list[Tensor | None]:
+    """Those of a layer's weights, out of those of W, R and b.
+
+    Args:
+        mode: as above.
+        d_W: ``None``, as those below: it is not asked for.
+        d_R: ...
+        d_b: ...
+        shapes: those of ``weight_ih``, ``weight_hh`` and the biases.
+    """
+    of_ih, of_hh, *of_biases = shapes
+    if d_R is not None and mode == "GRU":
+        d_R = d_R.roll(-1, 0)
+    found = [
+        None if d_W is None else d_W.view(of_ih),
+        None if d_R is None else d_R.view(of_hh),
+    ]
+    if d_b is None or not of_biases:
+        return [*found, *[None] * len(of_biases)]
+    d_b = d_b.flatten()
+    if mode not in MODES:
+        return [*found, d_b]
+    if mode == "GRU":
+        H = len(d_b) // 4
+        g, rz, n = d_b.split([H, 2 * H, H])
+        return [*found, torch.cat([rz, n]), torch.cat([rz, g])]
+    # In memory of its own each, as above.
+    return [*found, d_b, d_b.clone()]

@@ -1,0 +1,200 @@
+"""A layer with torch.nn's weights as one node of autograd.
+
+A training step of a short sequence takes as long as its nodes and the host's operations. Here the
+views of weights, the sum of the biases, and the forms of input and output are made within the node
+of :class:`flashrnn.layer.Layer`. So plain layers of one direction are computed by fused backends;
+what this cannot do is computed by :mod:`flashrnn.nn.scan`, with the same results.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn import backends, calls
+from flashrnn.backends import autograd
+from flashrnn.cells.spec import Cell
+from flashrnn.config import DEFAULT
+from flashrnn.layer import InnerContext, Layer
+from flashrnn.nn.parameters import (
+    RecurrentParameters,
+    cell_of,
+    drops_after,
+    has_masks,
+    names_of,
+    rows_of,
+)
+from flashrnn.nn.precision import config_on
+from flashrnn.nn.weights import Weights, gradients
+from flashrnn.problem import Problem, autocast_dtype, without_autocast
+from flashrnn.sequences import Given
+
+
+def run(
+    layers: RecurrentParameters, x: Tensor, states: list[Tensor] | None
+) -> tuple[Tensor, list[Tensor]] | None:
+    """All layers, over a batch as it is given, a node for each.
+
+    Args:
+        layers: the layers.
+        x: ``[T, B, I]``, with ``layers.batch_first`` ``[B, T, I]``.
+        states: for each state ``[L, B, ·]``, what sequences start from; ``None``: zeros.
+
+    Returns:
+        h of the last layer in the form of x, and for each state ``[L, B, ·]``; ``None`` where one
+        node cannot be.
+    """
+    if torch.compiler.is_compiling() or layers.bidirectional or layers.proj_size:
+        return None
+    if has_masks(layers) or drops_after(layers, 0) or 0 in x.shape[:-1]:
+        return None
+    rows = rows_of(layers)
+    weights = [[getattr(layers, name) for name in names_of(layers, row)] for row in range(rows)]
+    if not backends.is_direct(x, *itertools.chain(*weights), *(states or ())):
+        return None
+    kind, last = x.device.type, []
+    with without_autocast(kind) if (dtype := autocast_dtype(kind)) else nullcontext():
+        for row, of_row in enumerate(weights):
+            start = None
+            if states is not None:
+                start = torch.stack([state[row] for state in states])
+                start = start.unflatten(-1, (1, layers.heads, -1))
+            found = _layer(layers, row, x, of_row, start, dtype)
+            if found is None:
+                return None
+            x, *ended = found
+            last.append(ended)
+    return x, last[0] if rows == 1 else [torch.cat(of_all) for of_all in zip(*last, strict=True)]
+
+
+class Form(NamedTuple):
+    """How a layer has its weights, its input and its output.
+
+    Attributes:
+        mode: torch.nn's name of the cell, or the cell's own.
+        cell: the cell.
+        heads: N.
+        x_by_time: whether the input is ``[T, B, I]`` in place of ``[B, T, I]``.
+        h_by_time: whether h is to be ``[T, B, N * D]``.
+    """
+
+    mode: str
+    cell: Cell
+    heads: int
+    x_by_time: bool
+    h_by_time: bool
+
+    def weights(self, weights: Sequence[Tensor]) -> Weights:
+        """Out of torch.nn's."""
+        weight_ih, weight_hh, *biases = weights
+        return Weights.of(self.mode, self.cell, self.heads, weight_ih, weight_hh, biases)
+
+
+def _layer(
+    layers: RecurrentParameters,
+    row: int,
+    x: Tensor,
+    weights: list[Tensor],
+    start: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, ...] | None:
+    """One layer: h, and each last state ``[1, B, N * D]``; ``None`` where one node cannot be."""
+    by_time, cell = not layers.batch_first, cell_of(layers)
+    form = Form(
+        *(layers.mode, cell, layers.heads, by_time and row == 0),
+        h_by_time=by_time and row == layers.num_layers - 1,
+    )
+    config = config_on(x.device) or DEFAULT
+    given = (x, *weights) if start is None else (x, *weights, start)
+    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    # What the problem follows from: what `calls.accepted` checks.
+    key = (
+        *(form.mode, cell.traced, form.heads, form.x_by_time, start is None, len(weights)),
+        *(requires_grad, dtype, config.allow_tf32),
+        *[(tensor.shape, tensor.dtype, tensor.device) for tensor in given],
+    )
+    problem = calls.problems.get(key)
+    if problem is None:
+        W, R, b, *_ = form.weights(weights)
+        rows = x.transpose(0, 1) if form.x_by_time else x
+        tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
+        with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
+            problem = calls.accepted(cell, tensors, start, config, None, _H_ALONE)
+        calls.remember(key, problem)
+    chosen, problem, start, _ = calls.prepared(
+        problem, cell, layers.backend, start, config, None, direct=True
+    )
+    if not autograd.is_fused(chosen):
+        return None
+    if problem.needs_gradient:
+        found: tuple[Tensor, ...] = _Node.apply(x, start, chosen, problem, form, *weights)
+        return found
+    return _Node.forward(InnerContext(), x, start, chosen, problem, form, *weights)
+
+
+_H_ALONE = Given(None, None, None, None, False, "h")
+
+
+class _Node(torch.autograd.Function):
+    """A layer of torch.nn's form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        start: Tensor,
+        backend: autograd.FusedBackend,
+        problem: Problem,
+        form: Form,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # Views of these, saved for the backward pass, are found changed where these have been.
+        x, *detached = [given.detach() for given in (x, *weights)]
+        W, R, b, *_ = form.weights(detached)
+        rows = x.transpose(0, 1) if form.x_by_time else x
+        inner, (S, B, _, N, D) = InnerContext(), start.shape
+        every_state, last_states = Layer.forward(
+            inner, rows, W.view(-1, N, D, W.shape[1]), R, b, start, backend, problem
+        )
+        h = every_state[0].flatten(2)
+        if form.h_by_time:
+            h = h.transpose(0, 1).contiguous()
+        # In memory of its own each: callers change them in place.
+        ended = [
+            state.to(h.dtype, copy=True) for state in last_states.view(S, 1, B, N * D).unbind(0)
+        ]
+        # h is what the node returns: by it a graph of the gradient finds the node.
+        ctx.save_for_backward(*vars(inner).pop("saved_tensors")[:6], h)
+        ctx.set_materialize_grads(False)
+        ctx.inner, ctx.form, ctx.weights = inner, form, [weight.shape for weight in weights]
+        return h, *ended
+
+    @staticmethod
+    def backward(ctx: Any, d_h: Tensor | None, *d_ended: Tensor | None) -> tuple[Any, ...]:
+        form, saved, d_states, d_last = ctx.form, ctx.saved_tensors, None, None
+        start = saved[3]
+        S, B, _, N, D = start.shape
+        if d_h is not None:
+            d_h = d_h.transpose(0, 1) if form.h_by_time else d_h
+            d_states = d_h.view(1, *d_h.shape[:2], N, D)
+        given = [d_state for d_state in d_ended if d_state is not None]
+        if given:
+            zeros = torch.zeros_like(given[0])
+            d_last = torch.stack([zeros if d_state is None else d_state for d_state in d_ended])
+            d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
+        needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
+        inner = InnerContext(
+            **vars(ctx.inner),
+            saved_tensors=saved,
+            needs_input_grad=(needs_x, needs_W, needs_R, any(needs_b), needs_start),
+        )
+        d_x, d_W, d_R, d_b, d_start, *_ = Layer.backward(inner, d_states, d_last)
+        if d_x is not None and form.x_by_time:
+            d_x = d_x.transpose(0, 1)
+        of_weights = gradients(form.mode, d_W, d_R, d_b, ctx.weights)
+        return d_x, d_start, None, None, None, *of_weights

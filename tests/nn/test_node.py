@@ -1,0 +1,167 @@
+"""Plain layers as one node of autograd, by emulated kernels: as torch.nn's, and as in turns."""
+
+import itertools
+
+import pytest
+import torch
+
+import flashrnn.nn as ours
+from flashrnn.nn import node, stack
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.nn.against import assert_same, pair, states, tensors
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How many calls were computed so, and an error where one is computed in turns."""
+    found, run = [], node.run
+
+    def counted(*given):
+        results = run(*given)
+        assert results is not None
+        found.append(results)
+        return results
+
+    monkeypatch.setattr(node, "run", counted)
+    return found
+
+
+def results(layers, x, hx, losses, in_turns=False):
+    """Outputs, last states, and the gradients of everything, of a loss of some of the results."""
+    x = x.detach().requires_grad_()
+    hx = None if hx is None else [each.detach().requires_grad_() for each in hx]
+    given = hx and (tuple(hx) if len(hx) > 1 else hx[0])
+    with pytest.MonkeyPatch.context() as patch:
+        if in_turns:
+            patch.setattr(stack.node, "run", lambda *_: None)
+        outputs = tensors(layers(x, given))
+    weights = torch.randn(100, generator=torch.Generator().manual_seed(3))
+    loss = sum(
+        (one * weights[: one.shape[-1]].to(one)).sum()
+        for one, counts in zip(outputs, losses, strict=False)
+        if counts
+    )
+    wanted = [x, *(hx or ()), *layers.parameters()]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return outputs, found
+
+
+KINDS = {"LSTM": 2, "GRU": 1, "RNN": 1}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "given"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_like_torch(fused_emulation, made, kind, batch_first, given):  # noqa: F811
+    options = {"num_layers": 2, "batch_first": batch_first, "dtype": torch.float32}
+    mine, theirs = pair(kind, 3, 5, backend="cuda_fused", **options)
+    x = torch.randn(2, 4, 3) if batch_first else torch.randn(4, 2, 3)
+    hx = list(tensors(states(mine, 2))) if given else None
+    for losses in ((1, 0, 0), (0, 1, 1), (1, 1, 0), (0, 0, 1))[: 2 + 2 * (kind == "LSTM")]:
+        found, expected = (results(layers, x, hx, losses) for layers in (mine, theirs))
+        for one, other in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            # A gradient of nothing is zeros or none.
+            other = torch.zeros_like(one) if other is None and one is not None else other
+            one = torch.zeros_like(other) if one is None and other is not None else one
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert len(made) == 2 + 2 * (kind == "LSTM")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", ["slstm", "gru"])
+def test_as_in_turns(fused_emulation, made, cell, bias):  # noqa: F811
+    """Cells and heads that torch.nn does not have, in 16 bits: the same bits."""
+    layer = ours.Recurrent(cell, 3, 12, heads=2, bias=bias, backend="cuda_fused").bfloat16()
+    x = torch.randn(4, 2, 3).bfloat16()
+    hx = [torch.randn(1, 2, 12).bfloat16() for _ in layer.cell.states]
+    for start, losses in ((None, (1, 0)), (hx, (1, 1))):
+        once, turns = (results(layer, x, start, losses, in_turns) for in_turns in (False, True))
+        for one, other in zip(itertools.chain(*once), itertools.chain(*turns), strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or (torch.equal(one, other) and one.dtype == other.dtype)
+    assert len(made) == 2
+
+
+def test_without_gradients(fused_emulation, made):  # noqa: F811
+    mine, theirs = pair("LSTM", 3, 5, num_layers=2, backend="cuda_fused", dtype=torch.float32)
+    x = torch.randn(4, 2, 3)
+    with torch.no_grad():
+        assert_same(mine(x), theirs(x), 1e-5)
+    assert made
+
+
+def test_under_autocast(fused_emulation, made):  # noqa: F811
+    layer = ours.LSTM(3, 5, num_layers=2, backend="cuda_fused")
+    x = torch.randn(4, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (h, c) = layer(x)
+    assert {output.dtype, h.dtype, c.dtype} == {torch.bfloat16}
+    output.float().sum().backward()
+    assert {weight.grad.dtype for weight in layer.parameters()} == {torch.float32}
+    assert_same(output.float(), layer(x)[0], 2e-2)
+
+
+def test_no_two_results_share_memory(fused_emulation, made):  # noqa: F811
+    """Programs change states and gradients in place, each by itself."""
+    layer = ours.LSTM(3, 5, backend="cuda_fused")
+    output, (h, c) = layer(torch.randn(4, 2, 3))
+    output.sum().backward()
+    with torch.no_grad():
+        changed = [h, c, *(weight.grad for weight in layer.parameters())]
+        before = [one.clone() for one in changed]
+        for one in changed:
+            one.add_(1)
+    for one, was in zip(changed, before, strict=True):
+        assert torch.equal(one, was + 1)
+    h.mul_(2)  # With a gradient, too.
+
+
+def test_of_a_frozen_layer_the_input_has_a_gradient(fused_emulation, made):  # noqa: F811
+    mine, theirs = pair("LSTM", 3, 5, backend="cuda_fused", dtype=torch.float32)
+    x = torch.randn(4, 2, 3)
+    found = []
+    for layer in (mine, theirs):
+        given = x.clone().requires_grad_()
+        layer.requires_grad_(False)(given)[0].sum().backward()
+        assert all(weight.grad is None for weight in layer.parameters())
+        found.append(given.grad)
+    assert_same(*found, 1e-5)
+
+
+def test_a_second_derivative_is_refused(fused_emulation, made):  # noqa: F811
+    layer = ours.LSTM(3, 5, backend="cuda_fused")
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    (d_x,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    for wanted in (x, layer.weight_ih_l0, layer.weight_hh_l0):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(d_x.sum(), wanted, retain_graph=True)
+
+
+def test_weights_changed_before_backward_are_an_error(fused_emulation, made):  # noqa: F811
+    layer = ours.LSTM(3, 5, backend="cuda_fused")
+    loss = layer(torch.randn(4, 2, 3))[0].sum()
+    with torch.no_grad():
+        layer.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bidirectional": True}, {"proj_size": 2}, {"num_layers": 2, "dropout": 0.5}],
+    ids=str,
+)
+def test_what_one_node_cannot_be(fused_emulation, options):  # noqa: F811
+    layer = ours.LSTM(3, 5, backend="cuda_fused", **options)
+    assert node.run(layer, torch.randn(4, 2, 3), None) is None
+
+
+def test_weights_that_do_not_fit_are_named(fused_emulation):  # noqa: F811
+    layer = ours.LSTM(3, 5, backend="cuda_fused")
+    layer(torch.randn(4, 2, 3))
+    layer.weight_hh_l0 = torch.nn.Parameter(layer.weight_hh_l0.detach().double())
+    with pytest.raises(TypeError, match="float64"):
+        layer(torch.randn(4, 2, 3))
