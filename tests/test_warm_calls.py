@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, recurrent_layer
+from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
 from flashrnn.backends import autograd, cuda_fused, steps, tables
 from flashrnn.kernels import call, registry
 from tests.emulation import one_by_one
@@ -164,7 +164,12 @@ def made(launches, choice):
         return str(error)
     if requires_grad:
         found.sum().backward()
-    given = {x.data_ptr(): "given" for x in (Wx, R, b, states) if x is not None}
+    return launched(launches, Wx, R, b, states)
+
+
+def launched(launches, *given):
+    """All launches, but for where their results lie."""
+    given = {x.data_ptr(): "given" for x in given if x is not None}
     launched = launches.take()
     fields = [named(one) for one in launched]
     for one, values in zip(launched, fields, strict=True):
@@ -186,6 +191,66 @@ def test_a_call_launches_what_it_would_if_it_were_the_first(launches, choices):
     forget()
     for _ in range(2):
         assert [made(launches, choice) for choice in choices] == first
+
+
+LAYERS = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from([nn.LSTM, nn.GRU]),
+        "B": st.sampled_from([1, 2]),
+        "T": st.integers(1, 2),
+        "units": st.sampled_from([12, 64, 256]),
+        "heads": st.sampled_from([1, 2]),
+        "layers": st.sampled_from([1, 2]),
+        "batch_first": st.booleans(),
+        "bias": st.booleans(),
+        "dtype": st.sampled_from([torch.bfloat16, torch.float32]),
+        "autocast": st.sampled_from([None, None, torch.float16, torch.bfloat16]),
+        "grad": st.sampled_from(["weights", "x", "states", "none", "disabled"]),
+        "states": st.booleans(),
+        "gpu": st.sampled_from([H200, SMALL]),
+    }
+)
+
+
+def made_by_layer(launches, choice):
+    """The same of a layer of torch.nn's form."""
+    launches.gpu = choice["gpu"]
+    B, T, units = (choice[name] for name in ("B", "T", "units"))
+    names = "heads", "batch_first", "bias", "dtype"
+    layer = choice["kind"](
+        16, units, choice["layers"], backend="cuda_fused", **{name: choice[name] for name in names}
+    )
+    layer.requires_grad_(choice["grad"] in ("weights", "disabled"))
+    x = torch.zeros(*((B, T) if choice["batch_first"] else (T, B)), 16, dtype=choice["dtype"])
+    x.requires_grad_(choice["grad"] == "x")
+    hx = None
+    if choice["states"]:
+        hx = [
+            torch.zeros(choice["layers"], B, units, dtype=choice["dtype"])
+            for _ in layer.cell.states
+        ]
+        hx[0].requires_grad_(choice["grad"] == "states")
+        hx = tuple(hx) if len(hx) > 1 else hx[0]
+    autocast = torch.autocast("cpu", choice["autocast"], enabled=choice["autocast"] is not None)
+    with torch.set_grad_enabled(choice["grad"] != "disabled"), autocast:
+        output, _ = layer(x, hx)
+    if output.requires_grad:
+        output.float().sum().backward()
+    return launched(launches)
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(choices=st.lists(LAYERS, min_size=2, max_size=4))
+def test_a_layer_launches_what_it_would_if_it_were_the_first(launches, choices):
+    first = []
+    for choice in choices:
+        forget()
+        first.append(made_by_layer(launches, choice))
+    forget()
+    for _ in range(2):
+        assert [made_by_layer(launches, choice) for choice in choices] == first
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
