@@ -113,8 +113,7 @@ def forward(
     if gates is not None:
         tensors["gates"] = gates
     options = source.forward_options(problem.needs_gradient)
-    if problem.returned is not None:
-        options = (*options, *source.options_of_storing(problem, len(every_state)))
+    options += source.options_of_storing(problem, len(every_state))
     if sequences is not None:
         made = tables.made(problem, sequences, states)
         tensors |= made.of_scan

@@ -141,7 +141,7 @@ def forward(
         problem = _as_planned(problem, sequences)
         tensors |= tables.made(problem, sequences, idle=idle).of_scan
     if problem.returned is not None:
-        options = (*options, *source.options_of_storing(problem, every_state.shape[0]))
+        options += source.options_of_storing(problem, every_state.shape[0])
     _launch(problem, gpu, False, tensors, options)
     return autograd.kept(problem, every_state), last_states, gates
 

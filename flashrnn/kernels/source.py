@@ -176,13 +176,16 @@ def gradient_options(problem: Problem) -> Options:
 
 
 def options_of_storing(problem: Problem, stored: int) -> Options:
-    """The further constants of a forward scan of a call with options of sequences.
+    """The further constants of a forward scan that has options of sequences or stores a part.
 
     Args:
         problem: what is computed.
         stored: how many states, from h on, are stored of every step.
     """
-    return (*sequence_options(problem), ("STORED", stored))
+    if problem.returned is None:
+        return ()
+    of_sequences = sequence_options(problem) if problem.is_sequenced else ()
+    return *of_sequences, ("STORED", stored)
 
 
 def options_of(problem: Problem, backward: bool, stored: int) -> Options:
@@ -193,16 +196,14 @@ def options_of(problem: Problem, backward: bool, stored: int) -> Options:
         backward: the direction.
         stored: how many states, from h on, forward stores of every step.
     """
-    with_options = problem.returned is not None
     if not backward:
-        found = forward_options(problem.needs_gradient)
-        return (*found, *options_of_storing(problem, stored)) if with_options else found
+        return *forward_options(problem.needs_gradient), *options_of_storing(problem, stored)
     clip = problem.gradient_recurrent_clipval is not None
     # The usual case: every returned state's gradient is given at every step, since the states are
     # one tensor, and nothing of the last states, unless those alone are returned.
     given = len(problem.cell.states) if problem.returned is None else problem.returned
     found = backward_options(problem.gradient_recurrent_cut, clip, given, not given)
-    return (*found, *sequence_options(problem)) if with_options else found
+    return (*found, *sequence_options(problem)) if problem.is_sequenced else found
 
 
 @lru_cache(maxsize=1024)
