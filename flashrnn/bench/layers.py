@@ -29,7 +29,7 @@ class Layer(Contender):
 
     def includes(self, case: Case, device: torch.device) -> str:
         """See :class:`Contender`."""
-        return "with the product of input and W; gradients of x, W, R, b; [B, T, ...]"
+        return "with the product of input and W; gradients of x, W, R, b; h alone; [B, T, ...]"
 
     def refusal(self, case: Case, device: torch.device, backward: bool) -> str | None:
         """See :class:`Contender`."""
@@ -50,7 +50,10 @@ class Layer(Contender):
         return Work(
             (x.detach().transpose(0, 1).contiguous().requires_grad_(),),
             tuple(each.clone().requires_grad_() for each in weights),
-            run=lambda x, W, R, b: recurrent_layer(x, W, R, b, function=case.function)[0][0],
+            # As the modules of flashrnn.nn call it: of h alone, a view.
+            run=lambda x, W, R, b: recurrent_layer(
+                x, W, R, b, function=case.function, return_states="h"
+            )[0].squeeze(0),
             reference=reference,
             time=1,
             ours=True,
