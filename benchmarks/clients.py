@@ -71,6 +71,17 @@ def attempt(step: Callable[[], Result], ours: ModuleType | None) -> Result | str
         return f"{type(error).__name__}: {lines[0]}"
 
 
+def true(run: Callable[[], Tensor]) -> Tensor:
+    """A layer's result in float64: by xlstm's plain cells, or where these take more memory than
+    there is, by ours."""
+    found = attempt(run, None)
+    if isinstance(found, str):
+        found = attempt(run, flashrnn.compat.xlstm)
+    if isinstance(found, str):
+        sys.exit(f"There is nothing to compare with: {found}")
+    return found
+
+
 def check(run: Callable[[], Tensor], ours: ModuleType | None, truth: Tensor) -> Contender | str:
     """A contender whose result is right, or the reason why there is none."""
     result = attempt(run, ours)
@@ -168,7 +179,7 @@ def xlstm_problems(lengths: list[int], seconds: float) -> None:
     for steps in lengths:
         x = torch.randn(B, steps, EMBEDDING, device="cuda")
         for what, call in (("forward", forward), ("forward + backward", forward_and_backward)):
-            truth = call(exact, x.double())
+            truth = true(partial(call, exact, x.double()))
             found = {
                 name: layer
                 if isinstance(layer, str)
