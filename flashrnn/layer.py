@@ -193,9 +193,9 @@ class Layer(torch.autograd.Function):
                 B, T, Gw, N, D = d_Wx.shape
                 rows = d_Wx.reshape(B * T, Gw * N * D)
             if needs_x:
-                d_x = (rows @ W.flatten(0, 2)).view(x.shape)
+                d_x = torch.mm(rows, W.flatten(0, 2)).view(x.shape)
             if needs_W:
-                d_W = (rows.t() @ x.flatten(0, 1)).view(W.shape)
+                d_W = torch.mm(rows.t(), x.flatten(0, 1)).view(W.shape)
         return d_x, d_W, *others
 
 

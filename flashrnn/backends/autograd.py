@@ -445,14 +445,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, d_states: Tensor | None, d_last: Tensor | None, _: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-
-    def pull_back(*tensors: Tensor | None) -> Gradients:
-        return Gradients(*scan_backward(*tensors, *ctx.call, *saved[4:], *ctx.options))
-
-    found = _gradients(ctx, saved, parsed(ctx.call[1])[0], pull_back, d_states, d_last)
+    with without_autocast(saved[0].device.type):
+        given = *_residuals(saved), d_states, d_last
+        found = Gradients(*scan_backward(*given, *ctx.call, *saved[4:], *ctx.options))
     # Arguments that are left out, as they are for a plain call, are not counted there.
-    of_resets = found[4] if any(ctx.needs_input_grad[12:13]) else None
-    return *found[:4], *(None,) * 8, of_resets, *(None,) * 4
+    of_resets = found.reset_states if any(ctx.needs_input_grad[12:13]) else None
+    needed = _needed(ctx, parsed(ctx.call[1])[0], found)
+    return *needed, *(None,) * 8, of_resets, *(None,) * 4
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
@@ -493,15 +492,17 @@ class Scan(torch.autograd.Function):
         options, part = saved[4:given], saved[given:]
         if problem.returned == 0:
             d_states = None
-        if part and torch.is_grad_enabled():
+        with_graph = torch.is_grad_enabled()
+        if part and with_graph:
             saved = *saved[:3], _Followed.apply(saved[3], *part)
-
-        def pull_back(*tensors: Tensor | None) -> Gradients:
-            # With a graph of the gradient: the operator's own derivative raises an error that says
-            # that there is none.
-            plain = all(map(is_plain, [x for x in tensors if x is not None]))
-            if recorded() or torch.is_grad_enabled() or not plain:
-                return Gradients(
+        sequences = Sequences(*options) if options else None
+        tensors = *_residuals(saved), d_states, d_last
+        # Autocast may be on where backward() is called.
+        with without_autocast(problem.device.type):
+            if with_graph or recorded() or not all(x is None or is_plain(x) for x in tensors):
+                # With a graph of the gradient the operator's own derivative raises an error, which
+                # says that there is none.
+                found = Gradients(
                     *scan_backward(
                         *tensors,
                         _name(backend),
@@ -510,16 +511,16 @@ class Scan(torch.autograd.Function):
                         problem.gradient_recurrent_clipval,
                         problem.forward_clipval,
                         problem.allow_tf32,
-                        *_of_operator(problem, Sequences(*options) if options else None),
+                        *_of_operator(problem, sequences),
                     )
                 )
-            return backend.backward(problem, *tensors, *((Sequences(*options),) if options else ()))
-
-        found = _gradients(ctx, saved, problem.cell, pull_back, d_states, d_last)
-        if not options:
-            return *found[:4], None, None
-        of_resets = found[4] if ctx.needs_input_grad[7] else None
-        return *found[:4], None, None, None, of_resets, None, None
+            else:
+                found = backend.backward(problem, *tensors, sequences)
+        given = _needed(ctx, problem.cell, found)
+        if sequences is None:
+            return *given, None, None
+        of_resets = found.reset_states if ctx.needs_input_grad[7] else None
+        return *given, None, None, None, of_resets, None, None
 
 
 class _Followed(torch.autograd.Function):
@@ -539,25 +540,19 @@ class _Followed(torch.autograd.Function):
         raise AssertionError("what reads it has no derivative, and says so before")
 
 
-def _gradients(
-    ctx: Any,
-    saved: Sequence[Tensor],
-    cell: TracedCell,
-    pull_back: Callable[..., Gradients],
-    d_states: Tensor | None,
-    d_last: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of Wx, R, b, the initial states and what resets go back to."""
+def _residuals(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """R, the initial states, all states and pre-activations: a hook on saved tensors may have
+    changed their layout."""
     R, states_initial, states, gates = saved[:4]
-    # A hook on saved tensors may have changed their layout.
-    states, gates = states.contiguous(), gates.contiguous()
-    with without_autocast(R.device.type):  # It may be on where backward() is called.
-        found = pull_back(R, states_initial, states, gates, d_states, d_last)
+    return R, states_initial, states.contiguous(), gates.contiguous()
+
+
+def _needed(ctx: Any, cell: TracedCell, found: Gradients) -> tuple[Tensor | None, ...]:
+    """The gradients of Wx, R, b and the initial states, of those that are asked for."""
     needs_Wx, needs_R, needs_b, needs_states, *_ = ctx.needs_input_grad
     return (
         select(found.gates, 2, cell.fed_by("Wx")) if needs_Wx else None,
         found.R if needs_R else None,
         found.b if needs_b else None,
         found.states if needs_states else None,
-        found.reset_states,
     )
