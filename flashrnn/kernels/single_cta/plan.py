@@ -105,6 +105,9 @@ _LONGER_FOR_OTHERS = 0.025
 # added as powers of so much.
 _OVERLAP = 6
 
+# Parts of the sequences that run at some time, of lengths that are spread evenly.
+_PARTS = (0.875, 0.625, 0.375, 0.125)
+
 # Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
 # tile.cuh).
 _FRAGMENT_BYTES = 512
@@ -239,6 +242,7 @@ def _head(problem: Problem, backward: bool) -> _Head:
         problem.D,
         problem.dtype.itemsize,
         SEQUENCE_BYTES if problem.is_sequenced else 0,
+        problem.ragged,
     )
 
 
@@ -255,6 +259,7 @@ class _Head(NamedTuple):
         D: head dimension.
         itemsize: bytes of an element of the tensors.
         sequence_bytes: bytes of what says where a sequence's rows lie.
+        ragged: whether sequences may have different lengths.
     """
 
     backward: bool
@@ -266,6 +271,7 @@ class _Head(NamedTuple):
     D: int
     itemsize: int
     sequence_bytes: int
+    ragged: bool
 
     @property
     def computing_warps(self) -> int:
@@ -387,7 +393,13 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
         shared_memory=R_bytes + lines + _READ_BEYOND_LINES,
     )
     resident = _resident(head, tiling, plan, gpu)
-    return replace(plan, estimated_cycles=_estimated_cycles(head, tiling, resident, B, N, gpu))
+    cycles = _estimated_cycles(head, tiling, resident, B, N, gpu)
+    if head.ragged:
+        # Between sequences of one length and lengths spread evenly, of which fewer and fewer run.
+        running = [max(1, round(part * B)) for part in _PARTS]
+        spread = [_estimated_cycles(head, tiling, resident, few, N, gpu) for few in running]
+        cycles = (cycles + sum(spread) / len(spread)) / 2
+    return replace(plan, estimated_cycles=cycles)
 
 
 def _resident(head: _Head, tiling: _Tiling, plan: SingleCtaPlan, gpu: GPU) -> int:
