@@ -194,9 +194,9 @@ def _with_tensors(
     if not problem.is_sequenced:
         return problem, None
     check_values = problem.ragged and not backends.recorded()
-    tensors, longest = sequences.tensors_of(options, problem, check_values)
-    if longest is not None:
-        problem = problem._replace(longest=longest)
+    tensors, known = sequences.tensors_of(options, problem, check_values)
+    if known is not None:
+        problem = problem._replace(**known._asdict())
     if not problem.resets:
         return problem, tensors
     starts = tensors.reset_states

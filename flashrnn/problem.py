@@ -36,6 +36,7 @@ class Problem(NamedTuple):
         packed: whether they lie one behind another in ``[1, T]`` rows, not each in T of ``[B, T]``.
         reverse: whether time runs backwards; a tuple of one for each head where they differ.
         longest: the largest length, where it is known: T or less.
+        even: whether lengths are known to differ little: their mean is 9/10 of the largest or more.
         starts: whether what states go back to is given, else it is zeros; of ``cuda_fused`` alone.
         returned: how many states are returned of every step; ``None``: all.
     """
@@ -59,6 +60,7 @@ class Problem(NamedTuple):
     reverse: bool | tuple[bool, ...] = False
     returned: int | None = None
     longest: int | None = None
+    even: bool = False
     starts: bool = False
 
     @property

@@ -301,7 +301,21 @@ def accept(
     return B, fields
 
 
-def tensors_of(given: Given, problem: Problem, check_values: bool) -> tuple[Sequences, int | None]:
+class Lengths(NamedTuple):
+    """What is known of sequences' lengths, as :class:`flashrnn.problem.Problem` has it."""
+
+    longest: int
+    even: bool
+
+    @classmethod
+    def of(cls, longest: int, total: int, count: int) -> Lengths:
+        """Out of the largest of so many lengths, and their sum."""
+        return cls(longest, 10 * total >= 9 * count * longest)
+
+
+def tensors_of(
+    given: Given, problem: Problem, check_values: bool
+) -> tuple[Sequences, Lengths | None]:
     """The tensors of options that :func:`accept` has found to fit.
 
     Args:
@@ -310,15 +324,15 @@ def tensors_of(given: Given, problem: Problem, check_values: bool) -> tuple[Sequ
         check_values: whether values on the CPU may be read.
 
     Returns:
-        The tensors, on the device of the call; and ``problem.longest``.
+        The tensors, on the device of the call; and what is known of lengths on the CPU.
 
     Raises:
         ValueError: values on the CPU that are out of range.
     """
     reset, reset_states, lengths, cu_seqlens, _, _ = given
-    longest = None
+    known = None
     if problem.ragged:
-        longest = _longest(lengths, cu_seqlens, problem.T) if check_values else None
+        known = _known(lengths, cu_seqlens, problem.T) if check_values else None
         if lengths is not None:
             lengths = lengths.to(problem.device, non_blocking=True)
         if cu_seqlens is not None:
@@ -327,7 +341,7 @@ def tensors_of(given: Given, problem: Problem, check_values: bool) -> tuple[Sequ
         reset = reset.unsqueeze(0)
     if reset_states is not None and problem.B != 1 and reset_states.shape[1:3] == (1, 1):
         reset_states = reset_states.expand(-1, problem.B, -1, -1, -1)
-    return Sequences(reset, reset_states, lengths, cu_seqlens), longest
+    return Sequences(reset, reset_states, lengths, cu_seqlens), known
 
 
 def _check_integers(
@@ -394,15 +408,15 @@ def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
     return heads
 
 
-def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int | None:
-    """The largest length, of tensors on the CPU, which are checked; a GPU is not waited for."""
+def _known(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Lengths | None:
+    """Of lengths on the CPU, which are checked; a GPU is not waited for."""
     if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
         least, most = map(int, lengths.aminmax())
         if least < 0 or most > T:
             raise ValueError(
                 f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
             )
-        return most
+        return Lengths.of(most, int(lengths.sum()), lengths.numel())
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.long().diff()
         least, most = map(int, each.aminmax()) if each.numel() else (0, 0)
@@ -412,5 +426,5 @@ def _longest(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> int |
                 f"cu_seqlens goes from {first} to {last}{falls}; accepted are values that do not "
                 f"fall, from 0 to {T}, the rows of Wx"
             )
-        return most
+        return Lengths.of(most, T, each.numel())
     return None

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashrnn import flashrnn, recurrent_layer
+from flashrnn import flashrnn, recurrent_layer, sequences
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import lstm, resolve
 from flashrnn.problem import Problem
@@ -291,3 +291,17 @@ def test_large_heads_of_cuda_fused_have_each_option(option, dtype):
     problem = problem._replace(**OF_A_PROBLEM[option])
     for gpu in ("sm_80", "sm_90a"):
         assert cuda_fused._refused(problem, GPUS[gpu]) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "even"), [([8, 8], True), ([8, 7], True), ([8, 6], False), ([0, 0], True)], ids=str
+)
+def test_lengths_on_the_cpu_tell_whether_they_are_even(lengths, even):
+    """That decides which plan is taken."""
+    given = torch.tensor(lengths)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), given.cumsum(0)])
+    for known in (
+        sequences._known(given, None, 8),
+        sequences._known(None, bounds, int(given.sum())),
+    ):
+        assert known == (max(lengths), even)

@@ -156,6 +156,7 @@ class Values(NamedTuple):
         passes: tensor core instructions that a product of two operands takes.
         sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
             without options of sequences.
+        ragged: whether sequences may have lengths that differ much.
     """
 
     backward: bool
@@ -166,6 +167,7 @@ class Values(NamedTuple):
     itemsize: int
     passes: int
     sequence_bytes: int
+    ragged: bool
 
     @staticmethod
     def of(problem: Problem, backward: bool) -> Values:
@@ -181,4 +183,5 @@ class Values(NamedTuple):
             itemsize=problem.dtype.itemsize,
             passes=3 if problem.dtype.itemsize == 4 else 1,
             sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
+            ragged=problem.ragged and not problem.even,
         )

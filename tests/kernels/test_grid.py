@@ -335,8 +335,9 @@ def with_lengths(case, lengths):
     return replace(case, options=options, lengths=shuffled.tolist())
 
 
-# Steps of each batch tile of 8 sequences, of which a group has two at a time; all numbers of both
-# parities beside each other, then the next work tile with its own, then none.
+# Steps of each batch tile of 8 sequences. A group has two at a time, the second and the last, the
+# third and the one before the last; the first is alone. Beside each other are numbers of both
+# parities, and steps and none.
 STEPS_OF_TILES = {
     "one less": [5, 4, 4, 3, 3],
     "one step, then many": [4, 1, 1, 0, 0],
@@ -424,7 +425,7 @@ def test_same_bits_of_options_without_gradients(take, regime, kinds):  # noqa: F
 @pytest.mark.slow
 @pytest.mark.parametrize(("reverse", "ragged"), [("none", "lengths"), ("some", "packed")])
 def test_what_is_no_step_reaches_nothing(take, monkeypatch, reverse, ragged):  # noqa: F811
-    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    monkeypatch.setattr("flashrnn.sequences._known", lambda *_: None)
     backend = take(GRID).backend
     hold_padding_out(backend, reverse, D=GRID.D)
     hold_rows_of_no_sequence(backend, reverse, D=GRID.D)

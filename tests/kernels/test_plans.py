@@ -498,3 +498,23 @@ def test_the_backend_says_why_it_cannot(monkeypatch):
     assert cuda_fused.unsupported(planned("lstm", 1, 1, 129, torch.bfloat16)) is None
     reason = cuda_fused.unsupported(planned("lstm", 1, 1, 4096, torch.bfloat16))
     assert reason.startswith("a head of 4096 units;")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "backward", "wider"),
+    [
+        ((64, 12, 64), False, lambda plan: plan.sequences),
+        ((64, 1, 768), True, lambda plan: -plan.interleaved),
+    ],
+    ids=["narrower tiles", "interleaved batch tiles"],
+)
+def test_lengths_that_differ_decide(sizes, backward, wider):
+    """They end one after another: what is fastest while all run is not the fastest on average."""
+    spread = {"ragged": True, "returned": 2}
+    problem = planned("lstm", *sizes, torch.bfloat16, needs_gradient=True)
+    plans = [
+        registry.best_plan(problem._replace(**spread, even=even), H200, backward)
+        for even in (False, True)
+    ]
+    assert wider(plans[0]) < wider(plans[1])
+    assert wider(plans[1]) == wider(registry.best_plan(problem, H200, backward))

@@ -144,7 +144,7 @@ def test_values_out_of_range_write_nothing_elsewhere(on_the_cpu, backend, ragged
         if ragged == "packed"
         else ("lengths", [-1, 99, 2], [0, 4, 2])
     )
-    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    monkeypatch.setattr("flashrnn.sequences._known", lambda *_: None)
     runs = [case.call(backend, **{name: torch.tensor(x)}) for x in (given, meant)]
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
@@ -178,7 +178,7 @@ def test_the_end_of_a_sequence_reaches_no_gradient(on_the_cpu, backend, ragged):
 @pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
 def test_so_many_sequences_that_pytorch_makes_their_tables(on_the_cpu, backend, kinds, monkeypatch):
     monkeypatch.setattr(sequence_tables, "MOST_SEQUENCES", 4)
-    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    monkeypatch.setattr("flashrnn.sequences._known", lambda *_: None)
     case = random_ragged("lstm", 5, 4, 2, 16, dtype=torch.bfloat16, **kinds)
     hold_ragged_to_vanilla(backend, case)
 
@@ -187,7 +187,7 @@ def test_so_many_sequences_that_pytorch_makes_their_tables(on_the_cpu, backend, 
 @every_backend
 @pytest.mark.parametrize("reverse", ["none", "some"])
 def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch):
-    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    monkeypatch.setattr("flashrnn.sequences._known", lambda *_: None)
     hold_rows_of_no_sequence(backend, reverse)
 
 

@@ -146,7 +146,7 @@ def test_padding_reaches_nothing(on_the_cpu):
 
 @needs_triton
 def test_rows_of_no_sequence_are_zero(on_the_cpu, monkeypatch):
-    monkeypatch.setattr("flashrnn.sequences._longest", lambda *_: None)
+    monkeypatch.setattr("flashrnn.sequences._known", lambda *_: None)
     hold_rows_of_no_sequence("triton", "some")
 
 

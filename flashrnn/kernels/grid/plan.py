@@ -360,7 +360,34 @@ def estimated_cycles(choice: Choice, plan: GridPlan, B: int, N: int, gpu: GPU) -
     step = transfer + multiply + fetch + add + _ELEMENT_CYCLES * choice.elements
     # Interleaved batch tiles hide the latency of the exchange.
     latency = _EXCHANGE_LATENCY + choice.size
-    return max(latency + step, choice.interleaved * step) * _rounds(plan, B, N, gpu)
+    of_tiles = [max(latency + step, (tile + 1) * step) for tile in range(choice.interleaved)]
+    cycles = of_tiles[-1] * _rounds(plan, B, N, gpu)
+    if choice.values.ragged:
+        # Between sequences of one length and lengths that are spread evenly.
+        cycles = (cycles + _spread_cycles(choice, plan, of_tiles, B, N, gpu)) / 2
+    return cycles
+
+
+def _spread_cycles(
+    choice: Choice, plan: GridPlan, of_tiles: list[float], B: int, N: int, gpu: GPU
+) -> float:
+    """The same of lengths that are spread evenly, of the group with the longest sequence.
+
+    ``of_tiles`` is what a step of one, two and more batch tiles of a work tile takes.
+    """
+    batch_tiles, of_head = tiles_of(B, choice.columns), plan.work_tiles(B, 1)
+    taken = range(0, plan.work_tiles(B, N), gpu.multiprocessors // plan.size)
+    # Of many work tiles some tell as much.
+    some, total = taken[:: tiles_of(len(taken), 16)], 0.0
+    for index in some:
+        place = index % of_head
+        # As in tile.cuh, the longest first.
+        order = [
+            k * of_head + (of_head - 1 - place if k % 2 else place) for k in range(len(of_tiles))
+        ]
+        lengths = [max(0.0, 1 - tile / batch_tiles) for tile in order] + [0.0]
+        total += sum(cycles * (lengths[k] - lengths[k + 1]) for k, cycles in enumerate(of_tiles))
+    return total * len(taken) / len(some)
 
 
 def _product_cycles(choice: Choice) -> float:

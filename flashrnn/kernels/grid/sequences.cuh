@@ -1,8 +1,9 @@
 // The sequences of a group's work tile, of calls with options of sequences (common/sequence.cuh).
 //
-// The sequences of a batch tile are neighbours in the order of the host, which has the longest first. So
-// the first sequence of a tile says how many steps the group computes of it, and of interleaved tiles
-// each has as many steps as the next one or more: those that have a step are always the first ones.
+// The sequences of a batch tile are neighbours in the order of the host, which has the longest first, and
+// interleaved tiles come in that order (tile.cuh). So the first sequence of a tile says how many steps
+// the group computes of it, and of interleaved tiles each has as many steps as the next one or more:
+// those that have a step are always the first ones.
 // CTAs wait for each other's packets of a tile at each of its steps. They agree on the steps, since all
 // of them read the same lengths.
 //
@@ -23,7 +24,7 @@
 // last ones, which a slow CTA may not have received yet. So the group then computes one more step of the
 // tile, at which all of its sequences are past their end.
 //
-// The last work tile of a head may lack a tile, which then goes without all of that work tile's flags.
+// A work tile may lack a tile, which then goes without all of that work tile's flags.
 // That is right for any number of them: since its last packets each CTA has sent packets of tile 0, and
 // before those it had received all of the work tile before. (If tile 0 has no step either, no CTA sends
 // anything, and the flags do not count on.)
@@ -44,8 +45,17 @@ struct WorkSequences {
     __device__ void begin(const WorkTile& work, long long B, long long T, const int* order,
                           const int* rows, const int* lengths, const int* backwards) {
         if (!SEQUENCED) return;
-        const long long left = B - work.first_sequence;
         __syncthreads();
+        if constexpr (APART) {
+            for (int i = threadIdx.x; i < COUNT; i += THREADS) {
+                const long long place = work.first_of(i / COLUMNS) + i % COLUMNS;
+                table[i] = sequence_at(place < B ? place : B - 1, T, order, rows, lengths, backwards,
+                                       work.n);
+            }
+            __syncthreads();
+            return;
+        }
+        const long long left = B - work.first_sequence;
         fill_table<COUNT, THREADS>(table, work.first_sequence, left < COUNT ? left - 1 : COUNT - 1, T,
                                    order, rows, lengths, backwards, work.n);
     }

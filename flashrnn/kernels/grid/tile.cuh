@@ -50,10 +50,19 @@ constexpr int ROW_TILES = (UNITS * PRODUCED + 15) / 16;
 
 __device__ inline int sum_part() { return threadIdx.x / 32; }
 
+// Whether a work tile's batch tiles are far apart in the order of the sequences (common/sequence.cuh).
+constexpr bool APART = RAGGED && INTERLEAVED > 1;
+
 // What a group computes at a time: INTERLEAVED batch tiles of a head, or those that are left of it.
+//
+// They are neighbours, unless sequences have lengths of their own. Then a work tile with a longer first
+// tile has a shorter second one, so that all work tiles take about as long: of 8 batch tiles, the longest
+// first, four work tiles have tiles 0 and 7, 1 and 6, 2 and 5, and 3 and 4.
 struct WorkTile {
     int n, tiles;
     long long first_sequence;
+    // Of work tiles APART: which of the head's it is, and how many those are.
+    int place, count;
 
     __device__ static long long count_of_head(long long B) {
         return (B + INTERLEAVED * COLUMNS - 1) / (INTERLEAVED * COLUMNS);
@@ -61,9 +70,22 @@ struct WorkTile {
 
     __device__ WorkTile(long long index, long long B)
         : n(index / count_of_head(B)),
-          first_sequence(index % count_of_head(B) * INTERLEAVED * COLUMNS) {
-        const long long left = (B - first_sequence + COLUMNS - 1) / COLUMNS;
-        tiles = INTERLEAVED == 1 ? 1 : left < INTERLEAVED ? left : INTERLEAVED;
+          first_sequence(index % count_of_head(B) * (APART ? 1 : INTERLEAVED) * COLUMNS) {
+        if constexpr (APART) {
+            count = count_of_head(B);
+            place = index % count;
+            tiles = 1;
+            while (tiles < INTERLEAVED && first_of(tiles) < B) ++tiles;
+        } else {
+            const long long left = (B - first_sequence + COLUMNS - 1) / COLUMNS;
+            tiles = INTERLEAVED == 1 ? 1 : left < INTERLEAVED ? left : INTERLEAVED;
+        }
+    }
+
+    // The first sequence of a batch tile.
+    __device__ long long first_of(int tile) const {
+        if constexpr (!APART) return first_sequence + tile * COLUMNS;
+        return static_cast<long long>(tile * count + (tile % 2 ? count - 1 - place : place)) * COLUMNS;
     }
 };
 
@@ -87,7 +109,7 @@ struct ThreadElement {
         packet = index % UNIT_PACKETS;
         column = index / UNIT_PACKETS;
         unit = packet * PACKET_UNITS + lane % PACKET_UNITS;
-        sequence = work.first_sequence + tile * COLUMNS + column;
+        sequence = work.first_of(tile) + column;
         d = static_cast<long long>(rank) * UNITS + unit;
         exists = in_packet && unit < UNITS && d < D && sequence < B;
         if (sequence >= B) sequence = B - 1;

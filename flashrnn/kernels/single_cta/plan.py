@@ -242,7 +242,7 @@ def _head(problem: Problem, backward: bool) -> _Head:
         problem.D,
         problem.dtype.itemsize,
         SEQUENCE_BYTES if problem.is_sequenced else 0,
-        problem.ragged,
+        problem.ragged and not problem.even,
     )
 
 
@@ -259,7 +259,7 @@ class _Head(NamedTuple):
         D: head dimension.
         itemsize: bytes of an element of the tensors.
         sequence_bytes: bytes of what says where a sequence's rows lie.
-        ragged: whether sequences may have different lengths.
+        ragged: whether sequences may have lengths that differ much.
     """
 
     backward: bool
