@@ -493,6 +493,21 @@ static void cp_async_word(void* to, const void* from) {
     copy_later(to, from, 4);
 }
 
+static void cp_async_word(void* to, const void* from, int bytes) {
+    static const unsigned zero = 0;
+    expect_aligned(to, 4);
+    expect_aligned(from, 4);
+    copy_later(to, from, bytes);
+    copy_later((char*)to + bytes, &zero, 4 - bytes);
+}
+
+template <int BYTES>
+static void cp_async_piece(void* to, const void* from) {
+    expect_aligned(to, BYTES);
+    expect_aligned(from, BYTES);
+    copy_later(to, from, BYTES);
+}
+
 static void cp_async_commit() { close_copy_group(); }
 
 template <int PENDING>

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
 def programs(
     problem: Problem, gpu: GPU | None, precision: str, backward: bool
 ) -> list[dict[str, str]]:
-    """The programs that a direction of a problem runs, if rows are aligned where D allows it.
+    """The programs that a direction of a problem runs, if rows are as aligned as D allows.
 
     Args:
         problem: what is computed; T does not matter.
@@ -88,17 +89,17 @@ def programs(
     if by_steps := _planned_steps(problem, precision, gpu, backward):
         return [steps.program(problem, by_steps, precision)]
     D, plan = problem.D, _plan(problem, backward, gpu)
-    aligned = D * problem.dtype.itemsize % 16 == 0
+    piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    found = [*tables.programs(problem, backward), plan.source(cell, precision, options, aligned)]
+    found = [*tables.programs(problem, backward), plan.source(cell, precision, options, piece_bytes)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
             recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
         )
         options = source.gradient_options(problem)
-        found.append(tiles.compiled.source(problem.cell, precision, aligned, options))
+        found.append(tiles.compiled.source(problem.cell, precision, piece_bytes, options))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
         if not registry.is_small(D):
@@ -209,7 +210,7 @@ def backward(
     _scan(problem, gpu, True, tensors, options)
     if registry.is_small(D):
         d_R, d_b = _gradients_of_R_and_b(
-            problem, gpu, d_gates, d_bias, states_initial, states, of_options
+            problem, gpu, d_gates, d_bias, states_initial, tensors["states"], of_options
         )
     else:
         d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
@@ -483,7 +484,7 @@ class _Prepared(NamedTuple):
         self.kernel.launch(self.shape, self.packing(addresses))
 
 
-# Whose rows kernels copy in pieces of 16 bytes, where these are so aligned.
+# Whose rows kernels copy in pieces.
 _IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates", "h_initial", "h_starts", "h")
 
 
@@ -504,9 +505,16 @@ def _prepared_scan(
     plan = _plan(problem, backward, gpu)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     D, size = problem.D, problem.dtype.itemsize
-    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
+    copied = tuple(
+        name
+        for name, multiple in _alignments(plan, backward, D * size)
+        if multiple > 1 and not record.rows_begin_at(multiple, (name,), layout, D, size)
+    )
+    in_pieces = [name for name in _IN_PIECES if name not in copied]
+    # Kernels of large heads do not ask for it.
+    piece_bytes = record.piece_bytes(in_pieces, layout, D, size) if registry.is_small(D) else 16
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
+    kernel = _scan_kernel(cell, precision, plan, options, piece_bytes, problem.device)
     scratch = plan.scratch(B, N, gpu)
     others = [name for name, size in zip(("packets", "R_in_memory"), scratch, strict=True) if size]
     groups = plan.groups(B, N, gpu)
@@ -515,19 +523,18 @@ def _prepared_scan(
         kernel.shape._replace(grid=plan.grid(B, N, gpu)),
         record.packing(layout, *others, T=T, B=B, N=N, clips=clips, groups=groups),
         scratch,
-        tuple(
-            name
-            for name, multiple in _alignments(plan, D * size)
-            if multiple > 1 and not record.rows_begin_at(multiple, (name,), layout, D, size)
-        ),
+        copied,
     )
 
 
-def _alignments(plan: Plan, row: int) -> list[tuple[str, int]]:
+def _alignments(plan: Plan, backward: bool, row: int) -> list[tuple[str, int]]:
     """At which multiples rows of so many bytes must begin, of the tensors that are copied else."""
+    # Rows of an odd number of 16-bit elements begin anywhere.
+    of_rows = gcd(plan.ROW_ALIGNMENT, row)
     # Kernels load R by words of 4 bytes where rows have a whole number of them.
-    of_R = max(plan.ROW_ALIGNMENT, 1 if row % 4 else 4)
-    return [("Wx", plan.ROW_ALIGNMENT), ("R", of_R)]
+    of_R = max(of_rows, 1 if row % 4 else 4)
+    given = ("states", "gates", "d_states") if backward else ("Wx",)
+    return [*((name, of_rows) for name in given), ("R", of_R)]
 
 
 @lru_cache(maxsize=256)
@@ -546,9 +553,9 @@ def _prepared_gradient(
     plan = single_cta.plan_gradient(recurrent, B * T, N, D, size, gpu)
     # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
     in_pieces = _IN_PIECES if size == 4 else tuple(x for x in _IN_PIECES if x != "h_initial")
-    aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
+    piece_bytes = record.piece_bytes(in_pieces, layout, D, size)
     options = source.gradient_options(problem)
-    kernel = _gradient_kernel(cell, precision, plan.compiled, aligned, options, problem.device)
+    kernel = _gradient_kernel(cell, precision, plan.compiled, piece_bytes, options, problem.device)
     ctas = plan.grid(N)
     numbers = {"rows_a_part": plan.rows, "R_ctas": ctas, "T": T, "B": B, "N": N}
     if plan.parts > 1:
@@ -679,7 +686,7 @@ def _scan_kernel(
     precision: str,
     plan: Plan,
     options: source.Options,
-    aligned: bool,
+    piece_bytes: int,
     device: torch.device,
 ) -> Kernel:
     shape = launch.Shape(
@@ -689,7 +696,7 @@ def _scan_kernel(
         cooperative=plan.COOPERATIVE,
         cluster_size=plan.cluster_size,
     )
-    return _kernel(plan.entry, plan.source(cell, precision, options, aligned), shape, device)
+    return _kernel(plan.entry, plan.source(cell, precision, options, piece_bytes), shape, device)
 
 
 @lru_cache(maxsize=256)
@@ -697,12 +704,12 @@ def _gradient_kernel(
     cell: TracedCell,
     precision: str,
     plan: single_cta.GradientPlan,
-    aligned: bool,
+    piece_bytes: int,
     options: source.Options,
     device: torch.device,
 ) -> Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
-    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, options), shape, device)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, piece_bytes, options), shape, device)
 
 
 @lru_cache(maxsize=256)

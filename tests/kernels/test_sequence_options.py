@@ -267,13 +267,13 @@ def test_compiles_without_spills(case, turn):
         options = source.backward_options(False, False, 1, False)
         options = options if backward else source.forward_options(True)
         options = (*options, *source.sequence_options(problem))
-        parts = plan.source(cell, precision, options, aligned=True)
+        parts = plan.source(cell, precision, options, piece_bytes=16)
         assert not spills_in_a_loop(parts, arch), (fields, backward)
     B, N, D = sizes
     plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
     for fields in FIELDS[turn::2]:
         options = source.gradient_options(planned(kind, *sizes, dtype)._replace(**fields))
-        assert not spills_in_a_loop(plan.source(cell, precision, True, options), arch), fields
+        assert not spills_in_a_loop(plan.source(cell, precision, 16, options), arch), fields
 
 
 @needs_compiler

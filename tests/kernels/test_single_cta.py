@@ -43,9 +43,9 @@ def programs(kind, B, N, D, precision, gpu, given):
     backward = source.backward_options(False, False, len(cell.states) if all_states else 0, last)
     gradient = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
-        plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        plans[1].source(cell, precision, backward, aligned=True),
-        gradient.source(cell, precision, aligned=True),
+        plans[0].source(cell, precision, source.forward_options(True), piece_bytes=16),
+        plans[1].source(cell, precision, backward, piece_bytes=16),
+        gradient.source(cell, precision, piece_bytes=16),
     ]
 
 
@@ -108,7 +108,7 @@ def test_compiles_for_every_plan_without_spills(case, given):
 def test_a_bounded_h_takes_half_the_instructions(kind, arch, by_float16):
     """Of float16 a step's product, and once more for h of any size; of tf32 where R needs it."""
     plan = plan_scan(planned(kind, 16, 12, 64, torch.float32), GPUS[arch], False)
-    parts = plan.source(resolve(kind), "float32", source.forward_options(True), aligned=True)
+    parts = plan.source(resolve(kind), "float32", source.forward_options(True), piece_bytes=16)
     assert not spills_in_a_loop(parts, arch)
     products = instructions(parts, arch, "HMMA")
     gates = len(resolve(kind).fed_by("R"))

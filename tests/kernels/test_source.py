@@ -54,7 +54,7 @@ def programs(regime, kind="lstm"):
         else:
             problem = planned(cell, B, 1, regime.D, dtype)
             plan = regime.plans(problem, regime.gpu, backward)
-            yield plan.entry, plan.source(cell, "bfloat16", options, aligned=True)
+            yield plan.entry, plan.source(cell, "bfloat16", options, piece_bytes=16)
 
 
 @pytest.mark.parametrize("regime", REGIMES, ids=str)

@@ -1,10 +1,10 @@
 // Copies between global memory and lines of shared memory, by a CTA's producer threads.
 //
 // A line belongs to one sequence and one step. It has COUNT rows, one for each gate or state. In global
-// memory a row has Layout::UNITS elements; where the rows begin is up to the tensor's strides. Where
-// rows are ALIGNED, their elements are contiguous and begin at multiples of 16 bytes: each thread keeps
-// the addresses of its pieces of 16 bytes and advances them from step to step. Otherwise it copies
-// single elements and computes their addresses.
+// memory a row has Layout::UNITS elements, which are contiguous; where the rows begin is up to the
+// tensor's strides. Rows are copied in pieces (row_pieces.cuh). Of pieces of 16 bytes each thread keeps
+// the addresses, and advances them from step to step. Of smaller ones there are too many: threads share
+// whole rows, and compute where these begin.
 //
 // A kernel describes its lines by a struct `Layout` of static constants:
 //
@@ -12,12 +12,13 @@
 //     int UNITS            units that a row of a CTA has at most
 //     bool EXACT           whether every CTA's rows have so many
 //     int ROW_PITCH        elements from a row of a line to the next
-//     bool ALIGNED         see above
+//     int PIECE_BYTES      of RowPieces
 //     int FIRST_PRODUCER   the first producer thread; they are the CTA's last threads
 //     int PRODUCERS        how many producer threads there are
 //     bool SEQUENCED       whether each line has a Sequence of its own, which says where its rows lie
 
 #include "common/loads.cuh"
+#include "common/row_pieces.cuh"
 #include "common/sequence.cuh"
 
 // Where the rows of a tensor lie: `origin` is the first element of sequence 0's first row, the others
@@ -25,7 +26,7 @@
 template <typename T>
 struct TensorRows {
     T* origin;
-    long long sequence, row, unit;
+    long long sequence, row;
 };
 
 // Where a line of a pitch says whether its step is cut off from another: in its last 16 bytes, which
@@ -65,19 +66,23 @@ struct FlagCopy {
 
 // The rows of one tensor, step after step. T is const if they are read.
 //
-// REGULAR, of aligned rows and a layout that is not sequenced: a thread copies the same piece of the same
-// row of every APART-th sequence. So it keeps one address only: where a thread has many pieces, an address
-// for each would take too many registers. Lines beyond the last sequence are left as they are.
+// REGULAR, of pieces of 16 bytes and a layout that is not sequenced: a thread copies the same piece of
+// the same row of every APART-th sequence. So it keeps one address only: where a thread has many pieces,
+// an address for each would take too many registers. Lines beyond the last sequence are left as they are.
 template <typename Layout, int COUNT, typename T, bool REGULAR = false>
 struct TiledCopy {
-    static constexpr int PIECE = Layout::ALIGNED ? 16 / sizeof(Element) : 1;
-    static constexpr int ROW_PIECES = Layout::UNITS / PIECE;
-    static constexpr int PIECES = Layout::LINES * COUNT * ROW_PIECES;
-    // Sequences of which all threads together have a piece, and how many threads that takes.
-    static constexpr int APART = Layout::PRODUCERS / (COUNT * ROW_PIECES);
-    static constexpr int BUSY = REGULAR ? APART * COUNT * ROW_PIECES : Layout::PRODUCERS;
-    static constexpr int THREAD_PIECES = (PIECES + BUSY - 1) / BUSY;
-    static_assert(!REGULAR || (Layout::ALIGNED && !Layout::SEQUENCED && Layout::EXACT && APART > 0));
+    using Pieces = RowPieces<Layout::UNITS, Layout::PIECE_BYTES>;
+    // Whether threads keep the addresses of their pieces.
+    static constexpr bool KEPT = Layout::PIECE_BYTES == 16;
+    static constexpr int PIECE = Pieces::PIECE, ROW_THREADS = Pieces::THREADS;
+    // What threads share: each has a piece of a row, or, of smaller pieces, Pieces::PARTS.
+    static constexpr int SHARES = Layout::LINES * COUNT * ROW_THREADS;
+    // Sequences of which all threads together have a share, and how many threads that takes.
+    static constexpr int APART = Layout::PRODUCERS / (COUNT * ROW_THREADS);
+    static constexpr int BUSY = REGULAR ? APART * COUNT * ROW_THREADS : Layout::PRODUCERS;
+    static constexpr int THREAD_SHARES = (SHARES + BUSY - 1) / BUSY;
+    static_assert(!REGULAR || (KEPT && !Layout::SEQUENCED && Layout::EXACT && APART > 0));
+    static_assert(KEPT || Layout::EXACT);
 
     TensorRows<T> rows;
     long long step;
@@ -86,10 +91,10 @@ struct TiledCopy {
     const Sequence* sequences = nullptr;
     long long row_stride = 0;
     int at = 0, direction = 1;
-    T* addresses[Layout::ALIGNED && !REGULAR ? THREAD_PIECES : 1];
+    T* addresses[KEPT && !REGULAR ? THREAD_SHARES : 1];
     // Where sequences are ragged, how many steps that of each piece has.
     static constexpr bool ENDS_APART = Layout::SEQUENCED && RAGGED;
-    int lengths[Layout::ALIGNED && ENDS_APART ? THREAD_PIECES : 1];
+    int lengths[KEPT && ENDS_APART ? THREAD_SHARES : 1];
 
     // `step` is the tensor's stride from one step to the next, `pitch` the number of elements from one
     // line to the next, `last` the last sequence that exists, `units` the number of units of this CTA's
@@ -99,9 +104,9 @@ struct TiledCopy {
         : rows(rows), step(step), pitch(pitch), last(last), units(units) {
         if constexpr (REGULAR) {
             addresses[0] = address(index(0));
-        } else if constexpr (Layout::ALIGNED) {
+        } else if constexpr (KEPT) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
+            for (int i = 0; i < THREAD_SHARES; ++i) addresses[i] = address(index(i));
         }
     }
 
@@ -112,9 +117,9 @@ struct TiledCopy {
                          int units = Layout::UNITS)
         : rows(rows), step(direction * sequences->advance(step)), pitch(pitch), last(last),
           units(units), sequences(sequences), row_stride(step), at(first), direction(direction) {
-        if constexpr (Layout::ALIGNED) {
+        if constexpr (KEPT) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) {
+            for (int i = 0; i < THREAD_SHARES; ++i) {
                 addresses[i] = address(index(i));
                 if (ENDS_APART) {
                     lengths[ENDS_APART ? i : 0] =
@@ -124,37 +129,42 @@ struct TiledCopy {
         }
     }
 
-    // Of the thread's piece i among all pieces.
+    // Of the thread's share i among all.
     __device__ static int index(int i) {
         return threadIdx.x - Layout::FIRST_PRODUCER + i * BUSY;
     }
-    __device__ static int sequence(int index) { return index / (ROW_PIECES * COUNT); }
+    __device__ static int sequence(int index) { return index / (ROW_THREADS * COUNT); }
+    // Which of the row's threads it is.
+    __device__ static int thread() { return index(0) % ROW_THREADS; }
     __device__ bool exists(int index) const {
-        return (PIECES % Layout::PRODUCERS == 0 || index < PIECES) &&
-               (Layout::EXACT || index % ROW_PIECES * PIECE < units);
+        return (SHARES % Layout::PRODUCERS == 0 || index < SHARES) &&
+               (Layout::EXACT || index % ROW_THREADS * PIECE < units);
     }
 
-    __device__ T* address(int index) const {
+    // Of the piece, or, of smaller ones, of the row's first element, at the present step or so many ago.
+    __device__ T* address(int index, int steps_ago = 0) const {
         const int b = sequence(index) < last ? sequence(index) : last;
-        long long of_sequence = b * rows.sequence;
+        long long offset = b * rows.sequence;
         if constexpr (Layout::SEQUENCED) {
-            of_sequence = sequences[b].offset(at, rows.sequence, row_stride);
+            offset = sequences[b].offset(at - steps_ago * direction, rows.sequence, row_stride);
+        } else {
+            offset -= steps_ago * step;
         }
-        return rows.origin + of_sequence + index / ROW_PIECES % COUNT * rows.row +
-               index % ROW_PIECES * PIECE * (Layout::ALIGNED ? 1 : rows.unit);
+        return rows.origin + offset + index / ROW_THREADS % COUNT * rows.row +
+               (KEPT ? index % ROW_THREADS * PIECE : 0);
     }
 
-    // Whether the sequence of the thread's piece i has the present step.
-    __device__ bool has_step(int i) const {
+    // Whether the sequence of the thread's share i has the present step, or that of so many ago.
+    __device__ bool has_step(int i, int steps_ago = 0) const {
         if constexpr (!ENDS_APART) return true;
-        else if constexpr (Layout::ALIGNED) return at < lengths[i];
-        else return sequences[sequence(index(i))].has(at);
+        else if constexpr (KEPT) return at < lengths[i];
+        else return sequences[sequence(index(i))].has(at - steps_ago * direction);
     }
 
-    // Where the piece lies among the lines.
+    // Where that lies among the lines.
     __device__ int place(int index) const {
-        return sequence(index) * pitch + index / ROW_PIECES % COUNT * Layout::ROW_PITCH +
-               index % ROW_PIECES * PIECE;
+        return sequence(index) * pitch + index / ROW_THREADS % COUNT * Layout::ROW_PITCH +
+               (KEPT ? index % ROW_THREADS * PIECE : 0);
     }
 
     // Calls copy(i, address) for each of the thread's pieces of a regular copy.
@@ -164,7 +174,7 @@ struct TiledCopy {
         const int left = busy ? last - sequence(index(0)) : -1;
         T* at = addresses[0];
 #pragma unroll
-        for (int i = 0; i < THREAD_PIECES; ++i) {
+        for (int i = 0; i < THREAD_SHARES; ++i) {
             if (left >= i * APART) copy(i, at);
             at += APART * rows.sequence;
             // Otherwise each address is computed from the first, by products of 64 bits.
@@ -176,9 +186,9 @@ struct TiledCopy {
     __device__ void advance() {
         if constexpr (REGULAR) {
             addresses[0] += step;
-        } else if constexpr (Layout::ALIGNED) {
+        } else if constexpr (KEPT) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] += step;
+            for (int i = 0; i < THREAD_SHARES; ++i) addresses[i] += step;
         } else if constexpr (!Layout::SEQUENCED) {
             rows.origin += step;
         }
@@ -188,43 +198,62 @@ struct TiledCopy {
     // Of a sequenced layout: writes zeros to the rows of each sequence that are no step's, of so many.
     __device__ void clear_rest(long long rows_of_each) {
 #pragma unroll 1
-        for (int i = 0; i < THREAD_PIECES; ++i) {
+        for (int i = 0; i < THREAD_SHARES; ++i) {
             if (!exists(index(i)) || sequence(index(i)) > last) continue;
             const Sequence& own = sequences[sequence(index(i))];
             at = 0;
             T* to = address(index(i)) - own.time(0) * row_stride;
 #pragma unroll 1
             for (long long t = own.length; t < rows_of_each; ++t) {
-                if constexpr (Layout::ALIGNED) {
+                if constexpr (KEPT) {
                     *reinterpret_cast<uint4*>(to + t * row_stride) = uint4{};
                 } else {
-                    round_to(to[t * row_stride], 0.0f);
+                    T* row = to + t * row_stride;
+                    Pieces::for_each(thread(), [&](int first) {
+                        for (int unit = first; unit < first + PIECE; ++unit) {
+                            if (Pieces::has(unit)) round_to(row[unit], 0.0f);
+                        }
+                    });
                 }
             }
         }
     }
 
-    // Starts copying the present step's rows into the lines. Where rows are aligned, the copies belong
-    // to the group that the thread commits next.
+    // Starts copying the present step's rows into the lines. The copies belong to the group that the
+    // thread commits next.
     __device__ void fetch(Element* lines) const {
         if constexpr (REGULAR) {
             const unsigned first = shared_address(lines) + place(index(0)) * int(sizeof(Element));
             for_each([&](int i, T* from) {
                 cp_async(first + i * APART * pitch * int(sizeof(Element)), from);
             });
-        } else if constexpr (Layout::ALIGNED) {
+        } else if constexpr (KEPT) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) {
+            for (int i = 0; i < THREAD_SHARES; ++i) {
                 if (exists(index(i)) && has_step(i)) cp_async(lines + place(index(i)), addresses[i]);
             }
         } else {
 #pragma unroll 4
-            for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && has_step(i)) {
-                    lines[place(index(i))] = load_element(address(index(i)));
-                }
+            for (int i = 0; i < THREAD_SHARES; ++i) {
+                if (!exists(index(i)) || !has_step(i)) continue;
+                Element* to = lines + place(index(i));
+                const Element* from = address(index(i));
+                const bool between = Pieces::is_between(from);
+                Pieces::for_each(thread(), [&](int first) {
+                    Pieces::fetch(to + first, from + first, first, between);
+                });
             }
         }
+    }
+
+    // Completes what fetch() brought into the lines so many steps ago IN_WORDS, after the thread has waited
+    // for its copies. All threads of a warp must call it.
+    __device__ void settle(Element* lines, int steps_ago) const {
+        Pieces::template settle<THREAD_SHARES>(thread(), [&](int i) -> Element* {
+            if (!exists(index(i)) || !has_step(i, steps_ago)) return nullptr;
+            const bool moves = Pieces::is_between(address(index(i), steps_ago));
+            return moves ? lines + place(index(i)) : nullptr;
+        });
     }
 
     // Copies the lines to the present step's rows.
@@ -235,9 +264,9 @@ struct TiledCopy {
                 const Element* from = first + i * APART * pitch;
                 *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
             });
-        } else if constexpr (Layout::ALIGNED) {
+        } else if constexpr (KEPT) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) {
+            for (int i = 0; i < THREAD_SHARES; ++i) {
                 if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
                     *reinterpret_cast<uint4*>(addresses[i]) =
                         *reinterpret_cast<const uint4*>(lines + place(index(i)));
@@ -245,10 +274,14 @@ struct TiledCopy {
             }
         } else {
 #pragma unroll 4
-            for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
-                    *address(index(i)) = lines[place(index(i))];
-                }
+            for (int i = 0; i < THREAD_SHARES; ++i) {
+                if (!exists(index(i)) || sequence(index(i)) > last || !has_step(i)) continue;
+                T* to = address(index(i));
+                const Element* from = lines + place(index(i));
+                const bool between = Pieces::is_between(to);
+                Pieces::for_each(thread(), [&](int first) {
+                    Pieces::store(to + first, from + first, first, between);
+                });
             }
         }
     }

@@ -47,6 +47,14 @@ __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element,
         input.advance();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     };
+    // Waits for the inputs of the step whose slot is read next.
+    const auto wait_for_next = [&]() {
+        cp_async_wait<STAGES - 2>();
+        if constexpr (Layout::PIECE_BYTES < 4) {
+            const int next = slot + 1 == STAGES ? 0 : slot + 1;
+            input.settle(ring + next * Layout::LINES * Layout::INPUT_PITCH, STAGES - 1);
+        }
+    };
     const auto store_next = [&](long long t) {
         const int first_line = t % 2 * Layout::LINES;
         if constexpr (Layout::STORES) {
@@ -59,12 +67,12 @@ __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element,
         }
     };
     for (int t = 0; t < STAGES - 1; ++t) fetch_next();
-    cp_async_wait<STAGES - 2>();
+    wait_for_next();
     named_barrier<Layout::CTA_THREADS>();
     for (long long t = 0; t < T; ++t) {
         fetch_next();
         if (t > 0) store_next(t - 1);
-        cp_async_wait<STAGES - 2>();
+        wait_for_next();
         named_barrier<Layout::CTA_THREADS>();
     }
     if (!Layout::SEQUENCED || T > 0) store_next(T - 1);

@@ -234,6 +234,25 @@ __device__ inline void cp_async_word(void* to, const void* from) {
                  : "memory");
 }
 
+// Reads only the first bytes of the 4, so many; the others become 0.
+__device__ inline void cp_async_word(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// The same with 4, 8 or 16 bytes.
+template <int BYTES>
+__device__ inline void cp_async_piece(void* to, const void* from) {
+    if constexpr (BYTES == 16) {
+        cp_async(to, from);
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from),
+                     "n"(BYTES)
+                     : "memory");
+    }
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of the thread's committed groups are unfinished.

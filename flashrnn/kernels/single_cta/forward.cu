@@ -230,11 +230,11 @@ single_cta_forward(CALL) {
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
         if constexpr (SEQUENCED) {
-            TiledCopy<ForwardLayout, GW, const Element> input({Wx + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t,
+            TiledCopy<ForwardLayout, GW, const Element> input({Wx + n * Wx_n, Wx_b, Wx_g}, Wx_t,
                                                               INPUT_PITCH, last, table, 0, 1);
             TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
-                {states + n * D, T * width, all_rows * width, 1}, width, STATE_PITCH, last, table, 0, 1);
-            TiledCopy<ForwardLayout, G, Element> output_gates({gates + n * D, T * G * width, width, 1},
+                {states + n * D, T * width, all_rows * width}, width, STATE_PITCH, last, table, 0, 1);
+            TiledCopy<ForwardLayout, G, Element> output_gates({gates + n * D, T * G * width, width},
                                                               G * width, GATE_PITCH, last, table, 0, 1);
             // With the inputs of a step it is known whether the next one starts anew.
             const FlagCopy<ForwardLayout> flags(table, reset_flags);
@@ -248,11 +248,11 @@ single_cta_forward(CALL) {
             const long long head = first * T * width + n * D;
             const long long head_gates = first * T * G * width + n * D;
             TiledCopy<ForwardLayout, GW, const Element, REGULAR> input(
-                {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUT_PITCH, last);
+                {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g}, Wx_t, INPUT_PITCH, last);
             TiledCopy<ForwardLayout, STORED ? STORED : 1, Element, REGULAR> output(
-                {states + head, T * width, B * T * width, 1}, width, STATE_PITCH, last);
+                {states + head, T * width, B * T * width}, width, STATE_PITCH, last);
             TiledCopy<ForwardLayout, G, Element, REGULAR> output_gates(
-                {gates + head_gates, T * G * width, width, 1}, G * width, GATE_PITCH, last);
+                {gates + head_gates, T * G * width, width}, G * width, GATE_PITCH, last);
             run_forward_producer(input, output, output_gates, ring, new_states, saved, T,
                                  [](long long, Element*) {});
         }

@@ -1,0 +1,138 @@
+// How threads copy a row of contiguous elements between global and shared memory, in pieces.
+//
+// A piece has 16, 8 or 4 bytes: the most at whose multiples all rows of a call begin and end. Rows of
+// an odd number of 16-bit elements begin anywhere, every other one between two words of 4 bytes. Such a
+// row is copied IN_WORDS, all those that have an element of it. To shared memory they come as they lie
+// in global memory; once they are there, settle() moves the row's elements to their places. A row of
+// D elements takes (D + 1) / 2 words wherever it begins, as long as D is odd.
+
+#include "types.cuh"
+
+// A row of UNITS elements. BYTES is the size of a piece; that of an element of 16 bits stands for rows
+// that begin anywhere. In shared memory rows begin at multiples of a piece.
+template <int UNITS, int BYTES>
+struct RowPieces {
+    static constexpr bool IN_WORDS = BYTES < 4;
+    static constexpr int COPIED = IN_WORDS ? 4 : BYTES;
+    static_assert(IN_WORDS ? UNITS % 2 == 1 : UNITS * sizeof(Element) % BYTES == 0,
+                  "the host copies other tensors first");
+    // Elements of a piece, and pieces of a row.
+    static constexpr int PIECE = COPIED / sizeof(Element);
+    static constexpr int PIECES = (UNITS + PIECE - 1) / PIECE;
+
+    // Threads that share a row, next to each other in a warp, and pieces of each. Of 16 bytes each
+    // thread has one.
+    __device__ static constexpr int threads() {
+        int threads = 1;
+        while (threads < PIECES && threads < 32) threads *= 2;
+        return BYTES == 16 ? PIECES : threads;
+    }
+    static constexpr int THREADS = threads();
+    static constexpr int PARTS = (PIECES + THREADS - 1) / THREADS;
+
+    // Which piece a part of a thread is, and whether there is such a piece. `thread` counts those of
+    // the row.
+    __device__ static int piece(int part, int thread) { return part * THREADS + thread; }
+    __device__ static bool exists(int part, int thread) {
+        return (part + 1) * THREADS <= PIECES || piece(part, thread) < PIECES;
+    }
+
+    // Calls handle(first) for the first unit of each of the thread's pieces.
+    template <typename Handle>
+    __device__ static void for_each(int thread, const Handle& handle) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            if (exists(part, thread)) handle(piece(part, thread) * PIECE);
+        }
+    }
+
+    // Whether a unit of a piece is one of the row.
+    __device__ static bool has(int unit) { return !IN_WORDS || unit < UNITS; }
+
+    // Whether a row begins between two words of 4 bytes.
+    __device__ static bool is_between(const Element* row) {
+        return IN_WORDS && reinterpret_cast<unsigned long long>(row) % 4;
+    }
+
+    // Starts copying the piece of a row from unit `first` on to shared memory. The copy belongs to the
+    // group that the thread commits next. IN_WORDS, of a row `between` two words the piece begins with
+    // the unit before, and settle() must follow.
+    __device__ static void fetch(Element* to, const Element* from, int first, bool between) {
+        if constexpr (IN_WORDS) {
+            // Of the last word the second half may be behind the row. It becomes 0.
+            cp_async_word(to, from - between, between || first + 1 < UNITS ? 4 : 2);
+        } else {
+            cp_async_piece<BYTES>(to, from);
+        }
+    }
+
+    // Stores a piece likewise: IN_WORDS, of a row in global memory `between` two words, from the unit
+    // before `first` on.
+    __device__ static void store(Element* to, const Element* from, int first, bool between) {
+        if constexpr (IN_WORDS) {
+            struct alignas(4) Word {
+                Element first, second;
+            };
+            const bool has_first = !between || first > 0, has_second = between || first + 1 < UNITS;
+            to -= between;
+            from -= between;
+            Element left, right;
+            if (has_first) left = from[0];
+            if (has_second) right = from[1];
+            if (has_first && has_second) {
+                *reinterpret_cast<Word*>(to) = {left, right};
+            } else if (has_first) {
+                to[0] = left;
+            } else {
+                to[1] = right;
+            }
+        } else {
+            struct alignas(BYTES) Piece {
+                Element of[PIECE];
+            };
+            *reinterpret_cast<Piece*>(to) = *reinterpret_cast<const Piece*>(from);
+        }
+    }
+
+    // Moves ROWS rows of a thread, IN_WORDS, that have arrived to their places, those between two words
+    // by one element. `row_of(i)` is row i in shared memory where it is to be moved, else null. All
+    // threads of a warp must call it. Each reads and writes only the words that it has copied itself.
+    template <int ROWS, typename RowOf>
+    __device__ static void settle(int thread, const RowOf& row_of) {
+        // So many rows at once, since each waits for shared memory and for other threads.
+        constexpr int AT_ONCE = PARTS < 8 ? 8 / PARTS : 1;
+        const int lane = threadIdx.x % 32;
+        const int next_lane = lane - lane % THREADS + (lane + 1) % THREADS;
+#pragma unroll 1
+        for (int begin = 0; begin < ROWS; begin += AT_ONCE) {
+            unsigned* rows[AT_ONCE];
+            unsigned words[AT_ONCE][PARTS];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                rows[i] = begin + i < ROWS ? reinterpret_cast<unsigned*>(row_of(begin + i)) : nullptr;
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    const bool moves = rows[i] && exists(part, thread);
+                    words[i][part] = moves ? rows[i][piece(part, thread)] : 0;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                // The first thread's next part follows the last thread's.
+                unsigned next[PARTS + 1];
+                next[PARTS] = 0;
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    next[part] = __shfl_sync(~0u, words[i][part], next_lane);
+                }
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    const unsigned follows = thread == THREADS - 1 ? next[part + 1] : next[part];
+                    if (rows[i] && exists(part, thread)) {
+                        rows[i][piece(part, thread)] = words[i][part] >> 16 | follows << 16;
+                    }
+                }
+            }
+        }
+    }
+};
