@@ -493,12 +493,12 @@ static void cp_async_word(void* to, const void* from) {
     copy_later(to, from, 4);
 }
 
-static void cp_async_word(void* to, const void* from, int bytes) {
-    static const unsigned zero = 0;
+static void cp_async_half_word(void* to, const void* from) {
+    static const unsigned short zero = 0;
     expect_aligned(to, 4);
     expect_aligned(from, 4);
-    copy_later(to, from, bytes);
-    copy_later((char*)to + bytes, &zero, 4 - bytes);
+    copy_later(to, from, 2);
+    copy_later((char*)to + 2, &zero, 2);
 }
 
 template <int BYTES>

@@ -234,10 +234,9 @@ __device__ inline void cp_async_word(void* to, const void* from) {
                  : "memory");
 }
 
-// Reads only the first bytes of the 4, so many; the others become 0.
-__device__ inline void cp_async_word(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(bytes)
+// Reads only the first half of the 4 bytes; the other becomes 0.
+__device__ inline void cp_async_half_word(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, 2;" ::"r"(shared_address(to)), "l"(from)
                  : "memory");
 }
 

@@ -37,55 +37,56 @@ struct RowPieces {
         return (part + 1) * THREADS <= PIECES || piece(part, thread) < PIECES;
     }
 
-    // Calls handle(first) for the first unit of each of the thread's pieces.
+    // Calls handle(offset, unit) for each of the thread's pieces: how many elements it lies behind the
+    // thread's first one, and its first unit.
     template <typename Handle>
     __device__ static void for_each(int thread, const Handle& handle) {
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-            if (exists(part, thread)) handle(piece(part, thread) * PIECE);
+            if (exists(part, thread)) handle(part * THREADS * PIECE, piece(part, thread) * PIECE);
         }
     }
 
     // Whether a unit of a piece is one of the row.
     __device__ static bool has(int unit) { return !IN_WORDS || unit < UNITS; }
 
-    // Whether a row begins between two words of 4 bytes.
-    __device__ static bool is_between(const Element* row) {
-        return IN_WORDS && reinterpret_cast<unsigned long long>(row) % 4;
+    // Whether a row begins between two words of 4 bytes. Any of its pieces tells that.
+    __device__ static bool is_between(const Element* from) {
+        return IN_WORDS && reinterpret_cast<unsigned long long>(from) % 4;
     }
 
-    // Starts copying the piece of a row from unit `first` on to shared memory. The copy belongs to the
-    // group that the thread commits next. IN_WORDS, of a row `between` two words the piece begins with
-    // the unit before, and settle() must follow.
-    __device__ static void fetch(Element* to, const Element* from, int first, bool between) {
+    // Starts copying the piece of a row with a `unit` and, IN_WORDS, of a row between two words, with the
+    // one before to shared memory. The copy belongs to the group that the thread commits next.
+    // IN_WORDS, settle() must follow.
+    __device__ static void fetch(Element* to, const Element* from, int unit, bool between) {
         if constexpr (IN_WORDS) {
-            // Of the last word the second half may be behind the row. It becomes 0.
-            cp_async_word(to, from - between, between || first + 1 < UNITS ? 4 : 2);
+            const Element* word = begin_of_word(from);
+            // The second half of the last word may be behind the row. It becomes 0.
+            if (between || unit + 1 < UNITS) {
+                cp_async_word(to, word);
+            } else {
+                cp_async_half_word(to, word);
+            }
         } else {
             cp_async_piece<BYTES>(to, from);
         }
     }
 
-    // Stores a piece likewise: IN_WORDS, of a row in global memory `between` two words, from the unit
-    // before `first` on.
-    __device__ static void store(Element* to, const Element* from, int first, bool between) {
+    // Stores a piece likewise.
+    __device__ static void store(Element* to, const Element* from, int unit, bool between) {
         if constexpr (IN_WORDS) {
             struct alignas(4) Word {
                 Element first, second;
             };
-            const bool has_first = !between || first > 0, has_second = between || first + 1 < UNITS;
-            to -= between;
+            const bool has_first = !between || unit > 0, has_second = between || unit + 1 < UNITS;
+            to = begin_of_word(to);
             from -= between;
-            Element left, right;
-            if (has_first) left = from[0];
-            if (has_second) right = from[1];
-            if (has_first && has_second) {
-                *reinterpret_cast<Word*>(to) = {left, right};
-            } else if (has_first) {
-                to[0] = left;
-            } else {
-                to[1] = right;
-            }
+            Element first, second;
+            if (has_first) first = from[0];
+            if (has_second) second = from[1];
+            if (has_first && has_second) *reinterpret_cast<Word*>(to) = {first, second};
+            if (!has_second) to[0] = first;
+            if (!has_first) to[1] = second;
         } else {
             struct alignas(BYTES) Piece {
                 Element of[PIECE];
@@ -94,31 +95,39 @@ struct RowPieces {
         }
     }
 
+    template <typename T>
+    __device__ static T* begin_of_word(T* at) {
+        return reinterpret_cast<T*>(reinterpret_cast<unsigned long long>(at) & ~3ull);
+    }
+
     // Moves ROWS rows of a thread, IN_WORDS, that have arrived to their places, those between two words
-    // by one element. `row_of(i)` is row i in shared memory where it is to be moved, else null. All
-    // threads of a warp must call it. Each reads and writes only the words that it has copied itself.
-    template <int ROWS, typename RowOf>
-    __device__ static void settle(int thread, const RowOf& row_of) {
+    // by one element. `is_between(i)` says whether row i is one of these, `row_of(i)` where in shared
+    // memory the thread's first piece of it is. All threads of a warp must call it. Each reads and writes
+    // only words that it has copied itself.
+    template <int ROWS, typename IsBetween, typename RowOf>
+    __device__ static void settle(int thread, const IsBetween& is_between, const RowOf& row_of) {
         // So many rows at once, since each waits for shared memory and for other threads.
-        constexpr int AT_ONCE = PARTS < 8 ? 8 / PARTS : 1;
+        constexpr int MOST = PARTS < 8 ? 8 / PARTS : 1, AT_ONCE = ROWS < MOST ? ROWS : MOST;
         const int lane = threadIdx.x % 32;
         const int next_lane = lane - lane % THREADS + (lane + 1) % THREADS;
 #pragma unroll 1
         for (int begin = 0; begin < ROWS; begin += AT_ONCE) {
+            bool moves[AT_ONCE];
             unsigned* rows[AT_ONCE];
             unsigned words[AT_ONCE][PARTS];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
-                rows[i] = begin + i < ROWS ? reinterpret_cast<unsigned*>(row_of(begin + i)) : nullptr;
+                moves[i] = (ROWS % AT_ONCE == 0 || begin + i < ROWS) && is_between(begin + i);
+                rows[i] = reinterpret_cast<unsigned*>(row_of(begin + i));
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const bool moves = rows[i] && exists(part, thread);
-                    words[i][part] = moves ? rows[i][piece(part, thread)] : 0;
+                    words[i][part] = 0;
+                    if (moves[i] && exists(part, thread)) words[i][part] = rows[i][part * THREADS];
                 }
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
-                // The first thread's next part follows the last thread's.
+                // The first thread's next part follows the last thread's, and nothing the last word.
                 unsigned next[PARTS + 1];
                 next[PARTS] = 0;
 #pragma unroll
@@ -127,9 +136,10 @@ struct RowPieces {
                 }
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const unsigned follows = thread == THREADS - 1 ? next[part + 1] : next[part];
-                    if (rows[i] && exists(part, thread)) {
-                        rows[i][piece(part, thread)] = words[i][part] >> 16 | follows << 16;
+                    const bool is_last = part * THREADS + THREADS <= PIECES && thread == THREADS - 1;
+                    const unsigned follows = is_last ? next[part + 1] : next[part];
+                    if (moves[i] && exists(part, thread)) {
+                        rows[i][part * THREADS] = words[i][part] >> 16 | follows << 16;
                     }
                 }
             }

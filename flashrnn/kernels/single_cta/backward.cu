@@ -32,7 +32,7 @@
 
 #include "single_cta/tile.cuh"
 #include "single_cta/transposed_product.cuh"
-#include "common/copier.cuh"
+#include "common/row_copier.cuh"
 
 namespace single_cta {
 
@@ -136,8 +136,8 @@ single_cta_backward(CALL) {
     const Element* const states_read = states + FIRST_READ * all_rows * width + n * D;
 
     // Threads of units beyond D run the cell too: on zeros, which nothing overwrites. So do those of
-    // lines that a regular copy leaves as they are.
-    if (D != BLOCK_D || (REGULAR && last < SEQUENCES - 1)) {
+    // lines that copies leave as they are.
+    if (D != BLOCK_D || (LEAVES_LINES && last < SEQUENCES - 1)) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
         __syncthreads();
     }

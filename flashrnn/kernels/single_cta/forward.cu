@@ -16,7 +16,7 @@
 
 #include "single_cta/tile.cuh"
 #include "single_cta/split_product.cuh"
-#include "common/copier.cuh"
+#include "common/row_copier.cuh"
 #include "common/forward_producer.cuh"
 
 namespace single_cta {
@@ -221,8 +221,8 @@ single_cta_forward(CALL) {
     const long long all_rows = PACKED ? T : B * T;
 
     // Threads of units beyond D run the cell too: on zeros, which nothing overwrites. So do those of
-    // lines that a regular copy leaves as they are.
-    if (D != BLOCK_D || (REGULAR && last < SEQUENCES - 1)) {
+    // lines that copies leave as they are.
+    if (D != BLOCK_D || (LEAVES_LINES && last < SEQUENCES - 1)) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
         __syncthreads();
     }

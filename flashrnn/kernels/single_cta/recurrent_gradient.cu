@@ -55,24 +55,24 @@ constexpr int H_ROUNDS = (H_SHARES + THREADS - 1) / THREADS;
 
 // Copies a row to shared memory; zeros if there is no such row.
 __device__ inline void fetch_row(Element* to, const Element* from, bool exists, int thread) {
+    to += thread * Pieces::PIECE;
+    from += thread * Pieces::PIECE;
     const bool between = Pieces::is_between(from);
-    Pieces::for_each(thread, [&](int first) {
-        Element* piece_to = to + first;
-        const Element* piece_from = from + first;
+    Pieces::for_each(thread, [&](int offset, int unit) {
         if (!exists) {
 #pragma unroll
             for (int i = 0; i < Pieces::PIECE; ++i) {
-                if (Pieces::has(first + i)) round_to(piece_to[i], 0.0f);
+                if (Pieces::has(unit + i)) round_to(to[offset + i], 0.0f);
             }
         } else {
-            Pieces::fetch(piece_to, piece_from, first, between);
+            Pieces::fetch(to + offset, from + offset, unit, between);
         }
     });
 }
 
 // Rounds a row of the initial h into shared memory, as the forward scan's product had it.
 __device__ inline void round_row(Element* to, const float* from, long long unit, int thread) {
-    Pieces::for_each(thread, [&](int first) {
+    Pieces::for_each(thread, [&](int, int first) {
 #pragma unroll
         for (int i = first; i < first + Pieces::PIECE; ++i) {
             if (Pieces::has(i)) round_to(to[i], from[i * unit]);
@@ -254,20 +254,26 @@ recurrent_gradient(CALL) {
         if constexpr (Pieces::IN_WORDS) {
             Element* lines = ring + chunk % STAGES * SLOT;
             const int thread = threadIdx.x % Pieces::THREADS, first = chunk * CHUNK;
-            Pieces::settle<GATE_ROUNDS>(thread, [&](int round) -> Element* {
-                const int share = (threadIdx.x + round * THREADS) / Pieces::THREADS;
-                const int s = share % GATES, row = share / GATES;
-                if (row >= CHUNK || first + row >= rows) return nullptr;
-                const int line = (first + row) * G + gate_of(s);
-                const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
-                return Pieces::is_between(from) ? lines + row * LINES_PITCH + s * BLOCK_D : nullptr;
-            });
+            const auto share_of = [&](int round) { return (threadIdx.x + round * THREADS) / Pieces::THREADS; };
+            Pieces::settle<GATE_ROUNDS>(
+                thread,
+                [&](int round) {
+                    const int s = share_of(round) % GATES, row = share_of(round) / GATES;
+                    const int line = (first + row) * G + gate_of(s);
+                    const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
+                    return row < CHUNK && first + row < rows && Pieces::is_between(from);
+                },
+                [&](int round) {
+                    const int s = share_of(round) % GATES, row = share_of(round) / GATES;
+                    return lines + row * LINES_PITCH + s * BLOCK_D + thread * Pieces::PIECE;
+                });
             const unsigned moves = between >> chunk % STAGES * H_ROUNDS;
-            Pieces::settle<H_ROUNDS>(thread, [&](int round) -> Element* {
-                const int row = (threadIdx.x + round * THREADS) / Pieces::THREADS;
-                Element* columns = lines + CHUNK * LINES_PITCH;
-                return moves >> round & 1 ? columns + row * COLUMNS_PITCH : nullptr;
-            });
+            Pieces::settle<H_ROUNDS>(
+                thread, [&](int round) { return moves >> round & 1; },
+                [&](int round) {
+                    Element* columns = lines + CHUNK * LINES_PITCH;
+                    return columns + share_of(round) * COLUMNS_PITCH + thread * Pieces::PIECE;
+                });
         }
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {

@@ -63,6 +63,8 @@ struct CopyLayout {
 // Whether producer threads have so many pieces that each keeps one address for all (common/copier.cuh).
 constexpr bool REGULAR = TILES > 1 && PIECE_BYTES == 16;
 static_assert(TILES == 1 || !SEQUENCED);
+// Whether copies leave the lines of sequences that do not exist as they are.
+constexpr bool LEAVES_LINES = REGULAR || PIECE_BYTES < 16;
 
 // The CTA's sequences, behind all else in shared memory.
 constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
