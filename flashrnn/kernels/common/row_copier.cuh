@@ -79,18 +79,18 @@ struct TiledCopy<Layout, COUNT, T, false, false> {
         return line * pitch + first_row() * Layout::ROW_PITCH + thread() * Pieces::PIECE;
     }
 
-    // Calls handle(place, address, unit, between) for each of the thread's pieces, as RowPieces has them.
+    // Calls handle(place, address, unit) for each of the thread's pieces, as RowPieces has them.
     template <typename Handle>
     __device__ void for_each_piece(const Handle& handle) const {
         for_each_line(0, [&](bool exists, T* address, int line) {
-            if (!exists) return;
+            // Where rows have one part, whether the thread has a piece is asked once for all of them.
+            if (!exists || (Pieces::PARTS == 1 && !Pieces::exists(0, thread()))) return;
             const int to = place(line);
 #pragma unroll
             for (int i = 0; i < THREAD_ROWS; ++i) {
                 if (!has_row(i)) break;
-                const bool between = Pieces::is_between(address);
                 Pieces::for_each(thread(), [&](int offset, int unit) {
-                    handle(to + i * SHARING * Layout::ROW_PITCH + offset, address + offset, unit, between);
+                    handle(to + i * SHARING * Layout::ROW_PITCH + offset, address + offset, unit);
                 });
                 address += SHARING * row;
             }
@@ -98,8 +98,9 @@ struct TiledCopy<Layout, COUNT, T, false, false> {
     }
 
     __device__ void fetch(Element* lines) const {
-        for_each_piece([&](int place, const Element* from, int unit, bool between) {
-            Pieces::fetch(lines + place, from, unit, between);
+        const unsigned to = shared_address(lines);
+        for_each_piece([&](int place, const Element* from, int unit) {
+            Pieces::fetch(to + place * int(sizeof(Element)), from, unit);
         });
     }
 
@@ -110,14 +111,14 @@ struct TiledCopy<Layout, COUNT, T, false, false> {
             Element* to = lines + place(line);
             Pieces::template settle<THREAD_ROWS>(
                 thread(),
-                [&](int i) { return exists && has_row(i) && Pieces::is_between(first + i * SHARING * row); },
+                [&](int i) { return exists && has_row(i) && Pieces::behind_word(first + i * SHARING * row); },
                 [&](int i) { return to + i * SHARING * Layout::ROW_PITCH; });
         });
     }
 
     __device__ void store(const Element* lines) const {
-        for_each_piece([&](int place, T* to, int unit, bool between) {
-            Pieces::store(to, lines + place, unit, between);
+        for_each_piece([&](int place, T* to, int unit) {
+            Pieces::store(to, lines + place, unit);
         });
     }
 

@@ -50,22 +50,27 @@ struct RowPieces {
     // Whether a unit of a piece is one of the row.
     __device__ static bool has(int unit) { return !IN_WORDS || unit < UNITS; }
 
-    // Whether a row begins between two words of 4 bytes. Any of its pieces tells that.
-    __device__ static bool is_between(const Element* from) {
-        return IN_WORDS && reinterpret_cast<unsigned long long>(from) % 4;
+    // By how many bytes a row begins behind a word of 4 bytes: 0, or, between two words, 2. Any of the
+    // row's pieces tells that.
+    __device__ static unsigned behind_word(const Element* from) {
+        return IN_WORDS ? static_cast<unsigned>(reinterpret_cast<unsigned long long>(from)) & 2 : 0;
+    }
+
+    template <typename T>
+    __device__ static T* begin_of_word(T* at) {
+        return reinterpret_cast<T*>(reinterpret_cast<unsigned long long>(at) & ~3ull);
     }
 
     // Starts copying the piece of a row with a `unit` and, IN_WORDS, of a row between two words, with the
-    // one before to shared memory. The copy belongs to the group that the thread commits next.
-    // IN_WORDS, settle() must follow.
-    __device__ static void fetch(Element* to, const Element* from, int unit, bool between) {
+    // one before to an address of shared memory. The copy belongs to the group that the thread commits
+    // next. IN_WORDS, settle() must follow.
+    __device__ static void fetch(unsigned to, const Element* from, int unit) {
         if constexpr (IN_WORDS) {
-            const Element* word = begin_of_word(from);
             // The second half of the last word may be behind the row. It becomes 0.
-            if (between || unit + 1 < UNITS) {
-                cp_async_word(to, word);
+            if (behind_word(from) || unit + 1 < UNITS) {
+                cp_async_piece<4>(to, begin_of_word(from));
             } else {
-                cp_async_half_word(to, word);
+                cp_async_half_word(to, begin_of_word(from));
             }
         } else {
             cp_async_piece<BYTES>(to, from);
@@ -73,14 +78,15 @@ struct RowPieces {
     }
 
     // Stores a piece likewise.
-    __device__ static void store(Element* to, const Element* from, int unit, bool between) {
+    __device__ static void store(Element* to, const Element* from, int unit) {
         if constexpr (IN_WORDS) {
             struct alignas(4) Word {
                 Element first, second;
             };
-            const bool has_first = !between || unit > 0, has_second = between || unit + 1 < UNITS;
+            const unsigned behind = behind_word(to);
+            const bool has_first = !behind || unit > 0, has_second = behind || unit + 1 < UNITS;
             to = begin_of_word(to);
-            from -= between;
+            from = reinterpret_cast<const Element*>(reinterpret_cast<const char*>(from) - behind);
             Element first, second;
             if (has_first) first = from[0];
             if (has_second) second = from[1];
@@ -95,34 +101,29 @@ struct RowPieces {
         }
     }
 
-    template <typename T>
-    __device__ static T* begin_of_word(T* at) {
-        return reinterpret_cast<T*>(reinterpret_cast<unsigned long long>(at) & ~3ull);
-    }
-
     // Moves ROWS rows of a thread, IN_WORDS, that have arrived to their places, those between two words
-    // by one element. `is_between(i)` says whether row i is one of these, `row_of(i)` where in shared
+    // by one element. `moves(i)` says whether row i is one of these, `row_of(i)` where in shared
     // memory the thread's first piece of it is. All threads of a warp must call it. Each reads and writes
     // only words that it has copied itself.
-    template <int ROWS, typename IsBetween, typename RowOf>
-    __device__ static void settle(int thread, const IsBetween& is_between, const RowOf& row_of) {
+    template <int ROWS, typename Moves, typename RowOf>
+    __device__ static void settle(int thread, const Moves& moves, const RowOf& row_of) {
         // So many rows at once, since each waits for shared memory and for other threads.
         constexpr int MOST = PARTS < 8 ? 8 / PARTS : 1, AT_ONCE = ROWS < MOST ? ROWS : MOST;
         const int lane = threadIdx.x % 32;
         const int next_lane = lane - lane % THREADS + (lane + 1) % THREADS;
 #pragma unroll 1
         for (int begin = 0; begin < ROWS; begin += AT_ONCE) {
-            bool moves[AT_ONCE];
+            bool is_moved[AT_ONCE];
             unsigned* rows[AT_ONCE];
             unsigned words[AT_ONCE][PARTS];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
-                moves[i] = (ROWS % AT_ONCE == 0 || begin + i < ROWS) && is_between(begin + i);
+                is_moved[i] = (ROWS % AT_ONCE == 0 || begin + i < ROWS) && moves(begin + i);
                 rows[i] = reinterpret_cast<unsigned*>(row_of(begin + i));
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     words[i][part] = 0;
-                    if (moves[i] && exists(part, thread)) words[i][part] = rows[i][part * THREADS];
+                    if (is_moved[i] && exists(part, thread)) words[i][part] = rows[i][part * THREADS];
                 }
             }
 #pragma unroll
@@ -138,7 +139,7 @@ struct RowPieces {
                 for (int part = 0; part < PARTS; ++part) {
                     const bool is_last = part * THREADS + THREADS <= PIECES && thread == THREADS - 1;
                     const unsigned follows = is_last ? next[part + 1] : next[part];
-                    if (moves[i] && exists(part, thread)) {
+                    if (is_moved[i] && exists(part, thread)) {
                         rows[i][part * THREADS] = words[i][part] >> 16 | follows << 16;
                     }
                 }

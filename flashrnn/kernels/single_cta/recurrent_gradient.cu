@@ -57,7 +57,6 @@ constexpr int H_ROUNDS = (H_SHARES + THREADS - 1) / THREADS;
 __device__ inline void fetch_row(Element* to, const Element* from, bool exists, int thread) {
     to += thread * Pieces::PIECE;
     from += thread * Pieces::PIECE;
-    const bool between = Pieces::is_between(from);
     Pieces::for_each(thread, [&](int offset, int unit) {
         if (!exists) {
 #pragma unroll
@@ -65,7 +64,7 @@ __device__ inline void fetch_row(Element* to, const Element* from, bool exists, 
                 if (Pieces::has(unit + i)) round_to(to[offset + i], 0.0f);
             }
         } else {
-            Pieces::fetch(to + offset, from + offset, unit, between);
+            Pieces::fetch(shared_address(to + offset), from + offset, unit);
         }
     });
 }
@@ -226,7 +225,7 @@ recurrent_gradient(CALL) {
                 Element* to = columns + row * COLUMNS_PITCH;
                 const Element* from = row_of_h(of_row);
                 fetch_row(to, from, exists, thread);
-                set_between(round, exists && Pieces::is_between(from));
+                set_between(round, exists && Pieces::behind_word(from));
             } else {
                 Position position = next;
                 position.advance(row, T);
@@ -243,7 +242,7 @@ recurrent_gradient(CALL) {
                     continue;
                 }
                 fetch_row(to, from, exists, thread);
-                set_between(round, exists && Pieces::is_between(from));
+                set_between(round, exists && Pieces::behind_word(from));
             }
         }
         look_up(chunk + 1);
@@ -261,7 +260,7 @@ recurrent_gradient(CALL) {
                     const int s = share_of(round) % GATES, row = share_of(round) / GATES;
                     const int line = (first + row) * G + gate_of(s);
                     const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
-                    return row < CHUNK && first + row < rows && Pieces::is_between(from);
+                    return row < CHUNK && first + row < rows && Pieces::behind_word(from);
                 },
                 [&](int round) {
                     const int s = share_of(round) % GATES, row = share_of(round) / GATES;
