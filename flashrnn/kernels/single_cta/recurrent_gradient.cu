@@ -55,16 +55,16 @@ constexpr int H_ROUNDS = (H_SHARES + THREADS - 1) / THREADS;
 
 // Copies a row to shared memory; zeros if there is no such row.
 __device__ inline void fetch_row(Element* to, const Element* from, bool exists, int thread) {
-    to += thread * Pieces::PIECE;
-    from += thread * Pieces::PIECE;
-    Pieces::for_each(thread, [&](int offset, int unit) {
+    Pieces::for_each(thread, [&](int, int first) {
+        Element* piece_to = to + first;
+        const Element* piece_from = from + first;
         if (!exists) {
 #pragma unroll
             for (int i = 0; i < Pieces::PIECE; ++i) {
-                if (Pieces::has(unit + i)) round_to(to[offset + i], 0.0f);
+                if (Pieces::has(first + i)) round_to(piece_to[i], 0.0f);
             }
         } else {
-            Pieces::fetch(shared_address(to + offset), from + offset, unit);
+            Pieces::fetch(shared_address(piece_to), piece_from, first);
         }
     });
 }
