@@ -92,7 +92,10 @@ def programs(
     piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    found = [*tables.programs(problem, backward), plan.source(cell, precision, options, piece_bytes)]
+    found = [
+        *tables.programs(problem, backward),
+        plan.source(cell, precision, options, piece_bytes),
+    ]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(

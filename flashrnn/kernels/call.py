@@ -174,9 +174,7 @@ class Record:
             if name in names
         )
 
-    def piece_bytes(
-        self, names: Collection[str], layout: Layout, D: int, size: int
-    ) -> int:
+    def piece_bytes(self, names: Collection[str], layout: Layout, D: int, size: int) -> int:
         """The largest pieces, of 16, 8 or 4 bytes or an element's, that tensors' rows consist of.
 
         Args:

@@ -6,7 +6,8 @@
 //
 //                        producer threads                          computing threads
 //     before step 0      fetch inputs of steps 0 .. STAGES - 2;    load R, the bias and the initial
-//                        wait for those of step 0                  states
+//                        wait for those of step 0 (and             states
+//                        settle them, row_copier.cuh)
 //     ---- barrier ----
 //     step t             fetch inputs of step t + STAGES - 1       read inputs of step t from slot
 //                        into the slot read in step t - 1;         t % STAGES; write states and

@@ -13,7 +13,7 @@
 //   on, those that the derivative reads, and the gradients given for the first GIVEN states after it;
 //   two buffers of gates' gradients, the operand of the next product;
 // - global memory: producer threads read or write each element of gates, states, d_states and d_gates
-//   once, in 16 bytes where addresses allow it; computing warps read R and the initial states and the
+//   once, in 16 bytes where addresses allow it, else in 8 or 4; computing warps read R, the initial states and the
 //   last states' gradients, and write those of the initial states and of the bias, one for each
 //   sequence.
 //

@@ -8,7 +8,8 @@
 //   inputs; two buffers, of even and odd steps, of new states, whose h is the next product's operand;
 //   two buffers of pre-activations, where they are saved;
 // - global memory: producer threads read or write each element of Wx, states and gates once, in 16 bytes
-//   where addresses allow it; computing warps read R, b and the initial states and write the last ones.
+//   where addresses allow it, else in 8 or 4 (common/row_pieces.cuh); computing warps read R, b and the
+//   initial states and write the last ones.
 //
 // One barrier of the CTA ends each step. Before it the computing warps have read the inputs of step t
 // and written its states; the next product reads their h after it. The diagram in
