@@ -104,14 +104,16 @@ struct TiledCopy<Layout, COUNT, T, false, false> {
         });
     }
 
-    // Completes what fetch() brought into the lines so many steps ago IN_WORDS, after the thread has waited
-    // for its copies. All threads of a warp must call it.
+    // Completes what fetch() brought into the lines so many steps ago IN_WORDS, after the thread has
+    // waited for its copies. All threads of a warp must call it.
     __device__ void settle(Element* lines, int steps_ago) const {
         for_each_line(steps_ago, [&](bool exists, const Element* first, int line) {
             Element* to = lines + place(line);
             Pieces::template settle<THREAD_ROWS>(
                 thread(),
-                [&](int i) { return exists && has_row(i) && Pieces::behind_word(first + i * SHARING * row); },
+                [&](int i) {
+                    return exists && has_row(i) && Pieces::behind_word(first + i * SHARING * row);
+                },
                 [&](int i) { return to + i * SHARING * Layout::ROW_PITCH; });
         });
     }

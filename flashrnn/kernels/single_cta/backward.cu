@@ -13,9 +13,9 @@
 //   on, those that the derivative reads, and the gradients given for the first GIVEN states after it;
 //   two buffers of gates' gradients, the operand of the next product;
 // - global memory: producer threads read or write each element of gates, states, d_states and d_gates
-//   once, in 16 bytes where addresses allow it, else in 8 or 4; computing warps read R, the initial states and the
-//   last states' gradients, and write those of the initial states and of the bias, one for each
-//   sequence.
+//   once, in 16 bytes where addresses allow it, else in 8 or 4 (common/row_pieces.cuh); computing warps
+//   read R and the initial states and the last states' gradients, and write those of the initial states
+//   and of the bias, one for each sequence.
 //
 // One barrier of the CTA ends each step, and one comes before the first:
 //
@@ -302,8 +302,8 @@ single_cta_backward(CALL) {
         for (int i = 0; i < GR * ELEMENTS; ++i) {
             const int e = i % ELEMENTS;
             const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][e];
-            // Of a line that a regular copy leaves as it is, gradients mean nothing.
-            const bool exists = elements.unit(e) < D && (!REGULAR || elements.sequence(e) <= last);
+            // Of a line that copies leave as it is, gradients mean nothing.
+            const bool exists = elements.unit(e) < D && (!LEAVES_LINES || elements.sequence(e) <= last);
             infinite |= exists && !is_finite(d_gate);
         }
         Element* const read = gradients + (done + 1) % 2 * GATES;

@@ -253,7 +253,9 @@ recurrent_gradient(CALL) {
         if constexpr (Pieces::IN_WORDS) {
             Element* lines = ring + chunk % STAGES * SLOT;
             const int thread = threadIdx.x % Pieces::THREADS, first = chunk * CHUNK;
-            const auto share_of = [&](int round) { return (threadIdx.x + round * THREADS) / Pieces::THREADS; };
+            const auto share_of = [](int round) {
+                return static_cast<int>(threadIdx.x + round * THREADS) / Pieces::THREADS;
+            };
             Pieces::settle<GATE_ROUNDS>(
                 thread,
                 [&](int round) {
