@@ -58,7 +58,9 @@ struct TiledCopy<Layout, COUNT, T, false, false> {
     template <typename Handle>
     __device__ void for_each_line(int steps_ago, const Handle& handle) const {
         T* first = origin - (Layout::SEQUENCED ? 0 : steps_ago * step);
-#pragma unroll 4
+        // Of a sequenced layout one at a time: it needs registers for where a sequence's rows lie.
+        constexpr int AT_ONCE = Layout::SEQUENCED ? 1 : 4;
+#pragma unroll AT_ONCE
         for (int i = 0; i < THREAD_LINES; ++i) {
             const int line = first_line() + i * LINES_AT_ONCE;
             bool exists = line <= last && (GROUPS % SHARING == 0 || group() < LINES_AT_ONCE * SHARING);
