@@ -493,6 +493,21 @@ static void cp_async_word(void* to, const void* from) {
     copy_later(to, from, 4);
 }
 
+static void cp_async_half_word(unsigned to, const void* from) {
+    static const unsigned short zero = 0;
+    expect_aligned(at(to), 4);
+    expect_aligned(from, 4);
+    copy_later(at(to), from, 2);
+    copy_later((char*)at(to) + 2, &zero, 2);
+}
+
+template <int BYTES>
+static void cp_async_piece(unsigned to, const void* from) {
+    expect_aligned(at(to), BYTES);
+    expect_aligned(from, BYTES);
+    copy_later(at(to), from, BYTES);
+}
+
 static void cp_async_commit() { close_copy_group(); }
 
 template <int PENDING>

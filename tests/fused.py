@@ -375,6 +375,16 @@ def at_odd_address(x: Tensor) -> Tensor:
     return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x).requires_grad_()
 
 
+def with_gaps(inputs: Inputs) -> Inputs:
+    """The same values in rows that lie two elements further apart."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        room = x.new_full((*x.shape[:-1], x.shape[-1] + 2), math.nan)[..., :-2]
+        return room.copy_(x.detach()).detach().requires_grad_()
+
+    return Inputs(**{name: laid_out(x) for name, x in inputs.tensors().items()})
+
+
 def transposed(inputs: Inputs) -> Inputs:
     """Every dimension's neighbours lie far apart, but those of the first."""
 

@@ -30,6 +30,7 @@ from tests.fused import (  # noqa: F401
     same_bits_from_a_graph,
     same_pattern_as_vanilla,
     tf32,
+    with_gaps,
 )
 from tests.problems import (
     BUILT_IN,
@@ -347,6 +348,23 @@ def test_any_strides(where):
 def test_at_odd_addresses(sizes):
     change = at_odd_addresses
     hold_to_vanilla("cuda_fused", "lstm", *sizes, torch.bfloat16, "cuda", change=change)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", [at_odd_addresses, with_gaps])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *(("lstm", sizes) for sizes in [(26, 216, 1, 61), (2000, 5, 1, 61), (300, 9, 12, 15)]),
+        *((kind, (435, 40, 1, 71)) for kind in ("elman", "slstm")),
+        *(("gru", sizes) for sizes in [(537, 20, 1, 54), (200, 20, 1, 123), (9, 40, 2, 20)]),
+        # A step and two.
+        *(("lstm", (7, T, 2, 127)) for T in (1, 2)),
+    ],
+    ids=str,
+)
+def test_rows_that_begin_anywhere(kind, sizes, change, dtype):
+    hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda", change=change)
 
 
 def test_tf32(backend, monkeypatch):

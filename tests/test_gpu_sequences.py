@@ -192,6 +192,14 @@ def test_any_layout(backend, change):
     hold_ragged_to_vanilla(backend, case)
 
 
+@pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(26, 40, 1, 61), (300, 9, 2, 15), (40, 20, 1, 123)], ids=str)
+def test_rows_that_begin_anywhere(sizes, dtype, kinds):
+    case = random_ragged("gru", *sizes, dtype=dtype, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
 def test_same_bits_twice(backend_and_D, ragged):
     backend, D = backend_and_D

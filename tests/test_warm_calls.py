@@ -106,7 +106,7 @@ CHOICES = st.fixed_dictionaries(
         "N": st.sampled_from([1, 2]),
         "D": st.sampled_from([24, 64, 256]),
         "dtype": st.sampled_from([torch.bfloat16, torch.float32]),
-        "offset": st.sampled_from([0, 0, 0, 1, 4]),
+        "offset": st.sampled_from([0, 0, 0, 1, 2, 4]),
         "extra": st.sampled_from([0, 0, 0, 4, 8]),
         "expanded": st.booleans(),
         "states": st.sampled_from([None, "one", "each"]),
@@ -304,13 +304,17 @@ def test_each_call_has_the_addresses_and_strides_of_its_tensors(launches):
 def test_rows_that_begin_anywhere_have_a_kernel_of_their_own(launches):
     """Whether they do is asked of each call: PyTorch gives views any address."""
     Wx, R, b = inputs()
-    odd = torch.zeros(Wx.numel() + 1, dtype=Wx.dtype)[1:].view(Wx.shape)
-    texts = [launched_by(launches, x, R, b)[1] for x in (Wx, odd, Wx, odd)]
-    assert texts[0] == texts[2] != texts[1] == texts[3]
+    found = [Wx]
+    for offset in (2, 4):
+        found.append(torch.zeros(Wx.numel() + offset, dtype=Wx.dtype)[offset:].view(Wx.shape))
+    texts = [launched_by(launches, x, R, b)[1] for x in 2 * found]
+    assert texts[:3] == texts[3:]
+    assert all(x != y for x, y in itertools.combinations(texts[:3], 2))
 
 
-def test_rows_that_a_kernel_cannot_read_are_copied_at_each_call(launches):
-    Wx, R, b = inputs(D=256)
+@pytest.mark.parametrize("D", [64, 256])
+def test_rows_that_a_kernel_cannot_read_are_copied_at_each_call(launches, D):
+    Wx, R, b = inputs(D=D)
     odd = torch.zeros(Wx.numel() + 1, dtype=Wx.dtype)[1:].view(Wx.shape)
     for x, is_copied in [(Wx, False), (odd, True), (Wx, False), (odd, True)]:
         fields = named(launched_by(launches, x, R, b))

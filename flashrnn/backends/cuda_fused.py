@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
 def programs(
     problem: Problem, gpu: GPU | None, precision: str, backward: bool
 ) -> list[dict[str, str]]:
-    """The programs that a direction of a problem runs, if rows are aligned where D allows it.
+    """The programs that a direction of a problem runs, if rows are as aligned as D allows.
 
     Args:
         problem: what is computed; T does not matter.
@@ -89,17 +90,20 @@ def programs(
     if by_steps := _planned_steps(problem, precision, gpu, backward):
         return [steps.program(problem, by_steps, precision)]
     D, plan = problem.D, _plan(problem, backward, gpu)
-    aligned = D * problem.dtype.itemsize % 16 == 0
+    piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    found = [*tables.programs(problem, backward), plan.source(cell, precision, options, aligned)]
+    found = [
+        *tables.programs(problem, backward),
+        plan.source(cell, precision, options, piece_bytes),
+    ]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
             recurrent, problem.B, problem.N, D, problem.dtype.itemsize, gpu
         )
         options = source.gradient_options(problem)
-        found.append(tiles.compiled.source(problem.cell, precision, aligned, options))
+        found.append(tiles.compiled.source(problem.cell, precision, piece_bytes, options))
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
         if not registry.is_small(D):
@@ -430,7 +434,7 @@ class _Prepared(NamedTuple):
     copied: tuple[str, ...] = ()
 
 
-# Whose rows scans copy in pieces of 16 bytes, where these are so aligned; and R's gradient.
+# Whose rows scans copy in pieces, and whose R's gradient.
 _IN_PIECES = ("Wx", "states", "gates", "d_states", "d_gates")
 _IN_PIECES_OF_R = ("d_gates", "h_initial", "h_starts", "h")
 
@@ -452,14 +456,16 @@ def _prepared(
     plan = _plan(problem, backward, gpu)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     D, size = problem.D, problem.dtype.itemsize
-    aligned = record.rows_begin_at(16, _IN_PIECES, layout, D, size)
-    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
-    kernel = _scan_kernel(cell, precision, plan, options, aligned, problem.device)
     copied = tuple(
         name
-        for name, multiple in _alignments(plan, D * size)
+        for name, multiple in _alignments(plan, backward, D * size)
         if multiple > 1 and not record.rows_begin_at(multiple, (name,), layout, D, size)
     )
+    in_pieces = [name for name in _IN_PIECES if name not in copied]
+    # Kernels of large heads do not ask for it.
+    piece_bytes = record.piece_bytes(in_pieces, layout, D, size) if registry.is_small(D) else 16
+    clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
+    kernel = _scan_kernel(cell, precision, plan, options, piece_bytes, problem.device)
     of_R = _plan_of_R(problem, gpu) if backward and registry.is_small(D) else None
     scratch = *plan.scratch(B, N, gpu), 0 if of_R is None else _units_of_parts(problem, of_R)
     layout = layout.with_scratch(scratch)
@@ -471,11 +477,14 @@ def _prepared(
     return _Prepared((*launches,), scratch, copied)
 
 
-def _alignments(plan: Plan, row: int) -> list[tuple[str, int]]:
+def _alignments(plan: Plan, backward: bool, row: int) -> list[tuple[str, int]]:
     """At which multiples rows of so many bytes must begin, of the tensors that are copied else."""
+    # Rows of an odd number of 16-bit elements begin anywhere.
+    of_rows = gcd(plan.ROW_ALIGNMENT, row)
     # Kernels load R by words of 4 bytes where rows have a whole number of them.
-    of_R = max(plan.ROW_ALIGNMENT, 1 if row % 4 else 4)
-    return [("Wx", plan.ROW_ALIGNMENT), ("R", of_R)]
+    of_R = max(of_rows, 1 if row % 4 else 4)
+    given = ("states", "gates", "d_states") if backward else ("Wx",)
+    return [*((name, of_rows) for name in given), ("R", of_R)]
 
 
 def _plan_of_R(problem: Problem, gpu: GPU) -> single_cta.GradientPlan:
@@ -515,9 +524,9 @@ def _after_scan(
     of_sums, layout = layout, _as_gradient_reads(layout, N, D)
     # Of the initial h, which is float32 also beside 16 bits, single elements are read there.
     in_pieces = [x for x in _IN_PIECES_OF_R if x != "h_initial" or size == 4]
-    aligned = record.rows_begin_at(16, in_pieces, layout, D, size)
+    piece_bytes = record.piece_bytes(in_pieces, layout, D, size)
     options = source.gradient_options(problem)
-    kernel = _gradient_kernel(cell, precision, of_R.compiled, aligned, options, problem.device)
+    kernel = _gradient_kernel(cell, precision, of_R.compiled, piece_bytes, options, problem.device)
     ctas = of_R.grid(N)
     numbers = {"rows_a_part": of_R.rows, "R_ctas": ctas, "T": T, "B": B, "N": N}
     rest = _sums(problem, precision, of_R.parts, of_sums) if of_R.parts > 1 else []
@@ -658,7 +667,7 @@ def _scan_kernel(
     precision: str,
     plan: Plan,
     options: source.Options,
-    aligned: bool,
+    piece_bytes: int,
     device: torch.device,
 ) -> Kernel:
     shape = launch.Shape(
@@ -668,7 +677,7 @@ def _scan_kernel(
         cooperative=plan.COOPERATIVE,
         cluster_size=plan.cluster_size,
     )
-    return _kernel(plan.entry, plan.source(cell, precision, options, aligned), shape, device)
+    return _kernel(plan.entry, plan.source(cell, precision, options, piece_bytes), shape, device)
 
 
 @lru_cache(maxsize=256)
@@ -676,12 +685,12 @@ def _gradient_kernel(
     cell: TracedCell,
     precision: str,
     plan: single_cta.GradientPlan,
-    aligned: bool,
+    piece_bytes: int,
     options: source.Options,
     device: torch.device,
 ) -> Kernel:
     shape = launch.Shape(grid=0, threads=plan.THREADS, shared_memory=plan.shared_memory)
-    return _kernel(plan.ENTRY, plan.source(cell, precision, aligned, options), shape, device)
+    return _kernel(plan.ENTRY, plan.source(cell, precision, piece_bytes, options), shape, device)
 
 
 @lru_cache(maxsize=256)

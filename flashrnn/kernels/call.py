@@ -182,6 +182,18 @@ class Record:
             if name in names
         )
 
+    def piece_bytes(self, names: Collection[str], layout: Layout, D: int, size: int) -> int:
+        """The largest pieces, of 16, 8 or 4 bytes or an element's, that tensors' rows consist of.
+
+        Args:
+            names: of the operands that are asked for.
+            layout: the given tensors', whose rows are contiguous.
+            D: elements of a row.
+            size: bytes of an element.
+        """
+        possible = (x for x in (16, 8, 4) if self.rows_begin_at(x, names, layout, D, size))
+        return next(possible, size)
+
     @cached_property
     def _strided(self) -> tuple[tuple[str, int], ...]:
         """The operands whose strides it has, and where the strides of their dimensions begin,

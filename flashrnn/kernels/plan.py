@@ -21,7 +21,8 @@ class Plan(ABC):
 
     Attributes:
         COOPERATIVE: whether all CTAs of a launch must run at once.
-        ROW_ALIGNMENT: bytes to whose multiples rows of D elements of ``Wx`` and ``R`` are aligned.
+        ROW_ALIGNMENT: bytes to whose multiples rows of D elements of the given tensors are aligned,
+            or of a divisor of it where D does not allow that. If more than 1, they are contiguous.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
         estimated_cycles: of a step of all sequences; an estimate that plans are compared by.
@@ -51,7 +52,7 @@ class Plan(ABC):
 
     @abstractmethod
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """The program's text in parts, each under the name that an error gives it.
 
@@ -59,7 +60,9 @@ class Plan(ABC):
             cell: the cell.
             precision: out of ``source.PRECISIONS``.
             options: out of :func:`flashrnn.kernels.source.forward_options` or ``backward_options``.
-            aligned: whether all rows of all tensors begin at multiples of 16 bytes.
+            piece_bytes: in pieces of so many bytes its kernels may copy rows; see
+                :meth:`flashrnn.kernels.call.Record.piece_bytes`. Those of heads of more than 128
+                units do not ask.
         """
 
     def groups(self, B: int, N: int, gpu: GPU) -> int:

@@ -52,7 +52,7 @@ def test_mma_compiles_without_spills(kind, D, arch):
     plans = list(mma_plan.possible_plans(Counts.of(cell), D, GPUS[arch]))
     assert plans
     for plan in plans:
-        parts = plan.source(cell, "bfloat16", SAVES_GATES, aligned=True)
+        parts = plan.source(cell, "bfloat16", SAVES_GATES, piece_bytes=16)
         assert not spills_in_the_loop_of_products(parts, arch), plan
 
 
@@ -65,7 +65,7 @@ def test_producer_threads_keep_their_addresses(kind, D):
     """A warp of many units, and two n-tiles, are many pieces for a producer thread."""
     for N, B in itertools.product([1, 6], [16, 256]):
         plan = cluster.plan_mma_forward(planned(kind, B, N, D, torch.bfloat16), H200, False)
-        parts = plan.source(resolve(kind), "bfloat16", SAVES_GATES, aligned=True)
+        parts = plan.source(resolve(kind), "bfloat16", SAVES_GATES, piece_bytes=16)
         assert not spills_in_a_loop(parts, "sm_90a"), (B, N)
 
 
@@ -86,7 +86,7 @@ def test_wgmma_compiles_without_spills(kind, D):
         }
         plans.add(min(cycles, key=cycles.__getitem__))
     for plan in plans:
-        parts = plan.source(cell, "bfloat16", SAVES_GATES, aligned=True)
+        parts = plan.source(cell, "bfloat16", SAVES_GATES, piece_bytes=16)
         assert not spills_in_a_loop(parts, "sm_90a"), plan
         # One wait a turn: where the compiler serializes products, it waits for each of them.
         assert len(instructions(parts, "sm_90a", "WARPGROUP.DEPBAR")) == plan.parts, plan
@@ -104,7 +104,7 @@ def test_backward_compiles_without_spills(kind, D, arch):
     plan = cluster.plan_backward(planned(kind, 16, 1, D, torch.bfloat16), GPUS[arch], True)
     cell = resolve(kind)
     options = source.backward_options(False, False, len(cell.states), given_last=False)
-    parts = plan.source(cell, "bfloat16", options, aligned=True)
+    parts = plan.source(cell, "bfloat16", options, piece_bytes=16)
     assert "cluster/reduce_scatter.cuh" in parts
     assert not spills_in_the_loop_of_products(parts, arch)
 
@@ -121,7 +121,7 @@ def test_wgmma_backward_waits_once_for_its_products(kind, D, B):
     plan = cluster.plan_wgmma_backward(planned(kind, B, 1, D, torch.bfloat16), H200, True)
     cell = resolve(kind)
     options = source.backward_options(False, False, len(cell.states), given_last=False)
-    loop = loop_of_products(plan.source(cell, "bfloat16", options, aligned=True), "sm_90a")
+    loop = loop_of_products(plan.source(cell, "bfloat16", options, piece_bytes=16), "sm_90a")
     steps = plan.rows * plan.units * len(cell.fed_by("R")) // 16
     assert sum("HGMMA" in x for x in loop) == steps
     assert sum("WARPGROUP.DEPBAR" in x for x in loop) == 1

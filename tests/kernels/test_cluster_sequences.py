@@ -237,7 +237,7 @@ def test_compiles_without_spills(case, turn):
             if isinstance(plan, str):
                 continue
             options = source.options_of(problem, backward, 1)
-            parts = plan.source(cell, source.precision_of(problem), options, aligned=True)
+            parts = plan.source(cell, source.precision_of(problem), options, piece_bytes=16)
             assert not spills_in_the_loop_of_products(parts, arch), (fields, plan)
             compiled += 1
     assert compiled

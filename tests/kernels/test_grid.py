@@ -41,8 +41,8 @@ def programs(kind, D, precision, gpu, N=1):
     assert all(isinstance(plan, GridPlan) for plan in plans), plans
     backward = source.backward_options(False, False, len(cell.states), given_last=False)
     return [
-        plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        plans[1].source(cell, precision, backward, aligned=True),
+        plans[0].source(cell, precision, source.forward_options(True), piece_bytes=16),
+        plans[1].source(cell, precision, backward, piece_bytes=16),
     ]
 
 
@@ -93,7 +93,7 @@ def test_a_packet_is_one_access(arch):
 )
 def test_wgmma_compiles_without_spills(kind, D):
     plan = grid.plan_wgmma_forward(planned(kind, 256, 1, D, torch.bfloat16), H200, False)
-    parts = plan.source(resolve(kind), "bfloat16", source.forward_options(True), aligned=True)
+    parts = plan.source(resolve(kind), "bfloat16", source.forward_options(True), piece_bytes=16)
     assert not spills_in_the_loop_of_products(parts, "sm_90a")
     coherent = instructions(parts, "sm_90a", "STRONG.GPU")
     assert coherent and all(".128." in name for name in coherent), coherent
@@ -494,7 +494,7 @@ def test_options_compile_without_spills(problem, arch, fields):
     for backward in (False, True):
         plan = grid.plan_scan(problem, GPUS[arch], backward)
         options = source.options_of(problem, backward, stored=1)
-        parts = plan.source(cell, precision, options, aligned=True)
+        parts = plan.source(cell, precision, options, piece_bytes=16)
         assert not spills_in_the_loop_of_products(parts, arch), backward
 
 
@@ -506,5 +506,5 @@ def test_options_compile_without_spills_by_wgmma(kind):
         problem = planned(kind, 256, 1, 768, torch.bfloat16)._replace(returned=1, **fields)
         plan = grid.plan_wgmma_forward(problem, H200, False)
         options = source.options_of(problem, False, stored=1)
-        parts = plan.source(resolve(kind), "bfloat16", options, aligned=True)
+        parts = plan.source(resolve(kind), "bfloat16", options, piece_bytes=16)
         assert not spills_in_the_loop_of_products(parts, "sm_90a"), fields

@@ -72,7 +72,11 @@ def test_every_cell_and_dtype(on_the_cpu, backend, kind, dtype, kinds):
 @pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 1, 1, 1), (2, 12, 2, 17), (70, 9, 12, 16), (200, 12, 12, 16), (3, 3, 2, 128)],
+    [
+        *[(1, 1, 1, 1), (2, 12, 2, 17), (70, 9, 12, 16), (200, 12, 12, 16), (3, 3, 2, 128)],
+        # Rows in words, of more than 32 and of few; in pieces of 8 and of 4 bytes.
+        *[(3, 12, 2, 71), (70, 9, 2, 15), (5, 12, 2, 20), (5, 12, 2, 54)],
+    ],
     ids=str,
 )
 @every_backend
@@ -195,9 +199,12 @@ def test_rows_of_no_sequence_are_zero(on_the_cpu, backend, reverse, monkeypatch)
 @pytest.mark.parametrize(
     "D",
     [
-        # Pieces of 16 bytes, looked up a chunk ahead; so many single elements that they are not.
+        # Few threads share a row, and its place is looked up a chunk ahead; so many that it is not;
+        # rows that begin between two words.
         16,
-        pytest.param(20, marks=pytest.mark.slow),
+        pytest.param(68, marks=pytest.mark.slow),
+        pytest.param(19, marks=pytest.mark.slow),
+        pytest.param(71, marks=pytest.mark.slow),
     ],
 )
 def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatch, D):
@@ -267,13 +274,13 @@ def test_compiles_without_spills(case, turn):
         options = source.backward_options(False, False, 1, False)
         options = options if backward else source.forward_options(True)
         options = (*options, *source.sequence_options(problem))
-        parts = plan.source(cell, precision, options, aligned=True)
+        parts = plan.source(cell, precision, options, piece_bytes=16)
         assert not spills_in_a_loop(parts, arch), (fields, backward)
     B, N, D = sizes
     plan = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, GPUS[arch])
     for fields in FIELDS[turn::2]:
         options = source.gradient_options(planned(kind, *sizes, dtype)._replace(**fields))
-        assert not spills_in_a_loop(plan.source(cell, precision, True, options), arch), fields
+        assert not spills_in_a_loop(plan.source(cell, precision, 16, options), arch), fields
 
 
 @needs_compiler

@@ -19,7 +19,14 @@ from flashrnn.kernels.single_cta import (
 )
 from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
-from tests.fused import check_clipped, hold_to_vanilla, poisoned  # noqa: F401
+from tests.fused import (
+    all_strided,
+    at_odd_addresses,
+    check_clipped,
+    hold_to_vanilla,
+    poisoned,  # noqa: F401
+    with_gaps,
+)
 from tests.gpus import GPUS, H200, planned
 from tests.machine_code import instructions, needs_nvrtc, spills_in_a_loop
 from tests.patterns import bounded_follows_vanilla, follows_vanilla
@@ -34,7 +41,7 @@ from tests.terms import SIZES, keeps_every_term, leaves_other_sequences_alone
 GIVEN = [(True, True), (True, False), (False, True)]
 
 
-def programs(kind, B, N, D, precision, gpu, given):
+def programs(kind, B, N, D, precision, gpu, given, piece_bytes=16):
     cell = resolve(kind)
     dtype = getattr(torch, precision.replace("tf32", "float32"))
     plans = [plan_scan(planned(kind, B, N, D, dtype), gpu, backward) for backward in (False, True)]
@@ -43,9 +50,9 @@ def programs(kind, B, N, D, precision, gpu, given):
     backward = source.backward_options(False, False, len(cell.states) if all_states else 0, last)
     gradient = plan_gradient(len(cell.fed_by("R")), B * 64, N, D, dtype.itemsize, gpu)
     return [
-        plans[0].source(cell, precision, source.forward_options(True), aligned=True),
-        plans[1].source(cell, precision, backward, aligned=True),
-        gradient.source(cell, precision, aligned=True),
+        plans[0].source(cell, precision, source.forward_options(True), piece_bytes),
+        plans[1].source(cell, precision, backward, piece_bytes),
+        gradient.source(cell, precision, piece_bytes),
     ]
 
 
@@ -108,13 +115,36 @@ def test_compiles_for_every_plan_without_spills(case, given):
 def test_a_bounded_h_takes_half_the_instructions(kind, arch, by_float16):
     """Of float16 a step's product, and once more for h of any size; of tf32 where R needs it."""
     plan = plan_scan(planned(kind, 16, 12, 64, torch.float32), GPUS[arch], False)
-    parts = plan.source(resolve(kind), "float32", source.forward_options(True), aligned=True)
+    parts = plan.source(resolve(kind), "float32", source.forward_options(True), piece_bytes=16)
     assert not spills_in_a_loop(parts, arch)
     products = instructions(parts, arch, "HMMA")
     gates = len(resolve(kind).fed_by("R"))
     float16 = sum("TF32" not in name for name in products)
     assert len(products) - float16 == gates * (64 // 8) * 3
     assert float16 == (2 * gates * (64 // 16) * 3 if by_float16 else 0)
+
+
+# Heads of which no row or few begin at multiples of 16 bytes, and the pieces of these.
+IN_PIECES = [
+    *(("lstm", sizes, "bfloat16", 2) for sizes in [(26, 1, 61), (2000, 1, 61), (2000, 1, 15)]),
+    *(("lstm", (2000, 1, D), "bfloat16", x) for D, x in [(20, 8), (54, 4)]),
+    *(("lstm", (641, 1, D), "float32", x) for D, x in [(54, 8), (91, 4)]),
+    ("slstm", (2000, 1, 61), "bfloat16", 2),
+    ("gru", (2000, 1, 127), "float16", 2),
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=pytest.mark.slow if i else []) for i, x in enumerate(IN_PIECES)],
+    ids=str,
+)
+def test_small_pieces_without_spills(case):
+    kind, sizes, precision, piece_bytes = case
+    found = programs(kind, *sizes, precision, GPUS["sm_90a"], (True, True), piece_bytes)
+    for parts in found:
+        assert not spills_in_a_loop(parts, "sm_90a"), list(parts)[-1]
 
 
 # ---- around the kernels
@@ -144,6 +174,33 @@ def test_fragments_in_shared_memory(on_the_cpu):
     plan = plan_scan(planned("lstm", 2, 1, 112, torch.float32), H200, False)
     assert plan.in_registers < 4 * 14
     hold_to_vanilla("cuda_fused", "lstm", 2, 3, 1, 112, torch.float32)
+
+
+# Each kind of piece; more and fewer steps than the ring has stages; a row of few threads, and of
+# more pieces than threads.
+PIECES = [
+    (17, torch.bfloat16, 3, with_gaps),
+    (71, torch.float16, 12, with_gaps),
+    (15, torch.float16, 2, at_odd_addresses),
+    (127, torch.bfloat16, 1, at_odd_addresses),
+    (20, torch.float16, 12, with_gaps),
+    (20, torch.bfloat16, 2, all_strided),
+    (16, torch.float16, 3, with_gaps),
+    (18, torch.bfloat16, 12, at_odd_addresses),
+    (71, torch.float32, 12, at_odd_addresses),
+    (20, torch.float32, 3, at_odd_addresses),
+    (18, torch.float32, 2, with_gaps),
+    (33, torch.float32, 1, all_strided),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("D", "dtype", "T", "change"),
+    [pytest.param(*x, marks=pytest.mark.slow if i else []) for i, x in enumerate(PIECES)],
+)
+def test_rows_that_begin_anywhere(on_the_cpu, D, dtype, T, change):
+    hold_to_vanilla("cuda_fused", "lstm", 7 if D < 64 else 3, T, 2, D, dtype, change=change)
 
 
 @needs_compiler
@@ -179,10 +236,12 @@ def steep_at_four(states, gates):
 
 
 @needs_compiler
-def test_sequences_that_are_not_there_keep_no_clip_from_containing(on_the_cpu, monkeypatch):
+# Several tiles; one, whose rows begin anywhere.
+@pytest.mark.parametrize(("D", "k"), [(24, 3), pytest.param(23, 2, marks=pytest.mark.slow)])
+def test_sequences_that_are_not_there_keep_no_clip_from_containing(on_the_cpu, monkeypatch, D, k):
     """Lines of a tile's absent sequences are zeros, whose gradients here are no rounded numbers."""
-    monkeypatch.setattr(registry, "SMALL_HEADS", (lambda *of: possible_plans(*of)[3],))
-    inputs = random_inputs(steep_at_four, 3, 3, 1, 24, torch.float16)
+    monkeypatch.setattr(registry, "SMALL_HEADS", (lambda *of: possible_plans(*of)[k],))
+    inputs = random_inputs(steep_at_four, 3, 3, 1, D, torch.float16)
     with torch.no_grad():
         for x in inputs.tensors().values():
             x.zero_()

@@ -54,7 +54,7 @@ def programs(regime, kind="lstm"):
         else:
             problem = planned(cell, B, 1, regime.D, dtype)
             plan = regime.plans(problem, regime.gpu, backward)
-            yield plan.entry, plan.source(cell, "bfloat16", options, aligned=True)
+            yield plan.entry, plan.source(cell, "bfloat16", options, piece_bytes=16)
 
 
 @pytest.mark.parametrize("regime", REGIMES, ids=str)
@@ -196,6 +196,21 @@ def test_aligned_rows_are_told(offset, stride, last, D, multiple, expected):
     record = call.FORWARD
     _, layout = record.read({"Wx": Wx})
     assert record.rows_begin_at(multiple, ["Wx"], layout, D, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "offset", "expected"),
+    [
+        *((torch.bfloat16, D, 0, x) for D, x in [(16, 16), (20, 8), (18, 4), (17, 2)]),
+        *((torch.float32, D, 0, x) for D, x in [(16, 16), (18, 8), (17, 4)]),
+        *((torch.bfloat16, 16, offset, x) for offset, x in [(4, 8), (2, 4)]),
+        *((torch.float32, 16, offset, x) for offset, x in [(2, 8), (1, 4)]),
+    ],
+)
+def test_pieces_of_rows(dtype, D, offset, expected):
+    Wx = torch.empty(2 * 2 * 4 * D + offset, dtype=dtype)[offset:].view(2, 2, 4, 1, D)
+    _, layout = call.FORWARD.read({"Wx": Wx})
+    assert call.FORWARD.piece_bytes(["Wx"], layout, D, dtype.itemsize) == expected
 
 
 @records

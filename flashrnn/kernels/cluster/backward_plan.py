@@ -88,7 +88,7 @@ class ClusterBackwardPlan(ClusterPlan):
         return Scratch(0, 32 * self.grid(B, N, gpu) * self.warps * self.in_memory)
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {

@@ -35,7 +35,7 @@ struct ForwardLayout {
     static constexpr int UNITS = ::UNITS;
     static constexpr bool EXACT = D % ::UNITS == 0;
     static constexpr int ROW_PITCH = ::UNITS;
-    static constexpr bool ALIGNED = true;
+    static constexpr int PIECE_BYTES = 16;
     static constexpr int FIRST_PRODUCER = 32 * COMPUTING;
     static constexpr int PRODUCERS = ::PRODUCERS;
     static constexpr bool SEQUENCED = ::SEQUENCED;
@@ -83,12 +83,12 @@ cluster_mma_forward(CALL) {
         if constexpr (SEQUENCED) {
             const long long unit = n * D + first_unit, all_rows = PACKED ? T : B * T;
             TiledCopy<ForwardLayout, GW, const Element> input(
-                {Wx + n * Wx_n + first_unit * Wx_d, Wx_b, Wx_g, Wx_d}, Wx_t, INPUTS, last, table, 0, 1,
+                {Wx + n * Wx_n + first_unit * Wx_d, Wx_b, Wx_g}, Wx_t, INPUTS, last, table, 0, 1,
                 units);
             TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
-                {states + unit, T * width, all_rows * width, 1}, width, STATES, last, table, 0, 1, units);
+                {states + unit, T * width, all_rows * width}, width, STATES, last, table, 0, 1, units);
             TiledCopy<ForwardLayout, G, Element> output_gates(
-                {gates + unit, T * G * width, width, 1}, G * width, GATES, last, table, 0, 1, units);
+                {gates + unit, T * G * width, width}, G * width, GATES, last, table, 0, 1, units);
             const FlagCopy<ForwardLayout> flags(table, reset_flags);
             const auto fetch_next_flags = [&](int step, Element* lines) {
                 if (RESETS) flags.fetch(step + 1, lines, INPUTS);
@@ -102,11 +102,11 @@ cluster_mma_forward(CALL) {
         const long long row_of_gates = first * T * G * width + n * D + first_unit;
         const Element* from_Wx = Wx + first * Wx_b + n * Wx_n + first_unit * Wx_d;
         TiledCopy<ForwardLayout, GW, const Element> input(
-            {from_Wx, Wx_b, Wx_g, Wx_d}, Wx_t, INPUTS, last, units);
+            {from_Wx, Wx_b, Wx_g}, Wx_t, INPUTS, last, units);
         TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
-            {states + row, T * width, B * T * width, 1}, width, STATES, last, units);
+            {states + row, T * width, B * T * width}, width, STATES, last, units);
         TiledCopy<ForwardLayout, G, Element> output_gates(
-            {gates + row_of_gates, T * G * width, width, 1}, G * width, GATES, last, units);
+            {gates + row_of_gates, T * G * width, width}, G * width, GATES, last, units);
         run_forward_producer(input, output, output_gates, ring, new_states, saved, T,
                              [](long long, Element*) {});
         return;

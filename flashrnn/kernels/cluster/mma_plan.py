@@ -76,7 +76,7 @@ class ClusterMmaPlan(ClusterPlan):
         return 32 * self.warps + self.PRODUCERS
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {
@@ -89,8 +89,6 @@ class ClusterMmaPlan(ClusterPlan):
             "IN_MEMORY": 0,
             "PRODUCERS": self.PRODUCERS,
             "STAGES": self.STAGES,
-            # Tensors whose rows are not so aligned have been copied: ROW_ALIGNMENT asks for that.
-            "ALIGNED": True,
             # Must be what the kernel computes of its parts: a static_assert holds them together.
             "SHARED_MEMORY": self.shared_memory,
             "STORED": len(cell.states),

@@ -86,7 +86,7 @@ class ClusterWgmmaBackwardPlan(ClusterPlan):
         return 128 * self.warpgroups
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {

@@ -86,7 +86,7 @@ class ClusterWgmmaPlan(ClusterPlan):
         return tuple((self.n_tiles + i) // self.parts for i in reversed(range(self.parts)))
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {

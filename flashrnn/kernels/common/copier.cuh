@@ -1,10 +1,10 @@
 // Copies between global memory and lines of shared memory, by a CTA's producer threads.
 //
 // A line belongs to one sequence and one step. It has COUNT rows, one for each gate or state. In global
-// memory a row has Layout::UNITS elements; where the rows begin is up to the tensor's strides. Where
-// rows are ALIGNED, their elements are contiguous and begin at multiples of 16 bytes: each thread keeps
-// the addresses of its pieces of 16 bytes and advances them from step to step. Otherwise it copies
-// single elements and computes their addresses.
+// memory a row has Layout::UNITS elements, which are contiguous; where the rows begin is up to the
+// tensor's strides. Rows that begin and end at multiples of 16 bytes are copied in pieces of so many:
+// each thread keeps the addresses of its own and advances them from step to step. row_copier.cuh has
+// the copies of other rows.
 //
 // A kernel describes its lines by a struct `Layout` of static constants:
 //
@@ -12,7 +12,7 @@
 //     int UNITS            units that a row of a CTA has at most
 //     bool EXACT           whether every CTA's rows have so many
 //     int ROW_PITCH        elements from a row of a line to the next
-//     bool ALIGNED         see above
+//     int PIECE_BYTES      16, or what RowPieces is told
 //     int FIRST_PRODUCER   the first producer thread; they are the CTA's last threads
 //     int PRODUCERS        how many producer threads there are
 //     bool SEQUENCED       whether each line has a Sequence of its own, which says where its rows lie
@@ -25,7 +25,7 @@
 template <typename T>
 struct TensorRows {
     T* origin;
-    long long sequence, row, unit;
+    long long sequence, row;
 };
 
 // Where a line of a pitch says whether its step is cut off from another: in its last 16 bytes, which
@@ -65,19 +65,20 @@ struct FlagCopy {
 
 // The rows of one tensor, step after step. T is const if they are read.
 //
-// REGULAR, of aligned rows and a layout that is not sequenced: a thread copies the same piece of the same
-// row of every APART-th sequence. So it keeps one address only: where a thread has many pieces, an address
-// for each would take too many registers. Lines beyond the last sequence are left as they are.
-template <typename Layout, int COUNT, typename T, bool REGULAR = false>
+// REGULAR, of a layout that is not sequenced: a thread copies the same piece of the same row of every
+// APART-th sequence. So it keeps one address only: where a thread has many pieces, an address for each
+// would take too many registers. Lines beyond the last sequence are left as they are.
+template <typename Layout, int COUNT, typename T, bool REGULAR = false,
+          bool IN_16_BYTES = Layout::PIECE_BYTES == 16>
 struct TiledCopy {
-    static constexpr int PIECE = Layout::ALIGNED ? 16 / sizeof(Element) : 1;
+    static constexpr int PIECE = 16 / sizeof(Element);
     static constexpr int ROW_PIECES = Layout::UNITS / PIECE;
     static constexpr int PIECES = Layout::LINES * COUNT * ROW_PIECES;
     // Sequences of which all threads together have a piece, and how many threads that takes.
     static constexpr int APART = Layout::PRODUCERS / (COUNT * ROW_PIECES);
     static constexpr int BUSY = REGULAR ? APART * COUNT * ROW_PIECES : Layout::PRODUCERS;
     static constexpr int THREAD_PIECES = (PIECES + BUSY - 1) / BUSY;
-    static_assert(!REGULAR || (Layout::ALIGNED && !Layout::SEQUENCED && Layout::EXACT && APART > 0));
+    static_assert(!REGULAR || (!Layout::SEQUENCED && Layout::EXACT && APART > 0));
 
     TensorRows<T> rows;
     long long step;
@@ -86,10 +87,10 @@ struct TiledCopy {
     const Sequence* sequences = nullptr;
     long long row_stride = 0;
     int at = 0, direction = 1;
-    T* addresses[Layout::ALIGNED && !REGULAR ? THREAD_PIECES : 1];
+    T* addresses[REGULAR ? 1 : THREAD_PIECES];
     // Where sequences are ragged, how many steps that of each piece has.
     static constexpr bool ENDS_APART = Layout::SEQUENCED && RAGGED;
-    int lengths[Layout::ALIGNED && ENDS_APART ? THREAD_PIECES : 1];
+    int lengths[ENDS_APART ? THREAD_PIECES : 1];
 
     // `step` is the tensor's stride from one step to the next, `pitch` the number of elements from one
     // line to the next, `last` the last sequence that exists, `units` the number of units of this CTA's
@@ -99,7 +100,7 @@ struct TiledCopy {
         : rows(rows), step(step), pitch(pitch), last(last), units(units) {
         if constexpr (REGULAR) {
             addresses[0] = address(index(0));
-        } else if constexpr (Layout::ALIGNED) {
+        } else {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] = address(index(i));
         }
@@ -112,14 +113,12 @@ struct TiledCopy {
                          int units = Layout::UNITS)
         : rows(rows), step(direction * sequences->advance(step)), pitch(pitch), last(last),
           units(units), sequences(sequences), row_stride(step), at(first), direction(direction) {
-        if constexpr (Layout::ALIGNED) {
 #pragma unroll
-            for (int i = 0; i < THREAD_PIECES; ++i) {
-                addresses[i] = address(index(i));
-                if (ENDS_APART) {
-                    lengths[ENDS_APART ? i : 0] =
-                        exists(index(i)) ? sequences[sequence(index(i))].length : 0;
-                }
+        for (int i = 0; i < THREAD_PIECES; ++i) {
+            addresses[i] = address(index(i));
+            if (ENDS_APART) {
+                lengths[ENDS_APART ? i : 0] =
+                    exists(index(i)) ? sequences[sequence(index(i))].length : 0;
             }
         }
     }
@@ -141,14 +140,13 @@ struct TiledCopy {
             of_sequence = sequences[b].offset(at, rows.sequence, row_stride);
         }
         return rows.origin + of_sequence + index / ROW_PIECES % COUNT * rows.row +
-               index % ROW_PIECES * PIECE * (Layout::ALIGNED ? 1 : rows.unit);
+               index % ROW_PIECES * PIECE;
     }
 
     // Whether the sequence of the thread's piece i has the present step.
     __device__ bool has_step(int i) const {
         if constexpr (!ENDS_APART) return true;
-        else if constexpr (Layout::ALIGNED) return at < lengths[i];
-        else return sequences[sequence(index(i))].has(at);
+        else return at < lengths[i];
     }
 
     // Where the piece lies among the lines.
@@ -176,11 +174,9 @@ struct TiledCopy {
     __device__ void advance() {
         if constexpr (REGULAR) {
             addresses[0] += step;
-        } else if constexpr (Layout::ALIGNED) {
+        } else {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) addresses[i] += step;
-        } else if constexpr (!Layout::SEQUENCED) {
-            rows.origin += step;
         }
         if constexpr (Layout::SEQUENCED) at += direction;
     }
@@ -195,37 +191,29 @@ struct TiledCopy {
             T* to = address(index(i)) - own.time(0) * row_stride;
 #pragma unroll 1
             for (long long t = own.length; t < rows_of_each; ++t) {
-                if constexpr (Layout::ALIGNED) {
-                    *reinterpret_cast<uint4*>(to + t * row_stride) = uint4{};
-                } else {
-                    round_to(to[t * row_stride], 0.0f);
-                }
+                *reinterpret_cast<uint4*>(to + t * row_stride) = uint4{};
             }
         }
     }
 
-    // Starts copying the present step's rows into the lines. Where rows are aligned, the copies belong
-    // to the group that the thread commits next.
+    // Starts copying the present step's rows into the lines. The copies belong to the group that the
+    // thread commits next.
     __device__ void fetch(Element* lines) const {
         if constexpr (REGULAR) {
             const unsigned first = shared_address(lines) + place(index(0)) * int(sizeof(Element));
             for_each([&](int i, T* from) {
                 cp_async(first + i * APART * pitch * int(sizeof(Element)), from);
             });
-        } else if constexpr (Layout::ALIGNED) {
+        } else {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
                 if (exists(index(i)) && has_step(i)) cp_async(lines + place(index(i)), addresses[i]);
             }
-        } else {
-#pragma unroll 4
-            for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && has_step(i)) {
-                    lines[place(index(i))] = load_element(address(index(i)));
-                }
-            }
         }
     }
+
+    // row_copier.cuh has something to do here.
+    __device__ void settle(Element*, int) const {}
 
     // Copies the lines to the present step's rows.
     __device__ void store(const Element* lines) const {
@@ -235,19 +223,12 @@ struct TiledCopy {
                 const Element* from = first + i * APART * pitch;
                 *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
             });
-        } else if constexpr (Layout::ALIGNED) {
+        } else {
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; ++i) {
                 if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
                     *reinterpret_cast<uint4*>(addresses[i]) =
                         *reinterpret_cast<const uint4*>(lines + place(index(i)));
-                }
-            }
-        } else {
-#pragma unroll 4
-            for (int i = 0; i < THREAD_PIECES; ++i) {
-                if (exists(index(i)) && sequence(index(i)) <= last && has_step(i)) {
-                    *address(index(i)) = lines[place(index(i))];
                 }
             }
         }

@@ -6,7 +6,8 @@
 //
 //                        producer threads                          computing threads
 //     before step 0      fetch inputs of steps 0 .. STAGES - 2;    load R, the bias and the initial
-//                        wait for those of step 0                  states
+//                        wait for those of step 0 (and             states
+//                        settle them, row_copier.cuh)
 //     ---- barrier ----
 //     step t             fetch inputs of step t + STAGES - 1       read inputs of step t from slot
 //                        into the slot read in step t - 1;         t % STAGES; write states and
@@ -47,6 +48,14 @@ __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element,
         input.advance();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     };
+    // Waits for the inputs of the step whose slot is read next.
+    const auto wait_for_next = [&]() {
+        cp_async_wait<STAGES - 2>();
+        if constexpr (Layout::PIECE_BYTES < 4) {
+            const int next = slot + 1 == STAGES ? 0 : slot + 1;
+            input.settle(ring + next * Layout::LINES * Layout::INPUT_PITCH, STAGES - 1);
+        }
+    };
     const auto store_next = [&](long long t) {
         const int first_line = t % 2 * Layout::LINES;
         if constexpr (Layout::STORES) {
@@ -59,12 +68,12 @@ __device__ inline void run_forward_producer(TiledCopy<Layout, GW, const Element,
         }
     };
     for (int t = 0; t < STAGES - 1; ++t) fetch_next();
-    cp_async_wait<STAGES - 2>();
+    wait_for_next();
     named_barrier<Layout::CTA_THREADS>();
     for (long long t = 0; t < T; ++t) {
         fetch_next();
         if (t > 0) store_next(t - 1);
-        cp_async_wait<STAGES - 2>();
+        wait_for_next();
         named_barrier<Layout::CTA_THREADS>();
     }
     if (!Layout::SEQUENCED || T > 0) store_next(T - 1);

@@ -234,6 +234,22 @@ __device__ inline void cp_async_word(void* to, const void* from) {
                  : "memory");
 }
 
+// The same with 4, 8 or 16 bytes.
+template <int BYTES>
+__device__ inline void cp_async_piece(unsigned to, const void* from) {
+    if constexpr (BYTES == 16) {
+        cp_async(to, from);
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES)
+                     : "memory");
+    }
+}
+
+// Reads only the first half of 4 bytes; the other becomes 0.
+__device__ inline void cp_async_half_word(unsigned to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, 2;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of the thread's committed groups are unfinished.

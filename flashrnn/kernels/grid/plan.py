@@ -86,7 +86,7 @@ class GridPlan(Plan):
         return Scratch(packets=groups * self.packets, R_in_memory=32 * fragments)
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {

@@ -78,7 +78,7 @@ class GridWgmmaPlan(Plan):
         return Scratch(packets=self.groups(B, N, gpu) * self.packets, R_in_memory=0)
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {

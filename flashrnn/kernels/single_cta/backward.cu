@@ -13,9 +13,9 @@
 //   on, those that the derivative reads, and the gradients given for the first GIVEN states after it;
 //   two buffers of gates' gradients, the operand of the next product;
 // - global memory: producer threads read or write each element of gates, states, d_states and d_gates
-//   once, in 16 bytes where addresses allow it; computing warps read R and the initial states and the
-//   last states' gradients, and write those of the initial states and of the bias, one for each
-//   sequence.
+//   once, in 16 bytes where addresses allow it, else in 8 or 4 (common/row_pieces.cuh); computing warps
+//   read R and the initial states and the last states' gradients, and write those of the initial states
+//   and of the bias, one for each sequence.
 //
 // One barrier of the CTA ends each step, and one comes before the first:
 //
@@ -32,7 +32,7 @@
 
 #include "single_cta/tile.cuh"
 #include "single_cta/transposed_product.cuh"
-#include "common/copier.cuh"
+#include "common/row_copier.cuh"
 
 namespace single_cta {
 
@@ -88,17 +88,28 @@ __device__ inline void run_backward_producer(Copy<G, const Element>& input_gates
         input_given.advance();
         slot = slot + 1 == STAGES ? 0 : slot + 1;
     };
+    // Waits for the inputs of the step whose slot is read next.
+    const auto wait_for_next = [&]() {
+        cp_async_wait<STAGES - 2>();
+        if constexpr (PIECE_BYTES < 4) {
+            const int next = slot + 1 == STAGES ? 0 : slot + 1;
+            Element* lines = ring + next * SEQUENCES * INPUT_PITCH;
+            input_gates.settle(lines, STAGES - 1);
+            if (READ) input_states.settle(lines + G * BLOCK_D, STAGES - 1);
+            if (GIVEN) input_given.settle(lines + (G + READ) * BLOCK_D, STAGES - 1);
+        }
+    };
     const auto store_next = [&](int done) {
         output.store(gradients + done % 2 * GATES);
         output.advance();
     };
     for (int i = 0; i < STAGES - 1; ++i) fetch_next();
-    cp_async_wait<STAGES - 2>();
+    wait_for_next();
     named_barrier<THREADS>();
     for (int done = 0; done < T; ++done) {
         fetch_next();
         if (done > 0) store_next(done - 1);
-        cp_async_wait<STAGES - 2>();
+        wait_for_next();
         named_barrier<THREADS>();
     }
     if (!SEQUENCED || T > 0) store_next(T - 1);
@@ -125,8 +136,8 @@ single_cta_backward(CALL) {
     const Element* const states_read = states + FIRST_READ * all_rows * width + n * D;
 
     // Threads of units beyond D run the cell too: on zeros, which nothing overwrites. So do those of
-    // lines that a regular copy leaves as they are.
-    if (D != BLOCK_D || (REGULAR && last < SEQUENCES - 1)) {
+    // lines that copies leave as they are.
+    if (D != BLOCK_D || (LEAVES_LINES && last < SEQUENCES - 1)) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
         __syncthreads();
     }
@@ -148,13 +159,13 @@ single_cta_backward(CALL) {
         if constexpr (SEQUENCED) {
             const int begin = steps - 1;
             Copy<G, const Element> input_gates(
-                {gates + n * D, T * G * width, width, 1}, G * width, INPUT_PITCH, last, table, begin, -1);
+                {gates + n * D, T * G * width, width}, G * width, INPUT_PITCH, last, table, begin, -1);
             // The states before a step are those of the step before.
-            StateCopy input_states({states_read, T * width, all_rows * width, 1}, width, INPUT_PITCH,
+            StateCopy input_states({states_read, T * width, all_rows * width}, width, INPUT_PITCH,
                                    last, table, begin - 1, -1);
-            GivenCopy input_given({d_states + n * d_states_n, d_states_b, d_states_s, d_states_d},
+            GivenCopy input_given({d_states + n * d_states_n, d_states_b, d_states_s},
                                   d_states_t, INPUT_PITCH, last, table, begin, -1);
-            Copy<G, Element> output({d_gates + n * D, T * G * width, width, 1},
+            Copy<G, Element> output({d_gates + n * D, T * G * width, width},
                                                      G * width, GATE_PITCH, last, table, begin, -1);
             // With the inputs of a step it is known whether the one computed next starts anew.
             const FlagCopy<CopyLayout> flags(table, reset_flags);
@@ -169,13 +180,13 @@ single_cta_backward(CALL) {
             const long long at_gates = (first * T + T - 1) * G * width + n * D;
             const long long at_given = first * d_states_b + (T - 1) * d_states_t + n * d_states_n;
             Copy<G, const Element> input_gates(
-                {gates + at_gates, T * G * width, width, 1}, -G * width, INPUT_PITCH, last);
+                {gates + at_gates, T * G * width, width}, -G * width, INPUT_PITCH, last);
             // The states before a step are those of the step before.
-            StateCopy input_states({states_read + at_states, T * width, all_rows * width, 1}, -width,
+            StateCopy input_states({states_read + at_states, T * width, all_rows * width}, -width,
                                    INPUT_PITCH, last);
-            GivenCopy input_given({d_states + at_given, d_states_b, d_states_s, d_states_d},
+            GivenCopy input_given({d_states + at_given, d_states_b, d_states_s},
                                   -d_states_t, INPUT_PITCH, last);
-            Copy<G, Element> output({d_gates + at_gates, T * G * width, width, 1},
+            Copy<G, Element> output({d_gates + at_gates, T * G * width, width},
                                                      -G * width, GATE_PITCH, last);
             run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, T,
                                   [](long long, Element*) {});
@@ -291,8 +302,8 @@ single_cta_backward(CALL) {
         for (int i = 0; i < GR * ELEMENTS; ++i) {
             const int e = i % ELEMENTS;
             const float d_gate = of_gates[RECURRENT[i / ELEMENTS]][e];
-            // Of a line that a regular copy leaves as it is, gradients mean nothing.
-            const bool exists = elements.unit(e) < D && (!REGULAR || elements.sequence(e) <= last);
+            // Of a line that copies leave as it is, gradients mean nothing.
+            const bool exists = elements.unit(e) < D && (!LEAVES_LINES || elements.sequence(e) <= last);
             infinite |= exists && !is_finite(d_gate);
         }
         Element* const read = gradients + (done + 1) % 2 * GATES;

@@ -8,7 +8,8 @@
 //   inputs; two buffers, of even and odd steps, of new states, whose h is the next product's operand;
 //   two buffers of pre-activations, where they are saved;
 // - global memory: producer threads read or write each element of Wx, states and gates once, in 16 bytes
-//   where addresses allow it; computing warps read R, b and the initial states and write the last ones.
+//   where addresses allow it, else in 8 or 4 (common/row_pieces.cuh); computing warps read R, b and the
+//   initial states and write the last ones.
 //
 // One barrier of the CTA ends each step. Before it the computing warps have read the inputs of step t
 // and written its states; the next product reads their h after it. The diagram in
@@ -16,7 +17,7 @@
 
 #include "single_cta/tile.cuh"
 #include "single_cta/split_product.cuh"
-#include "common/copier.cuh"
+#include "common/row_copier.cuh"
 #include "common/forward_producer.cuh"
 
 namespace single_cta {
@@ -221,8 +222,8 @@ single_cta_forward(CALL) {
     const long long all_rows = PACKED ? T : B * T;
 
     // Threads of units beyond D run the cell too: on zeros, which nothing overwrites. So do those of
-    // lines that a regular copy leaves as they are.
-    if (D != BLOCK_D || (REGULAR && last < SEQUENCES - 1)) {
+    // lines that copies leave as they are.
+    if (D != BLOCK_D || (LEAVES_LINES && last < SEQUENCES - 1)) {
         for (int i = threadIdx.x; i < RING; i += THREADS) round_to(ring[i], 0.0f);
         __syncthreads();
     }
@@ -230,11 +231,11 @@ single_cta_forward(CALL) {
     if (threadIdx.x >= 32 * COMPUTING) {
         if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
         if constexpr (SEQUENCED) {
-            TiledCopy<ForwardLayout, GW, const Element> input({Wx + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t,
+            TiledCopy<ForwardLayout, GW, const Element> input({Wx + n * Wx_n, Wx_b, Wx_g}, Wx_t,
                                                               INPUT_PITCH, last, table, 0, 1);
             TiledCopy<ForwardLayout, STORED ? STORED : 1, Element> output(
-                {states + n * D, T * width, all_rows * width, 1}, width, STATE_PITCH, last, table, 0, 1);
-            TiledCopy<ForwardLayout, G, Element> output_gates({gates + n * D, T * G * width, width, 1},
+                {states + n * D, T * width, all_rows * width}, width, STATE_PITCH, last, table, 0, 1);
+            TiledCopy<ForwardLayout, G, Element> output_gates({gates + n * D, T * G * width, width},
                                                               G * width, GATE_PITCH, last, table, 0, 1);
             // With the inputs of a step it is known whether the next one starts anew.
             const FlagCopy<ForwardLayout> flags(table, reset_flags);
@@ -248,11 +249,11 @@ single_cta_forward(CALL) {
             const long long head = first * T * width + n * D;
             const long long head_gates = first * T * G * width + n * D;
             TiledCopy<ForwardLayout, GW, const Element, REGULAR> input(
-                {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g, Wx_d}, Wx_t, INPUT_PITCH, last);
+                {Wx + first * Wx_b + n * Wx_n, Wx_b, Wx_g}, Wx_t, INPUT_PITCH, last);
             TiledCopy<ForwardLayout, STORED ? STORED : 1, Element, REGULAR> output(
-                {states + head, T * width, B * T * width, 1}, width, STATE_PITCH, last);
+                {states + head, T * width, B * T * width}, width, STATE_PITCH, last);
             TiledCopy<ForwardLayout, G, Element, REGULAR> output_gates(
-                {gates + head_gates, T * G * width, width, 1}, G * width, GATE_PITCH, last);
+                {gates + head_gates, T * G * width, width}, G * width, GATE_PITCH, last);
             run_forward_producer(input, output, output_gates, ring, new_states, saved, T,
                                  [](long long, Element*) {});
         }

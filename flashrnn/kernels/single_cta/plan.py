@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
@@ -129,6 +129,9 @@ class SingleCtaPlan(Plan):
         at_once: CTAs on a multiprocessor that the compiler leaves registers for.
     """
 
+    # common/row_pieces.cuh: rows are contiguous, and begin at words where they consist of words.
+    ROW_ALIGNMENT: ClassVar = 4
+
     backward: bool
     sequences: int
     tiles: int
@@ -152,7 +155,7 @@ class SingleCtaPlan(Plan):
         return N * tiles_of(B, self.sequences)
 
     def source(
-        self, cell: TracedCell, precision: str, options: source.Options, aligned: bool
+        self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int
     ) -> dict[str, str]:
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {
@@ -164,7 +167,7 @@ class SingleCtaPlan(Plan):
             "STAGES": self.stages,
             "AT_ONCE": self.at_once,
             "SHARED_MEMORY": self.shared_memory,
-            "ALIGNED": aligned,
+            "PIECE_BYTES": piece_bytes,
             "STORED": len(cell.states),
             **dict(options),
         }

@@ -27,6 +27,7 @@
 
 #include "problem.cuh"
 #include "common/mma.cuh"
+#include "common/row_pieces.cuh"
 #include "common/row_sums.cuh"
 
 namespace single_cta {
@@ -45,27 +46,37 @@ constexpr bool ALL_TILES = LINES % (16 * WARPS) == 0;
 constexpr int LINES_PITCH = LINES + 8, COLUMNS_PITCH = BLOCK_D + 8;
 constexpr int SLOT = CHUNK * (LINES_PITCH + COLUMNS_PITCH);
 static_assert(STAGES * SLOT * sizeof(Element) == SHARED_MEMORY, "as the plan computes it");
-constexpr int PIECE = ALIGNED ? VECTOR : 1;
-constexpr int PIECES = D / PIECE;
+// How threads share rows of d_gates and h.
+using Pieces = RowPieces<D, PIECE_BYTES>;
+// What they share of a chunk, and how many shares a thread has.
+constexpr int GATE_SHARES = CHUNK * GATES * Pieces::THREADS, H_SHARES = CHUNK * Pieces::THREADS;
+constexpr int GATE_ROUNDS = (GATE_SHARES + THREADS - 1) / THREADS;
+constexpr int H_ROUNDS = (H_SHARES + THREADS - 1) / THREADS;
 
-// Copies a piece of a row of D elements to shared memory; zeros if there is no such row.
-__device__ inline void fetch_pieces(Element* to, const Element* from, bool exists, int piece) {
-    to += piece * PIECE;
-    from += piece * PIECE;
-    if (!exists) {
+// Copies a row to shared memory; zeros if there is no such row.
+__device__ inline void fetch_row(Element* to, const Element* from, bool exists, int thread) {
+    Pieces::for_each(thread, [&](int, int first) {
+        Element* piece_to = to + first;
+        const Element* piece_from = from + first;
+        if (!exists) {
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) round_to(to[i], 0.0f);
-    } else if constexpr (ALIGNED) {
-        cp_async(to, from);
-    } else {
-        *to = *from;
-    }
+            for (int i = 0; i < Pieces::PIECE; ++i) {
+                if (Pieces::has(first + i)) round_to(piece_to[i], 0.0f);
+            }
+        } else {
+            Pieces::fetch(shared_address(piece_to), piece_from, first);
+        }
+    });
 }
 
-// Rounds a piece of a row of the initial h into shared memory, as the forward scan's product had it.
-__device__ inline void round_piece(Element* to, const float* from, long long unit, int piece) {
+// Rounds a row of the initial h into shared memory, as the forward scan's product had it.
+__device__ inline void round_row(Element* to, const float* from, long long unit, int thread) {
+    Pieces::for_each(thread, [&](int, int first) {
 #pragma unroll
-    for (int i = piece * PIECE; i < (piece + 1) * PIECE; ++i) round_to(to[i], from[i * unit]);
+        for (int i = first; i < first + Pieces::PIECE; ++i) {
+            if (Pieces::has(i)) round_to(to[i], from[i * unit]);
+        }
+    });
 }
 
 // A left operand of mma() with 16 lines, from rows in shared memory: the summed dimension runs over
@@ -138,13 +149,12 @@ recurrent_gradient(CALL) {
     const int* of_rows = GATHERED ? before_part : reset_flags + begin;
     // What the thread looks up for the next chunk, a chunk ahead. It does not wait for it before that
     // chunk: no address is computed until then.
-    constexpr int ROUNDS = (CHUNK * PIECES + THREADS - 1) / THREADS;
-    constexpr bool AHEAD = (GATHERED || RESETS) && ROUNDS <= 2;
-    unsigned looked_up[AHEAD ? ROUNDS : 1];
+    constexpr bool AHEAD = (GATHERED || RESETS) && H_ROUNDS <= 2;
+    unsigned looked_up[AHEAD ? H_ROUNDS : 1];
     const auto look_up = [&](int chunk) {
 #pragma unroll
-        for (int round = 0; round < (AHEAD ? ROUNDS : 0); ++round) {
-            const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / PIECES;
+        for (int round = 0; round < (AHEAD ? H_ROUNDS : 0); ++round) {
+            const int row = chunk * CHUNK + (threadIdx.x + round * THREADS) / Pieces::THREADS;
             const int* from = of_rows + (row < rows ? row : 0);
             looked_up[round] = load_opaque(reinterpret_cast<const unsigned*>(from));
         }
@@ -168,6 +178,19 @@ recurrent_gradient(CALL) {
     };
     Position present = next;
 
+    // Which gate the group has in place s.
+    const auto gate_of = [&](int s) {
+        int gate = 0;
+#pragma unroll
+        for (int k = 0; k < GR; ++k) {
+            if (k == group * GATES + s) gate = RECURRENT[k];
+        }
+        return gate;
+    };
+    // Which of the thread's rows of h begin between two words, a bit for each of a slot's.
+    unsigned between = 0;
+    static_assert(STAGES * H_ROUNDS <= 32);
+
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
         Element* columns = lines + CHUNK * LINES_PITCH;
@@ -175,32 +198,34 @@ recurrent_gradient(CALL) {
         const bool idle = is_idle(next);
         // All threads take the same number of iterations, so that loops can be unrolled. Unrolled by
         // more than two, registers spill.
-        constexpr int GATE_PIECES = CHUNK * GATES * PIECES, H_PIECES = CHUNK * PIECES;
 #pragma unroll 2
-        for (int round = 0; round < (idle ? 0 : (GATE_PIECES + THREADS - 1) / THREADS); ++round) {
+        for (int round = 0; round < (idle ? 0 : GATE_ROUNDS); ++round) {
             const int i = threadIdx.x + round * THREADS;
-            if (GATE_PIECES % THREADS && i >= GATE_PIECES) break;
-            const int piece = i % PIECES, s = i / PIECES % GATES, row = i / PIECES / GATES;
-            int gate = 0;
-#pragma unroll
-            for (int k = 0; k < GR; ++k) {
-                if (k == group * GATES + s) gate = RECURRENT[k];
-            }
-            const int line = (first + row) * G + gate;
+            if (GATE_SHARES % THREADS && i >= GATE_SHARES) break;
+            const int thread = i % Pieces::THREADS, share = i / Pieces::THREADS;
+            const int s = share % GATES, row = share / GATES;
+            const int gate = gate_of(s), line = (first + row) * G + gate;
             const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
-            fetch_pieces(lines + row * LINES_PITCH + s * BLOCK_D, from, first + row < rows, piece);
+            fetch_row(lines + row * LINES_PITCH + s * BLOCK_D, from, first + row < rows, thread);
         }
+        const auto set_between = [&](int round, bool is_between) {
+            const unsigned bit = 1u << (chunk % STAGES * H_ROUNDS + round);
+            if (Pieces::IN_WORDS) between = is_between ? between | bit : between & ~bit;
+        };
 #pragma unroll 2
-        for (int round = 0; round < (idle ? 0 : (H_PIECES + THREADS - 1) / THREADS); ++round) {
+        for (int round = 0; round < (idle ? 0 : H_ROUNDS); ++round) {
             const int i = threadIdx.x + round * THREADS;
-            if (H_PIECES % THREADS && i >= H_PIECES) break;
-            const int piece = i % PIECES, row = i / PIECES;
+            if (H_SHARES % THREADS && i >= H_SHARES) break;
+            const int thread = i % Pieces::THREADS, row = i / Pieces::THREADS;
             const int of_row = AHEAD ? static_cast<int>(looked_up[AHEAD ? round : 0])
                                : GATHERED || RESETS ? of_rows[first + row < rows ? first + row : 0]
                                                     : 0;
             if constexpr (GATHERED) {
                 const bool exists = first + row < rows;
-                fetch_pieces(columns + row * COLUMNS_PITCH, row_of_h(of_row), exists, piece);
+                Element* to = columns + row * COLUMNS_PITCH;
+                const Element* from = row_of_h(of_row);
+                fetch_row(to, from, exists, thread);
+                set_between(round, exists && Pieces::behind_word(from));
             } else {
                 Position position = next;
                 position.advance(row, T);
@@ -212,14 +237,45 @@ recurrent_gradient(CALL) {
                     from = position.step ? from : initial + position.sequence * width + n * D;
                 } else if (exists && position.step == 0) {
                     const float* initial = h_initial + position.sequence * h_initial_b + n * h_initial_n;
-                    round_piece(to, initial, h_initial_d, piece);
+                    round_row(to, initial, h_initial_d, thread);
+                    set_between(round, false);
                     continue;
                 }
-                fetch_pieces(to, from, exists, piece);
+                fetch_row(to, from, exists, thread);
+                set_between(round, exists && Pieces::behind_word(from));
             }
         }
         look_up(chunk + 1);
         next.advance(CHUNK, T);
+    };
+    // Completes what the thread has fetched of a chunk, after it has waited for that.
+    const auto settle = [&](int chunk) {
+        if constexpr (Pieces::IN_WORDS) {
+            Element* lines = ring + chunk % STAGES * SLOT;
+            const int thread = threadIdx.x % Pieces::THREADS, first = chunk * CHUNK;
+            const auto share_of = [](int round) {
+                return static_cast<int>(threadIdx.x + round * THREADS) / Pieces::THREADS;
+            };
+            Pieces::settle<GATE_ROUNDS>(
+                thread,
+                [&](int round) {
+                    const int s = share_of(round) % GATES, row = share_of(round) / GATES;
+                    const int line = (first + row) * G + gate_of(s);
+                    const Element* from = gates_of_part + static_cast<long long>(line) * (N * D);
+                    return row < CHUNK && first + row < rows && Pieces::behind_word(from);
+                },
+                [&](int round) {
+                    const int s = share_of(round) % GATES, row = share_of(round) / GATES;
+                    return lines + row * LINES_PITCH + s * BLOCK_D + thread * Pieces::PIECE;
+                });
+            const unsigned moves = between >> chunk % STAGES * H_ROUNDS;
+            Pieces::settle<H_ROUNDS>(
+                thread, [&](int round) { return moves >> round & 1; },
+                [&](int round) {
+                    Element* columns = lines + CHUNK * LINES_PITCH;
+                    return columns + share_of(round) * COLUMNS_PITCH + thread * Pieces::PIECE;
+                });
+        }
     };
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
         if (chunk < chunks) fetch(chunk);
@@ -230,6 +286,7 @@ recurrent_gradient(CALL) {
     float sums[TILES][BLOCK_D / 8][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
         cp_async_wait<STAGES - 2>();
+        settle(chunk);
         __syncthreads();
         if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
         cp_async_commit();

@@ -47,7 +47,7 @@ class GradientPlan:
         self,
         cell: TracedCell,
         precision: str,
-        aligned: bool,
+        piece_bytes: int,
         options: source.Options = (("GATHERED", False),),
     ) -> dict[str, str]:
         """The program's text in parts, each under the name that an error gives it.
@@ -55,7 +55,7 @@ class GradientPlan:
         Args:
             cell: the cell.
             precision: out of ``source.PRECISIONS``.
-            aligned: whether all rows of all tensors begin at multiples of 16 bytes.
+            piece_bytes: see :meth:`flashrnn.kernels.plan.Plan.source`.
             options: of ``source.gradient_options``.
         """
         constants = {
@@ -63,7 +63,7 @@ class GradientPlan:
             "GATES": self.gates,
             "STAGES": self.stages,
             "SHARED_MEMORY": self.shared_memory,
-            "ALIGNED": aligned,
+            "PIECE_BYTES": piece_bytes,
             **dict(options),
         }
         record = call.RECURRENT_GRADIENT

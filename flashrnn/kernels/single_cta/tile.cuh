@@ -54,15 +54,17 @@ struct CopyLayout {
     static constexpr int UNITS = D;
     static constexpr bool EXACT = true;
     static constexpr int ROW_PITCH = BLOCK_D;
-    static constexpr bool ALIGNED = ::ALIGNED;
+    static constexpr int PIECE_BYTES = ::PIECE_BYTES;
     static constexpr int FIRST_PRODUCER = 32 * COMPUTING;
     static constexpr int PRODUCERS = ::PRODUCERS;
     static constexpr bool SEQUENCED = ::SEQUENCED;
 };
 
 // Whether producer threads have so many pieces that each keeps one address for all (common/copier.cuh).
-constexpr bool REGULAR = TILES > 1 && ALIGNED;
+constexpr bool REGULAR = TILES > 1 && PIECE_BYTES == 16;
 static_assert(TILES == 1 || !SEQUENCED);
+// Whether copies leave the lines of sequences that do not exist as they are.
+constexpr bool LEAVES_LINES = REGULAR || PIECE_BYTES < 16;
 
 // The CTA's sequences, behind all else in shared memory.
 constexpr int TABLE_BYTES = SEQUENCED ? SEQUENCES * int(sizeof(Sequence)) : 0;
