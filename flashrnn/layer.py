@@ -116,7 +116,8 @@ def recurrent_layer(
                 x, W, R, b, states, chosen, problem, *(of_options or ())
             )
         else:
-            Wx = _input_product(problem, *_factors(problem, x, W))
+            x, W = _factors(problem, x, W)
+            Wx = input_product(problem, x, W.flatten(0, 2))
             arguments = calls.as_computed(problem, Wx, R, b, states)
             found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
@@ -127,15 +128,31 @@ def _factors(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     return calls.cast_to(x, problem.dtype), calls.cast_to(W, problem.dtype)
 
 
-def _input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
-    """``Wx`` ``[B, T, Gw, N, D]``: one product for all steps and gates."""
-    sizes = *problem.rows, W.shape[0], problem.N, problem.D
-    rows_of_W = W.flatten(0, 2)
+def input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
+    """``Wx`` ``[B, T, Gw, N, D]``: one product for all steps and gates.
+
+    ``x`` is ``[B, T, I]``, ``W`` ``[Gw * N * D, I]``.
+    """
+    (rows, T), N, D = problem.rows, problem.N, problem.D
     if torch.compiler.is_compiling() or x.is_contiguous() or not _is_time_major(x):
-        return linear(x, rows_of_W).view(sizes)
+        return linear(x, W).view(rows, T, -1, N, D)
     # The rows in the order in which they lie in memory. Kernels take Wx of any strides.
-    B, T, *of_step = sizes
-    return linear(x.transpose(0, 1), rows_of_W).view(T, B, *of_step).transpose(0, 1)
+    return linear(x.transpose(0, 1), W).view(T, rows, -1, N, D).transpose(0, 1)
+
+
+def factors_gradients(
+    d_Wx: Tensor, x: Tensor, W: Tensor, needs_x: bool, needs_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what :func:`input_product` multiplies, of those that are needed."""
+    if not (needs_x or needs_W):
+        return None, None
+    # Not by flatten(), which gradients of a batch (is_grads_batched) do not have.
+    B, T, Gw, N, D = d_Wx.shape
+    rows = d_Wx.reshape(B * T, Gw * N * D)
+    return (
+        torch.mm(rows, W).view(x.shape) if needs_x else None,
+        torch.mm(rows.t(), x.flatten(0, 1)) if needs_W else None,
+    )
 
 
 def _is_time_major(x: Tensor) -> bool:
@@ -168,7 +185,8 @@ class Layer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Autograd casts the gradients back to the dtypes of what is given here.
         x, W = _factors(problem, x, W)
-        arguments = calls.as_computed(problem, _input_product(problem, x, W), R, b, states)
+        Wx = input_product(problem, x, W.flatten(0, 2))
+        arguments = calls.as_computed(problem, Wx, R, b, states)
         scan = InnerContext()
         outputs = autograd.Scan.forward(scan, *arguments, backend, problem, *options)
         ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
@@ -187,16 +205,8 @@ class Layer(torch.autograd.Function):
         )
         with without_autocast(x.device.type):
             d_Wx, *others = autograd.Scan.backward(scan, d_states, d_last)
-            d_x = d_W = None
-            if needs_x or needs_W:
-                # Not by flatten(), which gradients of a batch (is_grads_batched) do not have.
-                B, T, Gw, N, D = d_Wx.shape
-                rows = d_Wx.reshape(B * T, Gw * N * D)
-            if needs_x:
-                d_x = torch.mm(rows, W.flatten(0, 2)).view(x.shape)
-            if needs_W:
-                d_W = torch.mm(rows.t(), x.flatten(0, 1)).view(W.shape)
-        return d_x, d_W, *others
+            d_x, d_W = factors_gradients(d_Wx, x, W.flatten(0, 2), needs_x, needs_W)
+        return d_x, None if d_W is None else d_W.view(W.shape), *others
 
 
 class InnerContext(SimpleNamespace):

@@ -20,7 +20,7 @@ from flashrnn import backends, calls
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell
 from flashrnn.config import DEFAULT
-from flashrnn.layer import InnerContext, Layer
+from flashrnn.layer import InnerContext, factors_gradients, input_product
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
@@ -28,9 +28,10 @@ from flashrnn.nn.parameters import (
     has_masks,
     names_of,
     rows_of,
+    weights_of,
 )
 from flashrnn.nn.precision import config_on
-from flashrnn.nn.weights import Weights, gradients
+from flashrnn.nn.weights import bias, recurrence_gradients, recurrent_matrix
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
 from flashrnn.sequences import Given
 
@@ -89,10 +90,13 @@ class Form(NamedTuple):
     x_by_time: bool
     h_by_time: bool
 
-    def weights(self, weights: Sequence[Tensor]) -> Weights:
-        """Out of torch.nn's."""
-        weight_ih, weight_hh, *biases = weights
-        return Weights.of(self.mode, self.cell, self.heads, weight_ih, weight_hh, biases)
+    def recurrence(self, weight_hh: Tensor, biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """R and b."""
+        D = weight_hh.shape[1]
+        R = recurrent_matrix(self.mode, weight_hh, self.heads, D)
+        if biases:
+            return R, bias(self.mode, biases, self.heads, D)
+        return R, R.new_zeros(len(self.cell.fed_by("b")), self.heads, D)
 
 
 def _layer(
@@ -120,7 +124,7 @@ def _layer(
     )
     problem = calls.problems.get(key)
     if problem is None:
-        W, R, b, *_ = form.weights(weights)
+        W, R, b, *_ = weights_of(layers, row)
         rows = x.transpose(0, 1) if form.x_by_time else x
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
@@ -153,31 +157,36 @@ class _Node(torch.autograd.Function):
         form: Form,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        # Views of these, saved for the backward pass, are found changed where these have been.
-        x, *detached = [given.detach() for given in (x, *weights)]
-        W, R, b, *_ = form.weights(detached)
-        rows = x.transpose(0, 1) if form.x_by_time else x
-        inner, (S, B, _, N, D) = InnerContext(), start.shape
-        every_state, last_states = Layer.forward(
-            inner, rows, W.view(-1, N, D, W.shape[1]), R, b, start, backend, problem
+        weight_ih, weight_hh, *biases = weights
+        x, weight_ih, weight_hh = (
+            calls.cast_to(factor, problem.dtype) for factor in (x, weight_ih, weight_hh)
         )
-        h = every_state[0].flatten(2)
+        rows = x.transpose(0, 1) if form.x_by_time else x
+        Wx = input_product(problem, rows, weight_ih)
+        R, b = form.recurrence(weight_hh, biases)
+        S, B, _, N, D = start.shape
+        every_state, last_states = autograd.Scan.forward(
+            scan := InnerContext(), *calls.as_computed(problem, Wx, R, b, start), backend, problem
+        )
+        h = every_state[0].view(*rows.shape[:2], N * D)
         if form.h_by_time:
             h = h.transpose(0, 1).contiguous()
         # In memory of its own each: callers change them in place.
         ended = [
             state.to(h.dtype, copy=True) for state in last_states.view(S, 1, B, N * D).unbind(0)
         ]
-        # h is what the node returns: by it a graph of the gradient finds the node.
-        ctx.save_for_backward(*vars(inner).pop("saved_tensors")[:6], h)
+        _, start, states, gates, *_ = vars(scan).pop("saved_tensors")
+        # The weights themselves: views of them would not be found changed where these are. And h,
+        # which the node returns: by it a graph of the gradient finds the node.
+        ctx.save_for_backward(x, weight_ih, weight_hh, start, states, gates, h)
         ctx.set_materialize_grads(False)
-        ctx.inner, ctx.form, ctx.weights = inner, form, [weight.shape for weight in weights]
+        ctx.scan, ctx.form = scan, form
         return h, *ended
 
     @staticmethod
     def backward(ctx: Any, d_h: Tensor | None, *d_ended: Tensor | None) -> tuple[Any, ...]:
-        form, saved, d_states, d_last = ctx.form, ctx.saved_tensors, None, None
-        start = saved[3]
+        form, d_states, d_last = ctx.form, None, None
+        x, weight_ih, weight_hh, start, *residuals = ctx.saved_tensors
         S, B, _, N, D = start.shape
         if d_h is not None:
             d_h = d_h.transpose(0, 1) if form.h_by_time else d_h
@@ -188,13 +197,16 @@ class _Node(torch.autograd.Function):
             d_last = torch.stack([zeros if d_state is None else d_state for d_state in d_ended])
             d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
         needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
-        inner = InnerContext(
-            **vars(ctx.inner),
-            saved_tensors=saved,
-            needs_input_grad=(needs_x, needs_W, needs_R, any(needs_b), needs_start),
+        scan = InnerContext(
+            **vars(ctx.scan),
+            saved_tensors=(recurrent_matrix(form.mode, weight_hh, N, D), start, *residuals),
+            needs_input_grad=(needs_x or needs_W, needs_R, any(needs_b), needs_start),
         )
-        d_x, d_W, d_R, d_b, d_start, *_ = Layer.backward(inner, d_states, d_last)
+        with without_autocast(x.device.type):
+            d_Wx, d_R, d_b, d_start, *_ = autograd.Scan.backward(scan, d_states, d_last)
+            rows = x.transpose(0, 1) if form.x_by_time else x
+            d_x, d_W = factors_gradients(d_Wx, rows, weight_ih, needs_x, needs_W)
         if d_x is not None and form.x_by_time:
             d_x = d_x.transpose(0, 1)
-        of_weights = gradients(form.mode, d_W, d_R, d_b, ctx.weights)
-        return d_x, d_start, None, None, None, *of_weights
+        of_recurrence = recurrence_gradients(form.mode, d_R, d_b, weight_hh.shape, len(needs_b))
+        return d_x, d_start, None, None, None, d_W, *of_recurrence

@@ -82,37 +82,28 @@ def bias(mode: str, biases: Sequence[Tensor], N: int, D: int) -> Tensor:
     return b.view(-1, N, D)
 
 
-def gradients(
-    mode: str,
-    d_W: Tensor | None,
-    d_R: Tensor | None,
-    d_b: Tensor | None,
-    shapes: Sequence[torch.Size],
+def recurrence_gradients(
+    mode: str, d_R: Tensor | None, d_b: Tensor | None, shape: torch.Size, count: int
 ) -> list[Tensor | None]:
-    """Those of a layer's weights, out of those of W, R and b.
+    """Those of ``weight_hh`` and the biases, out of those of R and b.
 
     Args:
         mode: as above.
-        d_W: ``None``, as those below: it is not asked for.
-        d_R: ...
+        d_R: ``None``, as below: it is not asked for.
         d_b: ...
-        shapes: those of ``weight_ih``, ``weight_hh`` and the biases.
+        shape: that of ``weight_hh``.
+        count: how many biases there are.
     """
-    of_ih, of_hh, *of_biases = shapes
-    if d_R is not None and mode == "GRU":
-        d_R = d_R.roll(-1, 0)
-    found = [
-        None if d_W is None else d_W.view(of_ih),
-        None if d_R is None else d_R.view(of_hh),
-    ]
-    if d_b is None or not of_biases:
-        return [*found, *[None] * len(of_biases)]
+    if d_R is not None:
+        d_R = (d_R.roll(-1, 0) if mode == "GRU" else d_R).view(shape)
+    if d_b is None or not count:
+        return [d_R, *[None] * count]
     d_b = d_b.flatten()
     if mode not in MODES:
-        return [*found, d_b]
+        return [d_R, d_b]
     if mode == "GRU":
         H = len(d_b) // 4
         g, rz, n = d_b.split([H, 2 * H, H])
-        return [*found, torch.cat([rz, n]), torch.cat([rz, g])]
+        return [d_R, torch.cat([rz, n]), torch.cat([rz, g])]
     # In memory of its own each, as above.
-    return [*found, d_b, d_b.clone()]
+    return [d_R, d_b, d_b.clone()]
