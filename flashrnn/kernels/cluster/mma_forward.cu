@@ -176,7 +176,7 @@ cluster_mma_forward(CALL) {
                 materialize(preactivations[e][k]);
             }
             if (RESETS) {
-                is_cut[e] = exists[e] && *flag_of(const_cast<Element*>(inputs), element.sequence, INPUTS);
+                is_cut[e] = exists[e] && *flags_of(const_cast<Element*>(inputs), element.sequence, INPUTS);
                 if (!is_cut[e]) continue;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
