@@ -197,7 +197,7 @@ single_cta_backward(CALL) {
     if (!CUT) matrix.load<false>(R, n, N, elements, in_shared);
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
-    const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
+    const ResetStates starts = {STARTS ? reset_states + n * reset_states_n : nullptr,
                                 reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     // The initial states wait in registers until step 0 needs them. To load them there takes a branch
     // and their addresses, which costs a step of a small head a fifth of its instructions.

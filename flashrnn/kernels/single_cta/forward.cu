@@ -265,7 +265,7 @@ single_cta_forward(CALL) {
     matrix.load<true>(R, n, N, elements, in_shared);
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
-    const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
+    const ResetStates starts = {STARTS ? reset_states + n * reset_states_n : nullptr,
                                 reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     float carried[S][ELEMENTS];
 #pragma unroll
