@@ -22,9 +22,11 @@ from tests.sequences import (
     ALL,
     KINDS,
     alternating,
+    few_cuts,
     gradients_of,
     hold_empty_sequences_out,
     hold_last_states_out,
+    hold_options_of_no_effect,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -210,18 +212,6 @@ def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatc
     hold_ragged_to_vanilla("cuda_fused", replace(case, options=options, lengths=lengths))
 
 
-def few_cuts(case):
-    """Cuts of several sequences at once, one after another, at the first step and at the last one.
-
-    Between them are steps without any, more than the kernels' rings have stages.
-    """
-    B, T = case.inputs.Wx.shape[:2]
-    reset = torch.zeros(B, T, dtype=torch.bool)
-    reset[0, 0] = reset[3, -1] = True
-    reset[1:4, 3] = reset[2, 3:6] = reset[B - 1, -9] = True
-    return replace(case, options=case.options | {"reset": reset})
-
-
 @pytest.fixture
 def wide_ctas(on_the_cpu, monkeypatch):
     """CTAs of one tile of 8 sequences."""
@@ -261,6 +251,12 @@ def test_steps_like_a_plain_call_s_and_others_by_turns(wide_ctas, dtype, kinds):
             case, options=case.options | {"lengths": torch.tensor(lengths)}, lengths=lengths
         )
     hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_options_of_no_effect_change_no_bit(wide_ctas, dtype):
+    hold_options_of_no_effect("cuda_fused", 11, 12, 1, 16, dtype)
 
 
 @needs_compiler
