@@ -185,7 +185,7 @@ grid_backward(CALL) {
                 }
                 if (t < 0) {
                     d_carried.store(tile);
-                    fetch_flags(next, t);
+                    if (INTERLEAVED > 1) fetch_flags(next, t);
                     continue;
                 }
                 float d_preactivations[ELEMENTS][G];
