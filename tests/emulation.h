@@ -487,10 +487,11 @@ static void cp_async(void* to, const void* from) {
 
 static void cp_async(unsigned to, const void* from) { cp_async(at(to), from); }
 
-static void cp_async_word(void* to, const void* from) {
+static void cp_async_word(void* to, const void* from, bool exists) {
+    static const int zero = 0;
     expect_aligned(to, 4);
     expect_aligned(from, 4);
-    copy_later(to, from, 4);
+    copy_later(to, exists ? from : &zero, 4);
 }
 
 static void cp_async_half_word(unsigned to, const void* from) {

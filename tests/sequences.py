@@ -162,6 +162,55 @@ def random_ragged(
     return Ragged(function, inputs, lengths, options, starts)
 
 
+def few_cuts(case: Ragged) -> Ragged:
+    """Cuts of several sequences at once, one after another, at the first step and at the last one.
+
+    Between them are steps without any, more than the kernels' rings have stages.
+    """
+    Wx = case.inputs.Wx
+    reset = torch.zeros(Wx.shape[:2], dtype=torch.bool, device=Wx.device)
+    reset[0, 0] = reset[3, -1] = True
+    reset[1:4, 3] = reset[2, 3:6] = reset[-1, -9] = True
+    return replace(case, options=case.options | {"reset": reset})
+
+
+def hold_options_of_no_effect(
+    backend: str,
+    B: int,
+    T: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    names: Iterable[str] | None = None,
+) -> None:
+    """Resets at no step, equal lengths and no head backwards give a plain call's bits.
+
+    Args:
+        backend: by which backend.
+        B: the number of sequences, as T, N and D of an LSTM.
+        T: the number of steps.
+        N: the number of heads.
+        D: the head dimension.
+        dtype: of the inputs.
+        device: of the inputs.
+        names: of the results that are compared; ``None``: all.
+    """
+    case = random_ragged("lstm", B, T, N, D, dtype=dtype, device=device)
+    expected = gradients_of(case, case.call(backend))
+    nowhere = torch.zeros(B, T, dtype=torch.bool, device=device)
+    equal = torch.full((B,), T, device=device)
+    for options in (
+        {"reset": nowhere},
+        {"lengths": equal},
+        {"reset": nowhere, "lengths": equal},
+        {"reverse": [False] * N},
+    ):
+        found = gradients_of(case, case.call(backend, **options))
+        for name in expected if names is None else names:
+            assert torch.equal(found[name], expected[name]), (name, list(options))
+
+
 def episode_by_episode(case: Ragged) -> tuple[Tensor, Tensor]:
     """The same by plain calls: a head of a sequence from one cut to the next."""
     Wx, R, b, states = case.inputs.tensors().values()

@@ -14,9 +14,11 @@ from tests.problems import BUILT_IN, Inputs, sparse
 from tests.sequences import (
     BACKENDS,
     KINDS,
+    few_cuts,
     gradients_of,
     hold_empty_sequences_out,
     hold_last_states_out,
+    hold_options_of_no_effect,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -85,6 +87,34 @@ def test_large_heads(kind, sizes, dtype, kinds):
 def test_each_option_of_large_heads(D, kinds):
     case = random_ragged("lstm", 40, 20, 2, D, dtype=torch.bfloat16, device="cuda", **kinds)
     hold_ragged_to_vanilla("cuda_fused", case)
+
+
+# CTAs of 2 and of 8 sequences; groups of several batch tiles; a cluster.
+@pytest.mark.parametrize(
+    "sizes", [(16, 40, 12, 64), (64, 40, 12, 64), (64, 40, 1, 768), (16, 40, 1, 256)], ids=str
+)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"resets": "zeros"},
+        {"resets": "step"},
+        {"resets": "zeros", "ragged": "lengths"},
+        {"resets": "sequence", "ragged": "lengths", "reverse": "some"},
+    ],
+    ids=lambda x: "-".join(x.values()),
+)
+def test_few_cuts(sizes, kinds):
+    """Steps that are like a plain call's, and others between them."""
+    case = random_ragged("lstm", *sizes, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", few_cuts(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(16, 40, 12, 64), (64, 40, 12, 64)], ids=str)
+def test_options_of_no_effect_change_no_bit(sizes, dtype):
+    """Of the scans; R's gradient of float32 looks up where h is, by another kernel."""
+    names = ["states", "last_states", "d_Wx", "d_states"]
+    hold_options_of_no_effect("cuda_fused", *sizes, dtype, "cuda", names)
 
 
 @pytest.mark.parametrize("regime", ["plan_scan", "plan_wgmma_forward"])

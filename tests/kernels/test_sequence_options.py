@@ -8,22 +8,25 @@ import torch
 from flashrnn import FlashRNNConfig
 from flashrnn.backends import cuda_fused, tables
 from flashrnn.cells import resolve
-from flashrnn.kernels import sequence_tables, source
+from flashrnn.kernels import registry, sequence_tables, source
 from flashrnn.kernels.per_step.plan import plan_step
-from flashrnn.kernels.single_cta import plan_gradient, plan_scan
+from flashrnn.kernels.single_cta import plan_gradient, plan_scan, possible_plans
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import OPTIONS, poisoned  # noqa: F401
 from tests.gpus import GPUS, planned
 from tests.kernels.regimes import GRID, take  # noqa: F401
 from tests.machine_code import needs_nvrtc, spills_in_a_loop
+from tests.patterns import linear
 from tests.problems import BUILT_IN, sparse
 from tests.sequences import (
     ALL,
     KINDS,
     alternating,
+    few_cuts,
     gradients_of,
     hold_empty_sequences_out,
     hold_last_states_out,
+    hold_options_of_no_effect,
     hold_padding_out,
     hold_ragged_to_vanilla,
     hold_rows_of_no_sequence,
@@ -214,6 +217,89 @@ def test_lengths_and_resets_to_zeros_need_no_list_of_rows(on_the_cpu, monkeypatc
     case = random_ragged("lstm", 4, 90, 1, D, dtype=torch.bfloat16, **kinds)
     options = case.options | {"lengths": torch.tensor(lengths)}
     hold_ragged_to_vanilla("cuda_fused", replace(case, options=options, lengths=lengths))
+
+
+@pytest.fixture
+def wide_ctas(on_the_cpu, monkeypatch):
+    """CTAs of one tile of 8 sequences."""
+
+    def plan(*of):
+        return next(x for x in possible_plans(*of) if x.sequences == 8)
+
+    monkeypatch.setattr(registry, "SMALL_HEADS", (plan,))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "kinds"),
+    [
+        (torch.bfloat16, {"resets": "zeros"}),
+        (torch.float32, {"resets": "zeros", "ragged": "lengths"}),
+        *(
+            pytest.param(
+                dtype, {"resets": resets, "ragged": ragged, "reverse": reverse}, marks=slow
+            )
+            for slow in [pytest.mark.slow]
+            for dtype in (torch.float16, torch.float32)
+            for resets in ("none", "zeros", "sequence", "step")
+            for ragged, reverse in [("none", "some"), ("lengths", "none"), ("lengths", "some")]
+        ),
+    ],
+    ids=str,
+)
+def test_steps_like_a_plain_call_s_and_others_by_turns(wide_ctas, dtype, kinds):
+    """Of a CTA of 8 sequences, and one of fewer."""
+    case = random_ragged("lstm", 11, 24, 2, 16, dtype=dtype, **kinds)
+    if kinds["resets"] != "none":
+        case = few_cuts(case)
+    if kinds.get("ragged") == "lengths":
+        lengths = [24, 24, 22, 24, 1, 0, 13, 24, 0, 1, 24]
+        case = replace(
+            case, options=case.options | {"lengths": torch.tensor(lengths)}, lengths=lengths
+        )
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_options_of_no_effect_change_no_bit(wide_ctas, dtype):
+    hold_options_of_no_effect("cuda_fused", 11, 12, 1, 16, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("ragged", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_single_step_that_is_cut(wide_ctas, ragged):
+    kinds = {"resets": "zeros", "ragged": "lengths" if ragged else "none"}
+    case = random_ragged("lstm", 9, 1, 1, 16, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "planted"),
+    [("lstm", torch.nan), (linear, torch.inf)],
+    ids=["nan", "infinity"],
+)
+def test_nothing_passes_a_reset(wide_ctas, kind, planted, dtype):
+    """Not even what is no number: 0 times it would be none either."""
+    case = few_cuts(random_ragged(kind, 9, 24, 1, 16, resets="zeros", dtype=dtype))
+    cut, runs = case.options["reset"], []
+    # Steps from which on a cut sequence is what it is, whatever came before.
+    after = cut.cumsum(1) == cut.sum(1, keepdim=True)
+    after &= cut.any(1, keepdim=True)
+    for value in (0.0, planted):
+        Wx = case.inputs.Wx.detach().clone()
+        Wx[~after & cut.any(1, keepdim=True)] = value
+        changed = replace(case, inputs=replace(case.inputs, Wx=Wx.requires_grad_()))
+        states, last_states = changed.call("cuda_fused")
+        given = torch.where(after[..., None, None], states, 0.0)
+        (gradient,) = torch.autograd.grad(given.sum(), changed.inputs.Wx)
+        runs.append((states[:, after], last_states, gradient[after]))
+        left = states[0][~after & cut.any(1, keepdim=True)]
+    assert not left.isfinite().any()
+    for given, expected in zip(*runs, strict=True):
+        assert torch.equal(given, expected) and given.isfinite().all()
 
 
 @needs_compiler

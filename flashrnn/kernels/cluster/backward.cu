@@ -61,7 +61,7 @@ cluster_reduce_scatter_backward(CALL) {
     const auto index_of = [&](const ThreadElement& element) {
         return SEQUENCED ? table[element.cluster_sequence].index : element.sequence;
     };
-    const ResetStates starts = {reset_states ? reset_states + work.n * reset_states_n : nullptr,
+    const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
                                 reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
     const long long width = static_cast<long long>(N) * D;
@@ -173,7 +173,7 @@ cluster_reduce_scatter_backward(CALL) {
         if (!RESETS || !is_cut[e]) return;
 #pragma unroll
         for (int s = 0; s < S; ++s) {
-            if (d_reset_states && element.exists) {
+            if (STARTS && d_reset_states && element.exists) {
                 reset_gradient(element, t)[s * d_reset_states_s] += d_carried[e][s];
             }
             d_carried[e][s] = 0.0f;
@@ -249,7 +249,7 @@ cluster_reduce_scatter_backward(CALL) {
                     // The step computed last is not the sequence's, or starts anew.
                     if (RAGGED && !table[element.cluster_sequence].has(t + 1)) continue;
                     if (RESETS && is_cut[e]) {
-                        if (d_reset_states && element.exists) *reset_gradient(element, t + 1) += d_h;
+                        if (STARTS && d_reset_states && element.exists) *reset_gradient(element, t + 1) += d_h;
                         continue;
                     }
                     if (!is_finite(finite[e] + d_h)) {

@@ -117,7 +117,7 @@ cluster_mma_forward(CALL) {
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
     const ResetStates starts = {
-        reset_states ? reset_states + n * reset_states_n + first_unit * reset_states_d : nullptr,
+        STARTS ? reset_states + n * reset_states_n + first_unit * reset_states_d : nullptr,
         reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     float bias[ELEMENTS][G], carried[ELEMENTS][S];
     bool exists[ELEMENTS];
@@ -176,7 +176,7 @@ cluster_mma_forward(CALL) {
                 materialize(preactivations[e][k]);
             }
             if (RESETS) {
-                is_cut[e] = exists[e] && *flag_of(const_cast<Element*>(inputs), element.sequence, INPUTS);
+                is_cut[e] = exists[e] && *flags_of(const_cast<Element*>(inputs), element.sequence, INPUTS);
                 if (!is_cut[e]) continue;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {

@@ -193,7 +193,7 @@ cluster_wgmma_forward(CALL) {
         bias[i] = FED_B[k] >= 0 && unit < units ? to_float(b[row * D + first_unit + unit]) : 0.0f;
     }
     const ResetStates starts = {
-        reset_states ? reset_states + n * reset_states_n + first_unit * reset_states_d : nullptr,
+        STARTS ? reset_states + n * reset_states_n + first_unit * reset_states_d : nullptr,
         reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     float carried[ELEMENTS][S];
     // Sets an element's states to what they go back to before a step.

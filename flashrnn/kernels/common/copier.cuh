@@ -28,38 +28,40 @@ struct TensorRows {
     long long sequence, row;
 };
 
-// Where a line of a pitch says whether its step is cut off from another: in its last 16 bytes, which
+// Where a line of a pitch says which steps are cut off from those before them: in its last 16 bytes, which
 // must be no row's. The producer threads fetch it with the step's inputs.
-__device__ inline int* flag_of(Element* lines, int sequence, int pitch) {
+__device__ inline int* flags_of(Element* lines, int sequence, int pitch) {
     return reinterpret_cast<int*>(lines + (sequence + 1) * pitch - 16 / int(sizeof(Element)));
 }
 
-// Fetches whether steps are cut off from those before them. Each of the first producer threads has the
-// flags of a line.
-template <typename Layout>
+// Fetches whether steps are cut off from those before them: of each line COUNT flags, those of a step and of
+// the next ones in `order`, 1 or -1. Each of the first producer threads has one of them.
+template <typename Layout, int COUNT = 1>
 struct FlagCopy {
-    const int* flag_of_start;
-    int line, direction, least, length;
+    static_assert(Layout::LINES * COUNT <= Layout::PRODUCERS && COUNT <= 4);
 
-    __device__ FlagCopy(const Sequence* table, const int* flags)
-        : line(threadIdx.x - Layout::FIRST_PRODUCER) {
+    const int* flag_of_start;
+    // The flag's step is a line's step and so many after it; steps from `least` on have `count` flags.
+    int line, flag, direction, after, least, count;
+
+    __device__ FlagCopy(const Sequence* table, const int* flags, int order = 1)
+        : line((threadIdx.x - Layout::FIRST_PRODUCER) / COUNT),
+          flag((threadIdx.x - Layout::FIRST_PRODUCER) % COUNT), after(order * flag) {
         if (!RESETS || line >= Layout::LINES) return;
         const Sequence own = table[line];
         flag_of_start = flags + own.flag(0);
         direction = own.backwards ? -1 : 1;
+        // As Sequence::may_be_cut.
         least = own.backwards;
-        length = own.length;
+        count = own.length > least ? own.length - least : 0;
     }
 
+    // `step` is that of the first flag.
     __device__ void fetch(int step, Element* lines, int pitch) const {
         if (line >= Layout::LINES) return;
-        int* to = flag_of(lines, line, pitch);
-        // As Sequence::may_be_cut and Sequence::flag.
-        if (step >= least && step < length) {
-            cp_async_word(to, flag_of_start + direction * step);
-        } else {
-            *to = 0;
-        }
+        step += after;
+        const bool exists = static_cast<unsigned>(step - least) < static_cast<unsigned>(count);
+        cp_async_word(flags_of(lines, line, pitch) + flag, flag_of_start + direction * step, exists);
     }
 };
 

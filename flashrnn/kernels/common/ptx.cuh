@@ -228,9 +228,10 @@ __device__ inline void cp_async(unsigned to, const void* from) {
 
 __device__ inline void cp_async(void* to, const void* from) { cp_async(shared_address(to), from); }
 
-// The same with 4 bytes.
-__device__ inline void cp_async_word(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+// The same with 4 bytes, or, unless they exist, with 4 bytes of zeros: then nothing is read.
+__device__ inline void cp_async_word(void* to, const void* from, bool exists) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(exists ? 4 : 0)
                  : "memory");
 }
 

@@ -51,7 +51,7 @@ grid_backward(CALL) {
         loaded_head = work.n;
         sequences.begin(work, B, T, sequence_order, sequence_rows, sequence_lengths,
                         runs_backwards);
-        const ResetStates starts = {reset_states ? reset_states + work.n * reset_states_n : nullptr,
+        const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
                                     reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
         float d_bias_sums[ELEMENTS][G] = {};
@@ -89,6 +89,19 @@ grid_backward(CALL) {
                 }
             }
         };
+        // Whether each element starts anew at a step, and at the one computed before. They are asked for
+        // beside the inputs, while the group exchanges gradients, so that no step begins with a look at
+        // where its sequences lie.
+        unsigned is_cut[ELEMENTS], was_cut[ELEMENTS];
+        const auto fetch_flags = [&](int tile, long long t) {
+#pragma unroll
+            for (int e = 0; e < (RESETS ? ELEMENTS : 0); ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                const Sequence own = sequences.of(element, tile);
+                is_cut[e] = own.is_cut(t, reset_flags);
+                was_cut[e] = own.is_cut(t + 1, reset_flags);
+            }
+        };
         for (int tile = 0; tile < work.tiles; ++tile) {
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) {
@@ -106,11 +119,14 @@ grid_backward(CALL) {
         }
         const long long steps = RAGGED ? sequences.steps(0) : T;
         fetch_inputs(0, steps - 1);
+        fetch_flags(0, steps - 1);
 
         // t = -1 has a product and no cell step. It is part of the loop, as a second copy of the product
         // would be as long again as the loop. It sends no packets, so the loop ends before `flag` counts
         // another exchange.
         int tiles = RAGGED ? 0 : work.tiles;
+        // So many steps have all tiles.
+        const int common_steps = RAGGED ? sequences.steps(work.tiles - 1) : 0;
         for (long long t = steps - 1;; --t, ++flag) {
             if constexpr (RAGGED) {
                 while (tiles < work.tiles && sequences.steps(tiles) > t) ++tiles;
@@ -118,42 +134,33 @@ grid_backward(CALL) {
             for (int tile = 0; tile < tiles; ++tile) {
                 const bool last = tile + 1 == tiles;
                 const int next = last ? 0 : tile + 1;
-                const long long tile_steps = RAGGED ? sequences.steps(tile) : T;
-                // Whether each element starts anew at this step, and at the one computed before. The
-                // flags arrive before the packets.
-                unsigned is_cut[ELEMENTS], was_cut[ELEMENTS];
-                if constexpr (RESETS) {
-#pragma unroll
-                    for (int e = 0; e < ELEMENTS; ++e) {
-                        const ThreadElement element(e, rank, work, tile, B);
-                        const Sequence own = sequences.of(element, tile);
-                        is_cut[e] = own.is_cut(t, reset_flags);
-                        was_cut[e] = own.is_cut(t + 1, reset_flags);
-                    }
-                }
-                if (!CUT && t + 1 < tile_steps) {
+                // Whether the group has computed a step of the tile.
+                const bool has_begun =
+                    RAGGED ? t + 1 < common_steps || t + 1 < sequences.steps(tile) : t + 1 < T;
+                if (!CUT && has_begun) {
                     if (INTERLEAVED == 1) received.begin(exchange, tile, flag);
                     multiply<Operand>(partial[++products % 2], matrix, received, R, work.n, N, rank);
                 }
                 // The next batch tile's packets have been sent while the group computed other tiles.
                 // They arrive while the warp computes its elements of this one.
                 if (!CUT && INTERLEAVED > 1) received.begin(exchange, next, flag + last);
-                if (!CUT && t + 1 < tile_steps) named_barrier<THREADS>();
+                if (!CUT && has_begun) named_barrier<THREADS>();
                 if (!ThreadElement::warp_has_any()) {
                     if (!CUT && t >= 0) exchange.wait_until_sent();
                     continue;
                 }
 
                 d_carried.load(tile);
-                if (!CUT && t + 1 < tile_steps) {
+                if (!CUT && has_begun) {
 #pragma unroll
                     for (int e = 0; e < ELEMENTS; ++e) {
                         const ThreadElement element(e, rank, work, tile, B);
                         if (!element.exists) continue;
-                        // Nothing comes back to a sequence's last step.
-                        if (RAGGED && !sequences.of(element, tile).has(t + 1)) continue;
                         const float d_h = unit_sums(partial[products % 2], element).values[0];
-                        d_carried.now[e][0] += clipped(d_h, clips.gradient);
+                        const float sum = d_carried.now[e][0] + clipped(d_h, clips.gradient);
+                        // Nothing comes back to a sequence's last step.
+                        const bool comes_back = !RAGGED || sequences.of(element, tile).has(t + 1);
+                        d_carried.now[e][0] = comes_back ? sum : d_carried.now[e][0];
                     }
                 }
                 if constexpr (RESETS) {
@@ -169,7 +176,7 @@ grid_backward(CALL) {
 #pragma unroll
                         for (int s = 0; s < S; ++s) {
                             // Only this thread adds to it.
-                            if (d_reset_states && element.exists) {
+                            if (STARTS && d_reset_states && element.exists) {
                                 to[s * d_reset_states_s] += d_carried.now[e][s];
                             }
                             d_carried.now[e][s] = 0.0f;
@@ -178,6 +185,7 @@ grid_backward(CALL) {
                 }
                 if (t < 0) {
                     d_carried.store(tile);
+                    if (INTERLEAVED > 1) fetch_flags(next, t);
                     continue;
                 }
                 float d_preactivations[ELEMENTS][G];
@@ -236,6 +244,7 @@ grid_backward(CALL) {
                 // What follows overlaps with the exchange.
                 d_carried.store(tile);
                 fetch_inputs(next, last && t > 0 ? t - 1 : t);
+                fetch_flags(next, last ? t - 1 : t);
 #pragma unroll
                 for (int e = 0; e < ELEMENTS; ++e) {
                     const ThreadElement element(e, rank, work, tile, B);

@@ -53,7 +53,7 @@ grid_forward(CALL) {
         loaded_head = work.n;
         sequences.begin(work, B, T, sequence_order, sequence_rows, sequence_lengths,
                         runs_backwards);
-        const ResetStates starts = {reset_states ? reset_states + work.n * reset_states_n : nullptr,
+        const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
                                     reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
         float bias[ELEMENTS][G];
@@ -75,6 +75,16 @@ grid_forward(CALL) {
                     input[e][k].load(from + k * Wx_g);
                     prefetch_l2(from + k * Wx_g + later);
                 }
+            }
+        };
+        // Whether the step after one that is fetched starts anew. It is asked for beside the inputs, while
+        // the group exchanges h, so that no step begins with a look at where its sequences lie.
+        unsigned next_is_cut[ELEMENTS];
+        const auto fetch_flags = [&](int tile, long long t) {
+#pragma unroll
+            for (int e = 0; e < (RESETS ? ELEMENTS : 0); ++e) {
+                const ThreadElement element(e, rank, work, tile, B);
+                next_is_cut[e] = sequences.of(element, tile).is_cut(t + 1, reset_flags);
             }
         };
         // Sets an element's states to what they go back to before a step.
@@ -122,27 +132,24 @@ grid_forward(CALL) {
             if (!RAGGED || sequences.steps(tile) > 0) send_h(tile, flag);
         }
         fetch_input(0, 0);
+        fetch_flags(0, 0);
         if (INTERLEAVED > 1) received.begin(exchange, 0, flag);
 
         const long long steps = RAGGED ? sequences.steps(0) : T;
         int tiles = work.tiles;
+        // So many steps have all of these tiles.
+        int common_steps = RAGGED ? sequences.steps(tiles - 1) : 0;
         for (long long t = 0; t < steps; ++t, ++flag) {
             if constexpr (RAGGED) {
-                while (sequences.steps(tiles - 1) <= t) --tiles;
+                while (common_steps <= t) common_steps = sequences.steps(--tiles - 1);
             }
             for (int tile = 0; tile < tiles; ++tile, ++products) {
                 const bool last = tile + 1 == tiles;
                 const int next = last ? 0 : tile + 1;
-                const long long tile_steps = RAGGED ? sequences.steps(tile) : T;
-                // Whether each element's next step starts anew. The flag arrives before the packets.
-                unsigned next_is_cut[ELEMENTS];
-                if constexpr (RESETS) {
-#pragma unroll
-                    for (int e = 0; e < ELEMENTS; ++e) {
-                        const ThreadElement element(e, rank, work, tile, B);
-                        next_is_cut[e] = sequences.of(element, tile).is_cut(t + 1, reset_flags);
-                    }
-                }
+                const auto has_next_step = [&] {
+                    if (!RAGGED) return t + 1 < T;
+                    return t + 1 < common_steps || t + 1 < sequences.steps(tile);
+                };
                 if (INTERLEAVED == 1) received.begin(exchange, tile, flag);
                 multiply<Operand>(partial[products % 2], matrix, received, R, work.n, N, rank);
                 // The next batch tile's packets have been sent while the group computed other tiles.
@@ -181,11 +188,12 @@ grid_forward(CALL) {
                         if (next_is_cut[e]) reset(e, element, own, t + 1);
                     }
                 }
-                if (t + 1 < tile_steps) send_h(tile, flag + 1);
+                if (has_next_step()) send_h(tile, flag + 1);
                 exchange.signal_sent();
                 // What follows overlaps with the exchange.
                 carried.store(tile);
                 fetch_input(next, last && t + 1 < steps ? t + 1 : t);
+                fetch_flags(next, last ? t + 1 : t);
 #pragma unroll
                 for (int e = 0; e < ELEMENTS; ++e) {
                     const ThreadElement element(e, rank, work, tile, B);

@@ -240,9 +240,9 @@ def _units(work_tiles: int, D: int, gpu: GPU) -> list[int]:
 # Registers of a thread for all but R, sums, packets and elements. With so many, the loop over time
 # of no plan spills; tests hold the machine code to that.
 _OTHER_REGISTERS = 68
-# Where a sequence's rows lie, backward, in calls with options of sequences: for Hopper, and for
-# others, of which the compiler takes more for sm_80.
-_SEQUENCE_REGISTERS, _SEQUENCE_REGISTERS_ELSEWHERE = 8, 16
+# Where a sequence's rows lie, backward, in calls with options of sequences. On Hopper the compiler
+# needs none: with fewer for R it spills more, since fragments from memory take registers too.
+_SEQUENCE_REGISTERS_ELSEWHERE = 16
 # float32 in full splits each operand into two, in registers of their own.
 _SPLIT_OPERANDS = 64
 # A thread of a fragment has 4 of its words, a warp 512 bytes.
@@ -308,9 +308,8 @@ def _registers_for_R(choice: Choice, ahead: int, gpu: GPU) -> int:
     sums = 4 * choice.row_tiles * n_tiles
     working = _OTHER_REGISTERS + sums + packets + choice.elements * values.kept
     working += _SPLIT_OPERANDS if values.passes > 1 else 0
-    if values.sequence_bytes and values.backward:
-        hopper = gpu.multiplies_by_groups
-        working += _SEQUENCE_REGISTERS if hopper else _SEQUENCE_REGISTERS_ELSEWHERE
+    if values.sequence_bytes and values.backward and not gpu.multiplies_by_groups:
+        working += _SEQUENCE_REGISTERS_ELSEWHERE
     # Of 65536 of a multiprocessor, by the 8; a thread cannot have more than 255.
     return min(255, 65536 // (32 * choice.warps) // 8 * 8) - working
 

@@ -79,7 +79,7 @@ grid_wgmma_forward(CALL) {
         const long long of_step = SEQUENCED ? own.advance(Wx_t) : Wx_t;
         const auto row = [&](long long t) { return SEQUENCED ? own.row(t) : t; };
         const long long batch_index = SEQUENCED ? own.index : mine.sequence;
-        const ResetStates starts = {reset_states ? reset_states + work.n * reset_states_n : nullptr,
+        const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
                                     reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
         const long long place = work.n * D + mine.d;

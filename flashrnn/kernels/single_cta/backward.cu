@@ -56,11 +56,20 @@ using Copy = TiledCopy<CopyLayout, COUNT, T, REGULAR>;
 using StateCopy = Copy<READ ? READ : 1, const Element>;
 using GivenCopy = Copy<GIVEN ? GIVEN : 1, const Element>;
 
+// Whether there are two copies of a step's code: one for steps that are like a plain call's, and one for
+// the others, in which a sequence of the CTA has no step yet, has its last one, or is cut. All sequences
+// together decide, so that no warp's threads part. Which copy the next step takes is known before the
+// barrier that ends a step.
+constexpr bool TWO_KINDS = RESETS || RAGGED;
+
 // Whether the step computed first, which has no gradient through R, stands before the loop as a copy of
-// its own. Not where R takes so many registers that addresses would be spilled, nor where sequences may
-// have no step: there it multiplies what the other buffer happens to hold, and nothing is added. A branch
+// its own. Not where R takes so many registers that addresses would be spilled, nor where it is of the
+// second kind: there it multiplies what the other buffer happens to hold, and nothing is added. A branch
 // around the product would keep the compiler from moving the cell's work up beside it.
-constexpr bool FIRST_STEP_APART = WARPS < 8 && !SEQUENCED;
+constexpr bool FIRST_STEP_APART = WARPS < 8 && !TWO_KINDS;
+
+// The flags of a line: whether the step computed before is cut, its own, and the two computed next.
+enum { WAS_CUT, IS_CUT, NEXT_IS_CUT, FLAGS = 4 };
 
 // What the producer threads do, step after step, as the diagram says.
 // `fetch_step_flags(step, lines)` fetches what else belongs to a step's lines of inputs.
@@ -112,7 +121,7 @@ __device__ inline void run_backward_producer(Copy<G, const Element>& input_gates
         wait_for_next();
         named_barrier<THREADS>();
     }
-    if (!SEQUENCED || T > 0) store_next(T - 1);
+    if (!RAGGED || T > 0) store_next(T - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
@@ -167,10 +176,9 @@ single_cta_backward(CALL) {
                                   d_states_t, INPUT_PITCH, last, table, begin, -1);
             Copy<G, Element> output({d_gates + n * D, T * G * width, width},
                                                      G * width, GATE_PITCH, last, table, begin, -1);
-            // With the inputs of a step it is known whether the one computed next starts anew.
-            const FlagCopy<CopyLayout> flags(table, reset_flags);
+            const FlagCopy<CopyLayout, FLAGS> flags(table, reset_flags, -1);
             const auto fetch_step_flags = [&](int step, Element* lines) {
-                if (RESETS) flags.fetch(step - 1, lines, INPUT_PITCH);
+                if (RESETS) flags.fetch(step + 1, lines, INPUT_PITCH);
             };
             run_backward_producer(input_gates, input_states, input_given, output, ring, gradients, steps,
                                   fetch_step_flags);
@@ -200,7 +208,7 @@ single_cta_backward(CALL) {
     if (!CUT) matrix.load<false>(R, n, N, elements, in_shared);
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
-    const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
+    const ResetStates starts = {STARTS ? reset_states + n * reset_states_n : nullptr,
                                 reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     // The initial states wait in registers until step 0 needs them. To load them there takes a branch
     // and their addresses, which costs a step of a small head a fifth of its instructions.
@@ -231,10 +239,12 @@ single_cta_backward(CALL) {
     for (int e = 0; e < (RAGGED ? ELEMENTS : 0); ++e) {
         ends[e] = steps - table[elements.sequence(e)].length;
     }
+    const int last_end = RAGGED ? steps - table[SEQUENCES - 1].length : 0;
     const unsigned line = matrix_line(gradients, GATE_PITCH, elements);
     constexpr unsigned BUFFER_BYTES = GATES * sizeof(Element);
-    // Adds the gradient that reaches h through R from the step computed last.
-    const auto add_recurrent_gradient = [&](int done) {
+    // Adds the gradient that reaches h through R from the step computed last. `plain`: to a step like a
+    // plain call's.
+    const auto add_recurrent_gradient = [&](int done, bool plain) {
         if (CUT) return;
         const int buffer = (done + 1) % 2;
         Element* const read = gradients + buffer * GATES;
@@ -250,13 +260,14 @@ single_cta_backward(CALL) {
                 d_h = scalar_product<false>(R, n, N, 0, elements.unit(e), line);
             }
             // Nothing comes back to a sequence's last step.
-            if (RAGGED && done <= ends[e]) continue;
-            if (FIRST_STEP_APART || done > 0) d_carried[0][e] += clipped(d_h, clips.gradient);
+            if (RAGGED && !plain && done <= ends[e]) continue;
+            if (FIRST_STEP_APART || (TWO_KINDS && plain) || done > 0) {
+                d_carried[0][e] += clipped(d_h, clips.gradient);
+            }
         }
     };
-    // Whether the present step starts anew, and from which states; whether the step computed last did, and
-    // the gradients that it left to its start.
-    bool is_cut[ELEMENTS] = {}, was_cut[ELEMENTS] = {};
+    // From which states the present step starts anew, and the gradients that the step computed last left
+    // to its start.
     float anew[S][ELEMENTS] = {}, left[S][ELEMENTS];
     const auto load_starts = [&](const bool (&cut)[ELEMENTS], int step) {
 #pragma unroll
@@ -266,16 +277,17 @@ single_cta_backward(CALL) {
             anew[s][e] = starts.value(s, table[elements.sequence(e)], step, unit);
         }
     };
-    const auto leave_cut_steps = [&]() {
+    // `was_cut`: whether the step computed last starts anew.
+    const auto leave_cut_steps = [&](const bool (&was_cut)[ELEMENTS]) {
 #pragma unroll
-        for (int i = 0; i < (RESETS ? S * ELEMENTS : 0); ++i) {
+        for (int i = 0; i < S * ELEMENTS; ++i) {
             const int s = i / ELEMENTS, e = i % ELEMENTS;
             left[s][e] = d_carried[s][e];
             d_carried[s][e] = was_cut[e] ? 0.0f : d_carried[s][e];
         }
     };
     // `step` is that of was_cut.
-    const auto give_to_starts = [&](int step) {
+    const auto give_to_starts = [&](const bool (&was_cut)[ELEMENTS], int step) {
 #pragma unroll
         for (int i = 0; i < S * ELEMENTS; ++i) {
             const int s = i / ELEMENTS, e = i % ELEMENTS, unit = elements.unit(e);
@@ -286,14 +298,37 @@ single_cta_backward(CALL) {
                            s * d_reset_states_s + n * D + unit] += left[s][e];
         }
     };
-    if (RESETS) {
+    // Whether a step of each element is cut, asked where no line has its flag.
+    const auto ask_flags = [&](bool (&cut)[ELEMENTS], int step) {
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
             const Sequence& own = table[elements.sequence(e)];
-            is_cut[e] = own.may_be_cut(steps - 1) && reset_flags[own.flag(steps - 1)];
+            cut[e] = own.may_be_cut(step) && reset_flags[own.flag(step)];
         }
-        if (STARTS) load_starts(is_cut, steps - 1);
+    };
+    const auto read_flags = [&](bool (&cut)[ELEMENTS], const Element* inputs, int flag) {
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; ++e) {
+            cut[e] = flags_of(const_cast<Element*>(inputs), elements.sequence(e), INPUT_PITCH)[flag];
+        }
+    };
+    if (STARTS) {
+        bool is_cut[ELEMENTS];
+        ask_flags(is_cut, steps - 1);
+        load_starts(is_cut, steps - 1);
     }
+    // Whether the step computed next is like a plain call's.
+    const auto next_is_plain = [&](int done, const Element* inputs) {
+        if (!RESETS) return done >= last_end;
+        // A lane reads one flag. Those of the next step are a place further on; what it starts from is
+        // loaded a step ahead.
+        constexpr int READ_FLAGS = STARTS ? 3 : 2;
+        const int lane = threadIdx.x % 32;
+        const Element* of_line = inputs + lane / READ_FLAGS % SEQUENCES * INPUT_PITCH;
+        const int* flags = flags_of(const_cast<Element*>(of_line), 0, INPUT_PITCH);
+        const bool any = __any_sync(~0u, flags[1 + lane % READ_FLAGS]);
+        return !any && (!RAGGED || done >= last_end);
+    };
     // Called before the barrier that lets the next product start.
     const auto record_infinity = [&](const float (&of_gates)[G][ELEMENTS], int done) {
         if (!CONTAINS<Operand>) return;
@@ -311,9 +346,17 @@ single_cta_backward(CALL) {
     };
     float d_bias_sums[G][ELEMENTS] = {};
     int slot = 0;
-    const auto run_step = [&](int done) {
+    // Returns whether the next step is like a plain call's, as this one is if it is `plain`.
+    const auto run_step = [&](int done, bool plain) {
         const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
+        const bool plain_follows = TWO_KINDS && next_is_plain(done, inputs);
+        bool was_cut[ELEMENTS] = {}, is_cut[ELEMENTS] = {};
+        if (RESETS && !plain) {
+            read_flags(was_cut, inputs, WAS_CUT);
+            read_flags(is_cut, inputs, IS_CUT);
+            leave_cut_steps(was_cut);
+        }
         // The pre-activations, and then their gradients.
         float preactivations[G][ELEMENTS], before[S][ELEMENTS] = {}, given[S][ELEMENTS];
 #pragma unroll
@@ -334,15 +377,10 @@ single_cta_backward(CALL) {
             float& state = before[i / ELEMENTS][i % ELEMENTS];
             state = done == steps - 1 ? initial_states[i / ELEMENTS][i % ELEMENTS] : state;
         }
-        bool next_is_cut[ELEMENTS];
 #pragma unroll
-        for (int e = 0; e < (RESETS ? ELEMENTS : 0); ++e) {
-            next_is_cut[e] =
-                *flag_of(const_cast<Element*>(inputs), elements.sequence(e), INPUT_PITCH);
-#pragma unroll
-            for (int s = FIRST_READ; s < S; ++s) {
-                before[s][e] = is_cut[e] ? anew[s][e] : before[s][e];
-            }
+        for (int i = FIRST_READ * ELEMENTS; i < (RESETS && !plain ? S * ELEMENTS : 0); ++i) {
+            const int s = i / ELEMENTS, e = i % ELEMENTS;
+            before[s][e] = is_cut[e] ? anew[s][e] : before[s][e];
         }
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) {
@@ -356,7 +394,7 @@ single_cta_backward(CALL) {
                 if (s < GIVEN) d_after[s] += given[s][e];
             }
             derivative(state, gate, d_after, d_before, d_gate, clips.forward);
-            if (RAGGED && done < ends[e]) {
+            if (RAGGED && !plain && done < ends[e]) {
                 // The gradients of the last states wait for the sequence's last step.
 #pragma unroll
                 for (int s = 0; s < S; ++s) d_before[s] = d_carried[s][e];
@@ -377,33 +415,46 @@ single_cta_backward(CALL) {
             store_elements(to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
         }
         record_infinity(preactivations, done + 1);
-        if (RESETS) {
-            // Few steps are cut. What reads and writes memory for them stands under one branch, which the
-            // whole warp takes or not; all else is a choice between registers.
-            bool any = false;
+        if (STARTS && !plain) {
+            // What reads and writes memory stands under one branch, which the whole warp takes or not.
+            bool next_is_cut[ELEMENTS], any = false;
+            read_flags(next_is_cut, inputs, NEXT_IS_CUT);
 #pragma unroll
             for (int e = 0; e < ELEMENTS; ++e) any |= was_cut[e] || next_is_cut[e];
-            if (STARTS && __any_sync(~0u, any)) {
-                give_to_starts(steps - done);
+            if (__any_sync(~0u, any)) {
+                give_to_starts(was_cut, steps - done);
                 load_starts(next_is_cut, steps - 2 - done);
-            }
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                was_cut[e] = is_cut[e];
-                is_cut[e] = next_is_cut[e];
             }
         }
         named_barrier<THREADS>();
+        return plain_follows;
     };
-    if (FIRST_STEP_APART) run_step(0);
-    for (int done = FIRST_STEP_APART ? 1 : 0; done < steps; ++done) {
-        add_recurrent_gradient(done);
-        leave_cut_steps();
-        run_step(done);
+    if constexpr (TWO_KINDS) {
+        bool is_plain = false;
+        for (int done = 0; done < steps;) {
+            for (; done < steps && !is_plain; ++done) {
+                add_recurrent_gradient(done, false);
+                is_plain = run_step(done, false);
+            }
+            for (; done < steps && is_plain; ++done) {
+                add_recurrent_gradient(done, true);
+                is_plain = run_step(done, true);
+            }
+        }
+    } else {
+        if (FIRST_STEP_APART) run_step(0, true);
+        for (int done = FIRST_STEP_APART ? 1 : 0; done < steps; ++done) {
+            add_recurrent_gradient(done, true);
+            run_step(done, true);
+        }
     }
-    if (!SEQUENCED || steps > 0) add_recurrent_gradient(steps);
-    leave_cut_steps();
-    if (STARTS) give_to_starts(0);
+    if (!RAGGED || steps > 0) add_recurrent_gradient(steps, false);
+    if constexpr (RESETS) {
+        bool was_cut[ELEMENTS];
+        ask_flags(was_cut, 0);
+        leave_cut_steps(was_cut);
+        if (STARTS) give_to_starts(was_cut, 0);
+    }
 #pragma unroll
     for (int e = 0; e < ELEMENTS; ++e) {
         if (elements.unit(e) >= D || elements.sequence(e) > last) continue;

@@ -22,8 +22,8 @@
 
 namespace single_cta {
 
-// With resets, h as the next step reads it has a row of its own behind the new states: what is stored is
-// the h before the reset.
+// Behind a reset, h as the next step reads it has a row of its own behind the new states: what is stored
+// is the h before the reset.
 constexpr int H_ROW = RESETS ? S : 0;
 constexpr int INPUT_PITCH = pitch(GW), STATE_PITCH = pitch(S + RESETS), GATE_PITCH = pitch(G);
 
@@ -60,7 +60,7 @@ __device__ inline int* marked_step(Element* states) {
 __device__ inline float start(int s, int e, int step, const ThreadElements& elements,
                               const Sequence* table, const ResetStates& starts) {
     const int unit = elements.unit(e);
-    return unit < D ? starts.value(s, table[elements.sequence(e)], step, unit) : 0.0f;
+    return STARTS && unit < D ? starts.value(s, table[elements.sequence(e)], step, unit) : 0.0f;
 }
 
 // All steps of the scan, of a computing warp. RECOMPUTE: elements whose pre-activations are NaN are
@@ -88,117 +88,117 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
 #pragma unroll
         for (int e = 0; e < ELEMENTS; ++e) lengths[e] = table[elements.sequence(e)].length;
     }
-    const unsigned line = matrix_line(new_states + H_ROW * BLOCK_D, STATE_PITCH, elements);
+    const unsigned line = matrix_line(new_states, STATE_PITCH, elements);
     constexpr unsigned BUFFER_BYTES = STATES * sizeof(Element);
-    int slot = 0;
-    for (int t = 0; t < T; ++t) {
-        float sums[GR][4], preactivations[G][ELEMENTS];
-        const unsigned h_before = line + (t + 1) % 2 * BUFFER_BYTES;
-        bool in_layers = false;
-        if constexpr (SPLITS && !RECOMPUTE) {
-            in_layers = *marked_step(new_states + (t + 1) % 2 * STATES) == t - 1;
-            split_product(sums, matrix, h_before);
-        } else {
-            recurrent_product(sums, matrix, h_before);
-        }
-        // This does not depend on the product, so it runs while the tensor core is busy.
-        const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-#pragma unroll
-        for (int k = 0; k < G; ++k) {
-            float input[ELEMENTS] = {};
-            if (FED_WX[k] >= 0) {
-                load_elements(input, inputs + FED_WX[k] * BLOCK_D, INPUT_PITCH, elements);
+    // The row of h before the step: that of its own at step 0, and where a sequence of the CTA is cut.
+    int h_row = H_ROW;
+    const auto run = [&](int begin, long long end, bool some_ended) {
+        for (int t = begin, slot = begin % STAGES; t < end; ++t) {
+            float sums[GR][4], preactivations[G][ELEMENTS];
+            const unsigned h_before =
+                line + (t + 1) % 2 * BUFFER_BYTES + h_row * BLOCK_D * int(sizeof(Element));
+            bool in_layers = false;
+            if constexpr (SPLITS && !RECOMPUTE) {
+                in_layers = *marked_step(new_states + (t + 1) % 2 * STATES) == t - 1;
+                split_product(sums, matrix, h_before);
+            } else {
+                recurrent_product(sums, matrix, h_before);
             }
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) preactivations[k][e] = input[e] + bias[k][e];
-        }
-        if constexpr (SPLITS && !RECOMPUTE) {
-            if (__any_sync(~0u, in_layers)) {
-                multiply_in_layers(sums, matrix, h_before);
-            }
-        }
-        // Whether the next step starts anew.
-        bool is_cut[ELEMENTS];
-#pragma unroll
-        for (int e = 0; e < (RESETS ? ELEMENTS : 0); ++e) {
-            is_cut[e] = *flag_of(const_cast<Element*>(inputs), elements.sequence(e), INPUT_PITCH);
-        }
-#pragma unroll
-        for (int s = 0; s < GR; ++s) {
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                preactivations[RECURRENT[s]][e] += elements.sum(sums[s], e);
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < ELEMENTS; ++e) {
-            float gates[G], before[S], after[S];
-#pragma unroll
-            for (int k = 0; k < G; ++k) gates[k] = preactivations[k][e];
-#pragma unroll
-            for (int s = 0; s < S; ++s) before[s] = carried[s][e];
-            step(before, gates, after, clips.forward);
-            if constexpr (RECOMPUTE) {
-                // The sum is NaN if any of them is. The test runs beside the step, which is rarely
-                // repeated.
-                float all = 0.0f;
-#pragma unroll
-                for (int s = 0; s < GR; ++s) all += gates[RECURRENT[s]];
-                if (all != all) {
-                    recompute(gates, e, inputs,
-                              new_states + (t + 1) % 2 * STATES + H_ROW * BLOCK_D);
-#pragma unroll
-                    for (int k = 0; k < G; ++k) preactivations[k][e] = gates[k];
-                    step(before, gates, after, clips.forward);
-                }
-            }
-            // Past its end a sequence keeps its last states.
-            if (RAGGED && t >= lengths[e]) continue;
-#pragma unroll
-            for (int s = 0; s < S; ++s) carried[s][e] = after[s];
-        }
-        Element* to = new_states + t % 2 * STATES;
-#pragma unroll
-        for (int s = 0; s < S; ++s) store_elements(to + s * BLOCK_D, STATE_PITCH, carried[s], elements);
-        if (SAVE_GATES) {
-            Element* gates_to = saved + t % 2 * GATES;
+            // This does not depend on the product, so it runs while the tensor core is busy.
+            const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll
             for (int k = 0; k < G; ++k) {
-                store_elements(gates_to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
-            }
-        }
-        if constexpr (RESETS) {
-            // Few steps are cut. What they start from is loaded under a branch that the whole warp takes
-            // or not; all else is a choice between registers.
-            bool any = false;
+                float input[ELEMENTS] = {};
+                if (FED_WX[k] >= 0) {
+                    load_elements(input, inputs + FED_WX[k] * BLOCK_D, INPUT_PITCH, elements);
+                }
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) any |= is_cut[e];
-            float anew[S][ELEMENTS] = {};
-            if (STARTS && __any_sync(~0u, any)) {
+                for (int e = 0; e < ELEMENTS; ++e) preactivations[k][e] = input[e] + bias[k][e];
+            }
+            if constexpr (SPLITS && !RECOMPUTE) {
+                if (__any_sync(~0u, in_layers)) {
+                    multiply_in_layers(sums, matrix, h_before);
+                }
+            }
+            // Whether the next step of a sequence starts anew. All of the CTA's are asked, so that its
+            // warps agree on the row of h. Few steps are cut.
+            const auto is_cut = [&](int sequence) {
+                return *flags_of(const_cast<Element*>(inputs), sequence, INPUT_PITCH) != 0;
+            };
+            const bool some_are_cut = RESETS && __any_sync(~0u, is_cut(threadIdx.x % SEQUENCES));
+#pragma unroll
+            for (int s = 0; s < GR; ++s) {
+#pragma unroll
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    preactivations[RECURRENT[s]][e] += elements.sum(sums[s], e);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; ++e) {
+                float gates[G], before[S], after[S];
+#pragma unroll
+                for (int k = 0; k < G; ++k) gates[k] = preactivations[k][e];
+#pragma unroll
+                for (int s = 0; s < S; ++s) before[s] = carried[s][e];
+                step(before, gates, after, clips.forward);
+                if constexpr (RECOMPUTE) {
+                    // The sum is NaN if any of them is. The test runs beside the step, which is rarely
+                    // repeated.
+                    float all = 0.0f;
+#pragma unroll
+                    for (int s = 0; s < GR; ++s) all += gates[RECURRENT[s]];
+                    if (all != all) {
+                        recompute(gates, e, inputs,
+                                  new_states + (t + 1) % 2 * STATES + h_row * BLOCK_D);
+#pragma unroll
+                        for (int k = 0; k < G; ++k) preactivations[k][e] = gates[k];
+                        step(before, gates, after, clips.forward);
+                    }
+                }
+                // Past its end a sequence keeps its last states.
+                if (RAGGED && some_ended && t >= lengths[e]) continue;
+#pragma unroll
+                for (int s = 0; s < S; ++s) carried[s][e] = after[s];
+            }
+            Element* to = new_states + t % 2 * STATES;
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                store_elements(to + s * BLOCK_D, STATE_PITCH, carried[s], elements);
+            }
+            if (SAVE_GATES) {
+                Element* gates_to = saved + t % 2 * GATES;
+#pragma unroll
+                for (int k = 0; k < G; ++k) {
+                    store_elements(gates_to + k * BLOCK_D, GATE_PITCH, preactivations[k], elements);
+                }
+            }
+            h_row = 0;
+            if (some_are_cut) {
+                h_row = H_ROW;
 #pragma unroll
                 for (int i = 0; i < S * ELEMENTS; ++i) {
                     const int s = i / ELEMENTS, e = i % ELEMENTS;
-                    if (is_cut[e]) anew[s][e] = start(s, e, t + 1, elements, table, starts);
+                    if (!is_cut(elements.sequence(e))) continue;
+                    carried[s][e] = start(s, e, t + 1, elements, table, starts);
                 }
+                store_elements(to + H_ROW * BLOCK_D, STATE_PITCH, carried[0], elements);
             }
+            if constexpr (SPLITS) {
+                bool is_marked = false;
 #pragma unroll
-            for (int i = 0; i < S * ELEMENTS; ++i) {
-                const int s = i / ELEMENTS, e = i % ELEMENTS;
-                carried[s][e] = is_cut[e] ? anew[s][e] : carried[s][e];
+                for (int e = 0; e < ELEMENTS; ++e) {
+                    is_marked |= is_out_of_range(carried[0][e]) & (D == BLOCK_D || elements.unit(e) < D);
+                }
+                if (is_marked) *marked_step(to) = t;
             }
-            store_elements(to + H_ROW * BLOCK_D, STATE_PITCH, carried[0], elements);
+            named_barrier<THREADS>();
         }
-        if constexpr (SPLITS) {
-            bool is_marked = false;
-#pragma unroll
-            for (int e = 0; e < ELEMENTS; ++e) {
-                is_marked |= is_out_of_range(carried[0][e]) & (D == BLOCK_D || elements.unit(e) < D);
-            }
-            if (is_marked) *marked_step(to) = t;
-        }
-        named_barrier<THREADS>();
-    }
+    };
+    // Up to the end of the shortest sequence, the last line's, a step is as long as one of a plain call.
+    const int shortest = RAGGED ? table[SEQUENCES - 1].length : 0;
+    if (RAGGED) run(0, shortest, false);
+    run(shortest, T, RAGGED);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
@@ -266,7 +266,7 @@ single_cta_forward(CALL) {
     matrix.load<true>(R, n, N, elements, in_shared);
     // Which of the batch a line's sequence is.
     const auto index_of = [&](int line) { return SEQUENCED ? table[line].index : first + line; };
-    const ResetStates starts = {reset_states ? reset_states + n * reset_states_n : nullptr,
+    const ResetStates starts = {STARTS ? reset_states + n * reset_states_n : nullptr,
                                 reset_states_s, reset_states_b, reset_states_t, reset_states_d};
     float carried[S][ELEMENTS];
 #pragma unroll

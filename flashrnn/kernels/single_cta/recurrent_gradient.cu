@@ -125,19 +125,29 @@ recurrent_gradient(CALL) {
     // The part's first row and how many rows follow; from here on rows are counted within the part.
     const long long begin = static_cast<long long>(part) * rows_a_part, left = B * T - begin;
     const int rows = left < rows_a_part ? left : rows_a_part, chunks = (rows + CHUNK - 1) / CHUNK;
-    // The sequence and step of a row. That of the next chunk's first row is kept and moved on, since a
-    // division takes longer than the rest of an address's computation.
+    // The sequence and step of a row, and how many steps the sequence has. That of the next chunk's first
+    // row is kept and moved on, since a division takes longer than the rest of an address's computation,
+    // and a length that is asked for a chunk ahead is not waited for.
     struct Position {
         long long sequence;
-        unsigned step;
+        unsigned step, length;
 
-        __device__ void advance(int rows, unsigned T) {
+        __device__ void advance(int rows, unsigned T, const int* lengths, long long sequences) {
             step += rows;
             if (step < T) return;
             sequence += step / T;
             step %= T;
+            ask_length(T, lengths, sequences);
         }
+        // Behind the last sequence there is none to ask.
+        __device__ void ask_length(unsigned T, const int* lengths, long long sequences) {
+            length = RAGGED && sequence < sequences ? lengths[sequence] : T;
+        }
+        __device__ bool is_step() const { return !RAGGED || step < length; }
+        // Whether all rows of the chunk that begins there lie behind the sequence's last step.
+        __device__ bool is_idle(unsigned T) const { return !is_step() && step + CHUNK <= T; }
     } next = {begin / T, static_cast<unsigned>(begin % T)};
+    next.ask_length(T, lengths, B);
     const Element* gates_of_part = d_gates + begin * G * width + n * D;
     // h before a row's step: that of the row before, except at step 0.
     const Element* h_of_part = h + (begin - 1) * width + n * D;
@@ -160,23 +170,6 @@ recurrent_gradient(CALL) {
         }
     };
     look_up(0);
-    // Whether a row is a sequence's step. The length that was asked for last is kept: most rows next to
-    // each other are of one sequence.
-    long long asked_for = -1;
-    int its_length = 0;
-    const auto is_step = [&](const Position& position) {
-        if (!RAGGED) return true;
-        if (position.sequence != asked_for) {
-            asked_for = position.sequence;
-            its_length = lengths[asked_for];
-        }
-        return static_cast<int>(position.step) < its_length;
-    };
-    // Whether all rows of the chunk that begins there lie behind a sequence's last step.
-    const auto is_idle = [&](const Position& position) {
-        return RAGGED && position.step + CHUNK <= T && !is_step(position);
-    };
-    Position present = next;
 
     // Which gate the group has in place s.
     const auto gate_of = [&](int s) {
@@ -191,11 +184,12 @@ recurrent_gradient(CALL) {
     unsigned between = 0;
     static_assert(STAGES * H_ROUNDS <= 32);
 
+    // Returns whether there is nothing to fetch.
     const auto fetch = [&](int chunk) {
         Element* lines = ring + chunk % STAGES * SLOT;
         Element* columns = lines + CHUNK * LINES_PITCH;
         const int first = chunk * CHUNK;
-        const bool idle = is_idle(next);
+        const bool idle = next.is_idle(T);
         // All threads take the same number of iterations, so that loops can be unrolled. Unrolled by
         // more than two, registers spill.
 #pragma unroll 2
@@ -228,9 +222,9 @@ recurrent_gradient(CALL) {
                 set_between(round, exists && Pieces::behind_word(from));
             } else {
                 Position position = next;
-                position.advance(row, T);
+                position.advance(row, T, lengths, B);
                 Element* to = columns + row * COLUMNS_PITCH;
-                const bool exists = first + row < rows && is_step(position) && !of_row;
+                const bool exists = first + row < rows && position.is_step() && !of_row;
                 const Element* from = h_of_part + static_cast<long long>(first + row) * (N * D);
                 if (sizeof(Element) == 4) {
                     const Element* initial = reinterpret_cast<const Element*>(h_initial);
@@ -246,7 +240,8 @@ recurrent_gradient(CALL) {
             }
         }
         look_up(chunk + 1);
-        next.advance(CHUNK, T);
+        next.advance(CHUNK, T, lengths, B);
+        return idle;
     };
     // Completes what the thread has fetched of a chunk, after it has waited for that.
     const auto settle = [&](int chunk) {
@@ -277,8 +272,11 @@ recurrent_gradient(CALL) {
                 });
         }
     };
+    // Of the chunks fetched last, a bit each: whether they are idle.
+    unsigned idle_chunks = 0;
     for (int chunk = 0; chunk < STAGES - 1; ++chunk) {
-        if (chunk < chunks) fetch(chunk);
+        idle_chunks *= 2;
+        if (chunk < chunks) idle_chunks += fetch(chunk);
         cp_async_commit();
     }
 
@@ -288,13 +286,10 @@ recurrent_gradient(CALL) {
         cp_async_wait<STAGES - 2>();
         settle(chunk);
         __syncthreads();
-        if (chunk + STAGES - 1 < chunks) fetch(chunk + STAGES - 1);
+        idle_chunks *= 2;
+        if (chunk + STAGES - 1 < chunks) idle_chunks += fetch(chunk + STAGES - 1);
         cp_async_commit();
-        if constexpr (RAGGED) {
-            const bool idle = is_idle(present);
-            present.advance(CHUNK, T);
-            if (idle) continue;
-        }
+        if (RAGGED && idle_chunks >> (STAGES - 1) & 1) continue;
         const Element* lines = ring + chunk % STAGES * SLOT;
         const Element* columns = lines + CHUNK * LINES_PITCH;
 #pragma unroll
