@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,29 @@ def loop_of_products(parts: Mapping[str, str], arch: str) -> list[str]:
     around = [x for x in _loops(code) if x[0] <= products[0] and products[-1] <= x[1]]
     begin, end = min(around, key=lambda loop: loop[1] - loop[0])
     return [instruction for address, instruction in code if begin <= address <= end]
+
+
+def operations_of_steps(parts: Mapping[str, str], arch: str) -> list[Counter[str]]:
+    """How often each operation stands in a step, for each copy of its code.
+
+    A copy is an innermost loop that has tensor core instructions.
+    """
+    code = _disassemble(_assemble(parts, arch)[0])
+    with_products = [
+        (begin, end)
+        for begin, end in _loops(code)
+        if any(begin <= at <= end and re.search(r"HG?MMA", text) for at, text in code)
+    ]
+    innermost = [
+        (begin, end)
+        for begin, end in with_products
+        if not any((begin, end) != x and begin <= x[0] and x[1] <= end for x in with_products)
+    ]
+    found = []
+    for begin, end in innermost:
+        step = [re.sub(r"^@\S+ ", "", text) for at, text in code if begin <= at <= end]
+        found.append(Counter(re.split(r"[. ]", text)[0] for text in step))
+    return found
 
 
 def instructions(parts: Mapping[str, str], arch: str, words: str) -> list[str]:

@@ -109,12 +109,11 @@ def test_few_cuts(sizes, kinds):
     hold_ragged_to_vanilla("cuda_fused", few_cuts(case))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 40, 12, 64), (64, 40, 12, 64)], ids=str)
 def test_options_of_no_effect_change_no_bit(sizes, dtype):
-    """Of the scans; R's gradient of float32 looks up where h is, by another kernel."""
-    names = ["states", "last_states", "d_Wx", "d_states"]
-    hold_options_of_no_effect("cuda_fused", *sizes, dtype, "cuda", names)
+    """In float32 the compiler fuses other products and sums where there are options."""
+    hold_options_of_no_effect("cuda_fused", *sizes, dtype, "cuda")
 
 
 @pytest.mark.parametrize("regime", ["plan_scan", "plan_wgmma_forward"])

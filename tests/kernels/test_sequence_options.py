@@ -15,7 +15,7 @@ from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: 
 from tests.fused import OPTIONS, poisoned  # noqa: F401
 from tests.gpus import GPUS, planned
 from tests.kernels.regimes import GRID, take  # noqa: F401
-from tests.machine_code import needs_nvrtc, spills_in_a_loop
+from tests.machine_code import needs_nvrtc, operations_of_steps, spills_in_a_loop
 from tests.patterns import linear
 from tests.problems import BUILT_IN, sparse
 from tests.sequences import (
@@ -342,6 +342,26 @@ def directions_of(fields, turn):
     *others, everything = fields
     yield from ((bool((turn + i) % 2), other) for i, other in enumerate(others))
     yield from ((backward, everything) for backward in (False, True))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "kind",
+    ["lstm", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gru", "elman", "slstm", sparse))],
+    ids=str,
+)
+def test_both_copies_of_a_step_have_the_same_arithmetic(kind, backward):
+    """Else a sequence's bits would depend on where others are cut or end: which copy of the code runs
+    is decided for all sequences of a CTA."""
+    fields = {"resets": True, "ragged": True, "returned": 1, "needs_gradient": True}
+    problem = planned(kind, 64, 12, 64, torch.bfloat16)._replace(**fields)
+    plan = plan_scan(problem, GPUS["sm_90a"], backward)
+    options = source.options_of(problem, backward, 1)
+    parts = plan.source(resolve(kind).traced, "bfloat16", options, piece_bytes=16)
+    arithmetic = "FFMA", "FMUL", "FADD", "MUFU", "HMMA"
+    first, second = operations_of_steps(parts, "sm_90a")
+    assert first["HMMA"] and [first[x] for x in arithmetic] == [second[x] for x in arithmetic]
 
 
 @needs_nvrtc

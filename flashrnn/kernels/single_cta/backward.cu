@@ -56,11 +56,15 @@ using Copy = TiledCopy<CopyLayout, COUNT, T, REGULAR>;
 using StateCopy = Copy<READ ? READ : 1, const Element>;
 using GivenCopy = Copy<GIVEN ? GIVEN : 1, const Element>;
 
-// Whether there are two copies of a step's code: one for steps that are like a plain call's, and one for
-// the others, in which a sequence of the CTA has no step yet, has its last one, or is cut. All sequences
-// together decide, so that no warp's threads part. Which copy the next step takes is known before the
-// barrier that ends a step.
+// Whether there are two kinds of steps: those that are like a plain call's, and the others, in which a
+// sequence of the CTA has no step yet, has its last one, or is cut. Each kind has a copy of the step's
+// code. All sequences together decide, so that no warp's threads part. Which kind the next step is, is
+// known before the barrier that ends a step.
 constexpr bool TWO_KINDS = RESETS || RAGGED;
+
+// In float32 all steps take the second kind's code. There the compiler fuses other products and sums in
+// one copy than in the other, and a sequence's bits would depend on where others are cut or end.
+constexpr bool TWO_COPIES = TWO_KINDS && sizeof(Element) == 2;
 
 // Whether the step computed first, which has no gradient through R, stands before the loop as a copy of
 // its own. Not where R takes so many registers that addresses would be spilled, nor where it is of the
@@ -350,7 +354,7 @@ single_cta_backward(CALL) {
     const auto run_step = [&](int done, bool plain) {
         const Element* inputs = ring + slot * SEQUENCES * INPUT_PITCH;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
-        const bool plain_follows = TWO_KINDS && next_is_plain(done, inputs);
+        const bool plain_follows = TWO_COPIES && next_is_plain(done, inputs);
         bool was_cut[ELEMENTS] = {}, is_cut[ELEMENTS] = {};
         if (RESETS && !plain) {
             read_flags(was_cut, inputs, WAS_CUT);
