@@ -352,8 +352,8 @@ def directions_of(fields, turn):
     ids=str,
 )
 def test_both_copies_of_a_step_have_the_same_arithmetic(kind, backward):
-    """Else a sequence's bits would depend on where others are cut or end: which copy of the code runs
-    is decided for all sequences of a CTA."""
+    """Else a sequence's bits would depend on where others are cut or end: which copy of the code
+    runs is decided for all sequences of a CTA."""
     fields = {"resets": True, "ragged": True, "returned": 1, "needs_gradient": True}
     problem = planned(kind, 64, 12, 64, torch.bfloat16)._replace(**fields)
     plan = plan_scan(problem, GPUS["sm_90a"], backward)
