@@ -134,10 +134,11 @@ def input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
     ``x`` is ``[B, T, I]``, ``W`` ``[Gw * N * D, I]``.
     """
     (rows, T), N, D = problem.rows, problem.N, problem.D
+    Gw = W.shape[0] // (N * D)
     if torch.compiler.is_compiling() or x.is_contiguous() or not _is_time_major(x):
-        return linear(x, W).view(rows, T, -1, N, D)
+        return linear(x, W).view(rows, T, Gw, N, D)
     # The rows in the order in which they lie in memory. Kernels take Wx of any strides.
-    return linear(x.transpose(0, 1), W).view(T, rows, -1, N, D).transpose(0, 1)
+    return linear(x.transpose(0, 1), W).view(T, rows, Gw, N, D).transpose(0, 1)
 
 
 def factors_gradients(

@@ -354,8 +354,9 @@ def directions_of(fields, turn):
 def test_both_copies_of_a_step_have_the_same_arithmetic(kind, backward):
     """Else a sequence's bits would depend on where others are cut or end: which copy of the code
     runs is decided for all sequences of a CTA."""
-    fields = {"resets": True, "ragged": True, "returned": 1, "needs_gradient": True}
-    problem = planned(kind, 64, 12, 64, torch.bfloat16)._replace(**fields)
+    problem = planned(kind, 64, 12, 64, torch.bfloat16)._replace(
+        needs_gradient=True, ragged=True, resets=backward, returned=1
+    )
     plan = plan_scan(problem, GPUS["sm_90a"], backward)
     options = source.options_of(problem, backward, 1)
     parts = plan.source(resolve(kind).traced, "bfloat16", options, piece_bytes=16)

@@ -196,8 +196,8 @@ __device__ inline void run_steps(float (&carried)[S][ELEMENTS], const float (&bi
         }
     };
     // Up to the end of the shortest sequence, the last line's, a step is as long as one of a plain call.
-    // Not in float32: see backward.cu.
-    constexpr bool TWO_COPIES = RAGGED && sizeof(Element) == 2;
+    // Not in float32 (see backward.cu), nor with resets, where a second loop's registers are spilled.
+    constexpr bool TWO_COPIES = RAGGED && !RESETS && sizeof(Element) == 2;
     const int shortest = TWO_COPIES ? table[SEQUENCES - 1].length : 0;
     if (TWO_COPIES) run(0, shortest, false);
     run(shortest, T, RAGGED);
