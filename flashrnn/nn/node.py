@@ -1,9 +1,10 @@
 """A layer with torch.nn's weights as one node of autograd.
 
-A training step of a short sequence takes as long as its nodes and the host's operations. Here the
-views of weights, the sum of the biases, and the forms of input and output are made within the node
-of :class:`flashrnn.layer.Layer`. So plain layers of one direction are computed by fused backends;
-what this cannot do is computed by :mod:`flashrnn.nn.scan`, with the same results.
+A training step of a short sequence takes as long as its nodes and the host's operations. So the
+product, the scan, and what lies between torch.nn's forms and theirs, such as views of weights, are
+one node here, as product and scan are in :class:`flashrnn.layer.Layer`. Fused backends compute
+plain layers of one direction so; the others are left to :mod:`flashrnn.nn.scan`, whose results are
+the same.
 """
 
 from __future__ import annotations
