@@ -196,7 +196,7 @@ def _with_tensors(
     check_values = problem.ragged and not backends.recorded()
     tensors, known = sequences.tensors_of(options, problem, check_values)
     if known is not None:
-        problem = problem._replace(**known._asdict())
+        problem = problem._replace(longest=known.longest, even=known.even)
     if not problem.resets:
         return problem, tensors
     starts = tensors.reset_states
