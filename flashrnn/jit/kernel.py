@@ -21,27 +21,18 @@ class Kernel:
         """A launch that stays, on PyTorch's current stream of the program's device."""
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
-            return launch.Kept(launch.Launch(kernel, shape, fields), self._stream(), device)
+            return launch.Kept(launch.Launch(kernel, shape, fields), _stream_for([self]), device)
 
     def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
         launch_in_turn([(self, shape, fields)])
-
-    def _stream(self) -> int:
-        """The current stream; if it is captured, the program stays for the graph."""
-        if torch.cuda.is_current_stream_capturing():
-            self.program.keep_for_graphs()
-        return context.current_stream(self.program.device)
 
 
 def launch_in_turn(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]]) -> None:
     """Enqueue launches of kernels of one device on PyTorch's current stream, in order."""
     device = launches[0][0].program.device
     with context.on_device(device):
-        if torch.cuda.is_current_stream_capturing():
-            for kernel, _, _ in launches:
-                kernel.program.keep_for_graphs()
-        stream = context.current_stream(device)
+        stream = _stream_for([kernel for kernel, _, _ in launches])
         launch.enqueue(
             [
                 launch.Launch(kernel.program.kernels[0], shape, fields)
@@ -50,6 +41,14 @@ def launch_in_turn(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]
             stream,
             device,
         )
+
+
+def _stream_for(kernels: Sequence[Kernel]) -> int:
+    """The current stream; if it is captured, the kernels' programs stay for the graph."""
+    if torch.cuda.is_current_stream_capturing():
+        for kernel in kernels:
+            kernel.program.keep_for_graphs()
+    return context.current_stream(kernels[0].program.device)
 
 
 def load(entry: str, parts: Mapping[str, str], shape: launch.Shape, device: torch.device) -> Kernel:

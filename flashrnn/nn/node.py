@@ -10,8 +10,6 @@ the same.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +30,7 @@ from flashrnn.nn.parameters import (
     weights_of,
 )
 from flashrnn.nn.precision import config_on
-from flashrnn.nn.weights import bias, recurrence_gradients, recurrent_matrix
+from flashrnn.nn.weights import recurrence, recurrence_gradients, recurrent_matrix
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
 from flashrnn.sequences import Given
 
@@ -60,7 +58,8 @@ def run(
     if not backends.is_direct(x, *itertools.chain(*weights), *(states or ())):
         return None
     kind, last = x.device.type, []
-    with without_autocast(kind) if (dtype := autocast_dtype(kind)) else nullcontext():
+    dtype = autocast_dtype(kind)
+    with without_autocast(kind):
         for row, of_row in enumerate(weights):
             start = None
             if states is not None:
@@ -91,14 +90,6 @@ class Form(NamedTuple):
     x_by_time: bool
     h_by_time: bool
 
-    def recurrence(self, weight_hh: Tensor, biases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """R and b."""
-        D = weight_hh.shape[1]
-        R = recurrent_matrix(self.mode, weight_hh, self.heads, D)
-        if biases:
-            return R, bias(self.mode, biases, self.heads, D)
-        return R, R.new_zeros(len(self.cell.fed_by("b")), self.heads, D)
-
 
 def _layer(
     layers: RecurrentParameters,
@@ -128,8 +119,7 @@ def _layer(
         W, R, b, *_ = weights_of(layers, row)
         rows = x.transpose(0, 1) if form.x_by_time else x
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
-        with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
-            problem = calls.accepted(cell, tensors, start, config, None, _H_ALONE)
+        problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
     chosen, problem, start, _ = calls.prepared(
         problem, cell, layers.backend, start, config, None, direct=True
@@ -146,7 +136,7 @@ _H_ALONE = Given(None, None, None, None, False, "h")
 
 
 class _Node(torch.autograd.Function):
-    """A layer of torch.nn's form."""
+    """A layer's product and its scan, of tensors in torch.nn's forms."""
 
     @staticmethod
     def forward(
@@ -164,7 +154,7 @@ class _Node(torch.autograd.Function):
         )
         rows = x.transpose(0, 1) if form.x_by_time else x
         Wx = input_product(problem, rows, weight_ih)
-        R, b = form.recurrence(weight_hh, biases)
+        R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases)
         S, B, _, N, D = start.shape
         every_state, last_states = autograd.Scan.forward(
             scan := InnerContext(), *calls.as_computed(problem, Wx, R, b, start), backend, problem

@@ -52,10 +52,19 @@ class Weights(NamedTuple):
             weight_hr: ...
         """
         whole = weight_hh if weight_hr is None else weight_hh @ weight_hr
-        N, D = heads, whole.shape[1]
-        R = recurrent_matrix(mode, whole, N, D)
-        b = bias(mode, biases, N, D) if biases else R.new_zeros(len(cell.fed_by("b")), N, D)
+        R, b = recurrence(mode, cell, heads, whole, biases)
         return cls(weight_ih, R, b, weight_hh, weight_hr)
+
+
+def recurrence(
+    mode: str, cell: Cell, heads: int, weight_hh: Tensor, biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments."""
+    D = weight_hh.shape[1]
+    R = recurrent_matrix(mode, weight_hh, heads, D)
+    if biases:
+        return R, bias(mode, biases, heads, D)
+    return R, R.new_zeros(len(cell.fed_by("b")), heads, D)
 
 
 def recurrent_matrix(mode: str, weight_hh: Tensor, N: int, D: int) -> Tensor:

@@ -61,9 +61,10 @@ struct RowPieces {
         return reinterpret_cast<T*>(reinterpret_cast<unsigned long long>(at) & ~3ull);
     }
 
-    // Starts copying the piece of a row with a `unit` and, IN_WORDS, of a row between two words, with the
-    // one before to an address of shared memory. The copy belongs to the group that the thread commits
-    // next. IN_WORDS, settle() must follow.
+    // Starts copying a piece of a row to an address of shared memory: the piece that begins with `unit`.
+    // The copy belongs to the group that the thread commits next. IN_WORDS it is the word that has this
+    // unit, with the next one or, where the row begins between two words, with the one before; settle()
+    // must follow.
     __device__ static void fetch(unsigned to, const Element* from, int unit) {
         if constexpr (IN_WORDS) {
             // The second half of the last word may be behind the row. It becomes 0.
