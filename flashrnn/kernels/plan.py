@@ -159,6 +159,7 @@ class Values(NamedTuple):
         passes: tensor core instructions that a product of two operands takes.
         sequence_bytes: bytes that say where a sequence's rows lie (``common/sequence.cuh``); 0
             without options of sequences.
+        looked_up: whether that differs from sequence to sequence or from head to head.
         ragged: whether sequences may have lengths that differ much.
     """
 
@@ -170,6 +171,7 @@ class Values(NamedTuple):
     itemsize: int
     passes: int
     sequence_bytes: int
+    looked_up: bool
     ragged: bool
 
     @staticmethod
@@ -186,5 +188,6 @@ class Values(NamedTuple):
             itemsize=problem.dtype.itemsize,
             passes=3 if problem.dtype.itemsize == 4 else 1,
             sequence_bytes=SEQUENCE_BYTES if problem.is_sequenced else 0,
+            looked_up=problem.ragged or problem.reverse is not False,
             ragged=problem.ragged and not problem.even,
         )

@@ -18,8 +18,11 @@ struct alignas(16) Sequence {
     // Which of the batch it is; its first row; whether the head runs backwards.
     int index, first_row, length, backwards;
 
+    // The same as a constant where no head does.
+    __device__ bool runs_backwards() const { return REVERSE && backwards; }
+
     // Where in the sequence a step is.
-    __device__ long long time(int step) const { return backwards ? length - 1 - step : step; }
+    __device__ long long time(int step) const { return runs_backwards() ? length - 1 - step : step; }
 
     // Which of all rows a step is.
     __device__ long long row(int step) const { return first_row + time(step); }
@@ -37,15 +40,15 @@ struct alignas(16) Sequence {
 
     // How far the next step is from one.
     __device__ long long advance(long long row_stride) const {
-        return backwards ? -row_stride : row_stride;
+        return runs_backwards() ? -row_stride : row_stride;
     }
 
     __device__ bool has(int step) const { return step >= 0 && step < length; }
 
     // A flag cuts its row from the one before: a step is cut from the step before it by its own flag,
     // or, backwards, by the other's.
-    __device__ bool may_be_cut(int step) const { return has(step) && (step > 0 || !backwards); }
-    __device__ long long flag(int step) const { return first_row + time(step) + backwards; }
+    __device__ bool may_be_cut(int step) const { return has(step) && (step > 0 || !runs_backwards()); }
+    __device__ long long flag(int step) const { return first_row + time(step) + runs_backwards(); }
 
     // Whether a step is cut from the one before it; not 0 if so. The load is not waited for.
     __device__ unsigned is_cut(int step, const int* flags) const {

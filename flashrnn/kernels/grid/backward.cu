@@ -34,7 +34,7 @@ grid_backward(CALL) {
     const Exchange exchange(static_cast<Packet*>(packets), group);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory());
     Carried d_carried(reinterpret_cast<float*>(partial + 2));
-    WorkSequences sequences = {reinterpret_cast<Sequence*>(shared_memory() + SEQUENCES_OFFSET)};
+    WorkSequences sequences = {reinterpret_cast<Sequence*>(shared_memory() + SEQUENCES_OFFSET), T};
     Matrix matrix(shared_memory() + MATRIX_OFFSET, static_cast<Fragment*>(R_in_memory));
     ReceivedPackets received;
 
@@ -49,8 +49,7 @@ grid_backward(CALL) {
         const WorkTile work(index, B);
         if (!CUT && work.n != loaded_head) load_matrix(matrix, R, work.n, N, rank);
         loaded_head = work.n;
-        sequences.begin(work, B, T, sequence_order, sequence_rows, sequence_lengths,
-                        runs_backwards);
+        sequences.begin(work, B, sequence_order, sequence_rows, sequence_lengths, runs_backwards);
         const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
                                     reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
@@ -63,7 +62,7 @@ grid_backward(CALL) {
             for (int e = 0; e < ELEMENTS; ++e) {
                 const ThreadElement element(e, rank, work, tile, B);
                 const Sequence own = sequences.of(element, tile);
-                if (SEQUENCED && !own.has(t)) continue;
+                if (RAGGED && !own.has(t)) continue;
                 const long long earlier = SEQUENCED ? own.advance(steps_earlier) : steps_earlier;
                 const long long place = work.n * D + element.d;
                 const Element* from_gates =

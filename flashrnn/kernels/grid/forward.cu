@@ -37,7 +37,7 @@ grid_forward(CALL) {
     const Exchange exchange(static_cast<Packet*>(packets), group);
     Partial* partial = reinterpret_cast<Partial*>(shared_memory());
     Carried carried(reinterpret_cast<float*>(partial + 2));
-    WorkSequences sequences = {reinterpret_cast<Sequence*>(shared_memory() + SEQUENCES_OFFSET)};
+    WorkSequences sequences = {reinterpret_cast<Sequence*>(shared_memory() + SEQUENCES_OFFSET), T};
     Matrix matrix(shared_memory() + MATRIX_OFFSET, static_cast<Fragment*>(R_in_memory));
     ReceivedPackets received;
 
@@ -51,8 +51,7 @@ grid_forward(CALL) {
         const WorkTile work(index, B);
         if (work.n != loaded_head) load_matrix(matrix, R, work.n, N, rank);
         loaded_head = work.n;
-        sequences.begin(work, B, T, sequence_order, sequence_rows, sequence_lengths,
-                        runs_backwards);
+        sequences.begin(work, B, sequence_order, sequence_rows, sequence_lengths, runs_backwards);
         const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
                                     reset_states_s, reset_states_b, reset_states_t, reset_states_d};
 
@@ -64,12 +63,12 @@ grid_forward(CALL) {
             for (int e = 0; e < ELEMENTS; ++e) {
                 const ThreadElement element(e, rank, work, tile, B);
                 const Sequence own = sequences.of(element, tile);
-                if (SEQUENCED && !own.has(t)) continue;
+                if (RAGGED && !own.has(t)) continue;
                 const long long of_step = SEQUENCED ? own.offset(t, Wx_b, Wx_t)
                                                     : element.sequence * Wx_b + t * Wx_t;
                 const Element* from = Wx + of_step + work.n * Wx_n + element.d * Wx_d;
-                long long later = steps_later;
-                if (SEQUENCED) later = own.has(t + PREFETCHED) ? PREFETCHED * own.advance(Wx_t) : 0;
+                long long later = REVERSE ? own.advance(steps_later) : steps_later;
+                if (RAGGED) later = own.has(t + PREFETCHED) ? PREFETCHED * own.advance(Wx_t) : 0;
 #pragma unroll
                 for (int k = 0; k < GW; ++k) {
                     input[e][k].load(from + k * Wx_g);

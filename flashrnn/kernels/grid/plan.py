@@ -18,6 +18,9 @@ from flashrnn.problem import Problem
 # Words of a packet that hold values; the fourth is its flag.
 _WORDS = 3
 
+# Units of the widest head that CTAs of a cluster own.
+_WIDEST_OF_CLUSTERS = 1024
+
 # Tensor core instructions of a product in float32 beyond which parts of it are loops. Seconds of a
 # busy core to compile LSTM 1x2048, without loops and with them: forward 5.9 and 2.9, backward 6.2
 # and 2.1.
@@ -175,6 +178,11 @@ class Choice:
         return 8 * self.n_tiles
 
     @property
+    def is_wide(self) -> bool:
+        """Whether it is a head of 16 bits that no cluster holds, of which plans were timed anew."""
+        return self.D > _WIDEST_OF_CLUSTERS and self.values.itemsize == 2
+
+    @property
     def unit_packets(self) -> int:
         """Packets of one value of a CTA's units, for one sequence."""
         return tiles_of(self.units, 4 * _WORDS // self.values.itemsize)
@@ -251,6 +259,13 @@ _FRAGMENT_WORDS, _FRAGMENT_BYTES = 4, 512
 _AHEAD = {6: 8, 8: 8, 12: 4, 16: 1}
 # Forward, a group exchanges little: polling for more only slows down the CTAs that still send.
 _AHEAD_FORWARD = 2
+# Of two n-tiles, whose slices take twice the registers: one, but for wide heads.
+_AHEAD_OF_TWO = 3
+# Where batch tiles of two n-tiles are interleaved and have more slices, the compiler spills with
+# several of them ahead: LSTM 1x2048, B = 64, forward + backward took 46 us a step instead of 40.
+_MOST_SLICES_INTERLEAVED = 16
+# The most of R that may lie in memory so that slices of two n-tiles lie in registers.
+_MOST_IN_MEMORY_FOR_AHEAD = 1 / 5
 # Beyond this many, the compiler may copy flags to other registers, and so wait for one load after
 # the other: a plan with 8 slices took 7.4 ms instead of 2.0 at 1x768 (docs/notebook/2026-11-28.md).
 _MOST_AHEAD_IN_PARTS = 4
@@ -267,6 +282,8 @@ def _plan(choice: Choice, gpu: GPU, ahead: int) -> GridPlan | None:
     in_shared = min(fragments - in_registers, room // (_FRAGMENT_BYTES * warps))
     in_memory = fragments - in_registers - in_shared
     if 3 * in_memory > 2 * fragments:
+        return None
+    if choice.n_tiles > 1 and ahead > 1 and in_memory > _MOST_IN_MEMORY_FOR_AHEAD * fragments:
         return None
     return GridPlan(
         D=choice.D,
@@ -288,9 +305,10 @@ def _plan(choice: Choice, gpu: GPU, ahead: int) -> GridPlan | None:
 def _slices_ahead(choice: Choice) -> list[int]:
     """How many slices a warp may load at once: as many as are of use, or one."""
     slices = choice.slices
-    if choice.n_tiles > 1:
-        return [1]
     most = _AHEAD_FORWARD if choice.values.sent == 1 else _AHEAD[choice.warps]
+    if choice.n_tiles > 1:
+        spills = choice.interleaved > 1 and slices > _MOST_SLICES_INTERLEAVED
+        most = _AHEAD_OF_TWO if choice.is_wide and not spills else 1
     if most > _MOST_AHEAD_IN_PARTS and (most < slices or choice.interleaved > 1):
         most = 1 if choice.interleaved == 1 else _MOST_AHEAD_IN_PARTS
     # Parts of equal size.
@@ -308,7 +326,7 @@ def _registers_for_R(choice: Choice, ahead: int, gpu: GPU) -> int:
     sums = 4 * choice.row_tiles * n_tiles
     working = _OTHER_REGISTERS + sums + packets + choice.elements * values.kept
     working += _SPLIT_OPERANDS if values.passes > 1 else 0
-    if values.sequence_bytes and values.backward and not gpu.multiplies_by_groups:
+    if values.looked_up and values.backward and not gpu.multiplies_by_groups:
         working += _SEQUENCE_REGISTERS_ELSEWHERE
     # Of 65536 of a multiprocessor, by the 8; a thread cannot have more than 255.
     return min(255, 65536 // (32 * choice.warps) // 8 * 8) - working
@@ -320,7 +338,8 @@ def _shared_memory_without_R(choice: Choice) -> int:
     kept_tiles = choice.interleaved if choice.interleaved > 1 else 0
     carried = kept_tiles * choice.elements * choice.values.carried * threads * 4
     sums = 2 * choice.warps * choice.columns * (16 * choice.row_tiles + 4) * 4
-    table = choice.values.sequence_bytes * choice.interleaved * choice.columns
+    sequences = choice.interleaved * choice.columns if choice.values.looked_up else 0
+    table = choice.values.sequence_bytes * sequences
     return sums + carried + table
 
 
@@ -338,8 +357,9 @@ _EXCHANGE_LATENCY = 400.0
 _PACKET_BYTES_A_CTA, _PACKET_BYTES_A_GPU = 87, 11000
 # How long before its use a slice must be loaded, lest the product wait.
 _SLICE_LATENCY = 300
-# Bytes a cycle of R that a CTA loads from shared and from global memory.
-_SHARED_BYTES, _MEMORY_BYTES = 200, 20
+# Bytes a cycle of R that a CTA loads from shared and from global memory. Of wide heads, forward, most
+# of the latter arrive while the CTA waits for packets.
+_SHARED_BYTES, _MEMORY_BYTES, _MEMORY_BYTES_FORWARD = 200, 20, 60
 # To add the sums of the warps, for each of them: at all, and sums a cycle.
 _ADD_LATENCY, _SUMS_A_CYCLE = 57, 30
 # The cell's step of a thread's element, with what it loads and stores.
@@ -352,7 +372,9 @@ def estimated_cycles(choice: Choice, plan: GridPlan, B: int, N: int, gpu: GPU) -
     """What a step of all sequences takes, as far as plans compare by it."""
     multiply = _product_cycles(choice)
     transfer = _transfer_cycles(choice, plan, multiply, B, N, gpu)
-    from_shared, from_memory = plan.in_shared / _SHARED_BYTES, plan.in_memory / _MEMORY_BYTES
+    arrive = choice.is_wide and not plan.backward
+    memory_bytes = _MEMORY_BYTES_FORWARD if arrive else _MEMORY_BYTES
+    from_shared, from_memory = plan.in_shared / _SHARED_BYTES, plan.in_memory / memory_bytes
     fetch = _FRAGMENT_BYTES * choice.warps * (from_shared + from_memory)
     sums = choice.columns * choice.units * choice.values.produced
     add = choice.warps * (_ADD_LATENCY + sums / _SUMS_A_CYCLE)

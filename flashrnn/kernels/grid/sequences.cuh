@@ -35,16 +35,19 @@
 namespace grid {
 
 struct WorkSequences {
+    // Where sequences have T rows each and no head runs backwards, nothing has to be looked up.
+    static constexpr bool TABULATED = RAGGED || REVERSE;
     static constexpr int COUNT = INTERLEAVED * COLUMNS;
-    static constexpr int BYTES = SEQUENCED ? COUNT * int(sizeof(Sequence)) : 0;
+    static constexpr int BYTES = TABULATED ? COUNT * int(sizeof(Sequence)) : 0;
 
     // In shared memory.
     Sequence* table;
+    long long T;
 
     // Begins a work tile. Sequences beyond the batch are as its last one.
-    __device__ void begin(const WorkTile& work, long long B, long long T, const int* order,
-                          const int* rows, const int* lengths, const int* backwards) {
-        if (!SEQUENCED) return;
+    __device__ void begin(const WorkTile& work, long long B, const int* order, const int* rows,
+                          const int* lengths, const int* backwards) {
+        if (!TABULATED) return;
         __syncthreads();
         if constexpr (APART) {
             for (int i = threadIdx.x; i < COUNT; i += THREADS) {
@@ -61,7 +64,10 @@ struct WorkSequences {
     }
 
     __device__ Sequence of(const ThreadElement& element, int tile) const {
-        return SEQUENCED ? table[tile * COLUMNS + element.column] : Sequence{};
+        if constexpr (TABULATED) return table[tile * COLUMNS + element.column];
+        if constexpr (!SEQUENCED) return Sequence{};
+        const int index = element.sequence, steps = T;
+        return {index, index * steps, steps, 0};
     }
 
     // Where sequences have lengths of their own: the steps that the group computes of a tile.
