@@ -195,7 +195,11 @@ def _with_tensors(
         return problem, None
     check_values = problem.ragged and not backends.recorded()
     tensors, known = sequences.tensors_of(options, problem, check_values)
-    if known is not None:
+    if known is not None and known.whole:
+        problem = problem._replace(ragged=False)
+        if not problem.is_sequenced:
+            return problem, None
+    elif known is not None:
         problem = problem._replace(longest=known.longest, even=known.even)
     if not problem.resets:
         return problem, tensors

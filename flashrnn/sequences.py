@@ -302,15 +302,22 @@ def accept(
 
 
 class Lengths(NamedTuple):
-    """What is known of sequences' lengths, as :class:`flashrnn.problem.Problem` has it."""
+    """What is known of sequences' lengths.
+
+    Attributes:
+        longest: see :class:`flashrnn.problem.Problem`.
+        even: ...
+        whole: whether they are those of all rows, as if none were given.
+    """
 
     longest: int
     even: bool
+    whole: bool = False
 
     @classmethod
-    def of(cls, longest: int, total: int, count: int) -> Lengths:
+    def of(cls, longest: int, total: int, count: int, whole: bool = False) -> Lengths:
         """Out of the largest of so many lengths, and their sum."""
-        return cls(longest, 10 * total >= 9 * count * longest)
+        return cls(longest, 10 * total >= 9 * count * longest, whole)
 
 
 def tensors_of(
@@ -333,6 +340,8 @@ def tensors_of(
     known = None
     if problem.ragged:
         known = _known(lengths, cu_seqlens, problem.T) if check_values else None
+        if known is not None and known.whole:
+            lengths = None
         if lengths is not None:
             lengths = lengths.to(problem.device, non_blocking=True)
         if cu_seqlens is not None:
@@ -416,7 +425,7 @@ def _known(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Lengths
             raise ValueError(
                 f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
             )
-        return Lengths.of(most, int(lengths.sum()), lengths.numel())
+        return Lengths.of(most, int(lengths.sum()), lengths.numel(), whole=least == T)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         first, last, each = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.long().diff()
         least, most = map(int, each.aminmax()) if each.numel() else (0, 0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrnn import flashrnn, recurrent_layer, sequences
-from flashrnn.backends import cuda_fused
+from flashrnn.backends import autograd, cuda_fused
 from flashrnn.cells import lstm, resolve
 from flashrnn.problem import Problem
 from flashrnn.sequences import runs_backwards
@@ -304,4 +304,23 @@ def test_lengths_on_the_cpu_tell_whether_they_are_even(lengths, even):
         sequences._known(given, None, 8),
         sequences._known(None, bounds, int(given.sum())),
     ):
-        assert known == (max(lengths), even)
+        assert known[:2] == (max(lengths), even)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_lengths_of_all_steps_on_the_cpu_are_as_none(monkeypatch, reset):
+    """They cost nothing then: no table, no other plan."""
+    seen = []
+    monkeypatch.setattr(
+        autograd,
+        "run",
+        lambda chosen, problem, *given: seen.append((problem, given)) or (None, None),
+    )
+    Wx, R, b = torch.randn(2, 3, 4, 1, 8), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8)
+    options = {"reset": torch.tensor([[False, True, False]] * 2)} if reset else {}
+    for lengths in (None, torch.tensor([3, 3]), torch.tensor([3, 2])):
+        flashrnn(Wx, R, b, lengths=lengths, return_states="h", **options)
+    (without, of_none), (whole, of_whole), (ragged, of_ragged) = seen
+    assert whole == without and not whole.ragged and ragged.ragged
+    lengths_of = [None if x[-2] is None else x[-2].lengths for x in (of_none, of_whole, of_ragged)]
+    assert lengths_of[0] is lengths_of[1] is None and lengths_of[2] is not None

@@ -105,7 +105,7 @@ def recurrent_gradient(
     if before is None:
         before = _shifted(h_initial, h, repeated)
     else:
-        before = before.view(B * T, 1, N, D).expand(-1, repeated, -1, -1)
+        before = _repeated(before.view(B * T, 1, N * D), repeated)
     rows = fed.reshape(B * T, repeated * N, width)
     columns = before.reshape(B * T, repeated * N, D)
     return torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1)).view(Gr, N, D, D)
@@ -120,15 +120,30 @@ def _shifted(h_initial: Tensor, h: Tensor, repeated: int) -> Tensor:
     before = h.new_empty(B, T, repeated, N, D)
     if T > 1:
         to, of = before.view(B * T, repeated, N * D), h.reshape(B * T, 1, N * D)
-        size = h.element_size()
-        if N * D * size % 8 == 0 == of.storage_offset() * size % 8:
-            # What is not contiguous PyTorch copies element by element. Those of 8 bytes take less
-            # time than those of 2.
-            to, of = to.view(torch.int64), of.view(torch.int64)
-        to[1:] = of[:-1]
+        _copy_rows(to[1:], of[:-1])
     if T:
         before[:, 0] = h_initial
     return before
+
+
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    """``[rows, count, width]``, each of ``[rows, 1, width]`` so many times."""
+    if count == 1:
+        return rows
+    found = rows.new_empty(rows.shape[0], count, rows.shape[2])
+    _copy_rows(found, rows)
+    return found
+
+
+def _copy_rows(to: Tensor, of: Tensor) -> None:
+    """Copy contiguous rows of ``[rows, 1, width]``, each to all of its ``[rows, count, width]``."""
+    size = of.element_size()
+    offsets = of.shape[2], of.storage_offset(), to.storage_offset()
+    if all(offset * size % 8 == 0 for offset in offsets):
+        # What is not contiguous PyTorch copies element by element. Those of 8 bytes take less time
+        # than those of 2.
+        to, of = to.view(torch.int64), of.view(torch.int64)
+    to.copy_(of)
 
 
 class Before(NamedTuple):

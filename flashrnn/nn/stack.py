@@ -61,6 +61,8 @@ def run(
             "torch.jit.trace would take this PackedSequence's lengths for those of all others; "
             "accepted are cu_seqlens, or a layer of torch.nn's (flashrnn.nn.restore)"
         )
+    if batch_sizes is not None and _are_equal(batch_sizes):
+        return _of_equal_lengths(layers, x, states, len(batch_sizes))
     found = _at_once(layers, x, states, batch_sizes, reset, cu_seqlens)
     if found is not None:
         return found
@@ -81,6 +83,20 @@ def run(
         return output.transpose(0, 1), last
     output, last = _in_turn(layers, x, states, None)
     return output.contiguous(), last
+
+
+def _are_equal(batch_sizes: Tensor) -> bool:
+    """Whether each step has all sequences. Where operations are recorded nobody knows."""
+    return not backends.recorded() and bool(batch_sizes[0] == batch_sizes[-1])
+
+
+def _of_equal_lengths(
+    layers: RecurrentParameters, x: Tensor, states: list[Tensor] | None, T: int
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """:func:`run` over packed rows of sequences of T steps each, which are ``[T, B, I]``."""
+    x = x.unflatten(0, (T, -1))
+    output, last = run(layers, x.transpose(0, 1) if layers.batch_first else x, states)
+    return (output.transpose(0, 1) if layers.batch_first else output).flatten(0, 1), last
 
 
 def _at_once(

@@ -132,6 +132,17 @@ def test_masks_are_those_of_vanilla():
         torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_packed_sequences_of_equal_lengths_are_a_batch(monkeypatch, batch_first, bidirectional):
+    """No row moves, and results are those of torch.nn."""
+    monkeypatch.setattr(stack, "one_after_another", None)
+    options = {"batch_first": batch_first, "bidirectional": bidirectional}
+    mine, theirs = pair("LSTM", 3, 16, **options, dtype=torch.float32)
+    x = torch.randn(2, 2, 3)
+    assert_like_torch(mine, theirs, x, states(mine, 2), torch.tensor([2, 2]), tolerance=1e-5)
+
+
 def test_cells_and_steps():
     layer = ours.LSTM(3, 16)
     cell = ours.LSTMCell(3, 16)

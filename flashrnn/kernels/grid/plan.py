@@ -264,8 +264,6 @@ _AHEAD_OF_TWO = 3
 # Where batch tiles of two n-tiles are interleaved and have more slices, the compiler spills with
 # several of them ahead: LSTM 1x2048, B = 64, forward + backward took 46 us a step instead of 40.
 _MOST_SLICES_INTERLEAVED = 16
-# The most of R that may lie in memory so that slices of two n-tiles lie in registers.
-_MOST_IN_MEMORY_FOR_AHEAD = 1 / 5
 # Beyond this many, the compiler may copy flags to other registers, and so wait for one load after
 # the other: a plan with 8 slices took 7.4 ms instead of 2.0 at 1x768 (docs/notebook/2026-11-28.md).
 _MOST_AHEAD_IN_PARTS = 4
@@ -283,7 +281,8 @@ def _plan(choice: Choice, gpu: GPU, ahead: int) -> GridPlan | None:
     in_memory = fragments - in_registers - in_shared
     if 3 * in_memory > 2 * fragments:
         return None
-    if choice.n_tiles > 1 and ahead > 1 and in_memory > _MOST_IN_MEMORY_FOR_AHEAD * fragments:
+    # With parts of R on their way too, slices that are loaded ahead cost more than they save.
+    if choice.n_tiles > 1 and ahead > 1 and in_memory:
         return None
     return GridPlan(
         D=choice.D,
@@ -357,9 +356,10 @@ _EXCHANGE_LATENCY = 400.0
 _PACKET_BYTES_A_CTA, _PACKET_BYTES_A_GPU = 87, 11000
 # How long before its use a slice must be loaded, lest the product wait.
 _SLICE_LATENCY = 300
-# Bytes a cycle of R that a CTA loads from shared and from global memory. Of wide heads, forward, most
-# of the latter arrive while the CTA waits for packets.
-_SHARED_BYTES, _MEMORY_BYTES, _MEMORY_BYTES_FORWARD = 200, 20, 60
+# Bytes a cycle of R that a CTA loads from shared and from global memory.
+_SHARED_BYTES, _MEMORY_BYTES = 200, 20
+# The part of that which a step of a wide head waits for, forward.
+_MEMORY_SHOWS = 1 / 3
 # To add the sums of the warps, for each of them: at all, and sums a cycle.
 _ADD_LATENCY, _SUMS_A_CYCLE = 57, 30
 # The cell's step of a thread's element, with what it loads and stores.
@@ -372,13 +372,16 @@ def estimated_cycles(choice: Choice, plan: GridPlan, B: int, N: int, gpu: GPU) -
     """What a step of all sequences takes, as far as plans compare by it."""
     multiply = _product_cycles(choice)
     transfer = _transfer_cycles(choice, plan, multiply, B, N, gpu)
-    arrive = choice.is_wide and not plan.backward
-    memory_bytes = _MEMORY_BYTES_FORWARD if arrive else _MEMORY_BYTES
-    from_shared, from_memory = plan.in_shared / _SHARED_BYTES, plan.in_memory / memory_bytes
-    fetch = _FRAGMENT_BYTES * choice.warps * (from_shared + from_memory)
+    from_shared = _FRAGMENT_BYTES * choice.warps * plan.in_shared / _SHARED_BYTES
+    from_memory = _FRAGMENT_BYTES * choice.warps * plan.in_memory / _MEMORY_BYTES
     sums = choice.columns * choice.units * choice.values.produced
     add = choice.warps * (_ADD_LATENCY + sums / _SUMS_A_CYCLE)
-    step = transfer + multiply + fetch + add + _ELEMENT_CYCLES * choice.elements
+    step = transfer + multiply + from_shared + add + _ELEMENT_CYCLES * choice.elements
+    if choice.is_wide and not plan.backward:
+        # R arrives from memory during all of the step.
+        step = max(step + _MEMORY_SHOWS * from_memory, from_memory)
+    else:
+        step += from_memory
     # Interleaved batch tiles hide the latency of the exchange.
     latency = _EXCHANGE_LATENCY + choice.size
     of_tiles = [max(latency + step, (tile + 1) * step) for tile in range(choice.interleaved)]
