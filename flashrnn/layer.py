@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from flashrnn import backends, calls, checks, sequences
 from flashrnn.backends import autograd
+from flashrnn.backends.gradients import over_rows
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, without_autocast
@@ -152,7 +153,7 @@ def factors_gradients(
     rows = d_Wx.reshape(B * T, Gw * N * D)
     return (
         torch.mm(rows, W).view(x.shape) if needs_x else None,
-        torch.mm(rows.t(), x.flatten(0, 1)) if needs_W else None,
+        over_rows(rows, x.flatten(0, 1)) if needs_W else None,
     )
 
 

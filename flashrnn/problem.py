@@ -133,8 +133,11 @@ def rnn_tf32_allowed() -> bool:
 
 def tf32_allowed(problem: Problem) -> bool:
     """Whether products of float32 may see 10 bits of its mantissa: else PyTorch's setting says."""
-    if problem.allow_tf32 is not None:
-        return problem.allow_tf32
+    return matmul_tf32_allowed() if problem.allow_tf32 is None else problem.allow_tf32
+
+
+def matmul_tf32_allowed() -> bool:
+    """Whether PyTorch's settings let its products use TF32 on a GPU."""
     matmul = torch.backends.cuda.matmul
     # PyTorch 2.9's setting; where it was used, asking for the older one is an error.
     precision = getattr(matmul, "fp32_precision", None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.cells.traced import TracedCell
-from flashrnn.problem import Problem
+from flashrnn.problem import Problem, matmul_tf32_allowed
 from flashrnn.sequences import Sequences, bounds, runs_backwards
 
 
@@ -108,7 +108,33 @@ def recurrent_gradient(
         before = _repeated(before.view(B * T, 1, N * D), repeated)
     rows = fed.reshape(B * T, repeated * N, width)
     columns = before.reshape(B * T, repeated * N, D)
+    if N == 1:
+        return over_rows(rows.squeeze(1), columns.squeeze(1)).view(Gr, N, D, D)
     return torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1)).view(Gr, N, D, D)
+
+
+def over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``aᵀ b`` ``[M, K]`` of ``[rows, M]`` and ``[rows, K]``: the sum over all steps' products."""
+    parts = _parts(a, b)
+    if parts == 1:
+        return torch.mm(a.t(), b)
+    a, b = a.unflatten(0, (parts, -1)), b.unflatten(0, (parts, -1))
+    return torch.bmm(a.transpose(1, 2), b).sum(0)
+
+
+# Rows, and elements of the product, from which on and up to which it takes less time in parts.
+_ROWS_IN_PARTS, _MOST_IN_PARTS, _PARTS = 65536, 3072 * 768, 16
+
+
+def _parts(a: Tensor, b: Tensor) -> int:
+    """In how many parts rows are summed: by TF32 the library takes 2.13 ms for 65,536 rows of 3072
+    and of 768, and 1.28 ms in 16 parts (H200). Of fewer rows, of larger products, in float32 and in
+    16 bits there is little or nothing to gain."""
+    rows, elements = a.shape[0], a.shape[1] * b.shape[1]
+    is_long = rows >= _ROWS_IN_PARTS and rows % _PARTS == 0 and elements <= _MOST_IN_PARTS
+    if is_long and a.is_cuda and a.dtype == torch.float32 and matmul_tf32_allowed():
+        return _PARTS
+    return 1
 
 
 def _shifted(h_initial: Tensor, h: Tensor, repeated: int) -> Tensor:
