@@ -1,7 +1,10 @@
-"""The GPUs that plans are made for on a machine without one."""
+"""The GPUs that plans are made for on a machine without one, and who shares a real one."""
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 
 from flashrnn import Cell
@@ -43,3 +46,10 @@ def planned(
     """A problem on a GPU, as plans are asked for."""
     device = torch.device("cuda")
     return Problem(resolve(kind), B, 64, N, D, dtype, device, needs_gradient=needs_gradient)
+
+
+alone = pytest.mark.skipif(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1",
+    reason="measures time or free memory, which other workers take: run it without -n, or with -n 1",
+)
+"""Of tests that are wrong beside others."""

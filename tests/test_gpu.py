@@ -32,6 +32,7 @@ from tests.fused import (  # noqa: F401
     tf32,
     with_gaps,
 )
+from tests.gpus import alone
 from tests.problems import (
     BUILT_IN,
     Inputs,
@@ -588,6 +589,7 @@ print(time.perf_counter() - start)
 """
 
 
+@alone
 def test_first_result_of_a_shape_is_there_soon(backend, tmp_path):
     environment = {**os.environ, "FLASHRNN_CACHE_DIR": str(tmp_path)}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

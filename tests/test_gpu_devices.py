@@ -16,6 +16,7 @@ from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels.per_step import runs
 from flashrnn.problem import Problem
 from tests.fused import hold_to_vanilla
+from tests.gpus import alone
 from tests.problems import call, gradients, random_inputs
 
 pytestmark = pytest.mark.gpu
@@ -217,6 +218,7 @@ def _forget():
         launch.Program(cubin, ["k"], 0)
 
 
+@alone
 def test_memory_and_time_of_many_calls_level_off():
     """New sizes above all; new clip values, a few dozen new cells, equal cells made anew."""
 
