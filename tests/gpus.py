@@ -50,6 +50,6 @@ def planned(
 
 alone = pytest.mark.skipif(
     os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1",
-    reason="measures time or free memory, which other workers take: run it without -n, or with -n 1",
+    reason="measures time or free memory, which other workers take: run it without -n",
 )
 """Of tests that are wrong beside others."""
