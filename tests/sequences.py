@@ -135,6 +135,9 @@ def random_ragged(
         lengths = randint(0, T + 1, B).tolist()
         lengths[int(randint(0, B, 1))] = T
     if ragged == "lengths":
+        if min(lengths, default=0) == T > 1:
+            # Lengths on the CPU that are all T are left out.
+            lengths[0] = T - 1
         options["lengths"] = torch.tensor(lengths, device=device)
     if ragged == "packed":
         rows = (1, sum(lengths))

@@ -309,7 +309,9 @@ def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
         case = random_ragged(
             "elman", 2, 3, 2, 16, seed, ragged="lengths", reverse="some", dtype=torch.bfloat16
         )
-        case = replace(case, options=case.options | {"reverse": [seed == 1, seed == 2]})
+        # Lengths that are all 3 would be left out.
+        options = {"reverse": [seed == 1, seed == 2], "lengths": torch.tensor([3, seed])}
+        case = replace(case, options=case.options | options)
         gradients_of(case, case.call("cuda_fused"))
     assert cuda_fused._scan_kernel.cache_info().currsize == 2
     assert cuda_fused._gradient_kernel.cache_info().currsize == 1
