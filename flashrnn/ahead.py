@@ -60,6 +60,9 @@ def compile_ahead(
             out of :func:`flashrnn.available_functions`; one of your own, after
             :func:`flashrnn.register`. The dtype is bfloat16, float16, float32, or tf32 for float32
             where PyTorch is set to round products' factors so; bf16, fp16 and fp32 are short names.
+            Calls with options of sequences have kernels of their own: add ``reset``, ``lengths``,
+            ``cu_seqlens`` or ``reverse``, all of those that a call has. A layer with two directions
+            is a call of twice the heads with ``reverse``; one of a packed batch has ``cu_seqlens``.
         gpu: a GPU's model, ``"H200"``; ``None``: this machine's current GPU.
         backend: ``"cuda_fused"`` or ``"cuda"``.
         forward_only: only what calls without gradients need; else that, and what training needs.
@@ -68,7 +71,8 @@ def compile_ahead(
             and another user runs.
 
     Returns:
-        All kernels, each once.
+        All kernels, each once: those of calls that return all states, and those of calls that
+        return h alone, as layers do.
 
     Raises:
         ValueError: a shape, a model or a backend that is none, or a shape that the backend cannot
@@ -138,13 +142,16 @@ def _programs(
 
     problem, precision = _parsed(shape, config or FlashRNNConfig())
     module: Any = backends.load(backend)
-    training = problem._replace(needs_gradient=True)
-    purposes = [(problem, False, "")]
-    if not forward_only:
-        purposes += [(training, False, ", training"), (training, True, "")]
-    for one, backward, purpose in purposes:
-        for parts in module.programs(one, gpu, precision, backward):
-            yield list(parts)[-1] + purpose, parts
+    # Of one state h is all there is.
+    of_h = [(problem._replace(returned=1), ", h alone")] if len(problem.cell.states) > 1 else []
+    for one, returned in ((problem, ""), *of_h):
+        training = one._replace(needs_gradient=True)
+        purposes = [(one, False, "")]
+        if not forward_only:
+            purposes += [(training, False, ", training"), (training, True, "")]
+        for each, backward, purpose in purposes:
+            for parts in module.programs(each, gpu, precision, backward):
+                yield list(parts)[-1] + purpose + returned, parts
     if backend == "cuda_fused" and not registry.is_small(problem.D):
         yield "a question to the driver", launch.PROBE
 
@@ -153,9 +160,12 @@ def _parsed(shape: str, config: FlashRNNConfig) -> tuple[Problem, str]:
     """A problem that needs no gradient, and the precision."""
     sizes: dict[str, int] = {}
     names = []
+    options: dict[str, Any] = {}
     for field in shape.replace(" ", "").split(","):
         key, equals, value = field.partition("=")
-        if not equals:
+        if field in _OPTIONS:
+            options |= _OPTIONS[field]
+        elif not equals:
             names.append(_SHORT.get(field, field))
         elif key not in ("B", "T", "N", "D") or not value.isdecimal() or not int(value):
             raise ValueError(f"{field!r} in shape {shape!r}; {_ACCEPTED}")
@@ -165,8 +175,11 @@ def _parsed(shape: str, config: FlashRNNConfig) -> tuple[Problem, str]:
     cells = [name for name in names if name not in _PRECISIONS]
     if not {"B", "N", "D"} <= set(sizes) or len(dtypes) != 1 or len(cells) != 1:
         raise ValueError(f"shape {shape!r}; {_ACCEPTED}")
+    cell = resolve(cells[0]).traced
+    if options:
+        options["returned"] = len(cell.states)
     problem = Problem(
-        cell=resolve(cells[0]).traced,
+        cell=cell,
         B=sizes["B"],
         T=1,
         N=sizes["N"],
@@ -176,13 +189,22 @@ def _parsed(shape: str, config: FlashRNNConfig) -> tuple[Problem, str]:
         gradient_recurrent_cut=config.gradient_recurrent_cut,
         gradient_recurrent_clipval=config.gradient_recurrent_clipval,
         forward_clipval=config.forward_clipval,
+        **options,
     )
     return problem, dtypes[0]
 
 
+# A problem's fields by the argument of a call. Which heads run backwards is no matter.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "reset": {"resets": True},
+    "lengths": {"ragged": True},
+    "cu_seqlens": {"ragged": True, "packed": True},
+    "reverse": {"reverse": True},
+}
 _ACCEPTED = (
-    "accepted are a cell, B, N and D, of 1 and more, and a dtype out of "
-    f"{', '.join(_PRECISIONS)}: 'lstm,B=16,N=12,D=64,bfloat16'"
+    "accepted are a cell, B, N and D, of 1 and more, a dtype out of "
+    f"{', '.join(_PRECISIONS)}, and what the call has of {', '.join(_OPTIONS)}: "
+    "'lstm,B=16,N=12,D=64,bfloat16'"
 )
 
 DESCRIPTION = """\
@@ -190,11 +212,14 @@ Compiles the kernels of calls that are to come and keeps them in the cache folde
 FLASHRNN_CACHE_DIR names, or flashrnn in the user's cache folder. No GPU is needed. A process that
 finds them there compiles nothing at its first call, if it has the same version of flashrnn and of
 NVRTC (python -m flashrnn info), and a GPU of that model, all of whose multiprocessors are its own.
+Calls that return all states and calls that return h alone, as layers do, are both provided for.
 
 A SHAPE is a call's cell, B, N, D and dtype: lstm,B=16,N=12,D=64,bfloat16. T does not matter. A B
 has its own kernels only where it is tiled in another way. The dtype is bfloat16, float16, float32,
-or tf32 for float32 where PyTorch is set to round products' factors so. Rows of inputs are taken to
-begin at multiples of 16 bytes where D allows it. Triton's kernels are not compiled: Triton keeps
+or tf32 for float32 where PyTorch is set to round products' factors so. Calls with reset, lengths,
+cu_seqlens or reverse have kernels of their own: add these words. A layer with two directions is a
+call of twice the heads with reverse: lstm,B=16,N=2,D=64,bfloat16,reverse. Rows of inputs are taken
+to begin at multiples of 16 bytes where D allows it. Triton's kernels are not compiled: Triton keeps
 its own.
 
   FLASHRNN_CACHE_DIR=/opt/flashrnn python -m flashrnn compile --gpu H200 --shared \\

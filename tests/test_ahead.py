@@ -55,6 +55,53 @@ print("done")
 """
 
 
+OF_LAYERS = """
+import sys
+import torch
+from tests import fake_driver
+fake_driver.install(sys.argv[1])
+from flashrnn import recurrent_layer
+from flashrnn.backends import cuda_fused
+from flashrnn.jit import nvrtc
+
+def refuse(source, arch, names):
+    raise AssertionError(f"compiled: {names[-1]}")
+
+nvrtc._compile = refuse
+cuda_fused.unavailable = lambda device: None
+for D in (16, 136):
+    W, R, b = (
+        torch.zeros(4, 2, *sizes, dtype=torch.bfloat16, requires_grad=True)
+        for sizes in ((D, 8), (D, D), (D,))
+    )
+    x = torch.zeros(4, 3, 8, dtype=torch.bfloat16)
+    rows = {"cu_seqlens": torch.tensor([0, 3, 5, 9, 12])}
+    cuts = {"lengths": torch.tensor([3, 2, 0, 1]), "reset": torch.ones(4, 3, dtype=torch.bool)}
+    both = {"reverse": [False, True]}
+    for given, options in ((x, {}), (x, both), (x.view(12, 8), rows), (x, cuts)):
+        for _ in range(2):
+            h = recurrent_layer(
+                given, W, R, b, backend="cuda_fused", return_states="h", **options
+            )[0]
+            h.sum().backward()
+        with torch.no_grad():
+            recurrent_layer(given, W, R, b, backend="cuda_fused", return_states="h", **options)
+print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for a driver without a GPU")
+def test_layers_find_what_was_compiled_ahead(folder, tmp_path):
+    """Of h alone, with each option of sequences."""
+    options = ("", ",reverse", ",cu_seqlens", ",lengths,reset")
+    shapes = [f"lstm,B=4,N=2,D={D},bfloat16{option}" for D in (16, 136) for option in options]
+    compile_ahead(shapes, "H200")
+    driver = str(fake_driver.compiled(tmp_path))
+    done = subprocess.run([sys.executable, "-c", OF_LAYERS, driver], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for a driver without a GPU")
 def test_calls_find_what_was_compiled_ahead(folder, tmp_path):
     """The real path of calls, on a driver without a GPU, with a compiler that refuses."""
