@@ -24,6 +24,8 @@ from flashrnn.cells import resolve
 from flashrnn.functional import flashrnn
 from flashrnn.kernels import cluster, grid, registry
 from flashrnn.kernels.cluster import wgmma_backward_plan
+from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.plan import Plan
 from flashrnn.problem import Problem
 from tests.fused import hold_to_vanilla
@@ -43,11 +45,16 @@ PROBLEMS = [
 SHORT, LONG = 64, 320
 
 
-ALL = registry.LARGE_HEADS
+ALL, STEPS = registry.LARGE_HEADS, registry.plan_steps
 
 
 def force(plan: Plan | None) -> None:
-    """Have every backward scan computed by a plan, or again by the one of fewest cycles."""
+    """Have every backward scan computed by a plan, or again by what takes fewest cycles."""
+
+    def steps(
+        problem: Problem, precision: str, gpu: GPU, backward: bool
+    ) -> cell_plan.CellPlan | None:
+        return None if backward and plan else STEPS(problem, precision, gpu, backward)
 
     def forced(regime: registry.Regime) -> registry.Regime:
         return lambda problem, gpu, backward: (
@@ -55,6 +62,7 @@ def force(plan: Plan | None) -> None:
         )
 
     registry.LARGE_HEADS = tuple(map(forced, ALL))
+    registry.plan_steps = steps
     for cache in (registry.best_plan, *cuda_fused.KERNELS):
         cache.cache_clear()
 
