@@ -195,7 +195,7 @@ def test_recording_is_seen_before_autograd_and_after(pre_dispatch):
 
 def test_modes_of_threads_that_overlap_leave_nothing_behind():
     """In a process of its own: in PyTorch 2.9 Dynamo compiles nothing any more afterwards."""
-    child = f"from {__name__} import overlap; overlap()"
+    child = "from tests.test_private_torch import overlap; overlap()"
     subprocess.run([sys.executable, "-c", child], check=True, cwd=Path(__file__).parents[1])
 
 
