@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -221,6 +221,10 @@ class FlashRNNConfig:
         """Check a field before it is set."""
         if name in _CHECKS:
             _CHECKS[name](name, value)
+        elif type(self) is FlashRNNConfig and name[:1] != "_" and not hasattr(type(self), name):
+            # A class made of it may have more.
+            known = [field.name for field in fields(self) if field.init]
+            raise AttributeError(unknown_name("field", name, known))
         before = getattr(self, name, value)
         super().__setattr__(name, value)
         if name not in _UPSTREAM:
@@ -228,9 +232,9 @@ class FlashRNNConfig:
         if value != _UPSTREAM[name]:
             self.__dict__["of_upstream"] = True
         elif before != value:
-            fields = self.__dict__ | self.given_sizes()
+            values = self.__dict__ | self.given_sizes()
             self.__dict__["of_upstream"] = any(
-                fields.get(name, nothing) != nothing for name, nothing in _UPSTREAM.items()
+                values.get(name, nothing) != nothing for name, nothing in _UPSTREAM.items()
             )
 
     @property
@@ -289,6 +293,11 @@ def _check_allow_tf32(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {type(value).__name__}; accepted are True, False and None")
 
 
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {type(value).__name__}; accepted are True and False")
+
+
 def _check_dtype(name: str, value: Any) -> None:
     if value is not None:
         try:
@@ -345,6 +354,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "constants": _check_constants,
     "initial_val": _check_initial_val,
     "allow_tf32": _check_allow_tf32,
+    **dict.fromkeys(("gradient_recurrent_cut", "enable_automatic_mixed_precision"), _check_bool),
     **dict.fromkeys(("gradient_recurrent_clipval", "forward_clipval"), _check_clipval),
     **dict.fromkeys(("dtype", *(f"dtype_{x}" for x in ("acc", *"brwgsa"))), _check_dtype),
     **dict.fromkeys((*_SIZES, "batch_size"), _check_size),

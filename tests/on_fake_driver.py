@@ -402,6 +402,21 @@ def steps_in_a_graph_have_its_memory(driver):
     assert given == step_arguments(driver, run, *tensors)
 
 
+def steps_in_a_graph_find_packets_that_it_has_set_to_zero(driver):
+    """Made of zeros within the graph; others set them to zero before each launch."""
+    run, *tensors = steps(D=768)
+    with pytest.MonkeyPatch.context() as patch:
+        zero, counted = torch.Tensor.zero_, []
+        patch.setattr(torch.Tensor, "zero_", lambda self: counted.append(self) or zero(self))
+        for _ in range(2):
+            run(*tensors)
+        assert len(counted) == 2
+        driver.capturing = True
+        run(*tensors)
+        driver.capturing = False
+        assert len(counted) == 2
+
+
 def steps_begin_within_inference_mode(driver):
     """And go on outside of it, where PyTorch refuses to write what was made within."""
     for D in (64, 256, 768):
@@ -450,6 +465,7 @@ TESTS = [
     steps_are_prepared_once,
     steps_on_two_streams_share_no_memory,
     steps_in_a_graph_have_its_memory,
+    steps_in_a_graph_find_packets_that_it_has_set_to_zero,
     steps_begin_within_inference_mode,
     steps_on_many_streams_level_off,
     unaligned_steps_are_copied_where_they_must_be,

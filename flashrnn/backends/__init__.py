@@ -198,8 +198,11 @@ def checked(name: str) -> str:
     """The name of a backend, or ``"auto"``, once it is found to be one.
 
     Raises:
+        TypeError: no string.
         ValueError: no such backend; names the nearest.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"backend is {type(name).__name__}; accepted is a name, or 'auto'")
     if name not in ("auto", *PREFERENCE, *_ALIASES):
         raise ValueError(unknown_name("backend", name, ("auto", *PREFERENCE)))
     return name

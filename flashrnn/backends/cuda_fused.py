@@ -320,8 +320,8 @@ class _Steps:
         precision = source.precision_of(self._problem) if self._is_float32 else self._precision
         where = _where(self._problem)
         if where is None:
-            # The scratch memory of a launch in a graph is the graph's.
-            found = self._prepare(precision, wx, states, out)
+            # The scratch memory of a launch in a graph is the graph's, which sets packets to zero.
+            found = self._prepare(precision, wx, states, out)._replace(packets=None)
         else:
             # Launches on two streams may overlap, so each stream has scratch memory of its own.
             key = wx.data_ptr() % 16, precision, where
@@ -382,7 +382,8 @@ class _Step(NamedTuple):
     Attributes:
         kept: the launch, on the stream that it was prepared for.
         places: which of its arguments are the addresses of wx, states and out.
-        packets: where CTAs send each other packets, if they do.
+        packets: where CTAs send each other packets, if they do and each launch has to set it to
+            zero.
         held: what must be there for as long as the launch: its kernel, and memory that is its own,
             packets and the states in the problem's dtype.
         copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashrnn.nn.parameters import RecurrentParameters, dtype_of, rows_of
+from flashrnn.nn.parameters import RecurrentParameters, first_of, rows_of
 
 
 def states_in(layers: RecurrentParameters, hx: Any, dim: int) -> list[Tensor] | None:
@@ -27,20 +27,23 @@ def states_in(layers: RecurrentParameters, hx: Any, dim: int) -> list[Tensor] | 
     for state in states:
         if state.dim() != dim:
             raise RuntimeError(
-                f"hx has {state.dim()} dimensions, {tuple(state.shape)}; accepted are as many "
-                f"as those of the input: {dim}"
+                f"hx has {state.dim()} dimensions, {tuple(state.shape)}; accepted are {dim}: "
+                + ("layers, sequences and units" if dim == 3 else "layers and units")
             )
     return states
 
 
 def check_input(layers: RecurrentParameters, input: Tensor, dim: int) -> None:
     """Raise an error unless the input has so many dimensions, of which the last are features."""
-    dtype = dtype_of(layers)
+    weight = first_of(layers)
+    dtype, device = weight.dtype, weight.device
     if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
         raise ValueError(
             f"RNN input dtype {input.dtype} does not match weight dtype {dtype}. Convert one: "
             f"input.to({dtype}), or model.to({input.dtype})"
         )
+    if input.device != device:
+        raise RuntimeError(f"input is on {input.device}, the weights are on {device}: move one")
     if input.dim() != dim:
         raise RuntimeError(f"input must have {dim} dimensions, got {input.dim()}")
     if input.size(-1) != layers.input_size:
@@ -63,6 +66,8 @@ def check_states(
             )
         if state.device != input.device:
             raise RuntimeError(f"input is on {input.device}, hx on {state.device}: move one")
+        if state.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise RuntimeError(f"input is of {input.dtype}, hx of {state.dtype}: convert one")
 
 
 def flags_in(layers: RecurrentParameters, reset: Any, input: Tensor, batched: bool) -> Tensor:
@@ -72,14 +77,14 @@ def flags_in(layers: RecurrentParameters, reset: Any, input: Tensor, batched: bo
     """
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset is {type(reset).__name__}; accepted is a torch.Tensor")
-    if not batched:
-        reset = reset.unsqueeze(0 if layers.batch_first else 1)
-    if reset.shape != input.shape[:2]:
+    one = 0 if layers.batch_first else 1
+    shape = input.shape[:2] if batched else input.shape[1 - one : 2 - one]
+    if reset.shape != shape:
         raise RuntimeError(
-            f"reset has shape {tuple(reset.shape)}; accepted is {tuple(input.shape[:2])}, "
-            "the input's without its features"
+            f"reset has shape {tuple(reset.shape)}; accepted is {tuple(shape)}, the input's "
+            "without its features"
         )
-    return reset.ne(0)
+    return (reset if batched else reset.unsqueeze(one)).ne(0)
 
 
 def returned(states: Sequence[Tensor]) -> Any:

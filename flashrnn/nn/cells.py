@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,20 @@ class _Cell(torch.nn.RNNCellBase):
         that takes as long as to choose who computes. All others, wrong ones too, go through it.
         """
         return step(input, states, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What ``torch.jit.script`` compiles in place of it: torch.nn's cell, weights shared."""
+        if self.heads != 1:
+            kind = type(self).__name__
+            raise ValueError(
+                f"torch.jit.script compiles torch.nn's {kind} in place of this one, which has no "
+                f"heads: this one has {self.heads}"
+            )
+        twin = copy.copy(self)
+        for name in ("heads", "backend"):
+            twin.__dict__.pop(name, None)
+        twin.__class__ = getattr(torch.nn, type(self).__name__)
+        return twin
 
     def extra_repr(self) -> str:
         """Torch.nn's, and behind it what torch.nn does not have."""
@@ -209,15 +224,16 @@ def _step(
     start = None
     if states is not None:
         rows = [state if batched else state.unsqueeze(0) for state in given]
-        if any(row.shape != (len(x), H) for row in rows):
+        if any(row.shape != (x.shape[0], H) for row in rows):
             raise RuntimeError(
                 f"{kind}: hx has shapes {[tuple(state.shape) for state in given]}; accepted is, "
-                f"for each of {', '.join(cell.states)}, {(len(x), H) if batched else (H,)}"
+                f"for each of {', '.join(cell.states)}, {(x.shape[0], H) if batched else (H,)}"
             )
         start = torch.stack(rows).unflatten(-1, (1, layer.heads, -1))
     _check_dtypes(kind, input, layer.weight_hh)
-    last = _last(layer, mode, x, start)
-    return [state if batched else state.squeeze(0) for state in last.flatten(2).unbind(0)]
+    # Each in memory of its own: callers change states in place, and detach them.
+    last = [state.clone() for state in _last(layer, mode, x, start).flatten(2).unbind(0)]
+    return last if batched else [state.squeeze(0) for state in last]
 
 
 def _last(

@@ -169,5 +169,6 @@ class RNN(Recurrent, torch.nn.RNN):
 
 
 def _refuse_projection(proj_size: object) -> None:
-    if proj_size is not None:
+    # 0, which asks for none, stands before `device` where that is given by position.
+    if proj_size is not None and proj_size != 0:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

@@ -53,6 +53,8 @@ class RecurrentParameters(torch.nn.RNNBase):
     ) -> None:
         # Not RNNBase's, which knows the cells of torch.nn alone.
         torch.nn.Module.__init__(self)
+        if isinstance(num_layers, numbers.Integral) and not isinstance(num_layers, bool):
+            num_layers = int(num_layers)  # NumPy's too, as of torch.nn's layers.
         _check_types(
             input_size=(input_size, int),
             hidden_size=(hidden_size, int),
@@ -193,10 +195,10 @@ def weights_of(layers: RecurrentParameters, row: int) -> Weights:
     )
 
 
-def dtype_of(layers: RecurrentParameters) -> torch.dtype:
-    """That of the parameters."""
-    dtype: torch.dtype = getattr(layers, layers._flat_weights_names[0]).dtype
-    return dtype
+def first_of(layers: RecurrentParameters) -> Tensor:
+    """The first of the parameters, which have one dtype and one device."""
+    weight: Tensor = getattr(layers, layers._flat_weights_names[0])
+    return weight
 
 
 def rows_of(layers: RecurrentParameters) -> int:

@@ -182,15 +182,20 @@ class Recurrent(RecurrentParameters):
         return packed, arguments.returned(last)
 
     def _forward_rows(self, input: Tensor, hx: Any, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
+        if input.dim() != 2:
+            raise RuntimeError(
+                "with cu_seqlens input must have 2 dimensions, [rows, input_size], got "
+                f"{input.dim()}"
+            )
         arguments.check_input(self, input, 2)
         arguments.check_bounds_are_integers(cu_seqlens)
         cu_seqlens = cu_seqlens.long()
         if cu_seqlens.device.type == "cpu" and not backends.recorded():
-            arguments.check_bounds(cu_seqlens, len(input))
-        if len(input) == 0:
+            arguments.check_bounds(cu_seqlens, input.shape[0])
+        if input.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN, got no rows")
         states = arguments.states_in(self, hx, 3)
-        arguments.check_states(self, states, input, len(cu_seqlens) - 1)
+        arguments.check_states(self, states, input, cu_seqlens.shape[0] - 1)
         output, last = stack.run(self, input, states, cu_seqlens=cu_seqlens)
         return output, arguments.returned(last)
 
@@ -244,7 +249,7 @@ class Recurrent(RecurrentParameters):
             x = x.unsqueeze(0)
             states = None if states is None else [state.unsqueeze(1) for state in states]
         arguments.check_input(self, x, 2)
-        arguments.check_states(self, states, x, len(x))
+        arguments.check_states(self, states, x, x.shape[0])
         y, last = stack.step(self, x, states)
         if not batched:
             y, last = y.squeeze(0), [state.squeeze(1) for state in last]

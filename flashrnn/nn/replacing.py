@@ -49,11 +49,12 @@ def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "
         backend: for all of them; see :class:`Recurrent`.
 
     Returns:
-        Which layers were swapped, and which were left and why: instances of a subclass, whose
-        ``forward`` may differ (the parametrizations of ``torch.nn.utils`` make subclasses).
+        Which layers were swapped, and which were left and why: those of this package that are not
+        as asked for, and instances of a subclass, whose ``forward`` may differ (the
+        parametrizations of ``torch.nn.utils`` make subclasses).
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``keep_types`` no bool.
         ValueError: there is no such backend.
 
     Example:
@@ -62,9 +63,18 @@ def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "
         encoder: LSTM(8, 16)
     """
     backends.checked(backend)
+    if not isinstance(keep_types, bool):
+        raise TypeError(f"keep_types is {type(keep_types).__name__}; accepted are True and False")
     report = Replaced()
     for name, layer in _modules(model):
-        if not isinstance(layer, torch.nn.RNNBase) or isinstance(layer, Recurrent):
+        if isinstance(layer, Recurrent):
+            if backend not in ("auto", layer.backend) or not (keep_types or _is_plain(layer)):
+                report.left[name] = (
+                    f"it is {type(layer).__name__} of this package, backend {layer.backend!r}; set "
+                    "its backend, or restore() it first"
+                )
+            continue
+        if not isinstance(layer, torch.nn.RNNBase):
             continue
         ours = _OURS.get(type(layer))
         if ours is None:
@@ -78,6 +88,11 @@ def replace(model: torch.nn.Module, *, keep_types: bool = True, backend: str = "
             layer.backend = backend
         report.swapped[name] = str(layer)
     return report
+
+
+def _is_plain(layer: Recurrent) -> bool:
+    """Whether it is no ``torch.nn.LSTM``, ``GRU`` or ``RNN`` besides."""
+    return not isinstance(layer, tuple(_OURS))
 
 
 def restore(model: torch.nn.Module) -> Replaced:

@@ -286,4 +286,5 @@ def _step_kept(
             return None
         last.append(after.flatten(2).to(x.dtype))
         x = last[-1][0]
-    return x, list(torch.stack(last, 1).unbind(0))
+    # In memory of their own, as above.
+    return x.clone(), [state.clone() for state in torch.stack(last, 1).unbind(0)]

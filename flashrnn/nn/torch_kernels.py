@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from flashrnn.nn.parameters import (
     parameters_of,
     rows_of,
 )
+from flashrnn.problem import autocast_enabled
 
 
 def compute(layers: RecurrentParameters, device: torch.device) -> bool:
@@ -54,8 +56,9 @@ def run(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """All layers over a batch as it is given, or with ``batch_sizes`` over packed rows."""
     if states is None:
+        # No number of Python's: torch.jit.trace and torch.export would keep it for every batch.
         batch = x.size(0 if layers.batch_first else 1) if batch_sizes is None else batch_sizes[0]
-        states = _zeros(layers, x, int(batch))
+        states = _zeros(layers, x, batch)
     arguments = (
         returned(states),
         parameters_of(layers),
@@ -77,7 +80,12 @@ def step(
     layers: RecurrentParameters, x: Tensor, states: list[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
     """One step: PyTorch has a kernel that does without what a sequence needs."""
-    states = states or _zeros(layers, x, len(x))
+    if autocast_enabled(x.device.type):
+        # It does not cast what that kernel reads, as it does for sequences.
+        time = 1 if layers.batch_first else 0
+        output, ended = run(layers, x.unsqueeze(time), states, None)
+        return output.squeeze(time), list(ended)
+    states = states or _zeros(layers, x, x.shape[0])
     kernel, last = MODES[layers.mode].step, []
     for layer, weights in enumerate(layers.all_weights):
         after = kernel(x, returned([state[layer] for state in states]), *weights)
@@ -88,8 +96,8 @@ def step(
     return x, [torch.stack(rows) for rows in zip(*last, strict=True)]
 
 
-def _zeros(layers: RecurrentParameters, x: Tensor, B: int) -> list[Tensor]:
-    """States of a cell that torch.nn has."""
+def _zeros(layers: RecurrentParameters, x: Tensor, B: Any) -> list[Tensor]:
+    """States of a cell that torch.nn has, of B sequences: a number, or a tensor of one."""
     rows = rows_of(layers)
     h = x.new_zeros(rows, B, layers.proj_size or layers.hidden_size)
     return [h, x.new_zeros(rows, B, layers.hidden_size)] if layers.mode == "LSTM" else [h]

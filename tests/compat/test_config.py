@@ -155,3 +155,21 @@ def test_only_what_is_set_makes_a_config_upstreams():
     sizes = FlashRNNConfig(hidden_dim=8)
     sizes.hidden_dim = None
     assert not sizes.of_upstream and replace(FlashRNNConfig(num_heads=2)).of_upstream
+
+
+def test_an_unknown_field_cannot_be_set_either():
+    config = FlashRNNConfig()
+    with pytest.raises(AttributeError, match="Did you mean 'forward_clipval'"):
+        config.forward_clip = 0.1
+
+    class Further(FlashRNNConfig):
+        pass
+
+    config = Further()
+    config.own = 1
+
+
+@pytest.mark.parametrize("name", ["gradient_recurrent_cut", "enable_automatic_mixed_precision"])
+def test_what_is_a_bool_is_held_to_it(name):
+    with pytest.raises(TypeError, match=f"{name} is str; accepted are True and False"):
+        FlashRNNConfig(**{name: "no"})

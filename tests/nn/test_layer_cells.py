@@ -220,3 +220,40 @@ class TestSteps:
                 layer.step(torch.randn(2, 3), (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)))
             with pytest.raises(TypeError, match="tuple of tensors"):
                 layer.step(torch.randn(2, 3), torch.zeros(1, 2, 4))
+
+
+class TestStatesOfCells:
+    """Callers change them in place, and detach them, between steps."""
+
+    @pytest.mark.parametrize("options", [{}, {"heads": 2}, {"backend": "vanilla"}], ids=str)
+    @every_kind
+    def test_in_place(self, kind, options):
+        cell, x = getattr(ours, f"{kind}Cell")(3, 4, **options), torch.randn(2, 3)
+        for state in tensors(cell(x)):
+            state.detach_().mul_(2)
+        if kind == "LSTM":
+            given = cell(x)
+            for state in given:
+                state *= torch.tensor([[1.0], [0.0]])
+            sum(state.sum() for state in given).backward()
+            assert cell.weight_ih.grad.abs().sum() > 0
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @every_kind
+    def test_scripted(self, kind):
+        """As torch.nn's cell with the same weights."""
+        cell, x = getattr(ours, f"{kind}Cell")(3, 4), torch.randn(2, 3)
+        model = nn.Sequential(cell) if kind != "LSTM" else cell
+        assert_same(torch.jit.script(model)(x), cell(x), 1e-6)
+        assert type(cell) is getattr(ours, f"{kind}Cell") and cell.heads == 1
+        with pytest.raises(ValueError, match="no heads: this one has 2"):
+            torch.jit.script(getattr(ours, f"{kind}Cell")(3, 4, heads=2))
+
+
+@every_kind
+def test_a_step_within_autocast_has_the_dtypes_of_a_call(kind):
+    layer, x = getattr(ours, kind)(3, 4), torch.randn(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given, expected = layer.step(x), layer(x[None])
+    dtypes = [[y.dtype for y in tensors(found)] for found in (given, expected)]
+    assert dtypes[0] == dtypes[1]

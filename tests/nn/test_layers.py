@@ -1,5 +1,6 @@
 """LSTM, GRU and RNN stand wherever torch.nn's stood."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -292,3 +293,28 @@ class TestErrors:
             layer(torch.randn(4, 3, 5), torch.randn(1, 3, 6))
         with pytest.raises(TypeError, match="accepted is one tensor, h"):
             ours.GRU(5, 6)(torch.randn(4, 3, 5), (torch.randn(1, 3, 6),))
+
+
+@both_paths
+def test_what_does_not_fit_is_a_runtime_error_in_the_users_words(backend):
+    layer, x = ours.LSTM(3, 4, backend=backend), torch.randn(5, 2, 3)
+    other = torch.zeros(1, 2, 4, dtype=torch.float64)
+    one, flags = ours.GRU(3, 4, backend=backend), torch.ones(5, 1)
+    for call, words in (
+        (lambda: layer(x, (other, other)), r"input is of torch.float32, hx of torch.float64"),
+        (lambda: layer(x.to("meta")), "input is on meta, the weights are on cpu"),
+        (lambda: one(x[:, 0], reset=flags), r"shape \(5, 1\); accepted is \(5,\)"),
+        (lambda: one(x[:, 0], reset=torch.ones(())), r"shape \(\); accepted is \(5,\)"),
+        (lambda: layer.step(x[0], (other[0], other[0])), "hx has 2 dimensions.*accepted are 3"),
+        (lambda: layer(x, cu_seqlens=torch.tensor([0, 5])), r"2 dimensions, \[rows, input_size\]"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            call()
+
+
+def test_arguments_as_torch_takes_them():
+    """No projection, before a device by position; NumPy's numbers."""
+    assert ours.GRU(3, 4, 1, True, False, 0.0, False, 0, "cpu").weight_ih_l0.shape == (12, 3)
+    with pytest.raises(ValueError, match="only supported for LSTM"):
+        ours.GRU(3, 4, proj_size=2)
+    assert ours.LSTM(3, 4, np.int64(2), zoneout=np.float32(0.5)).num_layers == 2

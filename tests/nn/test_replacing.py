@@ -110,3 +110,17 @@ def test_errors():
         ours.replace({})
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         ours.replace(nn.LSTM(3, 4), backend="fast")
+
+
+def test_what_is_ours_already_is_left_and_said():
+    layer = nn.LSTM(3, 4)
+    ours.replace(layer)
+    assert not ours.replace(layer).left
+    for asked in ({"keep_types": False}, {"backend": "vanilla"}):
+        report = ours.replace(layer, **asked)
+        assert not report.swapped and layer.backend == "auto" and isinstance(layer, nn.LSTM)
+        assert "LSTM of this package, backend 'auto'; set its backend" in report.left[""]
+    with pytest.raises(TypeError, match="keep_types is str; accepted are True and False"):
+        ours.replace(nn.LSTM(3, 4), keep_types="no")
+    with pytest.raises(TypeError, match="backend is NoneType; accepted is a name"):
+        ours.replace(nn.LSTM(3, 4), backend=None)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import flashrnn.nn as ours
 from flashrnn import problem
@@ -170,3 +170,58 @@ class TestTransforms:
         layer = ours.LSTM(5, 6)
         x = torch.randn(4, 3, 5)
         assert_same(torch.jit.script(Holder(layer))(x), layer(x)[0], 1e-6)
+
+
+class Calls(torch.nn.Module):
+    """A layer, and how it is called."""
+
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, *given):
+        return self.call(self.layer, *given)
+
+
+def call_packed(layer, data, batch_sizes):
+    return layer(PackedSequence(data, batch_sizes))[0].data
+
+
+def call_step(layer, x):
+    return layer.step(x)[0]
+
+
+@every_kind
+class TestAnyBatch:
+    """What is recorded of one batch holds for batches of any size, as of torch.nn's layers."""
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_traced(self, kind):
+        layer = getattr(ours, kind)(3, 4)
+        traced = torch.jit.trace(layer, torch.randn(3, 2, 3))
+        for B in (1, 7, 200):
+            x = torch.randn(5, B, 3)
+            assert_same(traced(x), layer(x), 1e-6)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_traced_of_packed_sequences_and_steps(self, kind):
+        layer = getattr(ours, kind)(3, 4)
+        x = pack_sequence([torch.randn(n, 3) for n in (3, 2)])
+        traced = torch.jit.trace(Calls(layer, call_packed), (x.data, x.batch_sizes))
+        for lengths in ([3], [4, 2, 1]):
+            x = pack_sequence([torch.randn(n, 3) for n in lengths])
+            assert_same(traced(x.data, x.batch_sizes), layer(x)[0].data, 1e-6)
+        step, x = torch.jit.trace(Calls(layer, call_step), torch.randn(2, 3)), torch.randn(5, 3)
+        assert_same(step(x), layer.step(x)[0], 1e-6)
+
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_exported(self, kind, heads):
+        layer = getattr(ours, kind)(3, 4, heads=heads).eval()
+        x, rows, B = torch.randn(3, 7, 3), torch.randn(7, 3), torch.export.Dim("B", min=2)
+        for module, given, dim, sizes in (
+            (layer, x, 1, {"input": {1: B}}),
+            (Calls(layer, call_step), rows, 0, {"given": ({0: B},)}),
+        ):
+            few = given.narrow(dim, 0, 2).contiguous()
+            exported = torch.export.export(module, (few,), dynamic_shapes=sizes)
+            assert_same(exported.module()(given), module(given), 1e-6)
