@@ -1,8 +1,8 @@
-"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND [steps]``.
+"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND [steps] [K/N]``.
 
 It covers every tiling of the kernels, without and with options of sequences, at sizes that a
 sanitizer can finish. With ``steps`` the backend computes step by step, with the library's product,
-wherever it can.
+wherever it can. ``2/4`` is the second of four parts, which may run at once.
 """
 
 import sys
@@ -34,25 +34,31 @@ WORKLOAD = [
     ("gru", (180, 2, 1, 1000), torch.float16),
     ("lstm", (130, 3, 1, 512), torch.bfloat16),
     ("lstm", (250, 3, 1, 768), torch.bfloat16),
+    ("lstm", (16, 2, 1, 1536), torch.bfloat16),
+    ("gru", (16, 2, 1, 2048), torch.bfloat16),
     (sparse, (2, 3, 1, 200), torch.float32),
 ]
+# Resets of rows that are not looked up; lengths and packed rows with resets, in both directions,
+# and sequences without a step.
+OPTIONS = [{"resets": "step"}, *KINDS[-2:]]
 
 if __name__ == "__main__":
-    backend, *way = sys.argv[1:]
-    if way == ["steps"]:
+    backend, *further = sys.argv[1:]
+    if "steps" in further:
         by_steps(pytest.MonkeyPatch())
-    for kind, sizes, dtype in WORKLOAD:
+    part, parts = next((map(int, x.split("/")) for x in further if "/" in x), (1, 1))
+    mine = WORKLOAD[part - 1 :: parts]
+    for kind, sizes, dtype in mine:
         inputs = random_inputs(kind, *sizes, dtype, "cuda")
         # Beyond what small heads in float32 can split.
         with torch.no_grad():
             inputs.states[0, 0] *= 1e-12
         gradients(call(kind, inputs, backend=backend), inputs)
         torch.cuda.synchronize()
-        # Lengths and packed rows with resets, in both directions; sequences without a step.
-        for kinds in KINDS[-2:]:
+        for kinds in OPTIONS:
             case = random_ragged(kind, *sizes, dtype=dtype, device="cuda", **kinds)
             gradients_of(case, case.call(backend))
             torch.cuda.synchronize()
     print(
-        f"{backend} {way}: ran {len(WORKLOAD)} problems, each without and with options of sequences"
+        f"{backend} {further}: ran {len(mine)} problems, each without and with options of sequences"
     )
