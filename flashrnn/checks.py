@@ -126,7 +126,8 @@ def _refuse_sizes(
                 f"states has shape {tuple(states.shape)}, {states.shape[0]} states; "
                 f"{cell.name} has {S}: {', '.join(cell.states)}"
             )
-        _check_shape("states", states, "[S, B, 1, N, D]", (S, B, 1, N, D))
+        layout = f"[S, B, 1, N, D], or {(S, 1, 1, N, D)}, one for all sequences"
+        _check_shape("states", states, layout, (S, B, 1, N, D))
     raise AssertionError("all shapes fit")
 
 
@@ -152,7 +153,8 @@ def check_gates(cell: Cell, name: str, given: int, source: str | None = None) ->
 def _check_shape(name: str, tensor: Tensor, layout: str, expected: tuple[int, ...]) -> None:
     if tensor.shape != expected:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; with this Wx it must be {expected}, {layout}"
+            f"{name} has shape {tuple(tensor.shape)}; with this input it must be {expected}, "
+            f"{layout}"
         )
 
 

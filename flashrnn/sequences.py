@@ -276,7 +276,7 @@ def accept(
         _check_integers("cu_seqlens", "[B + 1]", cu_seqlens, None, device)
         B = cu_seqlens.shape[0] - 1
         if B == 0 and T > 0:
-            raise ValueError(f"cu_seqlens has one element, no sequence; Wx has {T} rows")
+            raise ValueError(f"cu_seqlens has one element, no sequence; the input has {T} rows")
     if lengths is not None:
         _check_integers("lengths", "[B]", lengths, B, device)
     rows = (1, T) if packed else (B, T)
@@ -365,7 +365,7 @@ def _check_integers(
         raise ValueError(f"{name} has no element; accepted are {layout}: 0, the ends of all")
     if given.device != device and given.device.type != "cpu":
         raise ValueError(
-            f"Wx on {device}, {name} on {given.device}; accepted is Wx's device or the CPU"
+            f"the input on {device}, {name} on {given.device}; accepted is its device or the CPU"
         )
 
 
@@ -373,10 +373,11 @@ def _check_flags(reset: Tensor, rows: tuple[int, int], device: torch.device) -> 
     if reset.dtype != torch.bool:
         raise TypeError(f"reset is of {reset.dtype}; accepted is torch.bool: make it reset.bool()")
     if reset.device != device:
-        raise ValueError(f"Wx on {device}, reset on {reset.device}; accepted is one device")
+        raise ValueError(f"the input on {device}, reset on {reset.device}; accepted is one device")
     if reset.shape != rows and not (rows[0] == 1 and reset.shape == rows[1:]):
         raise ValueError(
-            f"reset has shape {tuple(reset.shape)}; with this Wx it must be {rows}, a flag a step"
+            f"reset has shape {tuple(reset.shape)}; with this input it must be {rows}, a flag a "
+            "step"
         )
 
 
@@ -386,14 +387,14 @@ def _check_starts(
     """``reset_states`` has one start for all, one a sequence or one a step."""
     if given.device != device:
         raise ValueError(
-            f"Wx on {device}, reset_states on {given.device}; accepted is one device for all"
+            f"the input on {device}, reset_states on {given.device}; accepted is one device for all"
         )
     each, every = (S, B, 1, N, D), (S, *rows, N, D)
     if given.shape in (every, each, (S, 1, 1, N, D)):
         return
     raise ValueError(
-        f"reset_states has shape {tuple(given.shape)}; with this Wx it must be {every}, a start a "
-        f"step, or {each}, a start a sequence"
+        f"reset_states has shape {tuple(given.shape)}; with this input it must be {every}, a start "
+        f"a step, {each}, a start a sequence, or {(S, 1, 1, N, D)}, one for all"
     )
 
 
@@ -423,7 +424,8 @@ def _known(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Lengths
         least, most = map(int, lengths.aminmax())
         if least < 0 or most > T:
             raise ValueError(
-                f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of Wx"
+                f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of the "
+                "input"
             )
         return Lengths.of(most, int(lengths.sum()), lengths.numel(), whole=least == T)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
@@ -433,7 +435,7 @@ def _known(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Lengths
             falls = f" and falls by {-least} between" if least < 0 else ""
             raise ValueError(
                 f"cu_seqlens goes from {first} to {last}{falls}; accepted are values that do not "
-                f"fall, from 0 to {T}, the rows of Wx"
+                f"fall, from 0 to {T}, the rows of the input"
             )
         return Lengths.of(most, T, each.numel())
     return None

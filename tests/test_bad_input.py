@@ -49,12 +49,12 @@ def arguments(**replaced):
         (
             {"R": torch.zeros(4, N, D, D + 1)},
             ValueError,
-            "R has shape (4, 2, 4, 5); with this Wx it must be (4, 2, 4, 4), [Gr, N, D, D]",
+            "R has shape (4, 2, 4, 5); with this input it must be (4, 2, 4, 4), [Gr, N, D, D]",
         ),
         ({"R": torch.zeros(4, N + 1, D, D)}, ValueError, "must be (4, 2, 4, 4)"),
         ({"b": torch.zeros(4, D)}, ValueError, "accepted are 3 dimensions, [Gb, N, D]"),
         ({"b": torch.zeros(5, N, D)}, ValueError, "b holds 5 gates; lstm takes 4"),
-        ({"b": torch.zeros(4, N, 1)}, ValueError, "b has shape (4, 2, 1); with this Wx"),
+        ({"b": torch.zeros(4, N, 1)}, ValueError, "b has shape (4, 2, 1); with this input"),
         ({"states": torch.zeros(2, B, N, D)}, ValueError, "5 dimensions, [S, B, 1, N, D]"),
         (
             {"states": torch.zeros(4, B, 1, N, D)},

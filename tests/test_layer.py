@@ -340,7 +340,7 @@ def test_initial_states_are_those_of_the_config(backend):
             "x has shape (3, 4, 5), 5 features, and W (4, 2, 8, 6), for 6; accepted are",
         ),
         ({"W": torch.zeros(4, 0, 8, 5)}, ValueError, "0 heads of 8 units"),
-        ({"R": torch.zeros(4, 2, 8, 9)}, ValueError, "R has shape (4, 2, 8, 9); with this Wx"),
+        ({"R": torch.zeros(4, 2, 8, 9)}, ValueError, "R has shape (4, 2, 8, 9); with this input"),
         ({"states": torch.zeros(2, 3, 2, 8)}, ValueError, "5 dimensions, [S, B, 1, N, D]"),
         ({"W": torch.zeros(4, 2, 8, 5).half()}, TypeError, "x torch.float32, W torch.float16"),
         ({"W": torch.zeros(4, 2, 8, 5, device="meta")}, ValueError, "x on cpu, W on meta"),

@@ -181,7 +181,7 @@ def test_compiles_whole_and_once_for_all_lengths():
         (
             {"reset": torch.zeros(2, 2, dtype=torch.bool)},
             ValueError,
-            "reset has shape (2, 2); with this Wx it must be (2, 3), a flag a step",
+            "reset has shape (2, 2); with this input it must be (2, 3), a flag a step",
         ),
         (
             {"reset_states": torch.zeros(2, 2, 1, 2, 4)},
@@ -194,8 +194,8 @@ def test_compiles_whole_and_once_for_all_lengths():
                 "reset_states": torch.zeros(2, 2, 2, 2, 4),
             },
             ValueError,
-            "reset_states has shape (2, 2, 2, 2, 4); with this Wx it must be (2, 2, 3, 2, 4), a "
-            "start a step, or (2, 2, 1, 2, 4), a start a sequence",
+            "reset_states has shape (2, 2, 2, 2, 4); with this input it must be (2, 2, 3, 2, 4), a "
+            "start a step, (2, 2, 1, 2, 4), a start a sequence, or (2, 1, 1, 2, 4), one for all",
         ),
         ({"lengths": [1, 2]}, TypeError, "lengths is list; accepted is a torch.Tensor"),
         ({"lengths": torch.ones(2)}, TypeError, "lengths is of torch.float32; accepted are"),
@@ -207,7 +207,7 @@ def test_compiles_whole_and_once_for_all_lengths():
         (
             {"lengths": torch.tensor([1, 4])},
             ValueError,
-            "lengths has values from 1 to 4; accepted are 0 to 3, the steps of Wx",
+            "lengths has values from 1 to 4; accepted are 0 to 3, the steps of the input",
         ),
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "accepted is a packed batch"),
         (
