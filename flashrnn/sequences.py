@@ -424,8 +424,8 @@ def _known(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Lengths
         least, most = map(int, lengths.aminmax())
         if least < 0 or most > T:
             raise ValueError(
-                f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of the "
-                "input"
+                f"lengths has values from {least} to {most}; accepted are 0 to {T}, the steps of "
+                "the input"
             )
         return Lengths.of(most, int(lengths.sum()), lengths.numel(), whole=least == T)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
