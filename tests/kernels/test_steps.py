@@ -88,8 +88,8 @@ def test_compiles_for_every_architecture_without_spills(kind, arch, precisions, 
         options["aligned"] = False
     parts = program(kind, 1024, precisions[backward], backward, **options)
     size, spilled = local_memory(parts, arch)
-    if nvrtc.version() < (13, 0):
-        pytest.skip("it compiles; NVRTC 12.8 spills 24 bytes of the widest cells")
+    if nvrtc.version() < (13, 0) and kind is wide:
+        pytest.skip("it compiles; NVRTC 12.8 spills 24 bytes of it for one architecture")
     assert spilled == 0
     assert size == 0 or kind in (everything, more)
 
