@@ -46,8 +46,10 @@ class _Cell(torch.nn.RNNCellBase):
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What ``torch.jit.script`` compiles in place of it: torch.nn's cell, weights shared."""
+        kind = type(self).__name__
+        if type(self) not in (LSTMCell, GRUCell, RNNCell):
+            raise ValueError(f"{kind} cannot be torch.nn's: its class may compute something else")
         if self.heads != 1:
-            kind = type(self).__name__
             raise ValueError(
                 f"torch.jit.script compiles torch.nn's {kind} in place of this one, which has no "
                 f"heads: this one has {self.heads}"
@@ -55,7 +57,7 @@ class _Cell(torch.nn.RNNCellBase):
         twin = copy.copy(self)
         for name in ("heads", "backend"):
             twin.__dict__.pop(name, None)
-        twin.__class__ = getattr(torch.nn, type(self).__name__)
+        twin.__class__ = getattr(torch.nn, kind)
         return twin
 
     def extra_repr(self) -> str:
