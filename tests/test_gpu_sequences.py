@@ -112,7 +112,8 @@ def test_few_cuts(sizes, kinds):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 40, 12, 64), (64, 40, 12, 64)], ids=str)
 def test_options_of_no_effect_change_no_bit(sizes, dtype):
-    """In float32 the compiler fuses other products and sums where there are options."""
+    """In 16 bits. In float32 they may: kernels with options are programs of their own, in which the
+    compiler fuses other products with sums."""
     hold_options_of_no_effect("cuda_fused", *sizes, dtype, "cuda")
 
 
