@@ -143,9 +143,18 @@ Packet load_flagged(const Packet* from) {
 
 // ---- launches
 
-Block* cluster;
-Meeting cluster_meeting;
-int threads_of_cluster;
+static Block* first_block;
+static int blocks_of_cluster;
+static std::vector<Meeting> cluster_meetings;
+
+Block* own_cluster() {
+    return first_block + (current - first_block) / blocks_of_cluster * blocks_of_cluster;
+}
+
+void meet_cluster() {
+    Meeting& meeting = cluster_meetings[(current - first_block) / blocks_of_cluster];
+    meeting.wait_for(blocks_of_cluster * current->threads.size());
+}
 
 static jmp_buf scheduler;
 static const void* kernel_to_run;
@@ -221,7 +230,7 @@ static bool finish(std::vector<Block>& blocks) {
 }
 
 const char* run(int grid, int threads, const void* kernel, void (*run_once)(const void* kernel),
-                int shared_bytes, int at_once) {
+                int shared_bytes, int at_once, int cluster_size) {
     constexpr size_t STACK = 256 * 1024;
     if (!grid) return nullptr;
     std::vector<Block> blocks(at_once);
@@ -241,9 +250,9 @@ const char* run(int grid, int threads, const void* kernel, void (*run_once)(cons
     }
     pending.clear();
     sent_too_late = misaligned = operand_changed = product_left = false;
-    cluster = blocks.data();
-    cluster_meeting = {};
-    threads_of_cluster = at_once * threads;
+    first_block = blocks.data();
+    blocks_of_cluster = cluster_size ? cluster_size : at_once;
+    cluster_meetings.assign(at_once / blocks_of_cluster, {});
     bool fits = true, finished = true;
     for (int first = 0; first < grid && finished; first += at_once) {
         for (int i = 0; i < at_once; ++i) blocks[i].begin(first + i);

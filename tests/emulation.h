@@ -132,10 +132,9 @@ extern Index threadIdx, blockIdx;
 extern Block* current;
 extern Coroutine* self;
 
-// The blocks that run at once: a cluster, where there are any.
-extern Block* cluster;
-extern Meeting cluster_meeting;
-extern int threads_of_cluster;
+// The blocks of the thread's cluster; without clusters, all that run at once.
+Block* own_cluster();
+void meet_cluster();
 
 // The compiler takes it that what it calls does not change this, unless it is volatile.
 extern volatile bool misaligned;
@@ -163,15 +162,15 @@ void wait_for_products(int pending);
 
 // What went wrong, or null. Blocks may wait for each other where they run at once.
 const char* run(int grid, int threads, const void* kernel, void (*run_once)(const void* kernel),
-                int shared_bytes, int at_once);
+                int shared_bytes, int at_once, int cluster_size);
 
 #pragma GCC visibility pop
 
 template <typename Kernel>
 static const char* run_kernel(int grid, int threads, const Kernel& kernel,
-                              int shared_bytes = 256 * 1024, int at_once = 1) {
+                              int shared_bytes = 256 * 1024, int at_once = 1, int cluster_size = 0) {
     const auto run_once = [](const void* kernel) { (*(const Kernel*)kernel)(); };
-    return run(grid, threads, &kernel, run_once, shared_bytes, at_once);
+    return run(grid, threads, &kernel, run_once, shared_bytes, at_once, cluster_size);
 }
 
 static void expect_multiple(unsigned long long address, unsigned bytes) {
@@ -375,7 +374,7 @@ static unsigned char* shared_memory() { return (unsigned char*)current->shared_w
 
 // As in a cluster, the block's rank in its upper bits.
 static unsigned shared_address(const void* generic) {
-    return unsigned(current - cluster) << 24 | unsigned((unsigned char*)generic - shared_memory());
+    return unsigned(current - own_cluster()) << 24 | unsigned((unsigned char*)generic - shared_memory());
 }
 
 static unsigned char* at(unsigned address) { return shared_memory() + (address & 0xffffff); }
@@ -570,7 +569,7 @@ static unsigned mapa(const void* here, int rank) {
 
 static void st_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
     expect_multiple(to, 16);
-    Block& block = cluster[to >> 24];
+    Block& block = own_cluster()[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
     send(there + (to & 0xffffff), {{words[0], words[1], words[2]}, words[3]}, &block,
          (Barrier*)(there + (barrier & 0xffffff)));
@@ -583,7 +582,7 @@ static void st_async(const void* to, const unsigned (&words)[4], const void* bar
 // Each 16 bytes of it at a time of their own.
 static void cp_async_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
     for (unsigned multiple : {to, shared_address(from), bytes}) expect_multiple(multiple, 16);
-    Block& block = cluster[to >> 24];
+    Block& block = own_cluster()[to >> 24];
     unsigned char* const there = (unsigned char*)block.shared_words.data();
     for (unsigned i = 0; i < bytes; i += 16) {
         send(there + (to & 0xffffff) + i, {}, &block, (Barrier*)(there + (barrier & 0xffffff)),
@@ -591,7 +590,25 @@ static void cp_async_bulk(unsigned to, const void* from, unsigned bytes, unsigne
     }
 }
 
-static void cluster_barrier() { cluster_meeting.wait_for(threads_of_cluster); }
+static void cp_async_bulk_global(void* to, const void* from, unsigned bytes, void* barrier) {
+    expect_aligned(to, 16);
+    expect_aligned(from, 16);
+    expect_multiple(bytes, 16);
+    for (unsigned i = 0; i < bytes; i += 16) {
+        send((char*)to + i, {}, current, (Barrier*)barrier, (const char*)from + i);
+    }
+}
+
+static void fence_proxy_async_global() {}
+
+static void add_release(unsigned* counter, unsigned number) { *counter += number; }
+
+static unsigned load_acquire(const unsigned* from) {
+    yield();
+    return *from;
+}
+
+static void cluster_barrier() { meet_cluster(); }
 
 static void materialize(unsigned&) {}
 static void materialize(float&) {}

@@ -178,7 +178,8 @@ class EmulatedKernel:
     def launch(self, shape: launch.Shape, fields: tuple[int, ...]) -> None:
         call = (ctypes.c_int64 * len(fields))(*fields)
         at_once = shape.grid if shape.cooperative else shape.cluster_size or 1
-        self.library.emulate(call, shape.grid, shape.threads, shape.shared_memory, at_once)
+        sizes = shape.grid, shape.threads, shape.shared_memory, at_once, shape.cluster_size
+        self.library.emulate(call, *sizes)
 
     def kept(self, shape: launch.Shape, fields: tuple[int, ...]) -> SimpleNamespace:
         arguments = list(fields)
@@ -199,9 +200,9 @@ def _library(name: str, source: str) -> Library:
         # The kernel may be in a namespace: extern "C", this declares the same function.
         f'extern "C" void {name}(CALL);\n'
         f'extern "C" const char* emulate(long long* a, int grid, int threads, int shared,\n'
-        f"                               int at_once) {{\n"
+        f"                               int at_once, int cluster_size) {{\n"
         f"    const auto kernel = [=] {{ {name}({passed}); }};\n"
-        f"    return run_kernel(grid, threads, kernel, shared, at_once);\n}}\n"
+        f"    return run_kernel(grid, threads, kernel, shared, at_once, cluster_size);\n}}\n"
     )
     return Library(source + entry)
 

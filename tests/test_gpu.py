@@ -15,6 +15,8 @@ from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry
 from flashrnn.kernels.cluster import ClusterWgmmaBackwardPlan, wgmma_backward_plan, wgmma_plan
+from flashrnn.kernels.grid import GridWgmmaPlan
+from flashrnn.kernels.grid import wgmma_plan as grid_wgmma_plan
 from flashrnn.problem import Problem
 from tests.fused import (  # noqa: F401
     DTYPES,
@@ -205,6 +207,79 @@ def test_same_bits_of_clusters_of_many_sequences(many_sequences_in_clusters):
 def test_options_of_clusters_of_many_sequences(many_sequences_in_clusters, kind, kinds):
     case = random_ragged(kind, 90, 20, 1, 520, dtype=torch.bfloat16, device="cuda", **kinds)
     hold_ragged_to_vanilla("cuda_fused", case)
+
+
+@pytest.fixture(
+    params=[(2, 2, 2, 1), (2, 2, 2, 2), (2, 2, 8, 2), (4, 3, 4, 1), (2, 1, 4, 2), (2, 4, 4, 2)],
+    ids="{0[1]} warpgroups of {0[0]} CTAs, {0[2]}x8 sequences in {0[3]}".format,
+)
+def grid_wgmma(request, monkeypatch):
+    """Groups of clusters of such a shape compute forward scans, whatever they are reckoned to take.
+
+    Where they cannot, those do whose shape is next to it.
+    """
+    size, warpgroups, n_tiles, batch_tiles = request.param
+
+    def rank(plan, *_):
+        differs = 4 * (plan.size != size) + 2 * (plan.warpgroups != warpgroups)
+        differs += plan.batch_tiles != batch_tiles
+        return 16 * differs + abs(plan.n_tiles - n_tiles) - 1000
+
+    monkeypatch.setattr(grid_wgmma_plan, "estimated_cycles", rank)
+    caches = (grid_wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def taken_forward(kind, sizes, dtype):
+    B, T, N, D = sizes
+    problem = Problem(resolve(kind).traced, B, T, N, D, dtype, torch.device("cuda"))
+    plan = cuda_fused._plan(problem, False, cuda_fused._gpu(problem))
+    if not isinstance(plan, GridWgmmaPlan):
+        pytest.skip("groups of clusters of this GPU do not compute such a head")
+    return plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # A step, and few; units and sequences that tiles lack; several heads, and rounds of groups.
+        *[(1, 1, 1, 136), (50, 40, 1, 768), (90, 9, 3, 264), (300, 5, 1, 1000), (70, 3, 1, 1536)],
+    ],
+    ids=str,
+)
+def test_groups_of_clusters(grid_wgmma, kind, sizes, dtype):
+    taken_forward(kind, sizes, dtype)
+    hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
+
+
+def test_same_bits_of_groups_of_clusters(grid_wgmma):
+    """Whatever order things arrive in: with many steps and all of the GPU, fifty times."""
+    inputs = random_inputs("lstm", 200, 300, 1, 1024, torch.bfloat16, "cuda")
+    taken_forward("lstm", (200, 300, 1, 1024), torch.bfloat16)
+    first = call("lstm", inputs, backend="cuda_fused")
+    for _ in range(50):
+        again = call("lstm", inputs, backend="cuda_fused")
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_options_of_groups_of_clusters(grid_wgmma, kind, kinds):
+    taken_forward(kind, (90, 20, 1, 520), torch.bfloat16)
+    case = random_ragged(kind, 90, 20, 1, 520, dtype=torch.bfloat16, device="cuda", **kinds)
+    hold_ragged_to_vanilla("cuda_fused", case)
+
+
+def test_widest_heads_of_groups_of_clusters(grid_wgmma):
+    """All of the GPU's registers and shared memory hold R, and few sequences fit beside it."""
+    taken_forward("lstm", (40, 9, 1, 2048), torch.bfloat16)
+    hold_to_vanilla("cuda_fused", "lstm", 40, 9, 1, 2048, torch.bfloat16, "cuda")
 
 
 @pytest.fixture(

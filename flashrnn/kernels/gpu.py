@@ -57,7 +57,7 @@ class Model(NamedTuple):
 
 
 def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
-    """How many clusters of each size run at once, as the driver reports for an H200.
+    """A guess of how many clusters of each size run at once.
 
     A cluster lies in one group of multiprocessors: most have 16 or a few more, one has fewer.
     """
@@ -67,9 +67,14 @@ def clusters_of(multiprocessors: int, largest: int = 16) -> tuple[int, ...]:
     return (0, 0, *(groups * (16 // size) + of_the_last // size for size in sizes))
 
 
+_CLUSTERS_OF_HOPPER = (0, 0, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7)
+"""As the driver reports for an H200 (2026-11-29). Another one may have a few more or less."""
+
+
 def _model(architecture: str, multiprocessors: int, shared_memory: int) -> Model:
     hopper = architecture == "sm_90a"
-    clusters = clusters_of(multiprocessors) if hopper or architecture == "sm_100" else ()
+    clusters = clusters_of(multiprocessors) if architecture == "sm_100" else ()
+    clusters = _CLUSTERS_OF_HOPPER if hopper else clusters
     return Model(architecture, GPU(multiprocessors, shared_memory * 1024, hopper, hopper, clusters))
 
 
@@ -87,5 +92,5 @@ MODELS = {
 }
 """GPUs that plans can be made for on a machine without one.
 
-The numbers of clusters are those of an H200; for B200 they are a guess from these.
+The numbers of clusters are those of an H200; for B200 they are a guess.
 """

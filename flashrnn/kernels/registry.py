@@ -67,7 +67,8 @@ def plan_steps(
     """
     if is_small(problem.D):
         return None
-    best = best_plan(problem, gpu, backward)
+    # As for a call with gradients, which is to have the same bits.
+    best = best_plan(problem._replace(needs_gradient=True), gpu, backward)
     if isinstance(best, str):
         return None
     cycles = best.estimated_cycles * (_TAKEN_WITH_TF32 if precision == "tf32" else _TAKEN)

@@ -13,6 +13,7 @@ from flashrnn.backends import cuda_fused
 from flashrnn.kernels import cluster, grid, registry, single_cta
 from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.grid import wgmma_plan as grid_wgmma_plan
 from flashrnn.kernels.plan import Counts, Plan
 from flashrnn.problem import Problem
 from tests.fused import DTYPES, poison
@@ -102,6 +103,25 @@ def _tiles_of(columns: int) -> registry.Regime:
         plans = single_cta.possible_plans(problem, gpu, backward)
         several = [x for x in plans if x.tiles > 1 and x.sequences <= columns * x.tiles]
         return (several or plans)[-1]
+
+    return plan
+
+
+def _grid_wgmma(
+    size: int, warpgroups: int, n_tiles: int, batch_tiles: int, in_registers: int
+) -> registry.Regime:
+    """Plans of such a shape, with at most so much of R in registers."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        if isinstance(found := grid.plan_wgmma_forward(problem, gpu, backward), str):
+            return found
+        for plan in grid_wgmma_plan.possible_plans(Counts.of_problem(problem), problem.D, gpu):
+            shape = plan.size, plan.warpgroups, plan.n_tiles, plan.batch_tiles
+            if shape == (size, warpgroups, n_tiles, batch_tiles):
+                kept = replace(plan, in_registers=min(in_registers, plan.in_registers))
+                memory = grid_wgmma_plan.shared_memory_of(kept, Counts.of_problem(problem))
+                return replace(kept, shared_memory=memory)
+        return "no such plan"
 
     return plan
 
@@ -216,24 +236,28 @@ _LARGE_SIZES = (
 GRID = Regime(
     "grid", forward=grid.plan_scan, backward=grid.plan_scan, B=9, D=131, sizes=_LARGE_SIZES
 )
-GRID_WGMMA = Regime(
-    "grid_wgmma",
-    forward=grid.plan_wgmma_forward,
-    backward=grid.plan_scan,
-    # Its only group has all tiles of a batch that is not so large.
-    gpu=SMALL._replace(multiprocessors=7),
-    dtypes=tuple(SIXTEEN_BITS),
-    B=33,
-    D=130,
-    sizes=(
-        # A single step; all sequences exist, and all units.
-        (64, 1, 1, 144),
-        # Another head after the first, whose last tiles lack most sequences; few units of a CTA.
-        (65, 3, 2, 130),
-        # One head for several times, its last sequences fewer.
-        (130, 2, 1, 146),
-    ),
-)
+GRID_WGMMA = [
+    Regime(
+        f"grid_wgmma-{size}x{warpgroups}x{n_tiles}x{batch_tiles}",
+        forward=_grid_wgmma(size, warpgroups, n_tiles, batch_tiles, in_registers),
+        backward=grid.plan_scan,
+        gpu=LARGER,
+        dtypes=tuple(SIXTEEN_BITS),
+        B=8 * n_tiles * batch_tiles + 9,
+        D=136,
+        sizes=(
+            # A single step, and few sequences.
+            (2, 1, 1, 136),
+            # All units and sequences exist.
+            (8 * n_tiles * batch_tiles, 3, 1, 160),
+            # Another head after the first, whose last batch tiles lack sequences or are missing.
+            (8 * n_tiles + 1, 3, 3, 152),
+        ),
+    )
+    for size, warpgroups, n_tiles, batch_tiles, in_registers in [
+        *[(2, 2, 2, 2, 3), (4, 2, 4, 1, 100), (2, 1, 4, 2, 100)],
+    ]
+]
 CLUSTER_MMA = [
     Regime(
         f"cluster_mma-{size}x{n_tiles}",
@@ -311,13 +335,14 @@ CLUSTER_WGMMA_BACKWARD = [
     ]
 ]
 REGIMES = [
-    *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA, CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
+    *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA[0], CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
     *[CLUSTER_BACKWARD, CLUSTER_WGMMA_BACKWARD[0]],
 ]
 VARIANTS = [
     *SINGLE_CTA_TILES,
     *CLUSTER_MMA[1:],
     *CLUSTER_WGMMA[1:],
+    *GRID_WGMMA[1:],
     *CLUSTER_WGMMA_BACKWARD[1:],
 ]
 """The same kernels with other constants."""

@@ -95,8 +95,9 @@ def test_wgmma_compiles_without_spills(kind, D):
     plan = grid.plan_wgmma_forward(planned(kind, 256, 1, D, torch.bfloat16), H200, False)
     parts = plan.source(resolve(kind), "bfloat16", source.forward_options(True), piece_bytes=16)
     assert not spills_in_the_loop_of_products(parts, "sm_90a")
-    coherent = instructions(parts, "sm_90a", "STRONG.GPU")
-    assert coherent and all(".128." in name for name in coherent), coherent
+    # One wait for each product: where it cannot have a product run asynchronously, the compiler has
+    # each of its instructions wait for the one before.
+    assert len(instructions(parts, "sm_90a", "WARPGROUP.DEPBAR")) == plan.batch_tiles
 
 
 # ---- the kernels
@@ -318,7 +319,7 @@ def test_options_of_sequences_and_of_the_config(take, options, dtype):  # noqa: 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [strided, at_odd_address])
-@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA[0]], ids=str)
 def test_options_of_sequences_in_any_layout(take, regime, change):  # noqa: F811
     sizes = (regime.B, 3, 1, regime.D)
     case = random_ragged("lstm", *sizes, dtype=torch.bfloat16, **ALL[0])
@@ -396,7 +397,7 @@ def test_wide_batch_tiles_have_options(prefer, kinds):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("ragged", ["lengths", "packed"])
-@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA[0]], ids=str)
 def test_a_sequence_has_the_bits_that_it_has_alone(take, regime, ragged):  # noqa: F811
     B = 4 if regime is GRID else regime.B
     case = random_ragged("lstm", B, 5, 2, regime.D, 2, ragged=ragged, dtype=torch.bfloat16)
@@ -409,7 +410,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone(take, regime, ragged):  # noq
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kinds", ALL, ids=["lengths", "packed"])
-@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA[0]], ids=str)
 def test_same_bits_of_options_without_gradients(take, regime, kinds):  # noqa: F811
     """Where less is stored: nothing for a backward pass, and only the states that are asked for."""
     take(regime)
@@ -434,7 +435,7 @@ def test_what_is_no_step_reaches_nothing(take, monkeypatch, reverse, ragged):  #
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA], ids=str)
+@pytest.mark.parametrize("regime", [GRID, GRID_WGMMA[0]], ids=str)
 def test_no_sequence_of_a_batch_has_a_step(take, regime):  # noqa: F811
     case = random_ragged(
         "lstm", regime.B, 3, 1, regime.D, ragged="lengths", resets="zeros", dtype=torch.bfloat16
@@ -450,16 +451,16 @@ def test_no_sequence_of_a_batch_has_a_step(take, regime):  # noqa: F811
 @pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
 def test_many_sequences_by_wgmma_have_options(take, kinds):  # noqa: F811
     """More than a group has at a time, and some of another head."""
-    case = random_ragged("lstm", 65, 4, 2, 130, dtype=torch.bfloat16, **kinds)
-    hold_ragged_to_vanilla(take(GRID_WGMMA).backend, case)
+    case = random_ragged("lstm", 65, 4, 2, 136, dtype=torch.bfloat16, **kinds)
+    hold_ragged_to_vanilla(take(GRID_WGMMA[0]).backend, case)
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
 def test_every_cell_by_wgmma_has_options(take, kind):  # noqa: F811
-    case = random_ragged(kind, 33, 3, 1, 146, dtype=torch.float16, **ALL[0])
-    hold_ragged_to_vanilla(take(GRID_WGMMA).backend, case)
+    case = random_ragged(kind, 33, 3, 1, 152, dtype=torch.float16, **ALL[0])
+    hold_ragged_to_vanilla(take(GRID_WGMMA[0]).backend, case)
 
 
 COMPILED = [

@@ -127,9 +127,10 @@ def chosen(kind, B, N, D, dtype, backward, gpu=H200, precision=None, **fields):
         # Where an H200 was measured to take several times as long as the product would.
         ((642, 1, 1408), f16, (True, True)),
         ((578, 1, 1112), f16, (True, True)),
-        ((1024, 1, 1024), bf16, (True, True)),
+        ((1024, 1, 1024), bf16, (False, True)),
         ((1024, 1, 768), bf16, (False, True)),
         ((256, 1, 2048), bf16, (True, True)),
+        ((64, 1, 2048), bf16, (False, True)),
         # Persistent kernels are ahead, or nearly so.
         ((256, 1, 768), bf16, (False, False)),
         ((4096, 1, 512), bf16, (False, True)),

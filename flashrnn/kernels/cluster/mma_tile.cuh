@@ -10,12 +10,12 @@
 // which come after its WARPS computing warps, copy them to and from shared memory
 // (common/forward_producer.cuh).
 
-#include "cluster/gates_in_warp.cuh"
+#include "common/gates_in_warp.cuh"
 #include "common/r_matrix.cuh"
 
 namespace cluster_mma {
 
-using namespace cluster_forward;
+using namespace gates_in_warp;
 
 constexpr int GROUP_SIZE = (D + UNITS - 1) / UNITS;
 constexpr int COMPUTING = WARPS;

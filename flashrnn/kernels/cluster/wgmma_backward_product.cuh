@@ -5,7 +5,7 @@
 // steps of 16 gates (wgmma_matrix.cuh says where R lies).
 
 #include "cluster/wgmma_backward_exchange.cuh"
-#include "cluster/wgmma_matrix.cuh"
+#include "common/wgmma_matrix.cuh"
 #include "common/r_words.cuh"
 
 namespace wgmma_backward {
@@ -13,7 +13,7 @@ namespace wgmma_backward {
 constexpr int TILE_STEPS = UNITS * GR / 16;
 constexpr int STEPS = ROWS * TILE_STEPS;
 
-using Matrix = cluster_wgmma::LeftOperand<STEPS>;
+using Matrix = LeftOperand<STEPS>;
 
 // The lane's words of a step: the warp's 16 units, of which word w has unit 2 i + w % 2, and 16 gates.
 // Zeros stand for what does not exist.

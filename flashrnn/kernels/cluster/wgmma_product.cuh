@@ -4,7 +4,7 @@
 // in STEPS steps of 16 units. R's columns are in the same order (wgmma_matrix.cuh says where they lie).
 
 #include "cluster/wgmma_exchange.cuh"
-#include "cluster/wgmma_matrix.cuh"
+#include "common/wgmma_matrix.cuh"
 
 namespace cluster_wgmma {
 

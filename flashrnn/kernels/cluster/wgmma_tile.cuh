@@ -21,11 +21,11 @@
 // tile of h is multiplied as it lies, and is what CTAs send each other; and a chunk is contiguous in
 // global memory.
 
-#include "cluster/gates_in_warp.cuh"
+#include "common/gates_in_warp.cuh"
 
 namespace cluster_wgmma {
 
-using namespace cluster_forward;
+using namespace gates_in_warp;
 
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int COMPUTING = 32 * WARPS;

@@ -480,6 +480,33 @@ __device__ inline void cp_async_bulk(unsigned to, const void* from, unsigned byt
         : "memory");
 }
 
+// The same from global memory, to this CTA's shared memory.
+__device__ inline void cp_async_bulk_global(void* to, const void* from, unsigned bytes, void* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// Makes what the thread has seen of global memory, its own writes and those that it has acquired, visible
+// to the bulk copies that it starts from here on.
+__device__ inline void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Adds to a counter in global memory. Who sees the sum by load_acquire() also sees what was written before
+// by this thread, and by those that it has met at a barrier.
+__device__ inline void add_release(unsigned* counter, unsigned number) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(number) : "memory");
+}
+
+__device__ inline unsigned load_acquire(const unsigned* from) {
+    unsigned number;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(from) : "memory");
+    return number;
+}
+
 // A barrier of all threads of a cluster.
 __device__ inline void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::

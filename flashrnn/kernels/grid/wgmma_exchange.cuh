@@ -1,94 +1,190 @@
-// The all-gather of a step's h of many sequences. Packets, flags and the two buffers are those of
-// all_gather.cuh, for each batch tile on its own:
+// The exchanges of a turn, that is a step of one batch tile: an all-gather of h in the group, through global
+// memory, and a reduce-scatter of the product's sums in each cluster, through shared memory.
 //
-//     the partner warps of a tile       buffer k mod 2 of the tile      the tile's partner warps
-//     of one CTA                                                        of every CTA of the group
+//   computing and copying warps of CTA X  its cluster           receiving warp of a CTA Y of the group
+//   ------------------------------------  -----------           --------------------------------------
+//   cell step, into the tile of h
+//   barrier of both
+//   write h to buffer k % 2
+//   barrier of the copying warps
+//   send(): add to the counters of ----------------------->     receive(): wait until Y has multiplied
+//           the slices that have X's units                      exchange k - 1; poll the counters of Y's slices;
+//                                                               cp.async.bulk of each slice that is complete,
+//                                                               counted on the slice's barrier
+//                                                                   |
+//   multiply: wait for each slice    <------------------------------+
+//   give_sums(): st.async     ------->    slot of X, of
+//                                         turn % 2
+//   add_sums()                <-------    their sums
+//   cell step, then exchange k + 1
 //
-//     cell step
-//     store_flagged(.., flag k)  ---->  | w0 w1 w2 k |  one packet for  load_flagged until each
-//                                       |    ...     |  a lane    ---->   flag is k
-//                                                                       wgmma, half of h each
-//                                                                       barrier of the two partners
-//                                                                       cell step
-//                                                                       store_flagged(.., flag k + 1)
+// The exchanges of each batch tile are numbered from 0 on, and the numbers go on from one work tile to the next.
+// Counters only grow: exchange k of a slice is complete when each CTA of each cluster with units in it has
+// added 1 for each of its steps k + 1 times.
 //
-// Each partner receives the packets of its half of h. Behind their barrier the two have received all of
-// flag k, so they may send flag k + 1, which overwrites the packets of flag k - 1: those have been
-// received by all warps that have sent a packet of flag k.
+// Why nothing is overwritten that is still read:
 //
-// With this many sequences, the time to transfer the packets matters more than how long the slowest CTA
-// takes to send its own. So a warp polls all of SLICES_AT_ONCE slices until they are complete. Then it
-// loads the next ones, which arrive while it multiplies these.
+// - h in global memory. Before X writes exchange k, its cluster has added up sums over all parts of h of
+//   exchange k - 1. So each CTA of the group had sent exchange k - 1, and before that had added up sums of
+//   exchange k - 2, for which its cluster had copied all that it reads of that exchange.
+// - h in shared memory: Y's receiving warp waits until Y's computing warps have met behind the product.
+// - Sums. X gives sums of turn i + 2 behind those of turn i + 1, which its thread has got from all CTAs of
+//   the cluster: each thread there sent them when it had added up those of turn i.
+//
+// h is written by ordinary stores, and read by bulk copies, of another proxy: so the receiving warp has a
+// proxy fence behind the load that acquires the counter.
 
 #include "grid/wgmma_tile.cuh"
 
 namespace grid_wgmma {
 
-static_assert(GROUP_PACKETS == BATCH_TILES * 2 * Order::BUFFER,
+// Global memory of a group: two buffers of h of all parts for each batch tile, then a counter for each of
+// the slices, all zeros at first.
+constexpr unsigned BUFFER_BYTES = CLUSTER_SIZE * H_BYTES;
+constexpr unsigned COUNTERS_BYTES = (BATCH_TILES * CLUSTER_SIZE * SLICES + 3) / 4 * 16;
+static_assert(GROUP_PACKETS * 16 == BATCH_TILES * 2 * BUFFER_BYTES + COUNTERS_BYTES,
               "the plan and the kernel lay out the same buffers");
 
-// The buffers of the warp's batch tile.
-struct Exchange {
-    Packet* buffers;
-
-    __device__ Exchange(Packet* global, int group)
-        : buffers(global +
-                  (static_cast<long long>(group) * BATCH_TILES + tile_of_warp()) * 2 * Order::BUFFER) {}
-
-    __device__ Packet* buffer(unsigned flag) const { return buffers + flag % 2 * Order::BUFFER; }
-
-    __device__ void send(const unsigned (&words)[PACKET_WORDS], int packet, int column,
-                         unsigned flag) const {
-        Packet* to = buffer(flag) + Order::index_of(packet, column);
-        store_flagged(to, {{words[0], words[1], words[2]}, flag});
-    }
+struct alignas(16) Sums {
+    float of[4];
 };
 
-// SLICES_AT_ONCE slices of an exchange, of which each lane has its packets in registers.
-struct ReceivedPackets {
-    Packet packets[SLICES_AT_ONCE][2][N_TILES];
-    const Packet* first;
-    unsigned flag;
+// Shared memory, in bytes: h of each batch tile; two buffers of the sums of the other CTAs; barriers: one
+// for each slice of each batch tile, one for each that says "multiplied", two for sums.
+constexpr unsigned SLOT_BYTES = OWN_N_TILES * COMPUTING * sizeof(Sums);
+constexpr unsigned SUMS_BYTES = (CLUSTER_SIZE - 1) * SLOT_BYTES;
+constexpr unsigned FIRST_SUMS = BATCH_TILES * H_BYTES, BARRIERS = FIRST_SUMS + 2 * SUMS_BYTES;
+constexpr int MULTIPLIED = BATCH_TILES * SLICES, GIVEN = MULTIPLIED + BATCH_TILES;
+constexpr unsigned EXCHANGE_BYTES = BARRIERS + (GIVEN + 3) / 2 * 16;
 
-    __device__ void begin(const Exchange& exchange, unsigned flag_of_exchange) {
-        flag = flag_of_exchange;
-        first = exchange.buffer(flag) + Order::index(sum_part(), 0, 0) + threadIdx.x % 32;
+struct Exchange {
+    unsigned char *shared, *global;
+    unsigned* counters;
+    int cluster, rank;
+
+    // Called by all threads of all CTAs of the cluster.
+    __device__ Exchange(unsigned char* shared, void* packets, int group, int cluster, int rank)
+        : shared(shared),
+          global(static_cast<unsigned char*>(packets) + static_cast<long long>(group) * GROUP_PACKETS * 16),
+          counters(reinterpret_cast<unsigned*>(global + BATCH_TILES * 2 * BUFFER_BYTES)),
+          cluster(cluster),
+          rank(rank) {
+        if (threadIdx.x < GIVEN + 2) mbarrier_init(barrier(threadIdx.x));
+        cluster_barrier();
     }
 
-    // Loads the warp's slices from this one on.
-    __device__ void load(int slice) {
+    __device__ unsigned char* barrier(int i) const { return shared + BARRIERS + 8 * i; }
+    __device__ unsigned char* h(int tile) const { return shared + tile * H_BYTES; }
+    __device__ unsigned char* buffer(int tile, unsigned number) const {
+        return global + (tile * 2 + number % 2) * BUFFER_BYTES;
+    }
+    __device__ unsigned* counter(int tile, int part, int slice) const {
+        return counters + (tile * CLUSTER_SIZE + part) * SLICES + slice;
+    }
+
+    // ---- by the copying warps
+
+    // Where an exchange has the chunk of h from one of the cluster's units on, of a sequence of the batch tile.
+    __device__ uint4* place(int tile, unsigned number, int unit, int sequence) const {
+        const unsigned octet = (cluster * UNITS + unit) / 8;
+        return reinterpret_cast<uint4*>(buffer(tile, number) + octet * OCTET_BYTES + sequence * 16);
+    }
+
+    // Behind a barrier of the copying warps, which have written h.
+    __device__ void send(int tile) const {
+        const int i = threadIdx.x - COMPUTING - RECEIVING;
+        if (i >= UNIT_STEPS) return;
+        const int step = cluster * UNIT_STEPS + i;
+        add_release(counter(tile, step / STEPS, step % STEPS / SLICE_STEPS), 1);
+    }
+
+    // Behind a barrier with the computing warps, which have multiplied the exchange before.
+    __device__ void signal_multiplied(int tile) const {
+        if (threadIdx.x == COMPUTING + RECEIVING) mbarrier_expect_bytes(barrier(MULTIPLIED + tile), 0);
+    }
+
+    // ---- by the computing warps
+
+    __device__ void wait_for_slice(int tile, int slice, unsigned number) const {
+        mbarrier_wait(barrier(tile * SLICES + slice), number % 2);
+    }
+
+    // Gives each other CTA the thread's sums of its n-tiles.
+    __device__ void give_sums(const float (&sums)[4 * N_TILES], unsigned turn) const {
+        const unsigned counted = shared_address(barrier(GIVEN + turn % 2));
 #pragma unroll
-        for (int i = 0; i < SLICES_AT_ONCE; ++i) {
+        for (int i = 0; i < CLUSTER_SIZE; ++i) {
+            if (i == rank) continue;
+            const unsigned to = mapa(slot(rank, i, turn), i);
 #pragma unroll
-            for (int k = 0; k < 2 * N_TILES; ++k) {
-                if (slice + i >= Order::SLICES_A_WARP) break;
-                const int index = Order::index((slice + i) * SUM_PARTS, k / N_TILES, k % N_TILES);
-                packets[i][k / N_TILES][k % N_TILES] = load_flagged(first + index);
+            for (int j = 0; j < OWN_N_TILES; ++j) {
+                unsigned words[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) words[k] = __float_as_uint(sums[4 * (i * OWN_N_TILES + j) + k]);
+                st_async(to + j * COMPUTING * sizeof(Sums), words, mapa(barrier(GIVEN + turn % 2), i));
             }
         }
     }
 
-    // Loads them again until they are complete.
-    __device__ void wait(int slice) {
-        while (true) {
-            bool complete = true;
+    // Of the thread's own n-tiles the sums over all parts, always added in the same order.
+    __device__ void add_sums(float (&totals)[4 * OWN_N_TILES], const float (&sums)[4 * N_TILES],
+                             unsigned turn) const {
+        if (threadIdx.x == 0) mbarrier_expect_bytes(barrier(GIVEN + turn % 2), SUMS_BYTES);
+        float own[4 * OWN_N_TILES];
 #pragma unroll
-            for (int i = 0; i < SLICES_AT_ONCE; ++i) {
+        for (int i = 0; i < CLUSTER_SIZE; ++i) {
 #pragma unroll
-                for (int k = 0; k < 2 * N_TILES; ++k) {
-                    if (slice + i >= Order::SLICES_A_WARP) break;
-                    complete &= packets[i][k / N_TILES][k % N_TILES].flag == expected_flag(slice + i, k);
+            for (int k = 0; k < 4 * OWN_N_TILES; ++k) {
+                if (i == 0 || i == rank) own[k] = sums[4 * i * OWN_N_TILES + k];
+            }
+        }
+        mbarrier_wait(barrier(GIVEN + turn % 2), turn / 2 % 2);
+#pragma unroll
+        for (int j = 0; j < OWN_N_TILES; ++j) {
+#pragma unroll
+            for (int i = 0; i < CLUSTER_SIZE; ++i) {
+                const bool is_own = i == rank;
+                Sums given = {};
+                if (!is_own) {
+                    given = *reinterpret_cast<const Sums*>(slot(i, rank, turn) + j * COMPUTING * sizeof(Sums));
+                }
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float part = is_own ? own[4 * j + k] : given.of[k];
+                    totals[4 * j + k] = i == 0 ? part : totals[4 * j + k] + part;
                 }
             }
-            if (complete) break;
-            load(slice);
         }
     }
 
-    __device__ unsigned expected_flag(int i, int k) const {
-        const int slice = i * SUM_PARTS + sum_part();
-        const int packet = Order::even_packet(slice, threadIdx.x % 4) + k / N_TILES;
-        return Order::flag(packet, (i + 1) * SUM_PARTS, flag);
+    // Where the thread's sums of one CTA lie in another one's shared memory.
+    __device__ unsigned char* slot(int from, int to, unsigned turn) const {
+        const int place = from < to ? from : from - 1;
+        return shared + FIRST_SUMS + turn % 2 * SUMS_BYTES + place * SLOT_BYTES + threadIdx.x * sizeof(Sums);
+    }
+
+    // ---- by the receiving warp
+
+    // Copies an exchange of a batch tile into shared memory, each slice as soon as it is complete.
+    __device__ void receive(int tile, unsigned number) const {
+        const int slice = threadIdx.x % 32;
+        if (slice >= SLICES) return;
+        if (number > 0) mbarrier_wait(barrier(MULTIPLIED + tile), (number - 1) % 2);
+        const int first = rank * STEPS + slice * SLICE_STEPS, steps = steps_of_slice(slice);
+        // Beyond all units nobody sends anything, and zeros are copied.
+        const int left = ALL_STEPS - first, sent = left < 0 ? 0 : left < steps ? left : steps;
+        const unsigned complete = (number + 1) * sent * CLUSTER_SIZE;
+        const unsigned* const counted = counter(tile, rank, slice);
+        // The copy is within the loop: behind it each lane would wait for all.
+        for (bool waits = true; waits;) {
+            if (static_cast<int>(load_acquire(counted) - complete) < 0) continue;
+            waits = false;
+            fence_proxy_async_global();
+            unsigned char* const arrived = barrier(tile * SLICES + slice);
+            mbarrier_expect_bytes(arrived, steps * STEP_H_BYTES);
+            cp_async_bulk_global(h(tile) + slice * SLICE_STEPS * STEP_H_BYTES,
+                                 buffer(tile, number) + first * STEP_H_BYTES, steps * STEP_H_BYTES, arrived);
+        }
     }
 };
 

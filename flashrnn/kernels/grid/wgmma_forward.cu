@@ -1,225 +1,386 @@
-// The scan over time, forward, of heads and many sequences that a group of CTAs owns (wgmma_tile.cuh),
-// by wgmma.
+// The scan over time, forward, of heads and many sequences that a group of clusters owns (wgmma_tile.cuh), by
+// wgmma. wgmma_exchange.cuh says what CTAs send each other, and what orders it.
 //
 // What lives where:
 //
-// - registers: in float32, the carried states of the lane's units; the sums of the product; the next
-//   step's Wx, which is loaded while the group exchanges h; packets as they are received;
-// - shared memory: the CTA's part of R; sums on their way to partner warps; the bias;
-// - global memory: packets; Wx, states and gates, which each lane loads or stores for its own units.
+// - registers of the computing warps: R of IN_REGISTERS of the product's steps; the product's sums; of the
+//   thread's elements the carried states, in float32;
+// - shared memory: the rest of R; h of the CTA's part, of each batch tile; the other CTAs' sums; the tiles;
+//   the bias;
+// - global memory: h of all units, two buffers for each batch tile. Each element of Wx, states and gates is
+//   read or written once, by the copying warps, in 16 bytes. (The host has copied what is not aligned.)
 //
-// What orders the steps: a warp waits for the packets that it multiplies, those of one half of h of its
-// batch tile, and its partner for the other half.
+// In a turn, a step of one batch tile, the computing warps multiply h, which the receiving warp copies, and
+// exchange sums within the cluster. Then they meet the copying warps twice:
 //
-//     each warp        receive packets, multiply (the warps of a warpgroup issue each wgmma together),
-//                      store the partner's sums
-//                      barrier of the two partners
-//                      add sums, cell step, send h
-//                      barrier of the two partners
-//                      load the next Wx, store states and gates
+// - when these have read the turn's Wx into its tiles, and stored what was in them: from here on the computing
+//   warps compute new states, and write tiles;
+// - when they have: from here on the copying warps send h, store the tiles, and read the next step's Wx,
+//   while the computing warps take the next turn.
 //
 // CTAs wait for each other, so the launch is a cooperative one.
 //
-// Of sequences of different lengths a group computes as many steps as the first has, which is its longest
-// (common/sequence.cuh): of all its batch tiles, since the warps of a warpgroup issue each wgmma together.
-// All CTAs of the group read the same length. A sequence past its end sends its last h on and on, so what
-// CTAs exchange is as ever.
+// Of sequences of different lengths a batch tile takes as many steps as its first one has, which is its longest
+// (common/sequence.cuh); all CTAs of the group read the same length. A sequence that has ended keeps its states,
+// and its h is sent on. After a reset the h of the start is sent, while the h before it is stored: which steps
+// are cut from the next is read with their Wx.
 
-#include "grid/wgmma_product.cuh"
+#include "grid/wgmma_exchange.cuh"
 #include "common/sequence.cuh"
 
 namespace grid_wgmma {
 
+// Shared memory, in bytes: the exchange, the tiles of each batch tile, the bias, R, and with options of
+// sequences a table of the CTA's, with resets also whether their next step starts anew. With resets the h that
+// is stored, that before a reset, has a tile of its own.
+constexpr int TILES = G + S + RESETS, STORED_H = RESETS ? TILES - 1 : G;
+constexpr int TILES_BYTES = BATCH_TILES * TILES * TILE * sizeof(Element);
+constexpr int BIAS_BYTES = G * UNITS * sizeof(float);
+constexpr int BIAS = EXCHANGE_BYTES + TILES_BYTES, MATRIX = BIAS + BIAS_BYTES;
+constexpr int TABLE = MATRIX + Matrix::BYTES, ALL_OWN = BATCH_TILES * OWN_SEQUENCES;
+constexpr int TABLE_BYTES = SEQUENCED ? ALL_OWN * int(sizeof(Sequence)) : 0;
+constexpr int FLAG_BYTES = RESETS ? ALL_OWN * int(sizeof(int)) : 0;
+static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
+              "wgmma_plan.py computes another size of shared memory");
+
+// Barriers: of the computing and the copying warps, and of either alone.
+constexpr int MET = 2, COPIED = 3, LOADED = 4;
+
+__device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, int n, int N,
+                                     const Exchange& exchange) {
+    const LaneRows rows(R, n, N, exchange.cluster);
+    return Matrix(shared, [&](int step) {
+        const int first = (exchange.rank * STEPS + step) * 16 + 2 * (threadIdx.x % 4);
+        return rows.words([&](int half, int k) { return first + 8 * half + k; });
+    });
+}
+
+__device__ inline void multiply(float (&sums)[4 * N_TILES], const Matrix& matrix, const Exchange& exchange,
+                                int tile, unsigned number) {
+    unsigned first = shared_address(exchange.h(tile));
+    // Else the compiler computes the places of all steps once, and keeps them in registers.
+    materialize(first);
+    const unsigned long long right = operand(__shfl_sync(~0u, first, 0), OCTET_BYTES, 128);
+    matrix.multiply(sums, [&](int step) {
+        if (step % SLICE_STEPS == 0) {
+            exchange.wait_for_slice(tile, step / SLICE_STEPS, number);
+            // Else the compiler puts one here, does not see that no thread diverges, and has each
+            // wgmma wait for the one before.
+            wgmma_fence();
+        }
+        return moved(right, step * STEP_H_BYTES);
+    });
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 grid_wgmma_forward(CALL) {
-    const int rank = blockIdx.x % GROUP_SIZE, group = blockIdx.x / GROUP_SIZE;
-    const Exchange exchange(static_cast<Packet*>(packets), group);
-    unsigned* matrix = reinterpret_cast<unsigned*>(shared_memory());
-    SumPair* partner_sums = reinterpret_cast<SumPair*>(shared_memory() + MATRIX_BYTES);
-    float* bias = reinterpret_cast<float*>(shared_memory() + MATRIX_BYTES + PARTNER_SUMS_BYTES);
-    ReceivedPackets received;
-
+    const int rank = blockIdx.x % CLUSTER_SIZE, cluster = blockIdx.x / CLUSTER_SIZE % CLUSTERS;
+    const int group = blockIdx.x / (CLUSTER_SIZE * CLUSTERS);
+    const Exchange exchange(shared_memory(), packets, group, cluster, rank);
     const long long width = static_cast<long long>(N) * D;
-    const long long all_rows = PACKED ? T : B * T;
     const long long work_tiles = N * WorkTile::count_of_head(B);
-    // By a shuffle, so that the compiler knows that it is the same for all lanes of a warp.
-    const int tile = tile_of_warp(), second = __shfl_sync(~0u, sum_part(), 0);
-    const unsigned right = shared_address(matrix) + second * PACKET_WORDS * WORDS_A_STEP * 4;
-    unsigned flag = 1;
-    int loaded_head = -1;
+    // The cluster's first unit, and how many of its units exist.
+    const int first_unit = cluster * UNITS;
+    const int units = D - first_unit < UNITS ? D - first_unit : UNITS;
+    Element* const tiles = reinterpret_cast<Element*>(shared_memory() + EXCHANGE_BYTES);
+    float* const bias = reinterpret_cast<float*>(shared_memory() + BIAS);
+    // A batch tile's tile: that of a gate, then that of a state.
+    const auto tile_of = [&](int tile, int number) { return tiles + (tile * TILES + number) * TILE; };
+    // Of a batch tile, which the CTA's sequences come from.
+    const int first_column = rank * OWN_SEQUENCES;
+    Sequence* const table = reinterpret_cast<Sequence*>(shared_memory() + TABLE);
+    int* const flags = reinterpret_cast<int*>(shared_memory() + TABLE + TABLE_BYTES);
+    // The number of each batch tile's present exchange.
+    unsigned numbers[BATCH_TILES] = {};
+    // The steps of a batch tile.
+    const auto steps_of = [&](const WorkTile& work, int tile) -> long long {
+        if (!RAGGED) return T;
+        const long long place = work.first_sequence + tile * SEQUENCES;
+        return sequence_lengths[place < B ? place : B - 1];
+    };
 
-    for (long long index = group; index < work_tiles; index += groups) {
-        const WorkTile work(index, B);
-        const LaneUnits mine(rank, work, B);
-        if (work.n != loaded_head) {
-            __syncthreads();
-            load_matrix(matrix, R, work.n, N, rank);
-            for (int i = threadIdx.x; i < G * UNITS; i += THREADS) {
-                const int k = i % G, d = rank * UNITS + i / G;
-                const long long row = static_cast<long long>(FED_B[k]) * N + work.n;
-                bias[i] = FED_B[k] >= 0 && d < D ? to_float(b[row * D + d]) : 0.0f;
-            }
-            fence_proxy_async();
-            __syncthreads();
-        }
-        loaded_head = work.n;
-
-        Sequence own = {};
-        long long steps = T;
-        if (SEQUENCED) {
-            const auto at = [&](long long place) {
-                return sequence_at(place, T, sequence_order, sequence_rows, sequence_lengths,
-                                   runs_backwards, work.n);
-            };
-            own = at(mine.sequence);
-            steps = at(work.first_sequence).length;
-        }
-        // Where the sequence's step 0 is, how far the next step is from one, and which row a step is.
-        const long long of_sequence = SEQUENCED ? own.offset(0, Wx_b, Wx_t) : mine.sequence * Wx_b;
-        const long long of_step = SEQUENCED ? own.advance(Wx_t) : Wx_t;
-        const auto row = [&](long long t) { return SEQUENCED ? own.row(t) : t; };
-        const long long batch_index = SEQUENCED ? own.index : mine.sequence;
-        const ResetStates starts = {STARTS ? reset_states + work.n * reset_states_n : nullptr,
-                                    reset_states_s, reset_states_b, reset_states_t, reset_states_d};
-
-        const long long place = work.n * D + mine.d;
-        const Element* from_Wx = Wx + of_sequence + work.n * Wx_n + mine.d;
-        Element* to_states = states + (SEQUENCED ? 0 : mine.sequence * T * width) + place;
-        Element* to_gates = gates + (SEQUENCED ? 0 : mine.sequence * T * G * width) + place;
-        unsigned input[GW][PAIRS] = {};
-        const auto fetch_input = [&](long long t) {
-            if (SEQUENCED && !own.has(t)) return;
-            const bool has_later = SEQUENCED ? own.has(t + PREFETCHED) : t + PREFETCHED < T;
-            const long long later = has_later ? PREFETCHED * of_step : 0;
+    // The same for a warp, as the compiler must know to have products run asynchronously.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp >= WARPS) {
+        if (SHIFT_REGISTERS) setmaxnreg_dec<COPYING_REGISTERS>();
+        if (warp == WARPS) {
+            for (long long index = group; index < work_tiles; index += groups) {
+                const WorkTile work(index, B);
+                long long steps[BATCH_TILES];
 #pragma unroll
-            for (int k = 0; k < GW; ++k) {
-                const Element* from = from_Wx + t * of_step + k * Wx_g;
+                for (int tile = 0; tile < BATCH_TILES; ++tile) steps[tile] = steps_of(work, tile);
+                for (long long t = 0; t < steps[0]; ++t) {
 #pragma unroll
-                for (int i = 0; i < PAIRS; ++i) {
-                    // The first pair, where the problem has no such units.
-                    const int there = i < mine.pairs ? 2 * i : 0;
-                    input[k][i] = load_opaque(reinterpret_cast<const unsigned*>(from + there));
-                }
-                prefetch_l2(from + later);
-            }
-        };
-        float carried[LANE_UNITS][S];
-        const auto send_h = [&](unsigned flag) {
-            unsigned words[PACKET_WORDS];
-#pragma unroll
-            for (int i = 0; i < PAIRS; ++i) {
-                words[i] = round_pair(carried[2 * i][0], carried[2 * i + 1][0], Element{});
-                // Units that the problem lacks: R has zeros for them, and h must be finite.
-                if (i >= mine.pairs) words[i] = 0;
-            }
-            exchange.send(words, rank * PACKETS + mine.packet, mine.column, flag);
-        };
-        // Sets the states to what they go back to before a step.
-        const auto reset = [&](long long t) {
-#pragma unroll
-            for (int u = 0; u < LANE_UNITS; ++u) {
-                const long long d = mine.d + (u / 2 < mine.pairs ? u : 0);
-#pragma unroll
-                for (int s = 0; s < S; ++s) carried[u][s] = starts.value(s, own, t, d);
-            }
-        };
-#pragma unroll
-        for (int u = 0; u < LANE_UNITS; ++u) {
-            const float* from = initial + batch_index * initial_b + work.n * initial_n +
-                                (mine.d + (u / 2 < mine.pairs ? u : 0)) * initial_d;
-#pragma unroll
-            for (int s = 0; s < S; ++s) carried[u][s] = from[s * initial_s];
-        }
-        if constexpr (RESETS) {
-            if (own.is_cut(0, reset_flags)) reset(0);
-        }
-        if (tile < BATCH_TILES && (!RAGGED || steps > 0)) send_h(flag);
-        fetch_input(0);
-
-        for (long long t = 0; t < steps; ++t, ++flag) {
-            // Whether the next step starts anew. The flag arrives before the packets.
-            unsigned next_is_cut;
-            if constexpr (RESETS) next_is_cut = own.is_cut(t + 1, reset_flags);
-            float sums[2 * LANE_SUMS], recurrent[LANE_SUMS];
-            if (tile < BATCH_TILES) received.begin(exchange, flag);
-            multiply(sums, right, received);
-            if (tile >= BATCH_TILES) continue;
-            if (second) {
-                add_halves<true>(recurrent, sums, partner_sums);
-            } else {
-                add_halves<false>(recurrent, sums, partner_sums);
-            }
-
-            float preactivations[LANE_UNITS][G], stored[LANE_UNITS][S];
-#pragma unroll
-            for (int u = 0; u < LANE_UNITS; ++u) {
-#pragma unroll
-                for (int k = 0; k < G; ++k) {
-                    float sum = bias[(mine.packet * LANE_UNITS + u) * G + k];
-                    if (FED_WX[k] >= 0) {
-                        const unsigned pair = input[FED_WX[k] < 0 ? 0 : FED_WX[k]][u / 2];
-                        sum += element_of_pair(pair, u % 2, Element{});
+                    for (int tile = 0; tile < BATCH_TILES; ++tile) {
+                        if (t < steps[tile]) exchange.receive(tile, numbers[tile]++);
                     }
-                    if (FED_R[k] >= 0) sum += recurrent[u * PRODUCED + (FED_R[k] < 0 ? 0 : FED_R[k])];
-                    preactivations[u][k] = sum;
-                }
-                float after[S];
-                step(carried[u], preactivations[u], after, clips.forward);
-                // Past its end a sequence keeps its last states.
-                const bool goes_on = !RAGGED || own.has(t);
-#pragma unroll
-                for (int s = 0; s < S; ++s) {
-                    carried[u][s] = stored[u][s] = goes_on ? after[s] : carried[u][s];
                 }
             }
-            if constexpr (RESETS) {
-                if (next_is_cut) reset(t + 1);
-            }
-            if (t + 1 < steps) send_h(flag + 1);
-            // What follows overlaps with the exchange. Behind this barrier the partner has read the
-            // sums, so that the next ones may be stored.
-            named_barrier_of<64>(1 + tile);
-            fetch_input(t + 1 < steps ? t + 1 : t);
-            if (!mine.has_sequence || (RAGGED && !own.has(t))) continue;
+            cluster_barrier();
+            return;
+        }
+        const int thread = threadIdx.x - COMPUTING - RECEIVING;
+        for (long long index = group; index < work_tiles; index += groups) {
+            const WorkTile work(index, B);
+            const auto place_of = [&](int tile, int sequence) {
+                return work.first_sequence + tile * SEQUENCES + first_column + sequence;
+            };
+            long long steps[BATCH_TILES];
 #pragma unroll
-            for (int i = 0; i < PAIRS; ++i) {
-                if (i >= mine.pairs) break;
-#pragma unroll
-                for (int s = 0; s < STORED; ++s) {
-                    Element* to = to_states + (s * all_rows + row(t)) * width + 2 * i;
-                    *reinterpret_cast<unsigned*>(to) =
-                        round_pair(stored[2 * i][s], stored[2 * i + 1][s], Element{});
+            for (int tile = 0; tile < BATCH_TILES; ++tile) steps[tile] = steps_of(work, tile);
+            if constexpr (SEQUENCED) {
+                named_barrier_of<COMPUTING + COPYING>(MET);
+                for (int i = thread; i < ALL_OWN; i += COPYING) {
+                    // In place of sequences that do not exist the last one that does.
+                    const long long place = place_of(i / OWN_SEQUENCES, i % OWN_SEQUENCES);
+                    table[i] = sequence_at(place < B ? place : B - 1, T, sequence_order, sequence_rows,
+                                           sequence_lengths, runs_backwards, work.n);
                 }
-                if (SAVE_GATES) {
+                named_barrier_of<COMPUTING + COPYING>(MET);
+            }
+            const auto send_h = [&](int tile, unsigned number) {
+#pragma unroll 1
+                for (int i = thread; i < TILE_CHUNKS; i += COPYING) {
+                    const Chunk chunk(i);
+                    // What nobody sends stays zero.
+                    if (chunk.first_unit >= units) continue;
+                    *exchange.place(tile, number, chunk.first_unit, first_column + chunk.sequence) =
+                        *reinterpret_cast<const uint4*>(tile_of(tile, G) + chunk.index());
+                }
+                named_barrier_of<COPYING>(COPIED);
+                exchange.send(tile);
+            };
+            const auto fetch_inputs = [&](int tile, long long t) {
+#pragma unroll 1
+                for (int i = thread; i < TILE_CHUNKS; i += COPYING) {
+                    const Chunk chunk(i);
+                    if (chunk.first_unit >= units) continue;
+                    // In place of sequences that do not exist it reads the last one that does.
+                    const long long place = place_of(tile, chunk.sequence);
+                    const Sequence& own = table[tile * OWN_SEQUENCES + chunk.sequence];
+                    if (SEQUENCED && !own.has(t)) continue;
+                    const long long of_step = SEQUENCED ? own.offset(t, Wx_b, Wx_t)
+                                                        : (place < B ? place : B - 1) * Wx_b + t * Wx_t;
+                    const Element* const from =
+                        Wx + of_step + work.n * Wx_n + first_unit + chunk.first_unit;
 #pragma unroll
                     for (int k = 0; k < G; ++k) {
-                        Element* to = to_gates + (row(t) * G + k) * width + 2 * i;
-                        *reinterpret_cast<unsigned*>(to) = round_pair(
-                            preactivations[2 * i][k], preactivations[2 * i + 1][k], Element{});
+                        if (FED_WX[k] < 0) continue;
+                        cp_async(tile_of(tile, k) + chunk.index(), from + FED_WX[k] * Wx_g);
                     }
                 }
+                for (int i = thread; RESETS && i < OWN_SEQUENCES; i += COPYING) {
+                    const Sequence& own = table[tile * OWN_SEQUENCES + i];
+                    flags[tile * OWN_SEQUENCES + i] =
+                        own.may_be_cut(t + 1) ? reset_flags[own.flag(t + 1)] : 0;
+                }
+            };
+            const auto store_outputs = [&](int tile, long long t) {
+#pragma unroll 1
+                for (int i = thread; i < TILE_CHUNKS; i += COPYING) {
+                    const Chunk chunk(i);
+                    const long long place = place_of(tile, chunk.sequence);
+                    if (chunk.first_unit >= units || place >= B) continue;
+                    const Sequence& own = table[tile * OWN_SEQUENCES + chunk.sequence];
+                    if (SEQUENCED && !own.has(t)) continue;
+                    const auto store = [&](Element* to, int number) {
+                        *reinterpret_cast<uint4*>(to) =
+                            *reinterpret_cast<const uint4*>(tile_of(tile, number) + chunk.index());
+                    };
+                    const long long row = SEQUENCED ? own.row(t) : place * T + t;
+                    const long long unit = work.n * D + first_unit + chunk.first_unit;
+#pragma unroll
+                    for (int s = 0; s < STORED; ++s) {
+                        const long long first_row = s * (PACKED ? T : B * T);
+                        store(states + (first_row + row) * width + unit, s > 0 ? G + s : STORED_H);
+                    }
+#pragma unroll
+                    for (int k = 0; k < G && SAVE_GATES; ++k) {
+                        store(gates + (row * G + k) * width + unit, k);
+                    }
+                }
+            };
+            // Writes zeros to the rows past each sequence's end.
+            const auto clear_rest = [&](int tile) {
+#pragma unroll 1
+                for (int i = thread; i < TILE_CHUNKS; i += COPYING) {
+                    const Chunk chunk(i);
+                    if (chunk.first_unit >= units || place_of(tile, chunk.sequence) >= B) continue;
+                    const Sequence& own = table[tile * OWN_SEQUENCES + chunk.sequence];
+                    const long long unit = work.n * D + first_unit + chunk.first_unit;
+#pragma unroll 1
+                    for (long long t = own.length; t < T; ++t) {
+#pragma unroll
+                        for (int s = 0; s < STORED; ++s) {
+                            Element* const to = states + (s * B * T + own.first_row + t) * width + unit;
+                            *reinterpret_cast<uint4*>(to) = uint4{};
+                        }
+                    }
+                }
+            };
+#pragma unroll
+            for (int tile = 0; tile < BATCH_TILES; ++tile) {
+                named_barrier_of<COMPUTING + COPYING>(MET);
+                named_barrier_of<COMPUTING + COPYING>(MET);
+                if (RAGGED && steps[tile] == 0) continue;
+                send_h(tile, numbers[tile]);
+                fetch_inputs(tile, 0);
+                cp_async_commit();
+            }
+            for (long long t = 0; t < steps[0]; ++t) {
+#pragma unroll
+                for (int tile = 0; tile < BATCH_TILES; ++tile) {
+                    if (t >= steps[tile]) continue;
+                    // All Wx but those of the batch tiles whose turns come later.
+                    if (t < steps[BATCH_TILES - 1]) cp_async_wait<BATCH_TILES - 1>();
+                    if (t >= steps[BATCH_TILES - 1]) cp_async_wait<0>();
+                    named_barrier_of<COMPUTING + COPYING>(MET);
+                    named_barrier_of<COMPUTING + COPYING>(MET);
+                    ++numbers[tile];
+                    if (t + 1 < steps[tile]) send_h(tile, numbers[tile]);
+                    exchange.signal_multiplied(tile);
+                    store_outputs(tile, t);
+                    if (t + 1 < steps[tile]) fetch_inputs(tile, t + 1);
+                    cp_async_commit();
+                }
+            }
+            for (int tile = 0; tile < BATCH_TILES && RAGGED && !PACKED && STORED; ++tile) clear_rest(tile);
+        }
+        cluster_barrier();
+        return;
+    }
+
+    if (SHIFT_REGISTERS) setmaxnreg_inc<COMPUTING_REGISTERS>();
+    unsigned turn = 0;
+    for (long long index = group; index < work_tiles; index += groups) {
+        const WorkTile work(index, B);
+        const Matrix matrix =
+            load_matrix(shared_memory() + MATRIX, R, work.n, N, exchange);
+        for (int i = threadIdx.x; i < G * UNITS; i += COMPUTING) {
+            const int k = i / UNITS, unit = i % UNITS;
+            const long long row = static_cast<long long>(FED_B[k]) * N + work.n;
+            bias[i] = FED_B[k] >= 0 && unit < units ? to_float(b[row * D + first_unit + unit]) : 0.0f;
+        }
+        fence_proxy_async();
+        named_barrier_of<COMPUTING>(LOADED);
+
+        if constexpr (SEQUENCED) {
+            named_barrier_of<COMPUTING + COPYING>(MET);
+            named_barrier_of<COMPUTING + COPYING>(MET);
+        }
+        const auto own_of = [&](int tile, int e) -> const Sequence& {
+            return table[tile * OWN_SEQUENCES + ThreadElement(e).sequence];
+        };
+        const auto place_of = [&](int tile, int e) {
+            return work.first_sequence + tile * SEQUENCES + first_column + ThreadElement(e).sequence;
+        };
+        // Which of the batch an element's sequence is.
+        const auto index_of = [&](int tile, int e) -> long long {
+            return SEQUENCED ? own_of(tile, e).index : place_of(tile, e);
+        };
+        const auto exists = [&](int tile, int e) {
+            return ThreadElement(e).unit < units && place_of(tile, e) < B;
+        };
+        const ResetStates starts = {
+            STARTS ? reset_states + work.n * reset_states_n + first_unit * reset_states_d : nullptr,
+            reset_states_s, reset_states_b, reset_states_t, reset_states_d};
+        float carried[BATCH_TILES][OWN_ELEMENTS][S];
+        // Sets an element's states to what they go back to before a step.
+        const auto reset = [&](int tile, int e, long long t) {
+            const ThreadElement element(e);
+#pragma unroll
+            for (int s = 0; s < S; ++s) {
+                carried[tile][e][s] =
+                    element.unit < units ? starts.value(s, own_of(tile, e), t, element.unit) : 0.0f;
+            }
+        };
+        long long steps[BATCH_TILES];
+#pragma unroll
+        for (int tile = 0; tile < BATCH_TILES; ++tile) steps[tile] = steps_of(work, tile);
+#pragma unroll
+        for (int tile = 0; tile < BATCH_TILES; ++tile) {
+            named_barrier_of<COMPUTING + COPYING>(MET);
+#pragma unroll
+            for (int e = 0; e < OWN_ELEMENTS; ++e) {
+                const ThreadElement element(e);
+                const float* const from = initial + index_of(tile, e) * initial_b + work.n * initial_n +
+                                          (first_unit + element.unit) * initial_d;
+#pragma unroll
+                for (int s = 0; s < S; ++s) carried[tile][e][s] = exists(tile, e) ? from[s * initial_s] : 0.0f;
+                if constexpr (RESETS) {
+                    const Sequence& own = own_of(tile, e);
+                    if (own.may_be_cut(0) && reset_flags[own.flag(0)]) reset(tile, e, 0);
+                }
+                round_to(tile_of(tile, G)[tile_index(element.unit, element.sequence)], carried[tile][e][0]);
+            }
+            named_barrier_of<COMPUTING + COPYING>(MET);
+        }
+
+        for (long long t = 0; t < steps[0]; ++t) {
+#pragma unroll
+            for (int tile = 0; tile < BATCH_TILES; ++tile) {
+                if (t >= steps[tile]) continue;
+                float sums[4 * N_TILES], totals[4 * OWN_N_TILES];
+                multiply(sums, matrix, exchange, tile, numbers[tile]++);
+                exchange.give_sums(sums, turn);
+                exchange.add_sums(totals, sums, turn);
+                ++turn;
+                const RecurrentSums<OWN_N_TILES> recurrent(
+                    [&](int n_tile, int i) { return totals[4 * n_tile + i]; });
+                float preactivations[OWN_ELEMENTS][G];
+                named_barrier_of<COMPUTING + COPYING>(MET);
+                // All that is read from tiles is read before any is written: else each read would wait for a
+                // write.
+#pragma unroll
+                for (int e = 0; e < OWN_ELEMENTS; ++e) {
+                    const ThreadElement element(e);
+                    const int place = tile_index(element.unit, element.sequence);
+#pragma unroll
+                    for (int k = 0; k < G; ++k) {
+                        float& sum = preactivations[e][k];
+                        sum = bias[k * UNITS + element.unit];
+                        if (FED_WX[k] >= 0) sum += to_float(tile_of(tile, k)[place]);
+                        if (FED_R[k] >= 0) sum += recurrent.gates[e][FED_R[k] < 0 ? 0 : FED_R[k]];
+                    }
+                }
+#pragma unroll
+                for (int e = 0; e < OWN_ELEMENTS; ++e) {
+                    const ThreadElement element(e);
+                    const int place = tile_index(element.unit, element.sequence);
+                    float after[S];
+                    step(carried[tile][e], preactivations[e], after, clips.forward);
+                    // Past its end a sequence keeps its last states.
+                    const bool goes_on = !RAGGED || own_of(tile, e).has(t);
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        if (goes_on) carried[tile][e][s] = after[s];
+                        round_to(tile_of(tile, s > 0 ? G + s : STORED_H)[place], carried[tile][e][s]);
+                    }
+                    if constexpr (RESETS) {
+                        if (flags[tile * OWN_SEQUENCES + element.sequence]) reset(tile, e, t + 1);
+                        round_to(tile_of(tile, G)[place], carried[tile][e][0]);
+                    }
+#pragma unroll
+                    for (int k = 0; k < G && SAVE_GATES; ++k) {
+                        round_to(tile_of(tile, k)[place], preactivations[e][k]);
+                    }
+                }
+                named_barrier_of<COMPUTING + COPYING>(MET);
             }
         }
-        if (!mine.has_sequence) continue;
-        float* to = last_states + batch_index * width + place;
 #pragma unroll
-        for (int u = 0; u < LANE_UNITS; ++u) {
-            if (u / 2 >= mine.pairs) break;
+        for (int tile = 0; tile < BATCH_TILES; ++tile) {
 #pragma unroll
-            for (int s = 0; s < S; ++s) to[s * B * width + u] = carried[u][s];
-        }
-        if constexpr (RAGGED && !PACKED && STORED > 0) {
-            // Rows past the end.
-            for (long long t = own.length; t < T; ++t) {
+            for (int e = 0; e < OWN_ELEMENTS; ++e) {
+                if (!exists(tile, e)) continue;
+                float* const to = last_states + index_of(tile, e) * width + work.n * D + first_unit +
+                                  ThreadElement(e).unit;
 #pragma unroll
-                for (int i = 0; i < STORED * PAIRS; ++i) {
-                    if (i % PAIRS >= mine.pairs) continue;
-                    const long long of_row = (i / PAIRS * all_rows + own.first_row + t) * width;
-                    *reinterpret_cast<unsigned*>(to_states + of_row + i % PAIRS * 2) = 0;
-                }
+                for (int s = 0; s < S; ++s) to[s * B * width] = carried[tile][e][s];
             }
         }
     }
+    cluster_barrier();
 }
 
 }  // namespace grid_wgmma

@@ -1,59 +1,67 @@
-"""How a group of CTAs owns a head and many sequences, by ``wgmma``; see ``wgmma_tile.cuh``."""
+"""Plans of the forward scan of groups of clusters by ``wgmma``; see ``wgmma_tile.cuh``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
-from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.gpu import GPU, clusters_at_once
 from flashrnn.kernels.plan import Counts, Plan, Scratch
-from flashrnn.kernels.sizes import tiles_of
+from flashrnn.kernels.sizes import one_of_few, tiles_of
 from flashrnn.problem import Problem
 
-# A warpgroup has a warp for each batch tile. With fewer batch tiles than this, mma is as fast
-# (docs/cost-model.md: 1x768, B = 64).
-_FEWEST_TILES, _MOST_TILES = 3, 4
-# Columns of the largest wgmma.
-_MOST_COLUMNS = 256
-# Slices that a warp loads at once: packets take 16 registers each.
-_MOST_SLICES_AT_ONCE = 4
-# Numbers of wgmma_tile.cuh.
-_THREADS, _WARPGROUPS, _LANE_UNITS, _PACKET_WORDS = 256, 2, 6, 3
+# Registers of a multiprocessor, and the most that setmaxnreg is asked to give a thread.
+_REGISTERS, _MOST_REGISTERS = 64 * 1024, 240
+# Registers of a computing thread beside those of R, of its sums, of its states and pre-activations.
+_OTHER_REGISTERS = 40
+# With options of sequences.
+_REGISTERS_OF_SEQUENCES = 8
 
-# Cycles of a step, fitted to 20 times of an H200 and scaled by 0.83, so that they compare with the
-# other regimes' estimates (docs/cost-model.md): 3% off in the median. Each warp has a batch tile of
-# its own, so that the cell takes as long for one as for four: so many cycles for each gate that R
-# feeds, whose sums partner warps exchange, and for each state. But batch tiles wait for one another
-# where they receive slices and where they save gates.
-_VALUE_CYCLES, _SLICE_CYCLES, _SAVED_GATE_CYCLES = 850, 41, 211
+_SLICE_STEPS = 8
+
+# Cycles of a step, fitted to 404 times of an H200 (docs/cost-model.md): 3% off in the median. All
+# are scaled by 0.83, so that they compare with the other regimes' estimates.
+_CYCLES_OF_A_TURN = 1200
+# For each step of the product and warpgroup: for each n-tile, and where R is in shared memory.
+_CYCLES_AN_N_TILE, _CYCLES_A_READ = 2.9, 7.9
+# For each packet of sums that a CTA receives, and for each value that it copies between memories.
+_CYCLES_A_PACKET, _CYCLES_A_VALUE = 0.83, 0.116
+# What h takes to all CTAs of the group, which other turns may cover.
+_CYCLES_OF_THE_EXCHANGE = 2490
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridWgmmaPlan(Plan):
-    """How a group of CTAs owns a head and many sequences.
+    """How a group of clusters owns a head and many sequences.
 
     Attributes:
-        UNITS: units of the head that a CTA owns.
-        recurrent: gates that R feeds.
-        size: CTAs of a group.
-        batch_tiles: batch tiles of 16 sequences that a group owns.
-        slices_at_once: slices of the packets that a warp loads at once.
-        packets: 16-byte packets of a group's buffers in global memory, two for each batch tile.
+        size: CTAs of a cluster.
+        clusters: clusters of a group.
+        rows: rows of R that a unit takes: a row for each gate that R feeds, 4 for 3 gates.
+        warpgroups: warpgroups of a CTA that compute.
+        n_tiles: n-tiles of 8 sequences of a batch tile.
+        batch_tiles: batch tiles of a group, which take turns.
+        in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
 
     COOPERATIVE: ClassVar = True
-    # Two neighbouring units are loaded as one word.
-    ROW_ALIGNMENT: ClassVar = 4
-    UNITS: ClassVar = 4 * _LANE_UNITS
+    ROW_ALIGNMENT: ClassVar = 16
+    # Threads of a CTA that receive and send h and copy rows, and the registers of each.
+    COPYING: ClassVar = 128
+    COPYING_REGISTERS: ClassVar = 56
 
-    recurrent: int
     size: int
+    clusters: int
+    rows: int
+    warpgroups: int
+    n_tiles: int
     batch_tiles: int
-    slices_at_once: int
-    packets: int
+    in_registers: int
 
     @property
     def entry(self) -> str:
@@ -63,15 +71,50 @@ class GridWgmmaPlan(Plan):
     @property
     def threads(self) -> int:
         """Threads of a CTA."""
-        return _THREADS
+        return 128 * self.warpgroups + self.COPYING
+
+    @property
+    def registers(self) -> int:
+        """Registers of a computing thread: a multiple of 8, as setmaxnreg takes them."""
+        # What the CTA gets at its launch, when all of its threads have as many.
+        all_registers = self.threads * (_REGISTERS // self.threads // 8 * 8)
+        left = all_registers - self.COPYING * self.COPYING_REGISTERS
+        return min(_MOST_REGISTERS, left // (128 * self.warpgroups) // 8 * 8)
+
+    @property
+    def cluster_size(self) -> int:
+        """CTAs of a cluster."""
+        return self.size
+
+    @property
+    def units(self) -> int:
+        """Units of the head that a cluster has."""
+        return 64 // self.rows * self.warpgroups
+
+    @property
+    def steps(self) -> int:
+        """Steps of a CTA's product, of 16 units each."""
+        return tiles_of(self.clusters * self.units // 16, self.size)
+
+    @property
+    def h_bytes(self) -> int:
+        """Bytes of h of a CTA's part, of a batch tile."""
+        return self.steps * 16 * 8 * self.n_tiles * 2
+
+    @property
+    def packets(self) -> int:
+        """16-byte pieces of a group's buffers and counters in global memory."""
+        counters = self.batch_tiles * self.size * tiles_of(self.steps, _SLICE_STEPS)
+        return self.batch_tiles * 2 * self.size * self.h_bytes // 16 + tiles_of(counters, 4)
 
     def groups(self, B: int, N: int, gpu: GPU) -> int:
-        """CTA groups of a launch, as many as run at once."""
-        return min(N * tiles_of(B, 16 * self.batch_tiles), gpu.multiprocessors // self.size)
+        """Groups of a launch, as many as run at once."""
+        at_once = clusters_at_once(self.size, gpu) // self.clusters
+        return min(N * tiles_of(B, 8 * self.n_tiles * self.batch_tiles), at_once)
 
     def grid(self, B: int, N: int, gpu: GPU) -> int:
         """CTAs of a launch."""
-        return self.groups(B, N, gpu) * self.size
+        return self.groups(B, N, gpu) * self.clusters * self.size
 
     def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
         """See :meth:`flashrnn.kernels.plan.Plan.scratch`."""
@@ -83,71 +126,122 @@ class GridWgmmaPlan(Plan):
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {
             "D": self.D,
+            "CLUSTER_SIZE": self.size,
+            "CLUSTERS": self.clusters,
+            "UNITS": self.units,
+            "WARPGROUPS": self.warpgroups,
+            "N_TILES": self.n_tiles,
             "BATCH_TILES": self.batch_tiles,
-            "SLICES_AT_ONCE": self.slices_at_once,
+            "IN_REGISTERS": self.in_registers,
+            # One warpgroup has as many registers as it can use without those of others.
+            "SHIFT_REGISTERS": self.warpgroups > 1,
+            "COMPUTING_REGISTERS": self.registers,
+            "COPYING_REGISTERS": self.COPYING_REGISTERS,
             "GROUP_PACKETS": self.packets,
-            "SHARED_BYTES": self.shared_memory,
+            # Must be what the kernel computes of its parts: a static_assert holds them together.
+            "SHARED_MEMORY": self.shared_memory,
             "STORED": len(cell.states),
             **dict(options),
         }
-        columns = self.UNITS * self.recurrent
-        generated = {"common/wgmma.cuh": wgmma.instruction(columns, precision)}
-        record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
+        generated = {"common/wgmma.cuh": wgmma.instruction(8 * self.n_tiles, precision)}
         kernel = "grid/wgmma_forward.cu"
+        record = call.FORWARD.complete if source.is_sequenced(options) else call.FORWARD
         return source.program(kernel, cell, precision, constants, record, generated)
 
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> GridWgmmaPlan | str:
-    """How groups of CTAs own the heads of a problem in a forward scan, or why they do not."""
-    cell, N, D = problem.cell, problem.N, problem.D
-    recurrent = len(cell.fed_by("R"))
-    if backward or problem.dtype.itemsize != 2 or D % 2:
-        return "it is for the forward scan, 16 bits and an even D"
+    """The plan of a problem's forward scan, or the reason why there is none."""
+    # Units of a sequence are copied in chunks of 16 bytes.
+    if backward or problem.dtype.itemsize != 2 or problem.D % 8:
+        return "it is for the forward scan, 16 bits and a D that is a multiple of 8"
     if not gpu.multiplies_by_groups:
         return "it needs a GPU with wgmma"
-    size = tiles_of(D, GridWgmmaPlan.UNITS)
-    groups = gpu.multiprocessors // size
-    if not groups or not 1 <= recurrent <= _MOST_COLUMNS // GridWgmmaPlan.UNITS:
-        return f"a head of {D} units with {recurrent} gates that R feeds"
-    batch_tiles = min(_MOST_TILES, tiles_of(N * tiles_of(problem.B, 16), groups))
-    slices = _slices_a_warp(size)
-    shared_memory = _shared_memory(slices, recurrent, len(cell.gates))
-    if batch_tiles < _FEWEST_TILES or shared_memory > gpu.shared_memory:
-        return "too few sequences, or too large a recurrent matrix"
-    plan = GridWgmmaPlan(
-        D=D,
-        recurrent=recurrent,
-        size=size,
-        batch_tiles=batch_tiles,
-        # Parts of equal size.
-        slices_at_once=tiles_of(slices, tiles_of(slices, _MOST_SLICES_AT_ONCE)),
-        # Two buffers, of two packets a lane for each slice and each of two n-tiles.
-        packets=batch_tiles * 2 * _WARPGROUPS * slices * 2 * 2 * 32,
-        shared_memory=shared_memory,
-    )
-    counts = Counts.of_problem(problem)
-    cycles = estimated_cycles(plan, counts, max(1, problem.B), N, gpu)
-    return replace(plan, estimated_cycles=cycles)
+    B, N, counts = max(1, problem.B), problem.N, Counts.of_problem(problem)
+    # Few kernels for all sizes of a batch.
+    plan = best_plan(counts, 8 * one_of_few(tiles_of(B, 8)), N, problem.D, gpu)
+    if plan is None:
+        return f"no group of clusters of this GPU holds a head of {problem.D} units and its gates"
+    return replace(plan, estimated_cycles=estimated_cycles(plan, counts, B, N, gpu))
 
 
-def _slices_a_warp(size: int) -> int:
-    """Slices of 8 packets that a warp receives: each CTA sends 4, and a warpgroup takes half."""
-    return tiles_of(4 * size, 8 * _WARPGROUPS)
+@lru_cache(maxsize=1024)
+def best_plan(counts: Counts, B: int, N: int, D: int, gpu: GPU) -> GridWgmmaPlan | None:
+    """The plan with the fewest :func:`estimated_cycles`, if there is any."""
+    plans = [
+        replace(plan, estimated_cycles=estimated_cycles(plan, counts, B, N, gpu))
+        for plan in possible_plans(counts, D, gpu)
+    ]
+    return min(plans, key=lambda plan: plan.estimated_cycles, default=None)
 
 
-def _shared_memory(slices: int, recurrent: int, gates: int) -> int:
-    """Bytes of a CTA's part of R, of the sums for partner warps, and of the bias."""
-    summed = _WARPGROUPS * slices * _PACKET_WORDS * 16
-    matrix = summed * GridWgmmaPlan.UNITS * recurrent * 2
-    partner_sums = _THREADS * _LANE_UNITS * recurrent * 4
-    return matrix + partner_sums + 4 * gates * GridWgmmaPlan.UNITS
+def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[GridWgmmaPlan]:
+    """All plans for heads of D units."""
+    if not 1 <= counts.recurrent <= 4:
+        return
+    rows = counts.recurrent if counts.recurrent <= 2 else 4
+    for size in (2, 4, 8):
+        for warpgroups in (1, 2, 3, 4):
+            clusters = tiles_of(D, 64 // rows * warpgroups)
+            if clusters < 2 or clusters > clusters_at_once(size, gpu):
+                continue
+            for n_tiles in range(size, 17, size):
+                for batch_tiles in (1, 2):
+                    plan = GridWgmmaPlan(
+                        D=D,
+                        size=size,
+                        clusters=clusters,
+                        rows=rows,
+                        warpgroups=warpgroups,
+                        n_tiles=n_tiles,
+                        batch_tiles=batch_tiles,
+                        in_registers=0,
+                        shared_memory=0,
+                    )
+                    in_registers = _in_registers(plan, counts)
+                    if in_registers < 1:
+                        continue
+                    plan = replace(plan, in_registers=in_registers)
+                    plan = replace(plan, shared_memory=shared_memory_of(plan, counts))
+                    if plan.shared_memory <= gpu.shared_memory:
+                        yield plan
+
+
+def _in_registers(plan: GridWgmmaPlan, counts: Counts) -> int:
+    """Steps of the product whose part of R fits into registers."""
+    elements = 4 // plan.rows * plan.n_tiles // plan.size
+    of_elements = elements * (plan.batch_tiles * counts.states + counts.gates)
+    working = _OTHER_REGISTERS + 4 * plan.n_tiles + of_elements
+    working += _REGISTERS_OF_SEQUENCES if counts.sequence_bytes else 0
+    return min(plan.steps, (plan.registers - working) // 4)
+
+
+def shared_memory_of(plan: GridWgmmaPlan, counts: Counts) -> int:
+    """Bytes of a CTA's shared memory, part by part as the kernel lays it out."""
+    h = plan.batch_tiles * plan.h_bytes
+    own = plan.n_tiles // plan.size
+    sums = 2 * (plan.size - 1) * own * 128 * plan.warpgroups * 16
+    # One for each slice of each batch tile, one for each of these, and two for sums.
+    barriers = plan.batch_tiles * (tiles_of(plan.steps, _SLICE_STEPS) + 1) + 2
+    # With resets also a tile of the h that is stored.
+    tiles = counts.gates + counts.states + (counts.starts > 0)
+    tiles *= plan.batch_tiles * 8 * own * plan.units * 2
+    bias = 4 * counts.gates * plan.units
+    in_shared = plan.steps - plan.in_registers
+    matrix = 2048 * plan.warpgroups * in_shared
+    # Where sequences' rows lie, and with resets whether the next step starts anew.
+    table = (counts.sequence_bytes + (4 if counts.starts else 0)) * plan.batch_tiles * 8 * own
+    return h + sums + 16 * tiles_of(barriers, 2) + tiles + bias + matrix + table
 
 
 def estimated_cycles(plan: GridWgmmaPlan, counts: Counts, B: int, N: int, gpu: GPU) -> float:
-    """What a step of all sequences takes, comparable with the grid's ``estimated_cycles``."""
-    slices = _WARPGROUPS * _slices_a_warp(plan.size)
-    work_tiles = N * tiles_of(B, 16 * plan.batch_tiles)
+    """The cycles of a step of all sequences, by which plans of all regimes are compared."""
+    work_tiles = N * tiles_of(B, 8 * plan.n_tiles * plan.batch_tiles)
     rounds = tiles_of(work_tiles, plan.groups(B, N, gpu))
-    of_a_tile = _SLICE_CYCLES * slices + _SAVED_GATE_CYCLES * counts.saved
-    of_the_cell = _VALUE_CYCLES * (counts.recurrent + counts.states)
-    return rounds * (of_the_cell + plan.batch_tiles * of_a_tile)
+    own = plan.n_tiles // plan.size
+    products = plan.warpgroups * plan.steps
+    reads = plan.warpgroups * (plan.steps - plan.in_registers)
+    received = (plan.size - 1) * own * 128 * plan.warpgroups
+    values = 8 * own * plan.units * (counts.inputs + counts.states + counts.saved)
+    turn = _CYCLES_OF_A_TURN + _CYCLES_AN_N_TILE * products * plan.n_tiles
+    turn += _CYCLES_A_READ * reads + _CYCLES_A_PACKET * received + _CYCLES_A_VALUE * values
+    return rounds * max(turn * plan.batch_tiles, turn + _CYCLES_OF_THE_EXCHANGE)

@@ -1,95 +1,104 @@
-// How groups of CTAs own heads and many sequences at a time, for products by wgmma. As in tile.cuh, CTA
-// `rank` of a group has the head's units from rank * UNITS on, with all their gates, and sends their h
-// to the group at each step. But the group has up to BATCH_TILES tiles of 16 sequences, and computes a
-// step of all of them at once.
+// How a group of clusters owns a head and many sequences, for products by wgmma. All clusters of the group
+// run at once and exchange h through global memory; each owns UNITS units of the head.
 //
-// A CTA has two warpgroups, of four warps each. Of the product, sequences are the rows, and a CTA's
-// units with all gates that R feeds are the columns. Warp w of either warpgroup has batch tile w. Each
-// warpgroup sums over one half of h (sum_part()), so the sums of a batch tile are in two partner warps:
+// The CTAs of a cluster share two things otherwise. Of the product each CTA has all rows of the cluster's
+// units, with all their gates, and a part of the columns, which the product sums over: STEPS steps of 16
+// units of h. So it reads only this part of h, and holds only this part of R:
 //
-//                       warpgroup 0               warpgroup 1
-//                       first half of h           second half of h
-//     batch tile 0      warp 0          <---->    warp 4
-//     batch tile 1      warp 1          <---->    warp 5
-//     batch tile 2      warp 2          <---->    warp 6
-//     batch tile 3      warp 3          <---->    warp 7
-//     cell step of      sequences 0-7             sequences 8-15
+//                     h of the head
+//                     part 0    part 1    part 2    part 3
+//     R of the        CTA 0     CTA 1     CTA 2     CTA 3        sums of each CTA, for all sequences
+//     cluster's units
 //
-// The partners exchange sums through shared memory (add_halves()), and each then computes the cell step
-// of 8 of the tile's sequences. A lane has LANE_UNITS neighbouring units of one sequence: one packet.
+// Then each CTA gives the others its sums of their sequences, n-tile by n-tile, adds up those that it gets,
+// and computes the cell step of OWN_N_TILES n-tiles:
+//
+//                     n-tiles 0, 1   n-tiles 2, 3   n-tiles 4, 5   n-tiles 6, 7
+//     cell steps of   CTA 0          CTA 1          CTA 2          CTA 3
+//
+// A group has BATCH_TILES batch tiles of SEQUENCES sequences, which take turns: while h of one is on its way,
+// the others are multiplied and computed.
+//
+// A computing warp has WARP_UNITS units (common/gates_in_warp.cuh), and the same thread of each CTA the same
+// units: what a thread sends is for the thread of its own number. Behind the computing warps come four more:
+// one that receives h, and three that send it and copy a step's inputs and results between shared and global
+// memory.
+//
+// These are in tiles, in shared memory: of each batch tile one for each gate, into which Wx is read and which
+// pre-activations replace where they are saved, and one for each state. A tile consists of chunks of 16
+// bytes, 8 neighbouring units of a sequence, ordered by units, then by sequence.
 
-#include "problem.cuh"
-#include "grid/packet_order.cuh"
+#include "common/gates_in_warp.cuh"
+#include "common/wgmma_matrix.cuh"
 
 namespace grid_wgmma {
 
-using grid::operand_packet;
-using grid::operand_word;
-using grid::PACKET_WORDS;
+using namespace gates_in_warp;
 
-constexpr int LANE_UNITS = 6;
-constexpr int UNITS = 4 * LANE_UNITS;
-constexpr int GROUP_SIZE = (D + UNITS - 1) / UNITS;
+constexpr int WARPS = 4 * WARPGROUPS;
+constexpr int COMPUTING = 32 * WARPS;
+constexpr int RECEIVING = 32, COPYING = 96;
+constexpr int THREADS = COMPUTING + RECEIVING + COPYING;
+static_assert(UNITS == WARPS * WARP_UNITS, "each computing warp has one tile of 16 rows of R");
+static_assert(N_TILES % CLUSTER_SIZE == 0, "each CTA of a cluster has as many n-tiles as the others");
 
-// A batch tile is two n-tiles of 8 sequences.
-constexpr int N_TILES = 2;
-constexpr int COLUMNS = 8 * N_TILES;
+// N-tiles of a batch tile whose cell steps a CTA computes; a thread's elements of them.
+constexpr int OWN_N_TILES = N_TILES / CLUSTER_SIZE, OWN_SEQUENCES = 8 * OWN_N_TILES;
+constexpr int OWN_ELEMENTS = OWN_N_TILES * ELEMENTS_A_TILE;
 
-constexpr int SUM_PARTS = 2;
-constexpr int WARPS = 4 * SUM_PARTS;
-constexpr int THREADS = 32 * WARPS;
+static_assert(sizeof(Element) == 2, "a chunk has 8 elements");
+constexpr int CHUNK_UNITS = 8, UNIT_CHUNKS = UNITS / CHUNK_UNITS;
+constexpr int TILE_CHUNKS = UNIT_CHUNKS * OWN_SEQUENCES, TILE = TILE_CHUNKS * CHUNK_UNITS;
 
-constexpr int PACKETS = UNITS / LANE_UNITS;
-static_assert(PACKET_WORDS * 2 == LANE_UNITS, "a packet is what a lane has of h");
+// Where a tile has a unit of the cluster and one of the CTA's sequences.
+__device__ inline int tile_index(int unit, int sequence) {
+    return (unit / CHUNK_UNITS * OWN_SEQUENCES + sequence) * CHUNK_UNITS + unit % CHUNK_UNITS;
+}
 
-using Order = grid::PacketOrder<GROUP_SIZE, PACKETS, SUM_PARTS, N_TILES>;
+// The chunk of a tile that a copying thread copies. Eight neighbouring threads have eight neighbouring
+// sequences, so that their accesses of shared memory go to different banks.
+struct Chunk {
+    int first_unit, sequence;
 
-__device__ inline int sum_part() { return threadIdx.x / 128; }
-__device__ inline int tile_of_warp() { return threadIdx.x / 32 % 4; }
+    __device__ Chunk(int i)
+        : first_unit(i / 8 % UNIT_CHUNKS * CHUNK_UNITS), sequence(i / (8 * UNIT_CHUNKS) * 8 + i % 8) {}
 
-// A step's inputs are loaded one step ahead, and prefetched to the L2 cache this many steps before that.
-constexpr int PREFETCHED = 3;
+    __device__ int index() const { return tile_index(first_unit, sequence); }
+};
 
-// Elements of two neighbouring units are loaded and stored as one word; D is even.
-constexpr int PAIRS = LANE_UNITS / 2;
+// The product's steps of 16 units: those of a cluster's units, of all units, and of each CTA.
+constexpr int UNIT_STEPS = UNITS / 16;
+constexpr int ALL_STEPS = CLUSTERS * UNIT_STEPS;
+constexpr int STEPS = (ALL_STEPS + CLUSTER_SIZE - 1) / CLUSTER_SIZE;
 
-// What a group computes at a time: BATCH_TILES batch tiles of a head, or those that are left of it.
+// h is received in slices of so many steps; the last one of a CTA may have fewer.
+constexpr int SLICE_STEPS = 8;
+constexpr int SLICES = (STEPS + SLICE_STEPS - 1) / SLICE_STEPS;
+static_assert(SLICES <= 32, "each lane of the receiving warp copies a slice");
+__device__ constexpr int steps_of_slice(int slice) {
+    return STEPS - slice * SLICE_STEPS < SLICE_STEPS ? STEPS - slice * SLICE_STEPS : SLICE_STEPS;
+}
+
+using Matrix = LeftOperand<STEPS>;
+
+// h of a step, of all sequences of a batch tile, in shared and in global memory: 8 units of each sequence,
+// 16 bytes, then the other 8. The 16 bytes of 8 sequences are one core matrix of wgmma's right operand.
+constexpr unsigned OCTET_BYTES = SEQUENCES * 16, STEP_H_BYTES = 2 * OCTET_BYTES;
+constexpr unsigned H_BYTES = STEPS * STEP_H_BYTES;
+
+// What a group computes at a time: BATCH_TILES batch tiles of a head. The last one of a head may have fewer
+// sequences.
 struct WorkTile {
     int n;
     long long first_sequence;
 
     __device__ static long long count_of_head(long long B) {
-        return (B + BATCH_TILES * COLUMNS - 1) / (BATCH_TILES * COLUMNS);
+        return (B + BATCH_TILES * SEQUENCES - 1) / (BATCH_TILES * SEQUENCES);
     }
 
     __device__ WorkTile(long long index, long long B)
         : n(index / count_of_head(B)),
-          first_sequence(index % count_of_head(B) * BATCH_TILES * COLUMNS) {}
-};
-
-// The units that a lane owns of a sequence.
-struct LaneUnits {
-    // The sequence's column in the batch tile, and the packet among the CTA's.
-    int column, packet;
-    // The problem's sequence, and the first of the units. Both are clamped to ones that the problem has;
-    // what is computed of such a repetition is not stored.
-    long long sequence, d;
-    // Whether the problem has this sequence, and how many pairs of the units.
-    bool has_sequence;
-    int pairs;
-
-    __device__ LaneUnits(int rank, const WorkTile& work, long long B) {
-        const int lane = threadIdx.x % 32;
-        const bool has_tile = tile_of_warp() < BATCH_TILES;
-        column = lane / 4 + 8 * sum_part();
-        packet = lane % 4;
-        sequence = work.first_sequence + (has_tile ? tile_of_warp() : 0) * COLUMNS + column;
-        d = static_cast<long long>(rank) * UNITS + packet * LANE_UNITS;
-        has_sequence = has_tile && sequence < B;
-        pairs = d >= D ? 0 : D - d >= LANE_UNITS ? PAIRS : (D - d) / 2;
-        if (sequence >= B) sequence = B - 1;
-        if (d >= D) d = 0;
-    }
+          first_sequence(index % count_of_head(B) * BATCH_TILES * SEQUENCES) {}
 };
 
 }  // namespace grid_wgmma

@@ -1,4 +1,4 @@
-// Forward scans of a cluster: each warp multiplies the rows of R of all gates of its own units, so it
+// Forward scans: each warp multiplies the rows of R of all gates of its own units, so it
 // can compute these units' new states without data of another warp.
 //
 // A warp has WARP_UNITS units and 16 rows of R: PADDED rows for each unit, one for each gate that R
@@ -18,7 +18,7 @@
 #include "common/mma.cuh"
 #include "common/r_words.cuh"
 
-namespace cluster_forward {
+namespace gates_in_warp {
 
 constexpr int SEQUENCES = 8 * N_TILES;
 
@@ -123,4 +123,4 @@ struct RecurrentSums {
     }
 };
 
-}  // namespace cluster_forward
+}  // namespace gates_in_warp

@@ -10,8 +10,6 @@
 #include "common/mma.cuh"
 #include "common/wgmma.cuh"
 
-namespace cluster_wgmma {
-
 // R in shared memory: for each warpgroup and step 64 rows of 16 elements, in core matrices of 8 by 8.
 constexpr int STEP_BYTES = 64 * 16 * sizeof(Element);
 
@@ -86,5 +84,3 @@ struct LeftOperand {
         materialize_all(sums);
     }
 };
-
-}  // namespace cluster_wgmma
