@@ -26,11 +26,12 @@ _SLICE_STEPS = 8
 
 # Cycles of a step, fitted to 404 times of an H200 (docs/cost-model.md): 3% off in the median. All
 # are scaled by 0.83, so that they compare with the other regimes' estimates.
-_CYCLES_OF_A_TURN = 1200
+_CYCLES_OF_A_TURN = 1150
 # For each step of the product and warpgroup: for each n-tile, and where R is in shared memory.
-_CYCLES_AN_N_TILE, _CYCLES_A_READ = 2.9, 7.9
-# For each packet of sums that a CTA receives, and for each value that it copies between memories.
-_CYCLES_A_PACKET, _CYCLES_A_VALUE = 0.83, 0.116
+_CYCLES_AN_N_TILE, _CYCLES_A_READ = 2.36, 8.6
+# For each packet of sums that a CTA receives, for each value that it copies between memories, and
+# for each KB of h that all CTAs receive.
+_CYCLES_A_PACKET, _CYCLES_A_VALUE, _CYCLES_A_KB = 0.91, 0.123, 0.035
 # What h takes to all CTAs of the group, which other turns may cover.
 _CYCLES_OF_THE_EXCHANGE = 2490
 
@@ -236,12 +237,15 @@ def shared_memory_of(plan: GridWgmmaPlan, counts: Counts) -> int:
 def estimated_cycles(plan: GridWgmmaPlan, counts: Counts, B: int, N: int, gpu: GPU) -> float:
     """The cycles of a step of all sequences, by which plans of all regimes are compared."""
     work_tiles = N * tiles_of(B, 8 * plan.n_tiles * plan.batch_tiles)
-    rounds = tiles_of(work_tiles, plan.groups(B, N, gpu))
+    groups = plan.groups(B, N, gpu)
     own = plan.n_tiles // plan.size
     products = plan.warpgroups * plan.steps
     reads = plan.warpgroups * (plan.steps - plan.in_registers)
-    received = (plan.size - 1) * own * 128 * plan.warpgroups
+    packets = (plan.size - 1) * own * 128 * plan.warpgroups
     values = 8 * own * plan.units * (counts.inputs + counts.states + counts.saved)
+    received = groups * plan.clusters * plan.size * plan.h_bytes / 1024
     turn = _CYCLES_OF_A_TURN + _CYCLES_AN_N_TILE * products * plan.n_tiles
-    turn += _CYCLES_A_READ * reads + _CYCLES_A_PACKET * received + _CYCLES_A_VALUE * values
+    turn += _CYCLES_A_READ * reads + _CYCLES_A_PACKET * packets
+    turn += _CYCLES_A_VALUE * values + _CYCLES_A_KB * received
+    rounds = tiles_of(work_tiles, groups)
     return rounds * max(turn * plan.batch_tiles, turn + _CYCLES_OF_THE_EXCHANGE)
