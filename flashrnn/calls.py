@@ -121,7 +121,7 @@ def accepted(
     if "Wx" in tensors:
         of_Wx: tuple[int, ...] = tensors["Wx"].shape
     else:
-        of_Wx = checks.product_shape(cell, tensors["x"], tensors["W"])
+        of_Wx = checks.product_shape(cell, *(tensors[name] for name in ("x", "W", "R")))
     if options is not None:
         device = next(iter(tensors.values())).device
         count, fields = sequences.accept(cell, of_Wx, device, options)

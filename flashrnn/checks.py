@@ -45,8 +45,8 @@ def checked_kinds(tensors: dict[str, Tensor]) -> bool:
     return needs_gradient
 
 
-def product_shape(cell: Cell, x: Tensor, W: Tensor) -> tuple[int, ...]:
-    """That of ``Wx``, the product of x and W, once these are found to fit each other."""
+def product_shape(cell: Cell, x: Tensor, W: Tensor, R: Tensor) -> tuple[int, ...]:
+    """That of ``Wx``, the product of x and W, once these are found to fit each other, and R."""
     check_rank("x", x.shape, "[B, T, I]")
     check_rank("W", W.shape, "[Gw, N, D, I]")
     check_gates(cell, "W", W.shape[0], "Wx")
@@ -54,6 +54,13 @@ def product_shape(cell: Cell, x: Tensor, W: Tensor) -> tuple[int, ...]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, {x.shape[2]} features, and W {tuple(W.shape)}, for "
             f"{W.shape[3]}; accepted are x [B, T, I] and W [Gw, N, D, I] with one I"
+        )
+    check_rank("R", R.shape, "[Gr, N, D, D]")
+    if W.shape[1:3] != R.shape[1:3]:
+        raise ValueError(
+            f"W has shape {tuple(W.shape)}, {W.shape[1]} heads of {W.shape[2]} units, and R "
+            f"{tuple(R.shape)}, {R.shape[1]} of {R.shape[2]}; accepted are W [Gw, N, D, I] and "
+            "R [Gr, N, D, D] with one N and D"
         )
     return *x.shape[:2], *W.shape[:3]
 

@@ -335,6 +335,11 @@ def test_initial_states_are_those_of_the_config(backend):
         ),
         ({"W": torch.zeros(3, 2, 8, 5)}, ValueError, "W holds 3 gates; lstm takes 4 there: i, f"),
         (
+            {"W": torch.zeros(4, 2, 9, 5)},
+            ValueError,
+            "W has shape (4, 2, 9, 5), 2 heads of 9 units, and R (4, 2, 8, 8), 2 of 8; accepted",
+        ),
+        (
             {"W": torch.zeros(4, 2, 8, 6)},
             ValueError,
             "x has shape (3, 4, 5), 5 features, and W (4, 2, 8, 6), for 6; accepted are",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class sLSTM(torch.nn.Module):
         norm_weight: ``[H]``, what the normalized h is multiplied by.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: sizes, or a probability, that are not accepted.
 
     Example:
@@ -89,6 +91,10 @@ class sLSTM(torch.nn.Module):
         config: FlashRNNConfig | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"hidden_size": hidden_size, "heads": heads, "conv_size": conv_size}
+        for name, size in (sizes | {"block": block, "blocks": blocks}).items():
+            if not isinstance(size, numbers.Integral):
+                raise TypeError(f"{name}={size!r} is {type(size).__name__}; accepted is an integer")
         if hidden_size < 1 or heads < 1 or hidden_size % heads:
             raise ValueError(
                 f"{hidden_size} units in {heads} heads; accepted is a multiple of heads"
@@ -195,12 +201,14 @@ class sLSTM(torch.nn.Module):
             ``[B, T, H]``, and the state after the last step.
 
         Raises:
+            TypeError: another dtype than the weights', or another kind of state.
             ValueError: another shape.
         """
         if x.ndim != 3 or x.shape[2] != self.hidden_size or not x.shape[1]:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; accepted is [B, T, {self.hidden_size}], T ≥ 1"
             )
+        self._check(x, state)
         Wx, window = self._gates(x, None if state is None else state.window)
         every_state, last = flashrnn(
             Wx,
@@ -225,10 +233,12 @@ class sLSTM(torch.nn.Module):
             ``[B, H]``, and the state after the step.
 
         Raises:
+            TypeError: as :meth:`forward`.
             ValueError: another shape.
         """
         if x.ndim != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"x has shape {tuple(x.shape)}; accepted is [B, {self.hidden_size}]")
+        self._check(x, state)
         if self._forward_pre_hooks:
             # They may make the weights, as those of torch.nn.utils.prune do.
             y, state = self(x.unsqueeze(1), state)
@@ -244,6 +254,28 @@ class sLSTM(torch.nn.Module):
         Wx, window = self._gates(x.unsqueeze(1), None if state is None else state.window)
         cells = stepper(Wx.squeeze(1), None if state is None else state.cells)
         return self._normalized(cells[0].to(x.dtype)), SLSTMState(window, cells)
+
+    def _check(self, x: Tensor, state: SLSTMState | None) -> None:
+        """Raise an error unless x is of the weights' dtype and the state fits x and the layer."""
+        if not (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(
+                f"x is of {x.dtype}, the weights are of {self.weight.dtype}; convert one of them"
+            )
+        if state is None:
+            return
+        if not isinstance(state, SLSTMState):
+            raise TypeError(
+                f"state is {type(state).__name__}; accepted is what an earlier call returned, "
+                "or None"
+            )
+        B, N, D = x.shape[0], *self.bias.shape[1:]
+        expected = (B, max(self.conv_size - 1, 0), self.hidden_size), (4, B, N, D)
+        if tuple(part.shape for part in state) != expected:
+            given = ", ".join(str(tuple(part.shape)) for part in state)
+            raise ValueError(
+                f"state has the shapes {given}; with this input they must be "
+                f"{expected[0]}, [B, K - 1, H], and {expected[1]}, [4, B, N, D]"
+            )
 
     def _gates(self, x: Tensor, window: Tensor | None) -> tuple[Tensor, Tensor]:
         """``Wx`` ``[B, T, 4, N, D]`` of x, and the inputs that the next steps' windows see."""

@@ -174,3 +174,19 @@ def test_errors():
             layer(torch.zeros(shape, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"accepted is \[B, 12\]"):
         layer.step(torch.zeros(B, T, H, dtype=torch.float64))
+    for name in ("heads", "conv_size", "block"):
+        with pytest.raises(TypeError, match=f"{name}=2.0 is float; accepted is an integer"):
+            layer_of(**{name: 2.0})
+    x = torch.zeros(B, T, H, dtype=torch.float64)
+    _, state = layer(x)
+    for run, given in ((layer, x), (layer.step, x[:, 0])):
+        with pytest.raises(
+            TypeError, match=r"x is of torch.int64, the weights are of torch.float64"
+        ):
+            run(given.long())
+        with pytest.raises(TypeError, match="state is Tensor; accepted is what an earlier call"):
+            run(given, state.cells)
+        with pytest.raises(
+            ValueError, match=r"state has the shapes .* with this input they must be"
+        ):
+            run(given[1:], state)
