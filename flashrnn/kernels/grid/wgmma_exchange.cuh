@@ -18,7 +18,7 @@
 //   add_sums()                <-------    their sums
 //   cell step, then exchange k + 1
 //
-// The exchanges of each batch tile are numbered from 0 on, and the numbers go on from one work tile to the next.
+// The exchanges of each batch tile are numbered from 0 on, and the numbers go on from work tile to work tile.
 // Counters only grow: exchange k of a slice is complete when each CTA of each cluster with units in it has
 // added 1 for each of its steps k + 1 times.
 //
@@ -84,7 +84,7 @@ struct Exchange {
 
     // ---- by the copying warps
 
-    // Where an exchange has the chunk of h from one of the cluster's units on, of a sequence of the batch tile.
+    // Where an exchange has 8 units of a sequence of the batch tile, from one of the cluster's units on.
     __device__ uint4* place(int tile, unsigned number, int unit, int sequence) const {
         const unsigned octet = (cluster * UNITS + unit) / 8;
         return reinterpret_cast<uint4*>(buffer(tile, number) + octet * OCTET_BYTES + sequence * 16);
@@ -111,17 +111,16 @@ struct Exchange {
 
     // Gives each other CTA the thread's sums of its n-tiles.
     __device__ void give_sums(const float (&sums)[4 * N_TILES], unsigned turn) const {
-        const unsigned counted = shared_address(barrier(GIVEN + turn % 2));
 #pragma unroll
         for (int i = 0; i < CLUSTER_SIZE; ++i) {
             if (i == rank) continue;
-            const unsigned to = mapa(slot(rank, i, turn), i);
+            const unsigned to = mapa(slot(rank, i, turn), i), counted = mapa(barrier(GIVEN + turn % 2), i);
 #pragma unroll
             for (int j = 0; j < OWN_N_TILES; ++j) {
                 unsigned words[4];
 #pragma unroll
                 for (int k = 0; k < 4; ++k) words[k] = __float_as_uint(sums[4 * (i * OWN_N_TILES + j) + k]);
-                st_async(to + j * COMPUTING * sizeof(Sums), words, mapa(barrier(GIVEN + turn % 2), i));
+                st_async(to + j * COMPUTING * sizeof(Sums), words, counted);
             }
         }
     }

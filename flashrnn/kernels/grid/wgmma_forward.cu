@@ -20,10 +20,10 @@
 //
 // CTAs wait for each other, so the launch is a cooperative one.
 //
-// Of sequences of different lengths a batch tile takes as many steps as its first one has, which is its longest
-// (common/sequence.cuh); all CTAs of the group read the same length. A sequence that has ended keeps its states,
-// and its h is sent on. After a reset the h of the start is sent, while the h before it is stored: which steps
-// are cut from the next is read with their Wx.
+// Of sequences of different lengths a batch tile takes as many steps as its first one has, which is its
+// longest (common/sequence.cuh); all CTAs of the group read the same length. A sequence that has ended keeps its
+// states, and its h is sent on. After a reset the h of the start is sent, while the h before it is stored:
+// which steps are cut from the next is read with their Wx.
 
 #include "grid/wgmma_exchange.cuh"
 #include "common/sequence.cuh"
@@ -86,7 +86,7 @@ grid_wgmma_forward(CALL) {
     float* const bias = reinterpret_cast<float*>(shared_memory() + BIAS);
     // A batch tile's tile: that of a gate, then that of a state.
     const auto tile_of = [&](int tile, int number) { return tiles + (tile * TILES + number) * TILE; };
-    // Of a batch tile, which the CTA's sequences come from.
+    // The first of the CTA's sequences in each batch tile.
     const int first_column = rank * OWN_SEQUENCES;
     Sequence* const table = reinterpret_cast<Sequence*>(shared_memory() + TABLE);
     int* const flags = reinterpret_cast<int*>(shared_memory() + TABLE + TABLE_BYTES);
@@ -254,8 +254,7 @@ grid_wgmma_forward(CALL) {
     unsigned turn = 0;
     for (long long index = group; index < work_tiles; index += groups) {
         const WorkTile work(index, B);
-        const Matrix matrix =
-            load_matrix(shared_memory() + MATRIX, R, work.n, N, exchange);
+        const Matrix matrix = load_matrix(shared_memory() + MATRIX, R, work.n, N, exchange);
         for (int i = threadIdx.x; i < G * UNITS; i += COMPUTING) {
             const int k = i / UNITS, unit = i % UNITS;
             const long long row = static_cast<long long>(FED_B[k]) * N + work.n;

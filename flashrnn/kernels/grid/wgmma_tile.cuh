@@ -1,9 +1,9 @@
 // How a group of clusters owns a head and many sequences, for products by wgmma. All clusters of the group
 // run at once and exchange h through global memory; each owns UNITS units of the head.
 //
-// The CTAs of a cluster share two things otherwise. Of the product each CTA has all rows of the cluster's
-// units, with all their gates, and a part of the columns, which the product sums over: STEPS steps of 16
-// units of h. So it reads only this part of h, and holds only this part of R:
+// The CTAs of a cluster divide the product in one way and the cell steps in another. Of the product each CTA
+// has all rows of the cluster's units, with all their gates, and a part of the columns, which the product sums
+// over: STEPS steps of 16 units of h. So it reads only this part of h, and holds only this part of R:
 //
 //                     h of the head
 //                     part 0    part 1    part 2    part 3
@@ -24,9 +24,9 @@
 // one that receives h, and three that send it and copy a step's inputs and results between shared and global
 // memory.
 //
-// These are in tiles, in shared memory: of each batch tile one for each gate, into which Wx is read and which
-// pre-activations replace where they are saved, and one for each state. A tile consists of chunks of 16
-// bytes, 8 neighbouring units of a sequence, ordered by units, then by sequence.
+// Inputs and results lie in tiles, in shared memory: of each batch tile one for each gate, into which Wx is
+// read and which pre-activations replace where they are saved, and one for each state. A tile consists of
+// chunks of 16 bytes, 8 neighbouring units of a sequence, ordered by units, then by sequence.
 
 #include "common/gates_in_warp.cuh"
 #include "common/wgmma_matrix.cuh"
