@@ -332,6 +332,8 @@ CLUSTER_WGMMA_BACKWARD = [
         (1, 4, 3, 2, 100, LARGER, 131),
         (3, 4, 2, 1, 5, LARGER, 193),
         (2, 4, 1, 1, 1, LARGER, 131),
+        # More rows of CTAs than a CTA has warps, each of which sends a tile.
+        (1, 2, 1, 2, 100, LARGER, 325),
     ]
 ]
 REGIMES = [

@@ -164,11 +164,15 @@ struct Exchange {
     // Sends the CTA's own tile, which its threads have written before a fence_proxy_async and a barrier:
     // first to the CTA that multiplies it first.
     __device__ void send_tile() const {
-        const int i = 1 + threadIdx.x / 32;
-        if (threadIdx.x % 32 || i >= ROWS) return;
-        const int to = row - i < 0 ? row - i + ROWS : row - i;
-        const int rank = to * COLUMNS + column;
-        cp_async_bulk(mapa(tile(row), rank), tile(row), TILE_BYTES, mapa(barrier(i), rank));
+        if (threadIdx.x % 32) return;
+#pragma unroll
+        for (int first = 1; first < ROWS; first += WARPS) {
+            const int i = first + threadIdx.x / 32;
+            if (i >= ROWS) break;
+            const int to = row - i < 0 ? row - i + ROWS : row - i;
+            const int rank = to * COLUMNS + column;
+            cp_async_bulk(mapa(tile(row), rank), tile(row), TILE_BYTES, mapa(barrier(i), rank));
+        }
     }
 
     // Behind the same barrier: tells the CTAs of the row that the parts before are added up.
