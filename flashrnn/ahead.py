@@ -51,8 +51,10 @@ def compile_ahead(
 
     A process that finds them there compiles nothing at its first call. It must have the same
     version of this package and of NVRTC, and a GPU of that model, all of whose multiprocessors are
-    its own. Kernels are those of inputs whose rows begin at multiples of 16 bytes, where D allows
-    it. Triton's kernels are not among them.
+    its own. (GPUs of one model may differ in how many clusters run at once. Then those few heads
+    whose kernels depend on it, such as LSTM 1×2048, are compiled at their first call.) Kernels are
+    those of inputs whose rows begin at multiples of 16 bytes, where D allows it. Triton's kernels
+    are not among them.
 
     Args:
         shapes: of each call the cell, B, N, D and the dtype, in any order:
