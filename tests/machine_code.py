@@ -115,14 +115,19 @@ def _spills(
     return False
 
 
+def registers(parts: Mapping[str, str], arch: str) -> int:
+    """Registers of a thread, as the kernel is launched."""
+    return _assembled(nvrtc.join(parts), arch)[3]
+
+
 def _assemble(parts: Mapping[str, str], arch: str) -> tuple[bytes, int, int]:
     """The machine code, and bytes of the stack frames and of the spills."""
-    return _assembled(nvrtc.join(parts), arch)
+    return _assembled(nvrtc.join(parts), arch)[:3]
 
 
 # A test may ask several questions about a program.
 @lru_cache(maxsize=4)
-def _assembled(text: str, arch: str) -> tuple[bytes, int, int]:
+def _assembled(text: str, arch: str) -> tuple[bytes, int, int, int]:
     from cuda.core import Program, ProgramOptions
 
     log = io.StringIO()
@@ -131,8 +136,9 @@ def _assembled(text: str, arch: str) -> tuple[bytes, int, int]:
     frames, spills = (
         re.findall(rf"(\d+) bytes {of}", log.getvalue()) for of in ("stack frame", "spill")
     )
-    assert frames and spills, log.getvalue()
-    return bytes(cubin.code), sum(map(int, frames)), sum(map(int, spills))
+    used = re.findall(r"Used (\d+) registers", log.getvalue())
+    assert frames and spills and used, log.getvalue()
+    return bytes(cubin.code), sum(map(int, frames)), sum(map(int, spills)), max(map(int, used))
 
 
 def _loops(code: Code) -> list[Loop]:

@@ -269,11 +269,30 @@ def test_same_bits_of_groups_of_clusters(grid_wgmma):
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_options_of_groups_of_clusters(grid_wgmma, kind, kinds):
-    taken_forward(kind, (90, 20, 1, 520), torch.bfloat16)
-    case = random_ragged(kind, 90, 20, 1, 520, dtype=torch.bfloat16, device="cuda", **kinds)
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    # One round of groups, and several.
+    [("lstm", (90, 20, 1, 520)), ("gru", (90, 20, 1, 520)), ("lstm", (300, 7, 1, 1000))],
+    ids=str,
+)
+def test_options_of_groups_of_clusters(grid_wgmma, kind, sizes, kinds):
+    taken_forward(kind, sizes, torch.bfloat16)
+    case = random_ragged(kind, *sizes, dtype=torch.bfloat16, device="cuda", **kinds)
     hold_ragged_to_vanilla("cuda_fused", case)
+
+
+def test_groups_of_clusters_in_a_graph(grid_wgmma):
+    """A cooperative launch of clusters, whose counters are set to zero at each replay."""
+    sizes = (70, 20, 1, 1024)
+    inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
+    taken_forward("lstm", sizes, torch.bfloat16)
+
+    def step():
+        with torch.no_grad():
+            return call("lstm", inputs, backend="cuda_fused")
+
+    step()
+    assert same_bits_from_a_graph(step, inputs)
 
 
 def test_widest_heads_of_groups_of_clusters(grid_wgmma):

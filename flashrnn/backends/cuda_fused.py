@@ -271,7 +271,7 @@ def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
     packets, *others = prepared.scratch
     found = []
     if packets:
-        # Flags count from 1: a zero is no packet's.
+        # Flags and counters count from 1, and h that nobody sends is zero.
         found.append(like.new_zeros(packets, 4, dtype=torch.int32))
     found += [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
     return found

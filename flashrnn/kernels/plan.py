@@ -82,7 +82,8 @@ class Scratch(NamedTuple):
     """Global memory of a launch, in units of 16 bytes.
 
     Attributes:
-        packets: packets that CTAs send each other, all zeros at first.
+        packets: packets, or buffers and counters, by which CTAs send each other values; all zeros
+            at first.
         R_in_memory: fragments of R for which registers and shared memory have no room.
     """
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashrnn.cells import resolve
-from flashrnn.kernels import grid
+from flashrnn.kernels import grid, source
 from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.grid import wgmma_plan as grid_wgmma_plan
 from flashrnn.kernels.plan import Counts, Plan
@@ -19,8 +19,9 @@ from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: 
 from tests.fused import hold_to_vanilla
 from tests.gpus import SMALL
 from tests.kernels.regimes import Regime, take  # noqa: F401
+from tests.machine_code import needs_nvrtc, registers
 
-pytestmark = [needs_compiler, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 KIND, BF16 = "elman", torch.bfloat16
 # Clusters of up to 16 CTAs, and groups of as many as the widest head here needs.
@@ -81,11 +82,26 @@ def named(plan: Plan) -> str:
     return "-".join(f"{name}{getattr(plan, name)}" for name in names if hasattr(plan, name))
 
 
+@needs_compiler
 @pytest.mark.parametrize("plan", [*GRID, *WGMMA, *MMA], ids=named)
 def test_forward(take, plan):  # noqa: F811
     hold_to_vanilla(take(forced(plan, False)).backend, KIND, 3, 3, 1, plan.D, BF16)
 
 
+@needs_compiler
 @pytest.mark.parametrize("plan", BACKWARD, ids=named)
 def test_backward(take, plan):  # noqa: F811
     hold_to_vanilla(take(forced(plan, True)).backend, KIND, 3, 3, 1, plan.D, BF16)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "plan", [plan for plan in (*GRID, *WGMMA) if plan.warpgroups > 1], ids=named
+)
+def test_warps_take_no_more_registers_than_the_cta_has(plan):
+    """Else they wait for ever: a CTA has as many as all of its threads got at the launch."""
+    others = plan.PRODUCERS if hasattr(plan, "PRODUCERS") else plan.COPYING
+    kept = plan.PRODUCER_REGISTERS if hasattr(plan, "PRODUCERS") else plan.COPYING_REGISTERS
+    parts = plan.source(resolve(KIND), "bfloat16", source.forward_options(True), piece_bytes=16)
+    has = plan.threads * registers(parts, "sm_90a")
+    assert 128 * plan.warpgroups * plan.registers + others * kept <= has

@@ -1,5 +1,5 @@
-// Forward scans: each warp multiplies the rows of R of all gates of its own units, so it
-// can compute these units' new states without data of another warp.
+// Forward scans: each warp multiplies the rows of R of all gates of its own units, so it can compute these
+// units' new states without data of another warp of its CTA.
 //
 // A warp has WARP_UNITS units and 16 rows of R: PADDED rows for each unit, one for each gate that R
 // feeds (of three gates, the fourth row is zero). A product gives lane 4 i + j the sums of the rows i
@@ -26,11 +26,11 @@ constexpr int PADDED = GR <= 2 ? GR : 4;
 constexpr int WARP_UNITS = 16 / PADDED;
 static_assert(1 <= GR && GR <= 4, "a unit's rows belong to one lane or to two");
 
-// Elements (a unit and a sequence) whose states a thread carries: in each n-tile, and in all.
+// Elements (a unit and a sequence) of a thread: in each n-tile, and in all.
 constexpr int ELEMENTS_A_TILE = 4 / PADDED;
 constexpr int ELEMENTS = ELEMENTS_A_TILE * N_TILES;
 
-// The thread's element e: its unit among the CTA's, its sequence among the cluster's.
+// The thread's element e: its unit among those of the warps, its sequence among those of the n-tiles.
 struct ThreadElement {
     int unit, sequence;
 
@@ -48,6 +48,7 @@ struct LaneRows {
     // Of each row: D, or 0 where it does not exist.
     int columns[2];
 
+    // `rank` numbers what has UNITS units each: the CTA, or the cluster.
     __device__ LaneRows(const Element* R, int n, int N, int rank) {
         const int i = threadIdx.x % 32 / 4;
 #pragma unroll

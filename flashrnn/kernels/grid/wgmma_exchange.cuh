@@ -19,14 +19,14 @@
 //   cell step, then exchange k + 1
 //
 // The exchanges of each batch tile are numbered from 0 on, and the numbers go on from work tile to work tile.
-// Counters only grow: exchange k of a slice is complete when each CTA of each cluster with units in it has
-// added 1 for each of its steps k + 1 times.
+// Counters only grow: exchange k of a slice is complete when each CTA whose cluster has units in it has added 1
+// for each of these steps k + 1 times.
 //
 // Why nothing is overwritten that is still read:
 //
-// - h in global memory. Before X writes exchange k, its cluster has added up sums over all parts of h of
-//   exchange k - 1. So each CTA of the group had sent exchange k - 1, and before that had added up sums of
-//   exchange k - 2, for which its cluster had copied all that it reads of that exchange.
+// - h in global memory. Before X writes exchange k, it has added up sums over all parts of h of exchange k - 1.
+//   So each CTA of the group had sent exchange k - 1, and before that had added up sums of exchange k - 2, for
+//   which its cluster had copied all that it reads of that exchange.
 // - h in shared memory: Y's receiving warp waits until Y's computing warps have met behind the product.
 // - Sums. X gives sums of turn i + 2 behind those of turn i + 1, which its thread has got from all CTAs of
 //   the cluster: each thread there sent them when it had added up those of turn i.

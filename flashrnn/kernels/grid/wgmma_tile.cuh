@@ -25,8 +25,9 @@
 // memory.
 //
 // Inputs and results lie in tiles, in shared memory: of each batch tile one for each gate, into which Wx is
-// read and which pre-activations replace where they are saved, and one for each state. A tile consists of
-// chunks of 16 bytes, 8 neighbouring units of a sequence, ordered by units, then by sequence.
+// read and which pre-activations replace where they are saved, and one for each state; with resets one more,
+// for the h that is stored. A tile consists of chunks of 16 bytes, 8 neighbouring units of a sequence, ordered
+// by units, then by sequence.
 
 #include "common/gates_in_warp.cuh"
 #include "common/wgmma_matrix.cuh"
