@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, TypeVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import source
@@ -89,6 +90,15 @@ class Scratch(NamedTuple):
 
     packets: int
     R_in_memory: int
+
+
+P = TypeVar("P", bound=Plan)
+
+
+def best_of(plans: Iterable[P], cycles: Callable[[P], float]) -> P | None:
+    """The plan with the fewest cycles, which become its estimate, if there is any."""
+    estimated = [replace(plan, estimated_cycles=cycles(plan)) for plan in plans]
+    return min(estimated, key=lambda plan: plan.estimated_cycles, default=None)
 
 
 SEQUENCE_BYTES = 16

@@ -11,7 +11,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Counts
+from flashrnn.kernels.plan import Counts, best_of
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -116,11 +116,8 @@ def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> ClusterMmaPlan |
 @lru_cache(maxsize=1024)
 def best_plan(counts: Counts, B: int, N: int, D: int, gpu: GPU) -> ClusterMmaPlan | None:
     """The plan with the fewest :func:`estimated_cycles`, if there is any."""
-    plans = [
-        replace(plan, estimated_cycles=estimated_cycles(plan, counts, B, N, gpu))
-        for plan in possible_plans(counts, D, gpu)
-    ]
-    return min(plans, key=lambda plan: plan.estimated_cycles, default=None)
+    possible = possible_plans(counts, D, gpu)
+    return best_of(possible, lambda plan: estimated_cycles(plan, counts, B, N, gpu))
 
 
 def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[ClusterMmaPlan]:

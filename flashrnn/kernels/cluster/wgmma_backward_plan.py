@@ -14,7 +14,7 @@ from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import passed_states, read_states
+from flashrnn.kernels.plan import best_of, passed_states, read_states
 from flashrnn.kernels.sizes import one_of_few, tiles_of
 from flashrnn.problem import Problem
 
@@ -152,11 +152,8 @@ class Values(NamedTuple):
 @lru_cache(maxsize=1024)
 def best_plan(values: Values, B: int, N: int, D: int, gpu: GPU) -> ClusterWgmmaBackwardPlan | None:
     """The plan with the fewest :func:`estimated_cycles`, if there is any."""
-    plans = [
-        replace(plan, estimated_cycles=estimated_cycles(plan, values, B, N, gpu))
-        for plan in possible_plans(values, D, gpu)
-    ]
-    return min(plans, key=lambda plan: plan.estimated_cycles, default=None)
+    possible = possible_plans(values, D, gpu)
+    return best_of(possible, lambda plan: estimated_cycles(plan, values, B, N, gpu))
 
 
 def possible_plans(values: Values, D: int, gpu: GPU) -> Iterator[ClusterWgmmaBackwardPlan]:

@@ -11,7 +11,7 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Counts, Plan, Scratch
+from flashrnn.kernels.plan import Counts, Plan, Scratch, best_of
 from flashrnn.kernels.sizes import one_of_few, tiles_of
 from flashrnn.problem import Problem
 
@@ -168,11 +168,8 @@ def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> GridWgmmaPlan | 
 @lru_cache(maxsize=1024)
 def best_plan(counts: Counts, B: int, N: int, D: int, gpu: GPU) -> GridWgmmaPlan | None:
     """The plan with the fewest :func:`estimated_cycles`, if there is any."""
-    plans = [
-        replace(plan, estimated_cycles=estimated_cycles(plan, counts, B, N, gpu))
-        for plan in possible_plans(counts, D, gpu)
-    ]
-    return min(plans, key=lambda plan: plan.estimated_cycles, default=None)
+    possible = possible_plans(counts, D, gpu)
+    return best_of(possible, lambda plan: estimated_cycles(plan, counts, B, N, gpu))
 
 
 def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[GridWgmmaPlan]:
