@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.nn.parameters import RecurrentParameters, first_of, rows_of
+from flashrnn.problem import autocast_enabled
 
 
 def states_in(layers: RecurrentParameters, hx: Any, dim: int) -> list[Tensor] | None:
@@ -37,7 +38,7 @@ def check_input(layers: RecurrentParameters, input: Tensor, dim: int) -> None:
     """Raise an error unless the input has so many dimensions, of which the last are features."""
     weight = first_of(layers)
     dtype, device = weight.dtype, weight.device
-    if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+    if input.dtype != dtype and not autocast_enabled(input.device.type):
         raise ValueError(
             f"RNN input dtype {input.dtype} does not match weight dtype {dtype}. Convert one: "
             f"input.to({dtype}), or model.to({input.dtype})"
@@ -66,7 +67,7 @@ def check_states(
             )
         if state.device != input.device:
             raise RuntimeError(f"input is on {input.device}, hx on {state.device}: move one")
-        if state.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if state.dtype != input.dtype and not autocast_enabled(input.device.type):
             raise RuntimeError(f"input is of {input.dtype}, hx of {state.dtype}: convert one")
 
 

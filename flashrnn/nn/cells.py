@@ -15,6 +15,7 @@ from flashrnn.nn.scan import scan
 from flashrnn.nn.stepping import can_be_kept, step
 from flashrnn.nn.torch_kernels import compute_cell
 from flashrnn.nn.weights import Weights
+from flashrnn.problem import autocast_enabled
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -256,7 +257,7 @@ def _last(
 
 
 def _check_dtypes(kind: str, input: Tensor, weight: Tensor) -> None:
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+    if input.dtype != weight.dtype and not autocast_enabled(input.device.type):
         raise RuntimeError(
             f"{kind}: input is {input.dtype}, the weights are {weight.dtype}; accepted is one dtype"
         )

@@ -15,6 +15,7 @@ from flashrnn.cells.library import slstm
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
 from flashrnn.nn.stepping import can_be_kept, stepper_of
+from flashrnn.problem import autocast_enabled
 
 _EPSILON = 1e-5
 
@@ -257,7 +258,7 @@ class sLSTM(torch.nn.Module):
 
     def _check(self, x: Tensor, state: SLSTMState | None) -> None:
         """Raise an error unless x is of the weights' dtype and the state fits x and the layer."""
-        if not (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+        if not (x.dtype == self.weight.dtype or autocast_enabled(x.device.type)):
             raise TypeError(
                 f"x is of {x.dtype}, the weights are of {self.weight.dtype}; convert one of them"
             )

@@ -312,6 +312,18 @@ def test_what_does_not_fit_is_a_runtime_error_in_the_users_words(backend):
             call()
 
 
+def test_another_dtype_on_a_device_without_autocast():
+    """Whether autocast is on was asked of PyTorch, which knows of none there."""
+    options = {"dtype": torch.float64, "device": "meta"}
+    for layer, shape in (
+        (ours.LSTM(4, 4, device="meta"), (5, 2, 4)),
+        (ours.LSTMCell(4, 4, heads=2, device="meta"), (2, 4)),
+        (ours.sLSTM(4, heads=2, device="meta"), (2, 5, 4)),
+    ):
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"float64.*float32"):
+            layer(torch.zeros(shape, **options))
+
+
 def test_arguments_as_torch_takes_them():
     """No projection, before a device by position; NumPy's numbers."""
     assert ours.GRU(3, 4, 1, True, False, 0.0, False, 0, "cpu").weight_ih_l0.shape == (12, 3)
