@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -165,26 +165,54 @@ def test_heads_that_clusters_share(kind, sizes):
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
 
 
+@contextmanager
+def preferred(monkeypatch, module, rank):
+    """A regime's plans are chosen by this rank, whatever they take, and before other regimes'."""
+    caches = (module.best_plan, registry.best_plan, registry.plan_steps, cuda_fused._prepared)
+
+    def forget():
+        for cache in caches:
+            cache.cache_clear()
+
+    monkeypatch.setattr(module, "estimated_cycles", lambda plan, *_: rank(plan) - 1000)
+    forget()
+    yield
+    forget()
+
+
+def taken(kind, sizes, dtype, expected):
+    """Skip the test unless a plan of this class computes the problem."""
+    B, T, N, D = sizes
+    backward = expected is ClusterWgmmaBackwardPlan
+    device = torch.device("cuda")
+    problem = Problem(resolve(kind).traced, B, T, N, D, dtype, device, needs_gradient=True)
+    plan = cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
+    if not isinstance(plan, expected):
+        pytest.skip(f"this GPU does not compute such a head by a {expected.__name__}")
+
+
+def gives_the_same_bits_fifty_times(*sizes):
+    """Whatever order things arrive in: with many steps and all of the GPU."""
+    inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
+    first = call("lstm", inputs, backend="cuda_fused")
+    for _ in range(50):
+        again = call("lstm", inputs, backend="cuda_fused")
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
 @pytest.fixture(
     params=[(2, 1), (3, 1), (5, 1), (3, 2), (5, 2), (8, 2)],
     ids="{0[0]}x8 sequences in {0[1]}".format,
 )
 def many_sequences_in_clusters(request, monkeypatch):
-    """Clusters that own so many in such parts are chosen before others, whatever they may take."""
+    """Clusters that own so many in such parts are chosen before others."""
     n_tiles, parts = request.param
-    monkeypatch.setattr(
-        wgmma_plan,
-        "estimated_cycles",
-        lambda plan, *_: (
-            abs(plan.n_tiles - n_tiles) + 100 * (plan.parts != parts) - plan.warpgroups - 1000
-        ),
-    )
-    caches = (wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+
+    def rank(plan):
+        return abs(plan.n_tiles - n_tiles) + 100 * (plan.parts != parts) - plan.warpgroups
+
+    with preferred(monkeypatch, wgmma_plan, rank):
+        yield
 
 
 @pytest.mark.parametrize("kind", [*BUILT_IN, sparse], ids=str)
@@ -194,12 +222,7 @@ def test_clusters_of_many_sequences(many_sequences_in_clusters, kind, sizes):
 
 
 def test_same_bits_of_clusters_of_many_sequences(many_sequences_in_clusters):
-    """Whatever order things arrive in: with many steps and all of the GPU, fifty times."""
-    inputs = random_inputs("lstm", 300, 200, 1, 768, torch.bfloat16, "cuda")
-    first = call("lstm", inputs, backend="cuda_fused")
-    for _ in range(50):
-        again = call("lstm", inputs, backend="cuda_fused")
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    gives_the_same_bits_fifty_times(300, 200, 1, 768)
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
@@ -214,33 +237,16 @@ def test_options_of_clusters_of_many_sequences(many_sequences_in_clusters, kind,
     ids="{0[1]} warpgroups of {0[0]} CTAs, {0[2]}x8 sequences in {0[3]}".format,
 )
 def grid_wgmma(request, monkeypatch):
-    """Groups of clusters of such a shape compute forward scans, whatever they are reckoned to take.
-
-    Where they cannot, those do whose shape is next to it.
-    """
+    """Groups of clusters of such a shape compute forward scans, or of one next to it."""
     size, warpgroups, n_tiles, batch_tiles = request.param
 
-    def rank(plan, *_):
+    def rank(plan):
         differs = 4 * (plan.size != size) + 2 * (plan.warpgroups != warpgroups)
         differs += plan.batch_tiles != batch_tiles
-        return 16 * differs + abs(plan.n_tiles - n_tiles) - 1000
+        return 16 * differs + abs(plan.n_tiles - n_tiles)
 
-    monkeypatch.setattr(grid_wgmma_plan, "estimated_cycles", rank)
-    caches = (grid_wgmma_plan.best_plan, registry.best_plan, cuda_fused._prepared)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-def taken_forward(kind, sizes, dtype):
-    B, T, N, D = sizes
-    problem = Problem(resolve(kind).traced, B, T, N, D, dtype, torch.device("cuda"))
-    plan = cuda_fused._plan(problem, False, cuda_fused._gpu(problem))
-    if not isinstance(plan, GridWgmmaPlan):
-        pytest.skip("groups of clusters of this GPU do not compute such a head")
-    return plan
+    with preferred(monkeypatch, grid_wgmma_plan, rank):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -254,18 +260,13 @@ def taken_forward(kind, sizes, dtype):
     ids=str,
 )
 def test_groups_of_clusters(grid_wgmma, kind, sizes, dtype):
-    taken_forward(kind, sizes, dtype)
+    taken(kind, sizes, dtype, GridWgmmaPlan)
     hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
 
 
 def test_same_bits_of_groups_of_clusters(grid_wgmma):
-    """Whatever order things arrive in: with many steps and all of the GPU, fifty times."""
-    inputs = random_inputs("lstm", 200, 300, 1, 1024, torch.bfloat16, "cuda")
-    taken_forward("lstm", (200, 300, 1, 1024), torch.bfloat16)
-    first = call("lstm", inputs, backend="cuda_fused")
-    for _ in range(50):
-        again = call("lstm", inputs, backend="cuda_fused")
-        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    taken("lstm", (200, 300, 1, 1024), torch.bfloat16, GridWgmmaPlan)
+    gives_the_same_bits_fifty_times(200, 300, 1, 1024)
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids=lambda x: "-".join(x.values()))
@@ -276,7 +277,7 @@ def test_same_bits_of_groups_of_clusters(grid_wgmma):
     ids=str,
 )
 def test_options_of_groups_of_clusters(grid_wgmma, kind, sizes, kinds):
-    taken_forward(kind, sizes, torch.bfloat16)
+    taken(kind, sizes, torch.bfloat16, GridWgmmaPlan)
     case = random_ragged(kind, *sizes, dtype=torch.bfloat16, device="cuda", **kinds)
     hold_ragged_to_vanilla("cuda_fused", case)
 
@@ -285,7 +286,7 @@ def test_groups_of_clusters_in_a_graph(grid_wgmma):
     """A cooperative launch of clusters, whose counters are set to zero at each replay."""
     sizes = (70, 20, 1, 1024)
     inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
-    taken_forward("lstm", sizes, torch.bfloat16)
+    taken("lstm", sizes, torch.bfloat16, GridWgmmaPlan)
 
     def step():
         with torch.no_grad():
@@ -297,7 +298,7 @@ def test_groups_of_clusters_in_a_graph(grid_wgmma):
 
 def test_widest_heads_of_groups_of_clusters(grid_wgmma):
     """All of the GPU's registers and shared memory hold R, and few sequences fit beside it."""
-    taken_forward("lstm", (40, 9, 1, 2048), torch.bfloat16)
+    taken("lstm", (40, 9, 1, 2048), torch.bfloat16, GridWgmmaPlan)
     hold_to_vanilla("cuda_fused", "lstm", 40, 9, 1, 2048, torch.bfloat16, "cuda")
 
 
@@ -305,31 +306,14 @@ def test_widest_heads_of_groups_of_clusters(grid_wgmma):
     params=[(2, 1), (4, 1), (2, 3), (4, 4), (4, 5)], ids="{0[0]} columns, {0[1]}x8".format
 )
 def wgmma_backward(request, monkeypatch):
-    """Clusters of such a shape compute backward scans by wgmma, whatever they are reckoned to take.
-
-    Where they cannot, those do whose shape is next to it.
-    """
+    """Clusters of such a shape compute backward scans by wgmma, or of one next to it."""
     columns, n_tiles = request.param
-    monkeypatch.setattr(
-        wgmma_backward_plan,
-        "estimated_cycles",
-        lambda plan, *_: abs(plan.n_tiles - n_tiles) + 8 * (plan.columns != columns) - 100,
-    )
-    caches = (wgmma_backward_plan.best_plan, registry.best_plan, cuda_fused._prepared)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
+    def rank(plan):
+        return abs(plan.n_tiles - n_tiles) + 8 * (plan.columns != columns)
 
-def taken_backward(kind, sizes, dtype):
-    B, T, N, D = sizes
-    problem = Problem(resolve(kind).traced, B, T, N, D, dtype, torch.device("cuda"))
-    plan = cuda_fused._plan(problem._replace(needs_gradient=True), True, cuda_fused._gpu(problem))
-    if not isinstance(plan, ClusterWgmmaBackwardPlan):
-        pytest.skip("clusters of this GPU do not compute such a head by wgmma")
-    return plan
+    with preferred(monkeypatch, wgmma_backward_plan, rank):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -344,7 +328,7 @@ def taken_backward(kind, sizes, dtype):
     ids=str,
 )
 def test_clusters_backward_by_wgmma(wgmma_backward, kind, sizes, dtype):
-    taken_backward(kind, sizes, dtype)
+    taken(kind, sizes, dtype, ClusterWgmmaBackwardPlan)
     hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
 
 
@@ -353,7 +337,7 @@ def test_clusters_backward_by_wgmma(wgmma_backward, kind, sizes, dtype):
 )
 def test_options_backward_by_wgmma(wgmma_backward, options):
     sizes = (41, 9, 2, 513)
-    taken_backward("gru", sizes, torch.float16)
+    taken("gru", sizes, torch.float16, ClusterWgmmaBackwardPlan)
     # Some of so many h lie beside their clip. Whether their gradients pass is decided by rounding,
     # that of the saved pre-activations too. Vanilla does not round these; once it does, it errs two
     # to five times as much.
@@ -365,7 +349,7 @@ def test_options_backward_by_wgmma(wgmma_backward, options):
 def test_same_bits_backward_by_wgmma(wgmma_backward):
     """Whatever order things arrive in: with many steps and all of the GPU, a hundred times."""
     sizes = (280, 64, 1, 768)
-    taken_backward("lstm", sizes, torch.bfloat16)
+    taken("lstm", sizes, torch.bfloat16, ClusterWgmmaBackwardPlan)
     inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
     outputs = call("lstm", inputs, backend="cuda_fused")
     asked = random_weights(outputs, 1)
@@ -379,7 +363,7 @@ def test_same_bits_backward_by_wgmma(wgmma_backward):
 def test_many_steps_backward_by_wgmma(wgmma_backward):
     """Barriers go round a thousand times."""
     sizes = (64, 2000, 1, 512)
-    taken_backward("lstm", sizes, torch.bfloat16)
+    taken("lstm", sizes, torch.bfloat16, ClusterWgmmaBackwardPlan)
     hold_to_vanilla("cuda_fused", "lstm", *sizes, torch.bfloat16, "cuda")
 
 
