@@ -403,10 +403,7 @@ def _directions(reverse: Any, N: int) -> bool | tuple[bool, ...]:
     if isinstance(reverse, bool):
         return reverse
     if isinstance(reverse, (Tensor, str)) or not isinstance(reverse, Sequence):
-        kind = type(reverse)
-        given = (
-            kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        )
+        given = f"{type(reverse).__module__}.{type(reverse).__name__}".removeprefix("builtins.")
         raise TypeError(f"reverse is {given}; accepted is a bool, or a list with one a head")
     heads = tuple(reverse)
     if not all(isinstance(head, bool) for head in heads):

@@ -73,9 +73,15 @@ _CLUSTERS_OF_HOPPER = (0, 0, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7)
 
 def _model(architecture: str, multiprocessors: int, shared_memory: int) -> Model:
     hopper = architecture == "sm_90a"
-    clusters = clusters_of(multiprocessors) if architecture == "sm_100" else ()
-    clusters = _CLUSTERS_OF_HOPPER if hopper else clusters
-    return Model(architecture, GPU(multiprocessors, shared_memory * 1024, hopper, hopper, clusters))
+    clusters = {"sm_90a": _CLUSTERS_OF_HOPPER, "sm_100": clusters_of(multiprocessors)}
+    limits = GPU(
+        multiprocessors=multiprocessors,
+        shared_memory=shared_memory * 1024,
+        shifts_registers=hopper,
+        multiplies_by_groups=hopper,
+        clusters=clusters.get(architecture, ()),
+    )
+    return Model(architecture, limits)
 
 
 MODELS = {

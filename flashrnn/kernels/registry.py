@@ -67,7 +67,7 @@ def plan_steps(
     """
     if is_small(problem.D):
         return None
-    # As for a call with gradients, which is to have the same bits.
+    # With and without gradients a call is computed in the same way, so as if it needed them.
     best = best_plan(problem._replace(needs_gradient=True), gpu, backward)
     if isinstance(best, str):
         return None

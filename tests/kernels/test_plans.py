@@ -51,7 +51,7 @@ def check(plan, gpu, B, N, D, given):
         assert (plan.clusters - 1) * plan.units < D <= plan.clusters * plan.units, given
         assert plan.n_tiles % plan.size == 0 and 1 <= plan.in_registers <= plan.steps, given
         # What setmaxnreg can give is what the CTA got at its launch, as many for each thread.
-        of_all = 128 * (plan.warpgroups * plan.registers + plan.COPYING_REGISTERS)
+        of_all = 128 * (plan.warpgroups * plan.registers + plan.PRODUCER_REGISTERS)
         assert plan.warpgroups == 1 or of_all <= 65536 // plan.threads // 8 * 8 * plan.threads
         return
     units = plan.units

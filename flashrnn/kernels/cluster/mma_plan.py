@@ -10,6 +10,7 @@ from typing import ClassVar
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
+from flashrnn.kernels.common.gates_in_warp import padded
 from flashrnn.kernels.gpu import GPU, clusters_at_once
 from flashrnn.kernels.plan import Counts, best_of
 from flashrnn.kernels.sizes import power_of_two, tiles_of
@@ -38,11 +39,6 @@ _CYCLES_AN_MMA = 8
 _PART_OF_MMA = 0.6
 # Sixteen receivers of more than one n-tile.
 _CYCLES_OF_MANY_PACKETS = 430
-
-
-def padded(recurrent: int) -> int:
-    """Rows of R for each unit of a warp's tile; see ``gates_in_warp.cuh``."""
-    return recurrent if recurrent <= 2 else 4
 
 
 @dataclass(frozen=True, kw_only=True)

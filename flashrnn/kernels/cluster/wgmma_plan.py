@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
-from flashrnn.kernels.cluster.mma_plan import padded
 from flashrnn.kernels.cluster.plan import ClusterPlan
 from flashrnn.kernels.common import wgmma
+from flashrnn.kernels.common.gates_in_warp import padded
 from flashrnn.kernels.gpu import GPU, clusters_at_once
 from flashrnn.kernels.plan import Counts, best_of
 from flashrnn.kernels.sizes import one_of_few, tiles_of

@@ -98,7 +98,8 @@ struct Exchange {
         add_release(counter(tile, step / STEPS, step % STEPS / SLICE_STEPS), 1);
     }
 
-    // Behind a barrier with the computing warps, which have multiplied the exchange before.
+    // Behind a barrier with the computing warps, which have multiplied the exchange before. The barrier expects
+    // nothing but this arrival.
     __device__ void signal_multiplied(int tile) const {
         if (threadIdx.x == COMPUTING + RECEIVING) mbarrier_expect_bytes(barrier(MULTIPLIED + tile), 0);
     }

@@ -102,7 +102,7 @@ grid_wgmma_forward(CALL) {
     // The same for a warp, as the compiler must know to have products run asynchronously.
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp >= WARPS) {
-        if (SHIFT_REGISTERS) setmaxnreg_dec<COPYING_REGISTERS>();
+        if (SHIFT_REGISTERS) setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (warp == WARPS) {
             for (long long index = group; index < work_tiles; index += groups) {
                 const WorkTile work(index, B);

@@ -10,6 +10,7 @@ from typing import ClassVar
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
+from flashrnn.kernels.common.gates_in_warp import padded
 from flashrnn.kernels.gpu import GPU, clusters_at_once
 from flashrnn.kernels.plan import Counts, Plan, Scratch, best_of
 from flashrnn.kernels.sizes import one_of_few, tiles_of
@@ -22,6 +23,7 @@ _OTHER_REGISTERS = 40
 # With options of sequences.
 _REGISTERS_OF_SEQUENCES = 8
 
+# Steps of the product in a slice of h, which is received as a whole.
 _SLICE_STEPS = 8
 
 # Cycles of a step, fitted to 404 times of an H200 (docs/cost-model.md): 3% off in the median. All
@@ -41,6 +43,9 @@ class GridWgmmaPlan(Plan):
     """How a group of clusters owns a head and many sequences.
 
     Attributes:
+        PRODUCERS: threads of a CTA that receive and send h and copy between global and shared
+            memory.
+        PRODUCER_REGISTERS: registers that each of them keeps, where it gives others away.
         size: CTAs of a cluster.
         clusters: clusters of a group.
         rows: rows of R that a unit takes: a row for each gate that R feeds, 4 for 3 gates.
@@ -52,9 +57,8 @@ class GridWgmmaPlan(Plan):
 
     COOPERATIVE: ClassVar = True
     ROW_ALIGNMENT: ClassVar = 16
-    # Threads of a CTA that receive and send h and copy rows, and the registers of each.
-    COPYING: ClassVar = 128
-    COPYING_REGISTERS: ClassVar = 56
+    PRODUCERS: ClassVar = 128
+    PRODUCER_REGISTERS: ClassVar = 56
 
     size: int
     clusters: int
@@ -72,14 +76,14 @@ class GridWgmmaPlan(Plan):
     @property
     def threads(self) -> int:
         """Threads of a CTA."""
-        return 128 * self.warpgroups + self.COPYING
+        return 128 * self.warpgroups + self.PRODUCERS
 
     @property
     def registers(self) -> int:
         """Registers of a computing thread: a multiple of 8, as setmaxnreg takes them."""
         # What the CTA gets at its launch, when all of its threads have as many.
         all_registers = self.threads * (_REGISTERS // self.threads // 8 * 8)
-        left = all_registers - self.COPYING * self.COPYING_REGISTERS
+        left = all_registers - self.PRODUCERS * self.PRODUCER_REGISTERS
         return min(_MOST_REGISTERS, left // (128 * self.warpgroups) // 8 * 8)
 
     @property
@@ -134,10 +138,12 @@ class GridWgmmaPlan(Plan):
             "N_TILES": self.n_tiles,
             "BATCH_TILES": self.batch_tiles,
             "IN_REGISTERS": self.in_registers,
+            "SLICE_STEPS": _SLICE_STEPS,
             # One warpgroup has as many registers as it can use without those of others.
             "SHIFT_REGISTERS": self.warpgroups > 1,
             "COMPUTING_REGISTERS": self.registers,
-            "COPYING_REGISTERS": self.COPYING_REGISTERS,
+            "PRODUCERS": self.PRODUCERS,
+            "PRODUCER_REGISTERS": self.PRODUCER_REGISTERS,
             "GROUP_PACKETS": self.packets,
             # Must be what the kernel computes of its parts: a static_assert holds them together.
             "SHARED_MEMORY": self.shared_memory,
@@ -176,7 +182,7 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[GridWgmmaPlan]:
     """All plans for heads of D units."""
     if not 1 <= counts.recurrent <= 4:
         return
-    rows = counts.recurrent if counts.recurrent <= 2 else 4
+    rows = padded(counts.recurrent)
     for size in (2, 4, 8):
         for warpgroups in (1, 2, 3, 4):
             clusters = tiles_of(D, 64 // rows * warpgroups)

@@ -38,8 +38,9 @@ using namespace gates_in_warp;
 
 constexpr int WARPS = 4 * WARPGROUPS;
 constexpr int COMPUTING = 32 * WARPS;
-constexpr int RECEIVING = 32, COPYING = 96;
-constexpr int THREADS = COMPUTING + RECEIVING + COPYING;
+// The producer warps: the one that receives h, and those that copy.
+constexpr int RECEIVING = 32, COPYING = PRODUCERS - RECEIVING;
+constexpr int THREADS = COMPUTING + PRODUCERS;
 static_assert(UNITS == WARPS * WARP_UNITS, "each computing warp has one tile of 16 rows of R");
 static_assert(N_TILES % CLUSTER_SIZE == 0, "each CTA of a cluster has as many n-tiles as the others");
 
@@ -72,8 +73,7 @@ constexpr int UNIT_STEPS = UNITS / 16;
 constexpr int ALL_STEPS = CLUSTERS * UNIT_STEPS;
 constexpr int STEPS = (ALL_STEPS + CLUSTER_SIZE - 1) / CLUSTER_SIZE;
 
-// h is received in slices of so many steps; the last one of a CTA may have fewer.
-constexpr int SLICE_STEPS = 8;
+// h is received in slices of SLICE_STEPS steps; the last one of a CTA may have fewer.
 constexpr int SLICES = (STEPS + SLICE_STEPS - 1) / SLICE_STEPS;
 static_assert(SLICES <= 32, "each lane of the receiving warp copies a slice");
 __device__ constexpr int steps_of_slice(int slice) {
