@@ -110,15 +110,16 @@ struct alignas(16) Packet {
     unsigned flag;
 };
 
-// Counts bytes, in shared memory.
+// Counts threads and bytes, in shared memory.
 struct Barrier {
     int missing;
-    unsigned short armed, parity;
+    unsigned char threads, to_come;
+    unsigned short parity;
 
     void count(int bytes) {
         missing += bytes;
-        if (!armed || missing) return;
-        armed = 0;
+        if (to_come || missing) return;
+        to_come = threads;
         parity ^= 1;
     }
 };
@@ -549,13 +550,13 @@ static void store_words(WordVector<COUNT>* to, const WordVector<COUNT>& words) {
 
 static void prefetch_l2(const void*) {}
 
-static void mbarrier_init(void* barrier) {
+static void mbarrier_init(void* barrier, int threads = 1) {
     expect_aligned(barrier, 8);
-    *(Barrier*)barrier = {};
+    *(Barrier*)barrier = {0, (unsigned char)threads, (unsigned char)threads, 0};
 }
 
 static void mbarrier_expect_bytes(void* barrier, unsigned bytes) {
-    ((Barrier*)barrier)->armed = 1;
+    --((Barrier*)barrier)->to_come;
     ((Barrier*)barrier)->count(bytes);
 }
 

@@ -402,11 +402,12 @@ __device__ inline void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// An mbarrier in shared memory that counts bytes as they arrive. In each phase one thread says by
-// mbarrier_expect_bytes() how many.
-__device__ inline void mbarrier_init(void* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(
-                     shared_address(barrier))
+// An mbarrier in shared memory that counts bytes as they arrive. In each phase one thread, or so many
+// threads, say by mbarrier_expect_bytes() how many.
+__device__ inline void mbarrier_init(void* barrier, int threads = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(threads)
                  : "memory");
 }
 

@@ -7,10 +7,11 @@
 //   barrier of both
 //   write h to buffer k % 2
 //   barrier of the copying warps
-//   send(): add to the counters of ----------------------->     receive(): wait until Y has multiplied
-//           the slices that have X's units                      exchange k - 1; poll the counters of Y's slices;
-//                                                               cp.async.bulk of each slice that is complete,
-//                                                               counted on the slice's barrier
+//   send(): add to the counters of ----------------------->     receive(): wait until Y has multiplied exchange
+//           the slices that have X's units                      k - 1 and sent exchange k, of its own units;
+//                                                               poll the counters of Y's slices; cp.async.bulk
+//                                                               of each slice that is complete, counted on the
+//                                                               slice's barrier
 //                                                                   |
 //   multiply: wait for each slice    <------------------------------+
 //   give_sums(): st.async     ------->    slot of X, of
@@ -27,7 +28,7 @@
 // - h in global memory. Before X writes exchange k, it has added up sums over all parts of h of exchange k - 1.
 //   So each CTA of the group had sent exchange k - 1, and before that had added up sums of exchange k - 2, for
 //   which its cluster had copied all that it reads of that exchange.
-// - h in shared memory: Y's receiving warp waits until Y's computing warps have met behind the product.
+// - h in shared memory: Y's receiving warp waits until each of Y's computing warps has multiplied it.
 // - Sums. X gives sums of turn i + 2 behind those of turn i + 1, which its thread has got from all CTAs of
 //   the cluster: each thread there sent them when it had added up those of turn i.
 //
@@ -50,11 +51,12 @@ struct alignas(16) Sums {
 };
 
 // Shared memory, in bytes: h of each batch tile; two buffers of the sums of the other CTAs; barriers: one
-// for each slice of each batch tile, one for each that says "multiplied", two for sums.
+// for each slice of each batch tile; one for each batch tile, on which the computing warps say that they have
+// multiplied an exchange, and the copying ones that they have sent the next; two for sums.
 constexpr unsigned SLOT_BYTES = OWN_N_TILES * COMPUTING * sizeof(Sums);
 constexpr unsigned SUMS_BYTES = (CLUSTER_SIZE - 1) * SLOT_BYTES;
 constexpr unsigned FIRST_SUMS = BATCH_TILES * H_BYTES, BARRIERS = FIRST_SUMS + 2 * SUMS_BYTES;
-constexpr int MULTIPLIED = BATCH_TILES * SLICES, GIVEN = MULTIPLIED + BATCH_TILES;
+constexpr int DONE = BATCH_TILES * SLICES, GIVEN = DONE + BATCH_TILES;
 constexpr unsigned EXCHANGE_BYTES = BARRIERS + (GIVEN + 3) / 2 * 16;
 
 struct Exchange {
@@ -69,7 +71,8 @@ struct Exchange {
           counters(reinterpret_cast<unsigned*>(global + BATCH_TILES * 2 * BUFFER_BYTES)),
           cluster(cluster),
           rank(rank) {
-        if (threadIdx.x < GIVEN + 2) mbarrier_init(barrier(threadIdx.x));
+        const int i = threadIdx.x;
+        if (i < GIVEN + 2) mbarrier_init(barrier(i), i >= DONE && i < GIVEN ? WARPS + 1 : 1);
         cluster_barrier();
     }
 
@@ -98,16 +101,20 @@ struct Exchange {
         add_release(counter(tile, step / STEPS, step % STEPS / SLICE_STEPS), 1);
     }
 
-    // Behind a barrier with the computing warps, which have multiplied the exchange before. The barrier expects
-    // nothing but this arrival.
-    __device__ void signal_multiplied(int tile) const {
-        if (threadIdx.x == COMPUTING + RECEIVING) mbarrier_expect_bytes(barrier(MULTIPLIED + tile), 0);
+    // The next h, if there is one, has been sent.
+    __device__ void signal_sent(int tile) const {
+        if (threadIdx.x == COMPUTING + RECEIVING) mbarrier_expect_bytes(barrier(DONE + tile), 0);
     }
 
     // ---- by the computing warps
 
     __device__ void wait_for_slice(int tile, int slice, unsigned number) const {
         mbarrier_wait(barrier(tile * SLICES + slice), number % 2);
+    }
+
+    // The warp has multiplied an exchange.
+    __device__ void signal_multiplied(int tile) const {
+        if (threadIdx.x % 32 == 0) mbarrier_expect_bytes(barrier(DONE + tile), 0);
     }
 
     // Gives each other CTA the thread's sums of its n-tiles.
@@ -169,7 +176,11 @@ struct Exchange {
     __device__ void receive(int tile, unsigned number) const {
         const int slice = threadIdx.x % 32;
         if (slice >= SLICES) return;
-        if (number > 0) mbarrier_wait(barrier(MULTIPLIED + tile), (number - 1) % 2);
+        if (number > 0) {
+            mbarrier_wait(barrier(DONE + tile), (number - 1) % 2);
+            // Polling hinders CTAs that have not sent yet. What they send takes longer than this to arrive.
+            nanosleep(100);
+        }
         const int first = rank * STEPS + slice * SLICE_STEPS, steps = steps_of_slice(slice);
         // Beyond all units nobody sends anything, and zeros are copied.
         const int left = ALL_STEPS - first, sent = left < 0 ? 0 : left < steps ? left : steps;

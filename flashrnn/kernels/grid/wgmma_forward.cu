@@ -43,8 +43,9 @@ constexpr int FLAG_BYTES = RESETS ? ALL_OWN * int(sizeof(int)) : 0;
 static_assert(TABLE + TABLE_BYTES + FLAG_BYTES == SHARED_MEMORY,
               "wgmma_plan.py computes another size of shared memory");
 
-// Barriers: of the computing and the copying warps, and of either alone.
-constexpr int MET = 2, COPIED = 3, LOADED = 4;
+// Barriers. Of the computing and the copying warps: the tiles' inputs are there, and their outputs stored;
+// and the outputs are written. Of the copying warps: h is in global memory.
+constexpr int READY = 2, WRITTEN = 3, COPIED = 4;
 
 __device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, int n, int N,
                                      const Exchange& exchange) {
@@ -129,14 +130,14 @@ grid_wgmma_forward(CALL) {
 #pragma unroll
             for (int tile = 0; tile < BATCH_TILES; ++tile) steps[tile] = steps_of(work, tile);
             if constexpr (SEQUENCED) {
-                named_barrier_of<COMPUTING + COPYING>(MET);
+                named_barrier_of<COMPUTING + COPYING>(READY);
                 for (int i = thread; i < ALL_OWN; i += COPYING) {
                     // In place of sequences that do not exist the last one that does.
                     const long long place = place_of(i / OWN_SEQUENCES, i % OWN_SEQUENCES);
                     table[i] = sequence_at(place < B ? place : B - 1, T, sequence_order, sequence_rows,
                                            sequence_lengths, runs_backwards, work.n);
                 }
-                named_barrier_of<COMPUTING + COPYING>(MET);
+                named_barrier_of<COMPUTING + COPYING>(WRITTEN);
             }
             const auto send_h = [&](int tile, unsigned number) {
 #pragma unroll 1
@@ -220,8 +221,8 @@ grid_wgmma_forward(CALL) {
             };
 #pragma unroll
             for (int tile = 0; tile < BATCH_TILES; ++tile) {
-                named_barrier_of<COMPUTING + COPYING>(MET);
-                named_barrier_of<COMPUTING + COPYING>(MET);
+                named_barrier_of<COMPUTING + COPYING>(READY);
+                named_barrier_of<COMPUTING + COPYING>(WRITTEN);
                 if (RAGGED && steps[tile] == 0) continue;
                 send_h(tile, numbers[tile]);
                 fetch_inputs(tile, 0);
@@ -234,11 +235,11 @@ grid_wgmma_forward(CALL) {
                     // All Wx but those of the batch tiles whose turns come later.
                     if (t < steps[BATCH_TILES - 1]) cp_async_wait<BATCH_TILES - 1>();
                     if (t >= steps[BATCH_TILES - 1]) cp_async_wait<0>();
-                    named_barrier_of<COMPUTING + COPYING>(MET);
-                    named_barrier_of<COMPUTING + COPYING>(MET);
+                    named_barrier_of<COMPUTING + COPYING>(READY);
+                    named_barrier_of<COMPUTING + COPYING>(WRITTEN);
                     ++numbers[tile];
                     if (t + 1 < steps[tile]) send_h(tile, numbers[tile]);
-                    exchange.signal_multiplied(tile);
+                    exchange.signal_sent(tile);
                     store_outputs(tile, t);
                     if (t + 1 < steps[tile]) fetch_inputs(tile, t + 1);
                     cp_async_commit();
@@ -260,12 +261,12 @@ grid_wgmma_forward(CALL) {
             const long long row = static_cast<long long>(FED_B[k]) * N + work.n;
             bias[i] = FED_B[k] >= 0 && unit < units ? to_float(b[row * D + first_unit + unit]) : 0.0f;
         }
+        // Others read R and the bias behind the next barrier.
         fence_proxy_async();
-        named_barrier_of<COMPUTING>(LOADED);
 
         if constexpr (SEQUENCED) {
-            named_barrier_of<COMPUTING + COPYING>(MET);
-            named_barrier_of<COMPUTING + COPYING>(MET);
+            named_barrier_of<COMPUTING + COPYING>(READY);
+            named_barrier_of<COMPUTING + COPYING>(WRITTEN);
         }
         const auto own_of = [&](int tile, int e) -> const Sequence& {
             return table[tile * OWN_SEQUENCES + ThreadElement(e).sequence];
@@ -298,7 +299,7 @@ grid_wgmma_forward(CALL) {
         for (int tile = 0; tile < BATCH_TILES; ++tile) steps[tile] = steps_of(work, tile);
 #pragma unroll
         for (int tile = 0; tile < BATCH_TILES; ++tile) {
-            named_barrier_of<COMPUTING + COPYING>(MET);
+            named_barrier_of<COMPUTING + COPYING>(READY);
 #pragma unroll
             for (int e = 0; e < OWN_ELEMENTS; ++e) {
                 const ThreadElement element(e);
@@ -312,7 +313,7 @@ grid_wgmma_forward(CALL) {
                 }
                 round_to(tile_of(tile, G)[tile_index(element.unit, element.sequence)], carried[tile][e][0]);
             }
-            named_barrier_of<COMPUTING + COPYING>(MET);
+            named_barrier_of<COMPUTING + COPYING>(WRITTEN);
         }
 
         for (long long t = 0; t < steps[0]; ++t) {
@@ -321,13 +322,14 @@ grid_wgmma_forward(CALL) {
                 if (t >= steps[tile]) continue;
                 float sums[4 * N_TILES], totals[4 * OWN_N_TILES];
                 multiply(sums, matrix, exchange, tile, numbers[tile]++);
+                exchange.signal_multiplied(tile);
                 exchange.give_sums(sums, turn);
                 exchange.add_sums(totals, sums, turn);
                 ++turn;
                 const RecurrentSums<OWN_N_TILES> recurrent(
                     [&](int n_tile, int i) { return totals[4 * n_tile + i]; });
                 float preactivations[OWN_ELEMENTS][G];
-                named_barrier_of<COMPUTING + COPYING>(MET);
+                named_barrier_of<COMPUTING + COPYING>(READY);
                 // All that is read from tiles is read before any is written: else each read would wait for a
                 // write.
 #pragma unroll
@@ -364,7 +366,7 @@ grid_wgmma_forward(CALL) {
                         round_to(tile_of(tile, k)[place], preactivations[e][k]);
                     }
                 }
-                named_barrier_of<COMPUTING + COPYING>(MET);
+                named_barrier_of<COMPUTING + COPYING>(WRITTEN);
             }
         }
 #pragma unroll

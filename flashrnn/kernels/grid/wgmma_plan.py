@@ -23,9 +23,6 @@ _OTHER_REGISTERS = 40
 # With options of sequences.
 _REGISTERS_OF_SEQUENCES = 8
 
-# Steps of the product in a slice of h, which is received as a whole.
-_SLICE_STEPS = 8
-
 # Cycles of a step, fitted to 404 times of an H200 (docs/cost-model.md): 3% off in the median. All
 # are scaled by 0.83, so that they compare with the other regimes' estimates.
 _CYCLES_OF_A_TURN = 1150
@@ -102,6 +99,12 @@ class GridWgmmaPlan(Plan):
         return tiles_of(self.clusters * self.units // 16, self.size)
 
     @property
+    def slice_steps(self) -> int:
+        """Steps of the product in a slice of h, which is received as a whole."""
+        # Of 16 sequences a slice of 8 steps is small: lanes that poll get into each other's way.
+        return 16 if self.n_tiles <= 2 else 8
+
+    @property
     def h_bytes(self) -> int:
         """Bytes of h of a CTA's part, of a batch tile."""
         return self.steps * 16 * 8 * self.n_tiles * 2
@@ -109,7 +112,7 @@ class GridWgmmaPlan(Plan):
     @property
     def packets(self) -> int:
         """16-byte pieces of a group's buffers and counters in global memory."""
-        counters = self.batch_tiles * self.size * tiles_of(self.steps, _SLICE_STEPS)
+        counters = self.batch_tiles * self.size * tiles_of(self.steps, self.slice_steps)
         return self.batch_tiles * 2 * self.size * self.h_bytes // 16 + tiles_of(counters, 4)
 
     def groups(self, B: int, N: int, gpu: GPU) -> int:
@@ -138,7 +141,7 @@ class GridWgmmaPlan(Plan):
             "N_TILES": self.n_tiles,
             "BATCH_TILES": self.batch_tiles,
             "IN_REGISTERS": self.in_registers,
-            "SLICE_STEPS": _SLICE_STEPS,
+            "SLICE_STEPS": self.slice_steps,
             # One warpgroup has as many registers as it can use without those of others.
             "SHIFT_REGISTERS": self.warpgroups > 1,
             "COMPUTING_REGISTERS": self.registers,
@@ -225,7 +228,7 @@ def shared_memory_of(plan: GridWgmmaPlan, counts: Counts) -> int:
     own = plan.n_tiles // plan.size
     sums = 2 * (plan.size - 1) * own * 128 * plan.warpgroups * 16
     # One for each slice of each batch tile, one for each of these, and two for sums.
-    barriers = plan.batch_tiles * (tiles_of(plan.steps, _SLICE_STEPS) + 1) + 2
+    barriers = plan.batch_tiles * (tiles_of(plan.steps, plan.slice_steps) + 1) + 2
     # With resets also a tile of the h that is stored.
     tiles = counts.gates + counts.states + (counts.starts > 0)
     tiles *= plan.batch_tiles * 8 * own * plan.units * 2
