@@ -611,6 +611,7 @@ static unsigned load_acquire(const unsigned* from) {
 
 static void cluster_barrier() { meet_cluster(); }
 
+static unsigned opaque_zero() { return 0; }
 static void materialize(unsigned&) {}
 static void materialize(float&) {}
 template <typename T>

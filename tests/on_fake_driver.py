@@ -361,11 +361,11 @@ def steps_are_prepared_once(driver):
     """The next step allocates nothing, and its launch has the addresses of its own tensors."""
     for D in (64, 256, 768):
         run, wx, states, out = steps(D=D)
-        first = step_arguments(driver, run, wx, states, out)
+        firsts = [step_arguments(driver, run, wx, states, to) for to in (states, out)]
         with pytest.MonkeyPatch.context() as patch:
             for name in ("new_empty", "new_zeros", "clone", "contiguous"):
                 patch.setattr(torch.Tensor, name, None)
-            for to in (states, out):
+            for to, first in zip((states, out), firsts, strict=True):
                 launches = driver.count("launches")
                 other = wx + 1
                 given = step_arguments(driver, run, other, states, to)
@@ -403,17 +403,21 @@ def steps_in_a_graph_have_its_memory(driver):
 
 
 def steps_in_a_graph_find_packets_that_it_has_set_to_zero(driver):
-    """Made of zeros within the graph; others set them to zero before each launch."""
-    run, *tensors = steps(D=768)
+    """Made of zeros within the graph; others set them to zero before each launch.
+
+    A step that is not in place sends no packets.
+    """
+    run, wx, states, out = steps(D=768)
     with pytest.MonkeyPatch.context() as patch:
         zero, counted = torch.Tensor.zero_, []
         patch.setattr(torch.Tensor, "zero_", lambda self: counted.append(self) or zero(self))
         for _ in range(2):
-            run(*tensors)
+            run(wx, states, states)
         assert len(counted) == 2
         driver.capturing = True
-        run(*tensors)
+        run(wx, states, states)
         driver.capturing = False
+        run(wx, states, out)
         assert len(counted) == 2
 
 

@@ -93,10 +93,11 @@ def programs(
     piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    found = [
-        *tables.programs(problem, backward),
-        plan.source(cell, precision, options, piece_bytes),
-    ]
+    plans = {plan: None}
+    if _may_be_one_step(problem, backward):
+        plans[plan.of_one_step(problem.B, problem.N)] = None
+    found = tables.programs(problem, backward)
+    found += [each.source(cell, precision, options, piece_bytes) for each in plans]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
@@ -261,6 +262,14 @@ def _launch(
     launch_in_turn([(to.kernel, to.shape, to.packing(addresses)) for to in prepared.launches])
 
 
+def _may_be_one_step(problem: Problem, backward: bool) -> bool:
+    """Whether a call of it with T = 1 takes the plan of one step.
+
+    Others take that of all T: so there are no more programs for training than there must be.
+    """
+    return not (backward or problem.needs_gradient or problem.is_sequenced)
+
+
 def _record(problem: Problem, backward: bool) -> call.Record:
     record = call.BACKWARD if backward else call.FORWARD
     return record.complete if problem.is_sequenced else record
@@ -296,9 +305,10 @@ def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
 class _Steps:
     """Launches of the scan's kernel for T = 1 and tensors of one layout, each prepared once.
 
-    The new states may take the place of those before the step: in every kernel the thread that
-    writes an element of the last states is the only one that has read it for a result, and other
-    threads get h of it only from this thread.
+    The new states may take the place of those before the step: in every kernel of many steps the
+    thread that writes an element of the last states is the only one that has read it for a result,
+    and other threads get h of it only from this thread. A kernel of one step need not be so: it is
+    taken for other memory alone.
     """
 
     def __init__(self, problem: Problem, R: Tensor, b: Tensor) -> None:
@@ -319,14 +329,15 @@ class _Steps:
         # Of float32, as PyTorch is set at this time.
         precision = source.precision_of(self._problem) if self._is_float32 else self._precision
         where = _where(self._problem)
+        in_place = out.data_ptr() == states.data_ptr()
         if where is None:
             # The scratch memory of a launch in a graph is the graph's, which sets packets to zero.
-            found = self._prepare(precision, wx, states, out)._replace(packets=None)
+            found = self._prepare(precision, wx, states, out, in_place)._replace(packets=None)
         else:
             # Launches on two streams may overlap, so each stream has scratch memory of its own.
-            key = wx.data_ptr() % 16, precision, where
+            key = wx.data_ptr() % 16, precision, where, in_place
             found = self._prepared.get(key) or self._remember(
-                key, self._prepare(precision, wx, states, out)
+                key, self._prepare(precision, wx, states, out, in_place)
             )
         if found.copies_wx:
             wx = wx.clone(memory_format=torch.contiguous_format)
@@ -342,7 +353,9 @@ class _Steps:
             self._prepared[key] = prepared
         return prepared
 
-    def _prepare(self, precision: str, wx: Tensor, states: Tensor, out: Tensor) -> _Step:
+    def _prepare(
+        self, precision: str, wx: Tensor, states: Tensor, out: Tensor, in_place: bool
+    ) -> _Step:
         problem = self._problem
         every_state = wx.new_empty(len(states), problem.B, 1, problem.N, problem.D)
         tensors = {
@@ -356,10 +369,10 @@ class _Steps:
         }
         options = source.forward_options(False)
         addresses, layout = call.FORWARD.read(tensors)
-        prepared = _prepared(problem, _gpu(problem), False, precision, options, layout)
+        prepared = _prepared(problem, _gpu(problem), False, precision, options, layout, in_place)
         if prepared.copied:
             copy = wx.clone(memory_format=torch.contiguous_format)
-            return self._prepare(precision, copy, states, out)._replace(copies_wx=True)
+            return self._prepare(precision, copy, states, out, in_place)._replace(copies_wx=True)
         with torch.inference_mode(False):
             # Later steps write it too, within inference mode or not.
             scratch = _scratch(prepared, wx)
@@ -449,12 +462,15 @@ def _prepared(
     precision: str,
     options: source.Options,
     layout: call.Layout,
+    in_place: bool = False,
 ) -> _Prepared:
     if problem.needs_gradient and not backward:
         _begin_backward(as_compiled(problem), gpu, precision)
     B, T, N = problem.B, problem.T, problem.N
     record = _record(problem, backward)
     plan = _plan(problem, backward, gpu)
+    if T == 1 and not in_place and _may_be_one_step(problem, backward):
+        plan = plan.of_one_step(B, N)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     D, size = problem.D, problem.dtype.itemsize
     copied = tuple(
@@ -482,8 +498,8 @@ def _alignments(plan: Plan, backward: bool, row: int) -> list[tuple[str, int]]:
     """At which multiples rows of so many bytes must begin, of the tensors that are copied else."""
     # Rows of an odd number of 16-bit elements begin anywhere.
     of_rows = gcd(plan.ROW_ALIGNMENT, row)
-    # Kernels load R by words of 4 bytes where rows have a whole number of them.
-    of_R = max(of_rows, 1 if row % 4 else 4)
+    # Kernels load R in the largest pieces, up to 16 bytes, of which rows have a whole number.
+    of_R = gcd(16, row)
     given = ("states", "gates", "d_states") if backward else ("Wx",)
     return [*((name, of_rows) for name in given), ("R", of_R)]
 
@@ -675,7 +691,7 @@ def _scan_kernel(
         grid=0,
         threads=plan.threads,
         shared_memory=plan.shared_memory,
-        cooperative=plan.COOPERATIVE,
+        cooperative=plan.cooperative,
         cluster_size=plan.cluster_size,
     )
     return _kernel(plan.entry, plan.source(cell, precision, options, piece_bytes), shape, device)

@@ -21,7 +21,6 @@ class Plan(ABC):
     values are in the record of a call (:mod:`flashrnn.kernels.call`).
 
     Attributes:
-        COOPERATIVE: whether all CTAs of a launch must run at once.
         ROW_ALIGNMENT: bytes to whose multiples rows of D elements of the given tensors are aligned,
             or of a divisor of it where D does not allow that. If more than 1, they are contiguous.
         D: head dimension.
@@ -29,7 +28,6 @@ class Plan(ABC):
         estimated_cycles: of a step of all sequences; an estimate that plans are compared by.
     """
 
-    COOPERATIVE: ClassVar[bool] = False
     ROW_ALIGNMENT: ClassVar[int] = 1
 
     D: int
@@ -45,6 +43,11 @@ class Plan(ABC):
     @abstractmethod
     def threads(self) -> int:
         """Threads of a CTA."""
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether all CTAs of a launch must run at once."""
+        return False
 
     @property
     def cluster_size(self) -> int:
@@ -65,6 +68,10 @@ class Plan(ABC):
                 :meth:`flashrnn.kernels.call.Record.piece_bytes`. Those of heads of more than 128
                 units do not ask.
         """
+
+    def of_one_step(self, B: int, N: int) -> Plan:
+        """The plan of a forward scan of one step, if another is better; it gives the same bits."""
+        return self
 
     def groups(self, B: int, N: int, gpu: GPU) -> int:
         """CTA groups of a launch. A group computes a head for some sequences at a time."""

@@ -5,14 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig
+from flashrnn import FlashRNNConfig, Stepper, flashrnn
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
 from flashrnn.kernels.grid import GridPlan
 from flashrnn.kernels.grid import plan as planning
 from flashrnn.kernels.sizes import tiles_of
-from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import (  # noqa: F401
+    emulation,
+    fused_emulation,
+    needs_compiler,
+    one_by_one,
+)
 from tests.fused import OPTIONS, at_odd_address, hold_to_vanilla, others_keep_their_bits, strided
 from tests.gpus import GPUS, H200, LARGER, SMALL, planned
 from tests.kernels.regimes import GRID, GRID_WGMMA, take  # noqa: F401
@@ -30,6 +35,12 @@ from tests.sequences import (
     hold_to_each_alone,
     random_ragged,
 )
+
+
+def slow_but(quick, values):
+    """Parameters, of which a quick run takes one."""
+    return [x if x == quick else pytest.param(x, marks=pytest.mark.slow) for x in values]
+
 
 # ---- the machine code
 
@@ -252,6 +263,57 @@ def test_batch_tiles_are_interleaved(prefer, B, T):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("interleaved", "dtype"),
+    [
+        (1, torch.float32),
+        (2, torch.bfloat16),
+        pytest.param(1, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(2, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_single_step_has_the_bits_of_a_sequences_first(prefer, monkeypatch, interleaved, dtype):
+    """By a kernel whose CTAs read the initial h themselves and do not wait for each other.
+
+    One sequence's h has an infinity, of which float32's products make NaN and compute sums anew.
+    """
+    prefer(lambda plan: (plan.interleaved != interleaved, plan.units % 12 > 0))
+    plan, _ = plans("lstm", 19, 2, 140, dtype)
+    assert plan.interleaved == interleaved and plan.units % 12 == 0
+    cooperative = []
+
+    def launched(launches):
+        cooperative.extend(shape.cooperative for _, shape, _ in launches)
+        one_by_one(launches)
+
+    monkeypatch.setattr(cuda_fused, "launch_in_turn", launched)
+    inputs = random_inputs("lstm", 19, 2, 2, 140, dtype)
+    Wx, R, b, states = (x.detach() for x in inputs.tensors().values())
+    states[0, 3, 0, 1, 7] = torch.inf
+    every, _ = flashrnn(Wx, R, b, states, backend="cuda_fused")
+    first = every[:, :, 0].nan_to_num(7)
+    for start in (states, strided(states).detach()):
+        one, last = flashrnn(Wx[:, :1], R, b, start, backend="cuda_fused")
+        by_stepper = Stepper(R, b, backend="cuda_fused")(Wx[:, 0], start.squeeze(2))
+        assert torch.equal(one[:, :, 0].nan_to_num(7), first)
+        for found in (last.squeeze(2), by_stepper):
+            assert torch.equal(found.to(dtype).nan_to_num(7), first)
+    assert cooperative == [True, False, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("units", slow_but(32, [24, 32]))
+@pytest.mark.parametrize("D", [140, pytest.param(142, marks=pytest.mark.slow)])
+def test_R_is_loaded_in_pieces(prefer, units, D):
+    """8 bytes at a time, whether a lane's packets have 12 neighbouring units or not; or 4."""
+    prefer(lambda plan: plan.units != units)
+    plan, _ = plans("lstm", 9, 1, D, torch.bfloat16)
+    assert plan.units == units
+    check("lstm", 9, 2, 1, D, torch.bfloat16)
+
+
+@needs_compiler
 def test_no_kernel_of_its_own_for_a_length(take):  # noqa: F811
     take(GRID)
     for T in (2, 5):
@@ -275,11 +337,6 @@ FIELDS = [
     {"reverse": True},
     {"resets": True, "ragged": True, "packed": True, "reverse": True},
 ]
-
-
-def slow_but(quick, values):
-    """Parameters, of which a quick run takes one."""
-    return [x if x == quick else pytest.param(x, marks=pytest.mark.slow) for x in values]
 
 
 @needs_compiler

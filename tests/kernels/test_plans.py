@@ -40,7 +40,7 @@ def check(plan, gpu, B, N, D, given):
         assert gpu.clusters[size] and ctas % size == 0, given
         clusters = plan.clusters if isinstance(plan, GridWgmmaPlan) else 1
         assert ctas == plan.groups(B, N, gpu) * clusters * size, given
-    if plan.COOPERATIVE:
+    if plan.cooperative:
         assert 1 <= ctas <= gpu.multiprocessors or B == 0, given
     scratch = plan.scratch(B, N, gpu)
     assert scratch.packets >= 0 and scratch.R_in_memory >= 0, given

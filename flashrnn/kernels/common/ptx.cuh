@@ -522,6 +522,16 @@ __device__ inline void materialize(T*& address) {
     asm volatile("" : "+l"(address));
 }
 
+// Zero, of which the compiler does not know that it is. A number that it is added to gets a register of its
+// own: else the compiler, which loads neighbouring words into neighbouring registers, may leave them there and
+// move them in each turn of a loop to where an mma reads them.
+__device__ inline unsigned opaque_zero() {
+    unsigned own, lower;
+    asm("mov.u32 %0, %%lanemask_eq;" : "=r"(own));
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(lower));
+    return own & lower;
+}
+
 // Sets how many registers each thread of the warpgroup has from here on: `dec` gives registers back to
 // the CTA, `inc` waits until the CTA has enough to give. All warps of the warpgroup must execute it. It
 // does nothing on GPUs other than Hopper.

@@ -29,6 +29,13 @@ struct Matrix {
         for (int f = 0; f < IN_MEMORY; ++f) in_memory[f * 32] = make(IN_REGISTERS + IN_SHARED + f);
     }
 
+    // Makes it the warp's fragment f.
+    __device__ void keep(int f, const Fragment& fragment) {
+        if (f < IN_REGISTERS) in_registers[f < IN_REGISTERS ? f : 0] = fragment;
+        else if (f < IN_REGISTERS + IN_SHARED) in_shared[(f - IN_REGISTERS) * 32] = fragment;
+        else in_memory[(f - IN_REGISTERS - IN_SHARED) * 32] = fragment;
+    }
+
     __device__ Fragment operator[](int f) const {
         if (f < IN_REGISTERS) return in_registers[f < IN_REGISTERS ? f : 0];
         return f < IN_REGISTERS + IN_SHARED ? shared(f) : memory(f);

@@ -21,15 +21,17 @@
 // 2. A CTA sent its packets of flag k behind a CTA barrier, and before that barrier all its warps had
 //    received the packets of flag k - 1, which are in the buffer that flag k + 1 overwrites.
 //
+// A call of one step (ONE_STEP) exchanges nothing: every CTA makes the packets for itself (initial_h.cuh).
+//
 // Polling takes bandwidth of the L2 cache from the CTAs that still send. So a warp loads AHEAD slices at
 // once (of interleaved batch tiles, before it computes the tile before), then polls only the first of
 // them, and when that is complete loads once more what is missing of the others.
 
-#include "grid/tile.cuh"
+#include "grid/initial_h.cuh"
 
 namespace grid {
 
-static_assert(GROUP_PACKETS == INTERLEAVED * 2 * Order::BUFFER,
+static_assert(GROUP_PACKETS == (ONE_STEP ? 0 : INTERLEAVED * 2 * Order::BUFFER),
               "the plan and the kernel lay out the same buffers");
 
 struct Exchange {
@@ -69,6 +71,14 @@ struct ReceivedPackets {
     Packet packets[AHEAD][2][N_TILES];
     const Packet* first;
     unsigned flag;
+    // Of a call of one step, in place of an exchange.
+    InitialH initial;
+
+    __device__ void begin(const InitialH& of_tile) {
+        initial = of_tile;
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) load(i);
+    }
 
     // Loads the warp's first slices.
     __device__ void begin(const Exchange& exchange, int tile, unsigned flag_of_exchange) {
@@ -81,7 +91,7 @@ struct ReceivedPackets {
     // Waits for the warp's slice i and gives its words, as the operands of the slice's steps. Then
     // loads slice i + AHEAD in its place.
     __device__ void receive(int i, unsigned (&words)[N_TILES][2 * PACKET_WORDS]) {
-        while (true) {
+        while (!ONE_STEP) {
             bool complete = true;
 #pragma unroll
             for (int k = 0; k < 2 * N_TILES; ++k) {
@@ -97,14 +107,29 @@ struct ReceivedPackets {
             words[n_tile][2 * step + half] = packet.words[operand_word(step, half)];
         }
         // By now most of the others are complete, which were not when they were loaded.
-        if (i == 0) load_missing(1, AHEAD - 1);
+        if (i == 0 && !ONE_STEP) load_missing(1, AHEAD - 1);
         if (i + AHEAD < Order::SLICES_A_WARP) load(i + AHEAD);
     }
 
     __device__ void load(int i) {
+        if constexpr (ONE_STEP) {
+            make(i);
+            return;
+        }
 #pragma unroll
         for (int k = 0; k < 2 * N_TILES; ++k) {
             packets[i % AHEAD][k / N_TILES][k % N_TILES] = load_flagged(address(i, k));
+        }
+    }
+
+    // Makes slice i of the initial h.
+    __device__ void make(int i) {
+#pragma unroll
+        for (int n_tile = 0; n_tile < N_TILES; ++n_tile) {
+            Packet two[2];
+            initial.packets(two, packet_of(i, n_tile), 8 * n_tile + threadIdx.x % 32 / 4);
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) packets[i % AHEAD][odd][n_tile] = two[odd];
         }
     }
 
@@ -122,9 +147,12 @@ struct ReceivedPackets {
     }
 
     __device__ unsigned expected_flag(int i, int k) const {
-        const int slice = i * SUM_PARTS + sum_part();
-        const int packet = Order::even_packet(slice, threadIdx.x % 4) + k / N_TILES;
-        return Order::flag(packet, (i + 1) * SUM_PARTS, flag);
+        return Order::flag(packet_of(i, k), (i + 1) * SUM_PARTS, flag);
+    }
+
+    // Which packet of its sequence it is.
+    __device__ int packet_of(int i, int k) const {
+        return Order::even_packet(i * SUM_PARTS + sum_part(), threadIdx.x % 4) + k / N_TILES;
     }
 
     __device__ const Packet* address(int i, int k) const {
@@ -134,6 +162,11 @@ struct ReceivedPackets {
     // Any packet that the warp has received, loaded once more. It stays in the buffer until the CTA's
     // next barrier.
     __device__ Packet reload(int packet, int column) const {
+        if constexpr (ONE_STEP) {
+            Packet two[2];
+            initial.packets(two, packet / 2 * 2, column);
+            return two[packet % 2];
+        }
         const int index_of_first = Order::index(sum_part(), 0, 0) + threadIdx.x % 32;
         return load_flagged(first + (Order::index_of(packet, column) - index_of_first));
     }

@@ -128,11 +128,21 @@ grid_forward(CALL) {
                 }
             }
             carried.store(tile);
-            if (!RAGGED || sequences.steps(tile) > 0) send_h(tile, flag);
+            if (!ONE_STEP && (!RAGGED || sequences.steps(tile) > 0)) send_h(tile, flag);
         }
+        const auto begin_receiving = [&](int tile, unsigned flag) {
+            if constexpr (ONE_STEP) {
+                // Nobody has sent anything.
+                const long long first = work.first_of(tile);
+                const float* const of_tile = initial + first * initial_b + work.n * initial_n;
+                received.begin(InitialH::of(of_tile, initial_b, initial_d, B - first));
+            } else {
+                received.begin(exchange, tile, flag);
+            }
+        };
         fetch_input(0, 0);
         fetch_flags(0, 0);
-        if (INTERLEAVED > 1) received.begin(exchange, 0, flag);
+        if (INTERLEAVED > 1) begin_receiving(0, flag);
 
         const long long steps = RAGGED ? sequences.steps(0) : T;
         int tiles = work.tiles;
@@ -149,14 +159,14 @@ grid_forward(CALL) {
                     if (!RAGGED) return t + 1 < T;
                     return t + 1 < common_steps || t + 1 < sequences.steps(tile);
                 };
-                if (INTERLEAVED == 1) received.begin(exchange, tile, flag);
+                if (INTERLEAVED == 1) begin_receiving(tile, flag);
                 multiply<Operand>(partial[products % 2], matrix, received, R, work.n, N, rank);
                 // The next batch tile's packets have been sent while the group computed other tiles.
                 // They arrive while the warp computes its elements of this one.
-                if (INTERLEAVED > 1) received.begin(exchange, next, flag + last);
+                if (INTERLEAVED > 1) begin_receiving(next, flag + last);
                 named_barrier<THREADS>();
                 if (!ThreadElement::warp_has_any()) {
-                    exchange.wait_until_sent();
+                    if (!ONE_STEP) exchange.wait_until_sent();
                     continue;
                 }
 
@@ -187,8 +197,8 @@ grid_forward(CALL) {
                         if (next_is_cut[e]) reset(e, element, own, t + 1);
                     }
                 }
-                if (has_next_step()) send_h(tile, flag + 1);
-                exchange.signal_sent();
+                if (!ONE_STEP && has_next_step()) send_h(tile, flag + 1);
+                if (!ONE_STEP) exchange.signal_sent();
                 // What follows overlaps with the exchange.
                 carried.store(tile);
                 fetch_input(next, last && t + 1 < steps ? t + 1 : t);

@@ -74,8 +74,80 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N, int r
     return fragment;
 }
 
+// Whether R can be loaded 8 bytes at a time: those of four units, the first a multiple of 4.
+constexpr bool HAS_FOURS = FORWARD && R_HAS_WORDS && D % 4 == 0 && UNITS % 4 == 0;
+
+// The columns of a row of R, as words, that a lane multiplies with its even packet's words and then with
+// those of its odd one. `row` is null where it does not exist.
+__device__ inline void words_of_packets(unsigned (&words)[2 * PACKET_WORDS], const Element* row, int even) {
+    // Four units that a CTA sends: their words in the row.
+    const auto load_four = [&](unsigned& low, unsigned& high, int packet, int sent) {
+        const int from = packet / PACKETS * UNITS + sent;
+        const bool exists = row != nullptr && packet < Order::SENT && sent < UNITS && from < D;
+        const WordVector<2> four = exists ? load_words(reinterpret_cast<const WordVector<2>*>(row + from))
+                                          : WordVector<2>{};
+        low = four.of[0], high = four.of[1];
+    };
+    if constexpr (NEIGHBOURS) {
+#pragma unroll
+        for (int w = 0; w < 2 * PACKET_WORDS; w += 2) {
+            load_four(words[w], words[w + 1], even, even % PACKETS * PACKET_UNITS + 2 * w);
+        }
+    } else {
+        static_assert(PACKET_WORDS == 3, "six units, of which the first is even, are part of eight");
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            const int sent = (even + odd) % PACKETS * PACKET_UNITS;
+            unsigned eight[4];
+            load_four(eight[0], eight[1], even + odd, sent / 4 * 4);
+            load_four(eight[2], eight[3], even + odd, sent / 4 * 4 + 4);
+#pragma unroll
+            for (int w = 0; w < PACKET_WORDS; ++w) {
+                words[odd * PACKET_WORDS + w] = sent % 4 == 0 ? eight[w] : eight[w + 1];
+            }
+        }
+    }
+}
+
+// The lane's fragments of all steps of a slice, if R HAS_FOURS.
+__device__ inline void fragments_of_slice(Fragment (&fragments)[PACKET_WORDS], int slice, int row_tile,
+                                          const Element* R, int n, int N, int rank) {
+    const int lane = threadIdx.x % 32;
+    const int even = Order::even_packet(slice * SUM_PARTS + sum_part(), lane % 4);
+    const unsigned zero = opaque_zero();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = 16 * row_tile + half * 8 + lane / 4, d = rank * UNITS + row / PRODUCED;
+        const bool exists = row < UNITS * PRODUCED && d < D;
+        const Element* const head = R + (static_cast<long long>(row % PRODUCED) * N + n) * D * D;
+        unsigned words[2 * PACKET_WORDS];
+        words_of_packets(words, exists ? head + static_cast<long long>(d) * D : nullptr, even);
+#pragma unroll
+        for (int k = 0; k < 2 * PACKET_WORDS; ++k) {
+            const int step = k / 2, of_step = k % 2;
+            const int word = operand_packet(step, of_step) * PACKET_WORDS + operand_word(step, of_step);
+            fragments[step].words[2 * of_step + half] = words[word] | zero;
+            // See fragment().
+            materialize(fragments[step].words[2 * of_step + half]);
+        }
+    }
+}
+
 __device__ inline void load_matrix(Matrix& matrix, const Element* R, int n, int N, int rank) {
-    matrix.load([&](int f) { return fragment(f, R, n, N, rank); });
+    if constexpr (HAS_FOURS) {
+#pragma unroll
+        for (int i = 0; i < Order::SLICES_A_WARP * ROW_TILES; ++i) {
+            const int slice = i / ROW_TILES, row_tile = i % ROW_TILES;
+            Fragment fragments[PACKET_WORDS];
+            fragments_of_slice(fragments, slice, row_tile, R, n, N, rank);
+#pragma unroll
+            for (int step = 0; step < PACKET_WORDS; ++step) {
+                matrix.keep((slice * PACKET_WORDS + step) * ROW_TILES + row_tile, fragments[step]);
+            }
+        }
+    } else {
+        matrix.load([&](int f) { return fragment(f, R, n, N, rank); });
+    }
 }
 
 // The sums of the CTA's warps. Those of a sequence are PITCH apart from those of the next one, so that a

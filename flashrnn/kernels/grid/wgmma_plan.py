@@ -52,7 +52,6 @@ class GridWgmmaPlan(Plan):
         in_registers: steps of the product, of 16 of R's columns, whose part of R is in registers.
     """
 
-    COOPERATIVE: ClassVar = True
     ROW_ALIGNMENT: ClassVar = 16
     PRODUCERS: ClassVar = 128
     PRODUCER_REGISTERS: ClassVar = 56
@@ -64,6 +63,11 @@ class GridWgmmaPlan(Plan):
     n_tiles: int
     batch_tiles: int
     in_registers: int
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether all CTAs of a launch must run at once."""
+        return True
 
     @property
     def entry(self) -> str:

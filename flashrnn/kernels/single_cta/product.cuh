@@ -65,6 +65,26 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N,
     return fragment;
 }
 
+// The lane's parts of the fragments of two neighbouring steps, of a recurrent gate, forward.
+__device__ inline void two_fragments(Fragment (&fragments)[2], int first_step, int gate, const Element* R,
+                                     int n, int N, const ThreadElements& elements) {
+    const Element* matrix = R + (static_cast<long long>(gate) * N + n) * D * D;
+    const int first_unit = elements.first_unit + 2 * elements.i;
+    const int first_summed = first_step * 2 * VECTOR + elements.j * VECTOR;
+    const bool exists = first_unit < D && first_summed < D;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        unsigned words[4];
+        load_chunk(words, matrix + (first_unit + k) * D + first_summed, exists);
+        deal_words(words);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            fragments[w / 2].words[w % 2 * 2 + k] = words[w];
+            materialize(fragments[w / 2].words[w % 2 * 2 + k]);
+        }
+    }
+}
+
 // The warp's fragments.
 struct Matrix {
     Fragment in_registers[IN_REGISTERS];
@@ -77,11 +97,23 @@ struct Matrix {
         materialize(offset);
         Fragment* own = shared + offset;
         in_shared = own;
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) {
-            const Fragment loaded = fragment<FORWARD>(f, R, n, N, elements);
+        const auto keep = [&](int f, const Fragment& loaded) {
             if (f < IN_REGISTERS) in_registers[f < IN_REGISTERS ? f : 0] = loaded;
             else if (TILES == 1 || elements.tile() == 0) own[(f - IN_REGISTERS) * 32] = loaded;
+        };
+        if constexpr (FORWARD && R_HAS_CHUNKS) {
+#pragma unroll
+            for (int f = 0; f < FRAGMENTS; ++f) {
+                const int step = f / GR, gate = f % GR;
+                if (step % 2) continue;
+                Fragment loaded[2];
+                two_fragments(loaded, step, gate, R, n, N, elements);
+                keep(f, loaded[0]);
+                if (step + 1 < STEPS) keep(f + GR, loaded[1]);
+            }
+        } else {
+#pragma unroll
+            for (int f = 0; f < FRAGMENTS; ++f) keep(f, fragment<FORWARD>(f, R, n, N, elements));
         }
     }
 
