@@ -15,15 +15,10 @@ using Matrix = LeftOperand<STEPS>;
 
 __device__ inline Matrix load_matrix(unsigned char* shared, const Element* R, int n, int N, int rank) {
     const LaneRows rows(R, n, N, rank);
-    const auto column = [&](int step) {
-        const int sender = (rank + step / TILE_STEPS) % GROUP_SIZE;
-        return step < STEPS ? sender * UNITS + step % TILE_STEPS * 16 : D;
-    };
-    // Steps are loaded by twos.
-    Fragment two[2];
     return Matrix(shared, [&](int step) {
-        if (step % 2 == 0) rows.twice_16_columns(two, column(step), column(step + 1));
-        return two[step % 2];
+        const int sender = (rank + step / TILE_STEPS) % GROUP_SIZE;
+        const int first = sender * UNITS + step % TILE_STEPS * 16 + 2 * (threadIdx.x % 4);
+        return rows.words([&](int half, int k) { return first + 8 * half + k; });
     });
 }
 

@@ -89,25 +89,6 @@ struct LaneRows {
         }
         return fragment;
     }
-
-    // The lane's words of twice 16 columns, each from a multiple of 16 on. Of a row's four times 16 bytes lane
-    // 4 i + j loads those with the number j.
-    __device__ void twice_16_columns(Fragment (&fragments)[2], int first, int second) const {
-        static_assert(R_HAS_CHUNKS, "chunks of a row begin at multiples of 16 bytes");
-        const int j = threadIdx.x % 4, column = (j < 2 ? first : second) + j % 2 * 8;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            unsigned words[4];
-            load_chunk(words, rows[row] + column, column < columns[row]);
-            deal_words(words);
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                unsigned& word = fragments[w / 2].words[w % 2 * 2 + row];
-                word = words[w];
-                materialize(word);
-            }
-        }
-    }
 };
 
 // R h of the thread's elements of so many n-tiles, for each gate that R feeds.
