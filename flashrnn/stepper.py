@@ -57,9 +57,10 @@ class Stepper:
     sequence or a gradient needs. With ``cuda_fused`` it is one launch, of which only the addresses
     differ from the call before; given ``out``, it allocates nothing once it has seen a batch size
     on a stream, in place and not. In place, heads of some 400 units and more that are spread over
-    the GPU take 1 to 2 us longer: others must have read ``h`` before it is overwritten. Batches so large that PyTorch's library computes the product (the README's
-    "Backends") take two launches, and memory for the product. A CUDA graph may record it; the
-    stepper, like all that the graph reads, must be there for as long as the graph is.
+    the GPU take 1 to 2 us longer: others must have read ``h`` before it is overwritten. Batches so
+    large that PyTorch's library computes the product (the README's "Backends") take two launches,
+    and memory for the product. A CUDA graph may record it; the stepper, like all that the graph
+    reads, must be there for as long as the graph is.
 
     Attributes:
         cell: the cell.

@@ -265,7 +265,7 @@ def _launch(
 def _may_be_one_step(problem: Problem, backward: bool) -> bool:
     """Whether a call of it with T = 1 takes the plan of one step.
 
-    Others take that of all T: so there are no more programs for training than there must be.
+    Training and options of sequences take that of all T, which spares them a further program.
     """
     return not (backward or problem.needs_gradient or problem.is_sequenced)
 

@@ -19,7 +19,8 @@
 //     warps with elements       load the next Wx, store states and gates
 //
 // A warp receives packets of a part of the group's CTAs, so behind the first barrier the CTA has
-// received those of all. CTAs wait for each other, so the launch is a cooperative one.
+// received those of all. CTAs wait for each other, so the launch is a cooperative one; but not for a single
+// step (ONE_STEP), for which each reads the initial h itself.
 //
 // Batch tiles may have different numbers of steps; sequences.cuh says why the exchange stays right. A
 // sequence past its end keeps its last states and sends their h on and on, and nothing of it is stored.
@@ -163,7 +164,7 @@ grid_forward(CALL) {
                 multiply<Operand>(partial[products % 2], matrix, received, R, work.n, N, rank);
                 // The next batch tile's packets have been sent while the group computed other tiles.
                 // They arrive while the warp computes its elements of this one.
-                if (INTERLEAVED > 1) begin_receiving(next, flag + last);
+                if (INTERLEAVED > 1 && !(ONE_STEP && last)) begin_receiving(next, flag + last);
                 named_barrier<THREADS>();
                 if (!ThreadElement::warp_has_any()) {
                     if (!ONE_STEP) exchange.wait_until_sent();

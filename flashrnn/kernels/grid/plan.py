@@ -19,7 +19,7 @@ _WORDS = 3
 
 # Bytes of the initial h, of all CTAs together, up to which each reads what it needs itself for a
 # single step, in place of packets. On an H200, with 3.1 MB (1x768, B = 16) that takes 1.1 us less,
-# with 4.2 and 12.6 MB (1x1024, 1x1536) 1.9 and 1.4 us more.
+# with 12.6 MB (1x1536) 1.4 us more.
 _MOST_READ = 3_500_000
 
 # Units of the widest head that CTAs of a cluster own.
@@ -73,7 +73,7 @@ class GridPlan(Plan):
     def of_one_step(self, B: int, N: int) -> GridPlan:
         """See :meth:`flashrnn.kernels.plan.Plan.of_one_step`."""
         read = self.size * B * N * self.D * 4
-        # Where the units of two packets lie side by side, h can be read in pieces of 16 bytes.
+        # Where the units of two packets lie side by side, h can be read several numbers at a time.
         if self.backward or self.units % 12 or read > _MOST_READ:
             return self
         return replace(self, one_step=True, packets=0)

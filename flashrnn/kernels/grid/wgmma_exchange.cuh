@@ -8,10 +8,11 @@
 //   write h to buffer k % 2
 //   barrier of the copying warps
 //   send(): add to the counters of ----------------------->     receive(): wait until Y has multiplied exchange
-//           the slices that have X's units                      k - 1 and sent exchange k, of its own units;
-//                                                               poll the counters of Y's slices; cp.async.bulk
-//                                                               of each slice that is complete, counted on the
-//                                                               slice's barrier
+//           the slices that have X's units                      k - 1 and, but for a work tile's first one,
+//                                                               sent exchange k, of its own units; poll the
+//                                                               counters of Y's slices; cp.async.bulk of each
+//                                                               slice that is complete, counted on the slice's
+//                                                               barrier
 //                                                                   |
 //   multiply: wait for each slice    <------------------------------+
 //   give_sums(): st.async     ------->    slot of X, of
