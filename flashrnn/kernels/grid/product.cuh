@@ -74,16 +74,22 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N, int r
     return fragment;
 }
 
-// Whether R can be loaded 8 bytes at a time: those of four units, the first a multiple of 4.
+// Whether R can be loaded 8 bytes at a time: those of four units, the first a multiple of 4. (NVRTC 13.0.48,
+// the oldest that the package takes, crashes over some of these loads for sm_120.)
+#if __CUDA_ARCH__ >= 1200
+constexpr bool HAS_FOURS = false;
+#else
 constexpr bool HAS_FOURS = FORWARD && R_HAS_WORDS && D % 4 == 0 && UNITS % 4 == 0;
+#endif
 
 // The columns of a row of R, as words, that a lane multiplies with its even packet's words and then with
-// those of its odd one. `row` is null where it does not exist.
-__device__ inline void words_of_packets(unsigned (&words)[2 * PACKET_WORDS], const Element* row, int even) {
+// those of its odd one; zeros if the row does not exist.
+__device__ inline void words_of_packets(unsigned (&words)[2 * PACKET_WORDS], const Element* row,
+                                        bool row_exists, int even) {
     // Four units that a CTA sends: their words in the row.
     const auto load_four = [&](unsigned& low, unsigned& high, int packet, int sent) {
         const int from = packet / PACKETS * UNITS + sent;
-        const bool exists = row != nullptr && packet < Order::SENT && sent < UNITS && from < D;
+        const bool exists = row_exists && packet < Order::SENT && sent < UNITS && from < D;
         const WordVector<2> four = exists ? load_words(reinterpret_cast<const WordVector<2>*>(row + from))
                                           : WordVector<2>{};
         low = four.of[0], high = four.of[1];
@@ -121,7 +127,7 @@ __device__ inline void fragments_of_slice(Fragment (&fragments)[PACKET_WORDS], i
         const bool exists = row < UNITS * PRODUCED && d < D;
         const Element* const head = R + (static_cast<long long>(row % PRODUCED) * N + n) * D * D;
         unsigned words[2 * PACKET_WORDS];
-        words_of_packets(words, exists ? head + static_cast<long long>(d) * D : nullptr, even);
+        words_of_packets(words, head + static_cast<long long>(d) * D, exists, even);
 #pragma unroll
         for (int k = 0; k < 2 * PACKET_WORDS; ++k) {
             const int step = k / 2, of_step = k % 2;
