@@ -83,6 +83,21 @@ def test_compiles_for_every_architecture_without_spills(kind, D, precision, arch
 
 
 @needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", GPUS)
+def test_compiles_at_many_sizes(arch):
+    """An old compiler crashed over two of these, for sm_120: that ends the process."""
+    for kind in BUILT_IN:
+        for D in (512, 1024, 2048):
+            problem = planned(kind, 16, 1, D, torch.bfloat16)
+            plan = grid.plan_scan(problem, GPUS[arch], backward=False)
+            if isinstance(plan, GridPlan):
+                options = source.forward_options(True)
+                parts = plan.source(problem.cell, "bfloat16", options, piece_bytes=16)
+                assert instructions(parts, arch, "HMMA")
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("arch", architectures({"sm_90a"}))
 def test_a_packet_is_one_access(arch):
     """Of 16 bytes, coherent over the GPU: whoever sees the flag has the values."""

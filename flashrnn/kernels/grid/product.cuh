@@ -74,13 +74,8 @@ __device__ inline Fragment fragment(int f, const Element* R, int n, int N, int r
     return fragment;
 }
 
-// Whether R can be loaded 8 bytes at a time: those of four units, the first a multiple of 4. (NVRTC 13.0.48,
-// the oldest that the package takes, crashes over some of these loads for sm_120.)
-#if __CUDA_ARCH__ >= 1200
-constexpr bool HAS_FOURS = false;
-#else
+// Whether R can be loaded 8 bytes at a time: those of four units, the first a multiple of 4.
 constexpr bool HAS_FOURS = FORWARD && R_HAS_WORDS && D % 4 == 0 && UNITS % 4 == 0;
-#endif
 
 // The columns of a row of R, as words, that a lane multiplies with its even packet's words and then with
 // those of its odd one; zeros if the row does not exist.
