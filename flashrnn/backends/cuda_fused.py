@@ -93,11 +93,12 @@ def programs(
     piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
-    plans = {plan: None}
+    plans = [plan]
     if _may_be_one_step(problem, backward):
-        plans[plan.of_one_step(problem.B, problem.N)] = None
+        plans.append(plan.of_one_step(problem.B, problem.N))
     found = tables.programs(problem, backward)
-    found += [each.source(cell, precision, options, piece_bytes) for each in plans]
+    # Where no other plan is better for one step, both are the same.
+    found += [each.source(cell, precision, options, piece_bytes) for each in dict.fromkeys(plans)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(

@@ -56,11 +56,11 @@ struct Exchange {
     // of their CTA have sent, and some time after: other CTAs send at about the same moment, and their
     // packets take longer than that to arrive.
     __device__ void signal_sent() const {
-        if (INTERLEAVED == 1 && !ThreadElement::ALL_WARPS_HAVE_ANY) named_barrier<THREADS>();
+        if (INTERLEAVED == 1 && !ONE_STEP && !ThreadElement::ALL_WARPS_HAVE_ANY) named_barrier<THREADS>();
     }
 
     __device__ void wait_until_sent() const {
-        if (INTERLEAVED > 1) return;
+        if (INTERLEAVED > 1 || ONE_STEP) return;
         named_barrier<THREADS>();
         nanosleep(100);
     }

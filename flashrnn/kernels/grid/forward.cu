@@ -157,6 +157,7 @@ grid_forward(CALL) {
                 const bool last = tile + 1 == tiles;
                 const int next = last ? 0 : tile + 1;
                 const auto has_next_step = [&] {
+                    if (ONE_STEP) return false;
                     if (!RAGGED) return t + 1 < T;
                     return t + 1 < common_steps || t + 1 < sequences.steps(tile);
                 };
@@ -167,7 +168,7 @@ grid_forward(CALL) {
                 if (INTERLEAVED > 1 && !(ONE_STEP && last)) begin_receiving(next, flag + last);
                 named_barrier<THREADS>();
                 if (!ThreadElement::warp_has_any()) {
-                    if (!ONE_STEP) exchange.wait_until_sent();
+                    exchange.wait_until_sent();
                     continue;
                 }
 
@@ -198,8 +199,8 @@ grid_forward(CALL) {
                         if (next_is_cut[e]) reset(e, element, own, t + 1);
                     }
                 }
-                if (!ONE_STEP && has_next_step()) send_h(tile, flag + 1);
-                if (!ONE_STEP) exchange.signal_sent();
+                if (has_next_step()) send_h(tile, flag + 1);
+                exchange.signal_sent();
                 // What follows overlaps with the exchange.
                 carried.store(tile);
                 fetch_input(next, last && t + 1 < steps ? t + 1 : t);
