@@ -215,9 +215,15 @@ def as_computed(
     problem: Problem, Wx: Tensor, R: Tensor, b: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors in the dtypes of the computation."""
+    return cast_to(Wx, problem.dtype), *weights_as_computed(problem, R, b, states)
+
+
+def weights_as_computed(
+    problem: Problem, R: Tensor, b: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without ``Wx``."""
     computed_in = problem.dtype
     return (
-        cast_to(Wx, computed_in),
         cast_to(R, computed_in),
         cast_to(b, computed_in),
         # Dynamo of PyTorch 2.9 and 2.10 does not follow `problem.carry_dtype`.

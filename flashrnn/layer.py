@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from torch.nn.functional import linear
 
 from flashrnn import backends, calls, checks, sequences
 from flashrnn.backends import autograd
-from flashrnn.backends.gradients import over_rows
+from flashrnn.backends.gradients import Gradients, over_rows, select
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, without_autocast
-from flashrnn.sequences import Given
+from flashrnn.sequences import Given, Sequences
 
 
 def recurrent_layer(
@@ -39,9 +38,11 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor]:
     """Run a recurrent layer: the input product ``Wx = x @ Wᵀ`` and :func:`flashrnn.flashrnn`.
 
-    It computes what ``flashrnn(linear(x, W), R, b, ...)`` does, with the same numbers, as one node
-    of autograd: the step of a short sequence is mostly what nodes cost. ``Wx`` is not kept for the
-    backward pass. Only the gradients of x and W that are asked for are computed.
+    It computes what ``flashrnn(linear(x, W), R, b, ...)`` does as one node of autograd: the step of
+    a short sequence is mostly what nodes cost. ``Wx`` is not kept for the backward pass. Only the
+    gradients of x and W that are asked for are computed. Of few rows (B · T) on a GPU the products
+    are kernels of this package, which sum in another order than the library's: results then differ
+    from those of ``linear`` by rounding.
 
     Where one node cannot be (with ``vanilla``, under ``torch.compile`` and ``torch.export``, for
     tensors that are no plain ones), the product and the scan are two, so that a compiler sees both.
@@ -112,19 +113,24 @@ def recurrent_layer(
         problem, cell, backend, states, config, options, direct
     )
     with without_autocast(problem.device.type):
-        if direct and problem.needs_gradient and autograd.is_fused(chosen):
+        if not (direct and autograd.is_fused(chosen)):
+            x, W = factors_as_computed(problem, x, W)
+            Wx = input_product(problem, x, W.flatten(0, 2))
+            arguments = calls.as_computed(problem, Wx, R, b, states)
+            found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
+        elif problem.needs_gradient:
             found, last_states = Layer.apply(
                 x, W, R, b, states, chosen, problem, *(of_options or ())
             )
         else:
-            x, W = _factors(problem, x, W)
-            Wx = input_product(problem, x, W.flatten(0, 2))
-            arguments = calls.as_computed(problem, Wx, R, b, states)
-            found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
+            x, W = factors_as_computed(problem, x, W)
+            weights = calls.weights_as_computed(problem, R, b, states)
+            outputs = forward_of_layer(chosen, problem, x, W, *weights, of_options or ())
+            found, last_states, _ = outputs
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
 
 
-def _factors(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+def factors_as_computed(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     """x and W in the dtype of the computation."""
     return calls.cast_to(x, problem.dtype), calls.cast_to(W, problem.dtype)
 
@@ -163,6 +169,50 @@ def _is_time_major(x: Tensor) -> bool:
     return B > 1 and T > 1 and of_T == B * of_B > 0
 
 
+def forward_of_layer(
+    backend: autograd.FusedBackend,
+    problem: Problem,
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    options: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A fused backend's forward of a layer: the backend computes the product too, where it can.
+
+    All tensors are of the dtypes of the computation.
+    """
+    of_scan = R, b, states, Sequences(*options) if options else None
+    if autograd.multiplies(backend, problem, x, W):
+        return backend.forward(problem, None, *of_scan, autograd.Factors(x, W))
+    Wx = input_product(problem, x, W.flatten(0, -2))
+    return backend.forward(problem, Wx, *of_scan)
+
+
+def gradients_of_layer(
+    backend: autograd.FusedBackend,
+    problem: Problem,
+    factors: autograd.Factors,
+    residuals: Sequence[Any],
+    given: int,
+    d_states: Tensor | None,
+    d_last: Tensor | None,
+) -> Gradients:
+    """The same backward, from what a node has kept; see :func:`autograd.gradients_of`."""
+    arguments = backend, problem, residuals, given, d_states, d_last
+    x, W, needs_x, needs_W = factors
+    if autograd.multiplies(backend, problem, x, W):
+        found = autograd.gradients_of(*arguments, factors=factors)
+    else:
+        found = autograd.gradients_of(*arguments)
+    if (found.x is None and needs_x) or (found.W is None and needs_W):
+        d_Wx = select(found.gates, 2, problem.cell.fed_by("Wx"))
+        d_x, d_W = factors_gradients(d_Wx, x, W.flatten(0, -2), needs_x, needs_W)
+        found = found._replace(x=d_x, W=None if d_W is None else d_W.view(W.shape))
+    return found
+
+
 class Layer(torch.autograd.Function):
     """The input product, and :class:`flashrnn.backends.autograd.Scan` within the same node.
 
@@ -186,37 +236,33 @@ class Layer(torch.autograd.Function):
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # Autograd casts the gradients back to the dtypes of what is given here.
-        x, W = _factors(problem, x, W)
-        Wx = input_product(problem, x, W.flatten(0, 2))
-        arguments = calls.as_computed(problem, Wx, R, b, states)
-        scan = InnerContext()
-        outputs = autograd.Scan.forward(scan, *arguments, backend, problem, *options)
-        ctx.save_for_backward(x, W, *vars(scan).pop("saved_tensors"))
+        x, W = factors_as_computed(problem, x, W)
+        R, b, states = calls.weights_as_computed(problem, R, b, states)
+        found = forward_of_layer(backend, problem, x, W, R, b, states, options)
+        output, residuals = autograd.residuals_of(problem, R, states, *found, options)
+        ctx.save_for_backward(x, W, *residuals)
         ctx.set_materialize_grads(False)
-        ctx.scan = scan
-        return outputs
+        ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
+        return output, found[1]
 
     @staticmethod
     def backward(  # noqa: D102
         ctx: Any, d_states: Tensor | None, d_last: Tensor | None
     ) -> tuple[Any, ...]:
-        x, W, *saved = ctx.saved_tensors
-        needs_x, needs_W, *needs = ctx.needs_input_grad
-        scan = InnerContext(
-            **vars(ctx.scan), saved_tensors=saved, needs_input_grad=(needs_x or needs_W, *needs)
+        problem, given = ctx.problem, ctx.given
+        x, W, *residuals = ctx.saved_tensors
+        needs_x, needs_W, needs_R, needs_b, needs_states, *further = ctx.needs_input_grad
+        factors = autograd.Factors(x, W, needs_x, needs_W)
+        with without_autocast(problem.device.type):
+            arguments = ctx.backend, problem, factors, residuals, given, d_states, d_last
+            found = gradients_of_layer(*arguments)
+        needed = (
+            *(found.x, found.W),
+            found.R if needs_R else None,
+            found.b if needs_b else None,
+            found.states if needs_states else None,
         )
-        with without_autocast(x.device.type):
-            d_Wx, *others = autograd.Scan.backward(scan, d_states, d_last)
-            d_x, d_W = factors_gradients(d_Wx, x, W.flatten(0, 2), needs_x, needs_W)
-        return d_x, None if d_W is None else d_W.view(W.shape), *others
-
-
-class InnerContext(SimpleNamespace):
-    """What a node would have as its context, where another node does what it does."""
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        """Keep them as they are."""
-        self.saved_tensors = tensors
-
-    def set_materialize_grads(self, _: bool) -> None:
-        """Do nothing: the node around it decides."""
+        if not given:
+            return *needed, None, None
+        of_resets = found.reset_states if further[3] else None
+        return *needed, None, None, None, of_resets, None, None

@@ -509,6 +509,13 @@ static void cp_async_piece(unsigned to, const void* from) {
     copy_later(at(to), from, BYTES);
 }
 
+template <int BYTES>
+static void cp_async_piece(unsigned to, const void* from, bool exists) {
+    alignas(16) static const char zeros[16] = {};
+    expect_aligned(from, BYTES);
+    cp_async_piece<BYTES>(to, exists ? from : zeros);
+}
+
 static void cp_async_commit() { close_copy_group(); }
 
 template <int PENDING>

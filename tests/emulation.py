@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashrnn.backends import cuda, cuda_fused, steps, tables
+from flashrnn.backends import cuda, cuda_fused, few_rows, steps, tables
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -219,7 +219,7 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) ->
 
 def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
-    for module in (cuda_fused, steps, tables):
+    for module in (cuda_fused, few_rows, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
     monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
@@ -245,6 +245,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(few_rows, "whole", lambda device: H200)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield

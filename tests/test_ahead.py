@@ -123,14 +123,16 @@ def test_calls_find_what_was_compiled_ahead(folder, tmp_path):
 def test_each_kernel_is_compiled_once_and_found_the_next_time(folder, compiled, capsys):
     arguments = ["compile", "--gpu", "H200", "--forward-only", SMALL, SMALL.replace("B=4", "B=3")]
     assert main(arguments) == 0
-    assert len(compiled) == len(list(folder.iterdir())) == 1
-    row, seconds = capsys.readouterr().out.splitlines()
-    assert row.split()[:2] == [SMALL, "single_cta/forward.cu"] and row.endswith(" s")
-    assert seconds.endswith(" s in all")
+    assert len(compiled) == len(list(folder.iterdir())) == 2
+    *rows, seconds = capsys.readouterr().out.splitlines()
+    # The scan, and a layer's product.
+    names = ["single_cta/forward.cu", "few_rows/product.cu"]
+    assert [row.split()[:2] for row in rows] == [[SMALL, name] for name in names]
+    assert all(row.endswith(" s") for row in rows) and seconds.endswith(" s in all")
     forget()
     assert main(arguments) == 0
-    assert len(compiled) == 1
-    assert capsys.readouterr().out.splitlines()[0].endswith("was there")
+    assert len(compiled) == 2
+    assert all(x.endswith("was there") for x in capsys.readouterr().out.splitlines()[:2])
 
 
 def test_options_and_architectures_have_kernels_of_their_own(folder, monkeypatch):
@@ -144,14 +146,16 @@ def test_options_and_architectures_have_kernels_of_their_own(folder, monkeypatch
         assert len(found) == len({one.name for one in found})
         return len(list(folder.iterdir())) - before
 
-    assert count(forward_only=True) == 1
-    # Forward that saves gates, backward, R's gradient and the sums that complete it.
-    assert count() == 4
+    # Forward, and a layer's product.
+    assert count(forward_only=True) == 2
+    # Forward that saves gates, backward, all gradients of few rows, and R's of many and the sums
+    # that complete it.
+    assert count() == 5
     assert count(config=FlashRNNConfig(gradient_recurrent_clipval=1.0)) == 1
     assert count(config=FlashRNNConfig(gradient_recurrent_clipval=2.0)) == 0
     assert count(config=FlashRNNConfig(forward_clipval=1.0)) == 3
-    assert count(SMALL.replace("bfloat16", "fp32")) == count(SMALL.replace("bfloat16", "tf32")) == 5
-    assert count(gpu="A100") == count(gpu="RTX5090") == 5
+    assert count(SMALL.replace("bfloat16", "fp32")) == count(SMALL.replace("bfloat16", "tf32")) == 7
+    assert count(gpu="A100") == count(gpu="RTX5090") == 7
     assert len(asked) > 10
 
 
@@ -163,7 +167,7 @@ def test_cells_of_a_users_own(folder, monkeypatch):
         return (torch.sin(gates[0]),)
 
     register(compiled_ahead)
-    assert len(compile_ahead(["compiled_ahead,B=1,N=1,D=8,bf16"], "L4")) == 5
+    assert len(compile_ahead(["compiled_ahead,B=1,N=1,D=8,bf16"], "L4")) == 7
 
 
 @pytest.mark.parametrize(
@@ -205,8 +209,8 @@ compile_ahead([sys.argv[1]], "H200", forward_only=True)  # What it imports, the 
 os.setuid(1234)
 nvrtc._compile = None
 nvrtc._cubin.cache_clear()
-(kernel,) = compile_ahead([sys.argv[1]], "H200", forward_only=True)
-print(kernel.seconds, os.access(os.environ["FLASHRNN_CACHE_DIR"], os.W_OK))
+kernels = compile_ahead([sys.argv[1]], "H200", forward_only=True)
+print(*[kernel.seconds for kernel in kernels], os.access(os.environ["FLASHRNN_CACHE_DIR"], os.W_OK))
 """
 
 
@@ -222,7 +226,7 @@ def test_a_folder_that_root_shipped_is_read_by_others(monkeypatch):
         compile_ahead([SMALL], "H200", forward_only=True, shared=True)
         command = [sys.executable, "-c", READS, SMALL]
         done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split() == ["None", "False"], done.stderr
+    assert done.stdout.split() == ["None", "None", "False"], done.stderr
 
 
 # Beside forward

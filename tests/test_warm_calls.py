@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
-from flashrnn.backends import autograd, cuda_fused, steps, tables
+from flashrnn.backends import autograd, cuda_fused, few_rows, steps, tables
 from flashrnn.kernels import call, registry
 from tests.emulation import one_by_one
 from tests.gpus import H200, SMALL
@@ -48,6 +48,8 @@ RECORDS = {
     "cluster_reduce_scatter_backward": call.BACKWARD,
     "recurrent_gradient": call.RECURRENT_GRADIENT,
     "gradient_sums": call.GRADIENT_SUMS,
+    "few_rows_product": call.FEW_ROWS_PRODUCT,
+    "few_rows_gradients": call.FEW_ROWS_GRADIENTS,
     "make_tables": call.SEQUENCE_TABLES,
     "h_before": call.H_BEFORE,
 }
@@ -83,6 +85,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: found.gpu)
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
+    monkeypatch.setattr(few_rows, "_kernel", found.kernel)
+    monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
     yield found
@@ -266,7 +270,9 @@ def test_what_is_compiled_meanwhile_is_what_a_call_with_options_runs(launches, k
     asked = last_states if kind.get("return_states") == "last" else every_state
     asked.backward(torch.zeros_like(asked))
     (problem,) = begun
-    usual = [*cuda_fused.programs(*problem, False), *cuda_fused.programs(*problem, True)]
+    *of_forward, of_few_rows = problem
+    usual = cuda_fused.programs(*of_forward, False, of_few_rows)
+    usual += cuda_fused.programs(*of_forward, True, of_few_rows)
     assert [one[1] for one in launches.take()] == ["\n".join(x.values()) for x in usual]
 
 
@@ -349,8 +355,8 @@ def test_a_layers_gradient_is_asked_for_at_each_call(launches):
             with torch.set_grad_enabled(enabled):
                 found, _ = recurrent_layer(*tensors, backend="cuda_fused")
             assert found.requires_grad == enabled
-            (one,) = launches.take()
-            assert bool(named(one)["gates"]) == enabled
+            product, scan = launches.take()
+            assert product[0] == "few_rows_product" and bool(named(scan)["gates"]) == enabled
 
 
 def test_autocast_dtypes_and_settings_are_asked_for_at_each_call(launches):

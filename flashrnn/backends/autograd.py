@@ -13,7 +13,7 @@ alone: each takes a fraction of the host time of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,63 @@ class FusedBackend(Backend, Protocol):
         ``d_states`` may have the first states only: ``[1, B, T, N, D]`` is of ``h`` alone. What is
         not given is zero, and no kernel reads it.
         """
+
+
+class Factors(NamedTuple):
+    """What a layer's input product multiplies, and which gradients of it are asked for.
+
+    Attributes:
+        x: ``[B, T, I]``, of ``problem.dtype``.
+        W: ``[Gw, N, D, I]``, or with fewer dimensions before the last; likewise.
+        needs_x: whether the gradient of x is asked for.
+        needs_W: whether that of W is.
+    """
+
+    x: Tensor
+    W: Tensor
+    needs_x: bool = False
+    needs_W: bool = False
+
+
+class MultiplyingBackend(FusedBackend, Protocol):
+    """A fused backend that can compute a layer's input product, and its gradients, itself."""
+
+    def multiplies(self, problem: Problem, x: Tensor, W: Tensor) -> bool:
+        """Whether it does so for these factors; the two below then take them."""
+
+    def forward(
+        self,
+        problem: Problem,
+        Wx: Tensor | None,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        sequences: Sequences | None = None,
+        factors: Factors | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """With ``factors`` in the place of ``Wx``."""
+
+    def backward(
+        self,
+        problem: Problem,
+        R: Tensor,
+        states_initial: Tensor,
+        states: Tensor,
+        gates: Tensor,
+        d_states: Tensor | None,
+        d_last_states: Tensor | None,
+        sequences: Sequences | None = None,
+        factors: Factors | None = None,
+    ) -> Gradients:
+        """With the gradients of ``factors`` that these ask for."""
+
+
+def multiplies(
+    backend: FusedBackend, problem: Problem, x: Tensor, W: Tensor
+) -> TypeGuard[MultiplyingBackend]:
+    """Whether a backend computes a layer's input product itself."""
+    asked = getattr(backend, "multiplies", None)
+    return asked is not None and asked(problem, x, W)
 
 
 class DifferentiableBackend(Backend, Protocol):
@@ -471,56 +528,91 @@ class Scan(torch.autograd.Function):
         problem: Problem,
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        found = backend.forward(
-            problem, Wx, R, b, states_initial, *((Sequences(*options),) if options else ())
-        )
-        states, last_states, gates = found
-        whole = problem.returned is None or problem.returned == states.shape[0]
-        output = states if whole else states[: problem.returned]
-        part = () if whole else (output,)
-        ctx.save_for_backward(R, states_initial, states, gates, *options, *part)
+        arguments = problem, Wx, R, b, states_initial
+        found = backend.forward(*arguments, *((Sequences(*options),) if options else ()))
+        output, residuals = residuals_of(problem, R, states_initial, *found, options)
+        ctx.save_for_backward(*residuals)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
-        return output, last_states
+        return output, found[1]
 
     @staticmethod
     def backward(  # noqa: D102
         ctx: Any, d_states: Tensor | None, d_last: Tensor | None
     ) -> tuple[Any, ...]:
-        backend, problem, given = ctx.backend, ctx.problem, 4 + ctx.given
-        saved = ctx.saved_tensors
-        options, part = saved[4:given], saved[given:]
-        if problem.returned == 0:
-            d_states = None
-        with_graph = torch.is_grad_enabled()
-        if part and with_graph:
-            saved = *saved[:3], _Followed.apply(saved[3], *part)
-        sequences = Sequences(*options) if options else None
-        tensors = *_residuals(saved), d_states, d_last
+        backend, problem, given = ctx.backend, ctx.problem, ctx.given
         # Autocast may be on where backward() is called.
         with without_autocast(problem.device.type):
-            if with_graph or recorded() or not all(x is None or is_plain(x) for x in tensors):
-                # With a graph of the gradient the operator's own derivative raises an error, which
-                # says that there is none.
-                found = Gradients(
-                    *scan_backward(
-                        *tensors,
-                        _name(backend),
-                        _text(problem.cell),
-                        problem.gradient_recurrent_cut,
-                        problem.gradient_recurrent_clipval,
-                        problem.forward_clipval,
-                        problem.allow_tf32,
-                        *_of_operator(problem, sequences),
-                    )
-                )
-            else:
-                found = backend.backward(problem, *tensors, sequences)
-        given = _needed(ctx, problem.cell, found)
-        if sequences is None:
-            return *given, None, None
+            found = gradients_of(backend, problem, ctx.saved_tensors, given, d_states, d_last)
+        needed = _needed(ctx, problem.cell, found)
+        if not given:
+            return *needed, None, None
         of_resets = found.reset_states if ctx.needs_input_grad[7] else None
-        return *given, None, None, None, of_resets, None, None
+        return *needed, None, None, None, of_resets, None, None
+
+
+def residuals_of(
+    problem: Problem,
+    R: Tensor,
+    states_initial: Tensor,
+    states: Tensor,
+    last_states: Tensor,
+    gates: Tensor | None,
+    options: Sequence[Tensor | None],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The states that a node returns of a backend's forward, and what it keeps."""
+    if problem.returned is None or problem.returned == states.shape[0]:
+        return states, (R, states_initial, states, gates, *options)
+    output = states[: problem.returned]
+    return output, (R, states_initial, states, gates, *options, output)
+
+
+def gradients_of(
+    backend: FusedBackend,
+    problem: Problem,
+    residuals: Sequence[Any],
+    given: int,
+    d_states: Tensor | None,
+    d_last: Tensor | None,
+    **further: Any,
+) -> Gradients:
+    """A node's gradients.
+
+    Args:
+        backend: the backend.
+        problem: the problem.
+        residuals: what :func:`residuals_of` said.
+        given: how many of these are options.
+        d_states: of the states that were returned; ``None``: zeros.
+        d_last: of the last states, likewise.
+        further: arguments for the backend's backward.
+    """
+    options, part = residuals[4 : 4 + given], residuals[4 + given :]
+    if problem.returned == 0:
+        d_states = None
+    with_graph = torch.is_grad_enabled()
+    # A hook on saved tensors may have changed their layout.
+    R, states_initial, states, gates = residuals[:4]
+    if part and with_graph:
+        gates = _Followed.apply(gates, *part)
+    sequences = Sequences(*options) if options else None
+    tensors = R, states_initial, states.contiguous(), gates.contiguous(), d_states, d_last
+    if not (with_graph or recorded()) and all(x is None or is_plain(x) for x in tensors):
+        return backend.backward(problem, *tensors, sequences, **further)
+    # With a graph of the gradient the operator's own derivative raises an error, which says that
+    # there is none.
+    return Gradients(
+        *scan_backward(
+            *tensors,
+            _name(backend),
+            _text(problem.cell),
+            problem.gradient_recurrent_cut,
+            problem.gradient_recurrent_clipval,
+            problem.forward_clipval,
+            problem.allow_tf32,
+            *_of_operator(problem, sequences),
+        )
+    )
 
 
 class _Followed(torch.autograd.Function):

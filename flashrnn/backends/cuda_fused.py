@@ -8,6 +8,7 @@ is computed so (:mod:`flashrnn.backends.steps`).
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
@@ -15,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import Run, Runs, autograd, steps, tables
+from flashrnn.backends import Run, Runs, autograd, few_rows, steps, tables
+from flashrnn.backends.autograd import Factors
+from flashrnn.backends.few_rows import Launch
 from flashrnn.backends.gradients import (
     Gradients,
     number_of,
@@ -71,7 +74,11 @@ def _without_plan(problem: Problem, gpu: GPU) -> str | None:
 
 
 def programs(
-    problem: Problem, gpu: GPU | None, precision: str, backward: bool
+    problem: Problem,
+    gpu: GPU | None,
+    precision: str,
+    backward: bool,
+    of_few_rows: bool | None = None,
 ) -> list[dict[str, str]]:
     """The programs that a direction of a problem runs, if rows are as aligned as D allows.
 
@@ -80,6 +87,8 @@ def programs(
         gpu: for which GPU; ``None``: the problem's device.
         precision: out of ``source.PRECISIONS``.
         backward: the direction.
+        of_few_rows: whether R's gradient is computed as for few rows; ``None``: T and whether the
+            call is a layer's are not known, so all programs that may run are wanted.
 
     Raises:
         ValueError: it cannot do this problem; says why.
@@ -99,6 +108,11 @@ def programs(
     found = tables.programs(problem, backward)
     # Where no other plan is better for one step, both are the same.
     found += [each.source(cell, precision, options, piece_bytes) for each in dict.fromkeys(plans)]
+    if of_few_rows is None:
+        found.append(few_rows.program(problem, precision, piece_bytes, gpu, backward))
+    elif of_few_rows and backward:
+        beside = few_rows.precision_beside(precision)
+        return [*found, few_rows.program(problem, beside, piece_bytes, gpu, backward)]
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
@@ -115,14 +129,22 @@ def programs(
 
 def forward(
     problem: Problem,
-    Wx: Tensor,
+    Wx: Tensor | None,
     R: Tensor,
     b: Tensor,
     states: Tensor,
     sequences: Sequences | None = None,
+    factors: Factors | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    """See :class:`flashrnn.backends.autograd.FusedBackend`.
+
+    ``factors``, for which ``multiplies`` holds, are given in the place of ``Wx``.
+    """
     gpu = _gpu(problem)
+    first = None
+    if factors is not None:
+        Wx, first = few_rows.product(problem, factors)
+    assert Wx is not None
     if problem.T and (plan := _steps(problem, gpu, backward=False)):
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), gpu, source.precision_of(problem))
@@ -148,8 +170,14 @@ def forward(
         tensors |= tables.made(problem, sequences, idle=idle).of_scan
     if problem.returned is not None:
         options += source.options_of_storing(problem, every_state.shape[0])
-    _launch(problem, gpu, False, tensors, options)
+    ahead = problem.needs_gradient and few_rows.gives_R(problem, factors is not None)
+    _launch(problem, gpu, False, tensors, options, ahead=ahead, first=first)
     return autograd.kept(problem, every_state), last_states, gates
+
+
+def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
+    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`: where there are few rows."""
+    return few_rows.multiplies(problem, x, W)
 
 
 def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
@@ -171,8 +199,12 @@ def backward(
     d_states: Tensor | None,
     d_last_states: Tensor | None,
     sequences: Sequences | None = None,
+    factors: Factors | None = None,
 ) -> Gradients:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    """See :class:`flashrnn.backends.autograd.FusedBackend`.
+
+    The gradients of ``factors``, for which ``multiplies`` holds, are among those that it gives.
+    """
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     gpu = _gpu(problem)
     if T and (plan := _steps(problem, gpu, backward=True)):
@@ -215,20 +247,28 @@ def backward(
         tensors |= {"before_rows": of_options.before.rows, "h_starts": of_options.before.starts}
     if of_options.lengths is not None:
         tensors["lengths"] = of_options.lengths
-    is_small = registry.is_small(D)
-    if is_small:
-        tensors["d_R"] = d_gates.new_empty(len(cell.fed_by("R")), N, D, D)
-        if problem.dtype == torch.float32:
+    d_R = d_x = d_W = None
+    asked = few_rows.asked(problem, factors)
+    if asked is not None and factors is not None and asked.I:
+        tensors |= {"x": factors.x, "W": factors.W}
+        if asked.of_x:
+            tensors["d_x"] = d_x = torch.empty_like(
+                factors.x, memory_format=torch.contiguous_format
+            )
+        if asked.of_W:
+            tensors["d_W"] = d_W = torch.empty_like(factors.W)
+    of_R = asked is not None and asked.of_R
+    if of_R or registry.is_small(D):
+        tensors["d_R"] = d_R = d_gates.new_empty(len(cell.fed_by("R")), N, D, D)
+        if problem.dtype == torch.float32 and not of_R:
             tensors["h_initial"] = states_initial[0].contiguous()
     tensors["d_b"] = d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
-    _launch(problem, gpu, True, tensors, options)
-    if is_small:
-        d_R = tensors["d_R"]
-    else:
+    _launch(problem, gpu, True, tensors, options, asked)
+    if d_R is None:
         before = of_options.before
         every_h = None if before is None else tables.h_before(problem, before, states[0])
         d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0], every_h)
-    return Gradients(d_gates, d_initial, d_R, d_b, d_resets)
+    return Gradients(d_gates, d_initial, d_R, d_b, d_resets, d_x, d_W)
 
 
 def _launch(
@@ -237,6 +277,9 @@ def _launch(
     backward: bool,
     tensors: dict[str, Tensor],
     options: source.Options,
+    asked: few_rows.Asked | None = None,
+    ahead: bool = False,
+    first: tuple[Kernel, launch.Shape, Sequence[int]] | None = None,
 ) -> None:
     """Launch a direction's kernels.
 
@@ -246,21 +289,25 @@ def _launch(
         backward: the direction.
         tensors: those of the direction's records, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
+        asked: the gradients that are products over few rows.
+        ahead: whether backward will compute R's gradient as for few rows.
+        first: a launch that goes before all others.
     """
     record = _record(problem, backward)
     precision = source.precision_of(problem)
     addresses, layout = record.read(tensors)
-    prepared = _prepared(problem, gpu, backward, precision, options, layout)
+    prepared = _prepared(problem, gpu, backward, precision, options, layout, asked, ahead)
     if prepared.copied:
         for name in prepared.copied:
             # A copy also of a contiguous tensor that begins at an unaligned address.
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
-        prepared = _prepared(problem, gpu, backward, precision, options, layout)
+        prepared = _prepared(problem, gpu, backward, precision, options, layout, asked, ahead)
     if any(prepared.scratch):
         scratch = _scratch(prepared, tensors["R"])
         addresses += [memory.data_ptr() for memory in scratch]
-    launch_in_turn([(to.kernel, to.shape, to.packing(addresses)) for to in prepared.launches])
+    launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches]
+    launch_in_turn(launches if first is None else [first, *launches])
 
 
 def _may_be_one_step(problem: Problem, backward: bool) -> bool:
@@ -370,7 +417,9 @@ class _Steps:
         }
         options = source.forward_options(False)
         addresses, layout = call.FORWARD.read(tensors)
-        prepared = _prepared(problem, _gpu(problem), False, precision, options, layout, in_place)
+        gpu = _gpu(problem)
+        given = problem, gpu, False, precision, options, layout
+        prepared = _prepared(*given, in_place=in_place)
         if prepared.copied:
             copy = wx.clone(memory_format=torch.contiguous_format)
             return self._prepare(precision, copy, states, out, in_place)._replace(copies_wx=True)
@@ -420,20 +469,6 @@ class _Step(NamedTuple):
         self.kept.enqueue()
 
 
-class _Launch(NamedTuple):
-    """A launch that lacks only its tensors' addresses.
-
-    Attributes:
-        kernel: the kernel.
-        shape: the launch's.
-        packing: of the record's fields, out of the addresses of all the call's tensors.
-    """
-
-    kernel: Kernel
-    shape: launch.Shape
-    packing: call.Packing
-
-
 class _Prepared(NamedTuple):
     """A direction's launches.
 
@@ -444,7 +479,7 @@ class _Prepared(NamedTuple):
         copied: the tensors that are to be copied first, since the kernel cannot read their rows.
     """
 
-    launches: tuple[_Launch, ...]
+    launches: tuple[Launch, ...]
     scratch: tuple[int, int, int] = (0, 0, 0)
     copied: tuple[str, ...] = ()
 
@@ -463,10 +498,12 @@ def _prepared(
     precision: str,
     options: source.Options,
     layout: call.Layout,
+    asked: few_rows.Asked | None = None,
+    ahead: bool = False,
     in_place: bool = False,
 ) -> _Prepared:
     if problem.needs_gradient and not backward:
-        _begin_backward(as_compiled(problem), gpu, precision)
+        _begin_backward(as_compiled(problem), gpu, precision, ahead)
     B, T, N = problem.B, problem.T, problem.N
     record = _record(problem, backward)
     plan = _plan(problem, backward, gpu)
@@ -484,14 +521,19 @@ def _prepared(
     piece_bytes = record.piece_bytes(in_pieces, layout, D, size) if registry.is_small(D) else 16
     clips = source.clips(problem.gradient_recurrent_clipval, problem.forward_clipval)
     kernel = _scan_kernel(cell, precision, plan, options, piece_bytes, problem.device)
-    of_R = _plan_of_R(problem, gpu) if backward and registry.is_small(D) else None
+    of_R = None
+    if backward and registry.is_small(D) and not (asked is not None and asked.of_R):
+        of_R = _plan_of_R(problem, gpu)
     scratch = *plan.scratch(B, N, gpu), 0 if of_R is None else _units_of_parts(problem, of_R)
     layout = layout.with_scratch(scratch)
     groups = plan.groups(B, N, gpu)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
-    launches = [_Launch(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
+    launches = [Launch(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
     if backward:
-        launches += _after_scan(problem, of_R, precision, layout)
+        if asked is None or not asked.of_R:
+            launches += _after_scan(problem, of_R, precision, layout)
+        if asked is not None:
+            launches.append(few_rows.gradients(problem, asked, layout))
     return _Prepared((*launches,), scratch, copied)
 
 
@@ -522,7 +564,7 @@ def _units_of_parts(problem: Problem, of_R: single_cta.GradientPlan) -> int:
 
 def _after_scan(
     problem: Problem, of_R: single_cta.GradientPlan | None, precision: str, layout: call.Layout
-) -> list[_Launch]:
+) -> list[Launch]:
     """The launches that give the gradients of the bias and, of small heads, of R.
 
     Of few rows that is one. Else R's gradient is in parts, which a second launch sums up.
@@ -554,7 +596,7 @@ def _after_scan(
         ctas += of_bias.b_ctas
         numbers |= {"b_rows": problem.B, "b_columns": columns, "b_shares": of_bias.b_shares}
     shape = kernel.shape._replace(grid=ctas)
-    return [_Launch(kernel, shape, record.packing(layout, **numbers)), *rest]
+    return [Launch(kernel, shape, record.packing(layout, **numbers)), *rest]
 
 
 def _as_gradient_reads(layout: call.Layout, N: int, D: int) -> call.Layout:
@@ -571,7 +613,7 @@ def _as_gradient_reads(layout: call.Layout, N: int, D: int) -> call.Layout:
     )
 
 
-def _sums(problem: Problem, precision: str, parts: int, layout: call.Layout) -> list[_Launch]:
+def _sums(problem: Problem, precision: str, parts: int, layout: call.Layout) -> list[Launch]:
     """The launch that sums up the bias's gradient over sequences, and R's over so many parts, if
     there is anything to sum."""
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
@@ -593,13 +635,13 @@ def _sums(problem: Problem, precision: str, parts: int, layout: call.Layout) -> 
         N=N,
         D=D,
     )
-    return [_Launch(kernel, kernel.shape._replace(grid=plan.grid), packing)]
+    return [Launch(kernel, kernel.shape._replace(grid=plan.grid), packing)]
 
 
 @lru_cache(maxsize=1024)
-def _begin_backward(problem: Problem, gpu: GPU, precision: str) -> None:
+def _begin_backward(problem: Problem, gpu: GPU, precision: str, of_few_rows: bool) -> None:
     """Begin to compile what backward will need, while forward is compiled and runs; once."""
-    found = programs(problem, gpu, precision, backward=True)
+    found = programs(problem, gpu, precision, True, of_few_rows)
     compile_soon(found, launch.architecture(problem.device))
 
 
@@ -721,5 +763,6 @@ def _sums_kernel(cell: TracedCell, precision: str, device: torch.device) -> Kern
 KERNELS = (
     _prepared,
     *(_scan_kernel, _gradient_kernel, _sums_kernel),
+    *few_rows.KERNELS,
 )
 """The caches that hold kernels."""

@@ -25,6 +25,8 @@ class Gradients(NamedTuple):
         R: ``[Gr, N, D, D]``.
         b: ``[Gb, N, D]``.
         reset_states: of what resets go back to, in its shape; ``None`` without resets.
+        x: of a layer's input, where the backend multiplies it and this gradient is asked for.
+        W: of its input matrix, likewise.
     """
 
     gates: Tensor
@@ -32,6 +34,8 @@ class Gradients(NamedTuple):
     R: Tensor
     b: Tensor
     reset_states: Tensor | None = None
+    x: Tensor | None = None
+    W: Tensor | None = None
 
 
 def number_of(d_states: Tensor | None) -> int:

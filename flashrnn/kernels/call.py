@@ -381,6 +381,53 @@ GRADIENT_SUMS = Record(
 )
 """Of the sums that complete the gradients of R and of the bias."""
 
+FEW_ROWS_PRODUCT = Record(
+    "FewRowsProductCall",
+    (
+        Operand("x", "const Element"),
+        Operand("W", "const Element"),
+        Operand("Wx", "Element"),
+    ),
+    {"x_pitch": "long long", "rows": "int", "columns": "int", "I": "int"},
+)
+"""Of the input product of a layer over few rows, which lie ``x_pitch`` elements from each other.
+``W`` and ``Wx`` are contiguous."""
+
+FEW_ROWS_GRADIENTS = Record(
+    "FewRowsGradientsCall",
+    (
+        Operand("d_gates", "const Element"),
+        Operand("x", "const Element", "bti"),
+        Operand("W", "const Element"),
+        Operand("h_initial", "const float", "b1nd"),
+        Operand("h", "const Element"),
+        Operand("d_bias", "const float"),
+        Operand("d_x", "Element"),
+        Operand("d_W", "Element"),
+        Operand("d_R", "Element"),
+        Operand("d_b", "Element"),
+    ),
+    {
+        "rows": "int",
+        "columns": "int",
+        "W_gate": "int",
+        "x_ctas": "int",
+        "W_ctas": "int",
+        "R_ctas": "int",
+        "b_columns": "long long",
+        "b_shares": "int",
+        "T": "unsigned",
+        "B": "long long",
+        "N": "int",
+        "D": "int",
+        "I": "int",
+    },
+)
+"""Of the gradients that follow from the gates' of a call over few rows.
+
+What is not asked for is not given, and has no CTAs.
+"""
+
 SEQUENCE_TABLES = Record(
     "SequenceTablesCall",
     (

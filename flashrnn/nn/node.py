@@ -19,7 +19,7 @@ from flashrnn import backends, calls
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell
 from flashrnn.config import DEFAULT
-from flashrnn.layer import InnerContext, factors_gradients, input_product
+from flashrnn.layer import forward_of_layer, gradients_of_layer
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
@@ -129,10 +129,38 @@ def _layer(
     if problem.needs_gradient:
         found: tuple[Tensor, ...] = _Node.apply(x, start, chosen, problem, form, *weights)
         return found
-    return _Node.forward(InnerContext(), x, start, chosen, problem, form, *weights)
+    return _forward(x, start, chosen, problem, form, *weights)[0]
 
 
 _H_ALONE = Given(None, None, None, None, False, "h")
+
+
+def _forward(
+    x: Tensor,
+    start: Tensor,
+    backend: autograd.FusedBackend,
+    problem: Problem,
+    form: Form,
+    *weights: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """h and each last state in torch.nn's forms, and what backward needs."""
+    weight_ih, weight_hh, *biases = weights
+    x, weight_ih, weight_hh = (
+        calls.cast_to(factor, problem.dtype) for factor in (x, weight_ih, weight_hh)
+    )
+    rows = x.transpose(0, 1) if form.x_by_time else x
+    S, B, _, N, D = start.shape
+    R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases)
+    R, b, start = calls.weights_as_computed(problem, R, b, start)
+    states, last_states, gates = forward_of_layer(backend, problem, rows, weight_ih, R, b, start)
+    h = states[0].view(*rows.shape[:2], N * D)
+    if form.h_by_time:
+        h = h.transpose(0, 1).contiguous()
+    # In memory of its own each: callers change them in place.
+    ended = [state.to(h.dtype, copy=True) for state in last_states.view(S, 1, B, N * D).unbind(0)]
+    # The weights themselves: views of them would not be found changed where these are. And h, which
+    # the node returns: by it a graph of the gradient finds the node.
+    return (h, *ended), (x, weight_ih, weight_hh, start, states, gates, h)
 
 
 class _Node(torch.autograd.Function):
@@ -148,31 +176,11 @@ class _Node(torch.autograd.Function):
         form: Form,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        weight_ih, weight_hh, *biases = weights
-        x, weight_ih, weight_hh = (
-            calls.cast_to(factor, problem.dtype) for factor in (x, weight_ih, weight_hh)
-        )
-        rows = x.transpose(0, 1) if form.x_by_time else x
-        Wx = input_product(problem, rows, weight_ih)
-        R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases)
-        S, B, _, N, D = start.shape
-        every_state, last_states = autograd.Scan.forward(
-            scan := InnerContext(), *calls.as_computed(problem, Wx, R, b, start), backend, problem
-        )
-        h = every_state[0].view(*rows.shape[:2], N * D)
-        if form.h_by_time:
-            h = h.transpose(0, 1).contiguous()
-        # In memory of its own each: callers change them in place.
-        ended = [
-            state.to(h.dtype, copy=True) for state in last_states.view(S, 1, B, N * D).unbind(0)
-        ]
-        _, start, states, gates, *_ = vars(scan).pop("saved_tensors")
-        # The weights themselves: views of them would not be found changed where these are. And h,
-        # which the node returns: by it a graph of the gradient finds the node.
-        ctx.save_for_backward(x, weight_ih, weight_hh, start, states, gates, h)
+        outputs, kept = _forward(x, start, backend, problem, form, *weights)
+        ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        ctx.scan, ctx.form = scan, form
-        return h, *ended
+        ctx.backend, ctx.problem, ctx.form = backend, problem, form
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, d_h: Tensor | None, *d_ended: Tensor | None) -> tuple[Any, ...]:
@@ -188,16 +196,17 @@ class _Node(torch.autograd.Function):
             d_last = torch.stack([zeros if d_state is None else d_state for d_state in d_ended])
             d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
         needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
-        scan = InnerContext(
-            **vars(ctx.scan),
-            saved_tensors=(recurrent_matrix(form.mode, weight_hh, N, D), start, *residuals),
-            needs_input_grad=(needs_x or needs_W, needs_R, any(needs_b), needs_start),
-        )
+        R = recurrent_matrix(form.mode, weight_hh, N, D)
+        rows = x.transpose(0, 1) if form.x_by_time else x
+        factors = autograd.Factors(rows, weight_ih, needs_x, needs_W)
         with without_autocast(x.device.type):
-            d_Wx, d_R, d_b, d_start, *_ = autograd.Scan.backward(scan, d_states, d_last)
-            rows = x.transpose(0, 1) if form.x_by_time else x
-            d_x, d_W = factors_gradients(d_Wx, rows, weight_ih, needs_x, needs_W)
+            arguments = ctx.backend, ctx.problem, factors, (R, start, *residuals), 0
+            found = gradients_of_layer(*arguments, d_states, d_last)
+        d_x = found.x
+        d_R = found.R if needs_R else None
+        d_b = found.b if any(needs_b) else None
+        d_start = found.states if needs_start else None
         if d_x is not None and form.x_by_time:
             d_x = d_x.transpose(0, 1)
         of_recurrence = recurrence_gradients(form.mode, d_R, d_b, weight_hh.shape, len(needs_b))
-        return d_x, d_start, None, None, None, d_W, *of_recurrence
+        return d_x, d_start, None, None, None, found.W, *of_recurrence

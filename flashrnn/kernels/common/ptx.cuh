@@ -246,6 +246,20 @@ __device__ inline void cp_async_piece(unsigned to, const void* from) {
     }
 }
 
+// The same, or, unless they exist, as many bytes of zeros.
+template <int BYTES>
+__device__ inline void cp_async_piece(unsigned to, const void* from, bool exists) {
+    const int size = exists ? BYTES : 0;
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
+                     "r"(size)
+                     : "memory");
+    }
+}
+
 // Reads only the first half of 4 bytes; the other becomes 0.
 __device__ inline void cp_async_half_word(unsigned to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, 2;" ::"r"(to), "l"(from) : "memory");

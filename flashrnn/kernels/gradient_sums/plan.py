@@ -51,13 +51,17 @@ def plan_sums(parts: int, R_columns: int, B: int, b_columns: int) -> SumsPlan:
         B: rows of the bias's gradient.
         b_columns: its elements.
     """
-    R_shares, b_shares = _shares(parts), _shares(B)
-    return SumsPlan(
-        R_shares,
-        b_shares,
-        tiles_of(R_columns * R_shares, SumsPlan.THREADS),
-        tiles_of(b_columns * b_shares, SumsPlan.THREADS),
-    )
+    R_shares, R_ctas = plan_shares(parts, R_columns, SumsPlan.THREADS)
+    b_shares, b_ctas = plan_shares(B, b_columns, SumsPlan.THREADS)
+    return SumsPlan(R_shares, b_shares, R_ctas, b_ctas)
+
+
+def plan_shares(rows: int, columns: int, threads: int) -> tuple[int, int]:
+    """How many threads share a column of a sum over rows, and the CTAs of so many threads."""
+    shares = 1
+    while shares < _MOST_SHARES and rows > _ROWS_A_THREAD * shares:
+        shares *= 2
+    return shares, tiles_of(columns * shares, threads)
 
 
 def program(cell: TracedCell, precision: str) -> dict[str, str]:
@@ -66,10 +70,3 @@ def program(cell: TracedCell, precision: str) -> dict[str, str]:
     return source.program(
         "gradient_sums/gradient_sums.cu", cell, precision, constants, call.GRADIENT_SUMS
     )
-
-
-def _shares(rows: int) -> int:
-    shares = 1
-    while shares < _MOST_SHARES and rows > _ROWS_A_THREAD * shares:
-        shares *= 2
-    return shares

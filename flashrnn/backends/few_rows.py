@@ -1,0 +1,243 @@
+"""Products over few rows, which ``cuda_fused`` launches with its scans.
+
+Of few rows a call of the library's takes the host longer than the product takes the GPU. A layer's
+input product and the gradients that follow from the gates' are kernels of :mod:`flashrnn.kernels.
+few_rows` then, enqueued together with the scan.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends import steps
+from flashrnn.backends.autograd import Factors
+from flashrnn.cells.traced import TracedCell
+from flashrnn.jit import launch
+from flashrnn.jit.kernel import Kernel
+from flashrnn.jit.kernel import load as _kernel
+from flashrnn.kernels import call, few_rows, gradient_sums, registry, source
+from flashrnn.kernels.gpu import GPU, whole
+from flashrnn.problem import Problem, matmul_tf32_allowed
+
+
+class Launch(NamedTuple):
+    """A launch that lacks only its tensors' addresses.
+
+    Attributes:
+        kernel: the kernel.
+        shape: the launch's.
+        packing: of the record's fields, out of the addresses of all the call's tensors.
+    """
+
+    kernel: Kernel
+    shape: launch.Shape
+    packing: call.Packing
+
+
+class Asked(NamedTuple):
+    """Which gradients one launch computes, and what it depends on besides the scan's layout.
+
+    Attributes:
+        of_R: whether those of R and the bias are among them.
+        of_x: whether that of x is.
+        of_W: whether that of W is.
+        x_strides: x's; empty without a layer.
+        I: features of x; 0 without a layer.
+        precision: out of ``source.PRECISIONS``.
+    """
+
+    of_R: bool
+    of_x: bool
+    of_W: bool
+    x_strides: tuple[int, ...]
+    I: int  # noqa: E741
+    precision: str
+
+
+def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
+    """Whether a layer's input product and its gradients are computed here.
+
+    Args:
+        problem: the scan's.
+        x: ``[B, T, I]`` of ``problem.dtype``.
+        W: see :class:`flashrnn.backends.autograd.Factors`.
+    """
+    cell, (B, T) = problem.cell, problem.rows
+    columns = len(cell.fed_by("Wx")) * problem.N * problem.D
+    return (
+        few_rows.takes(B * T, columns, x.shape[2])
+        and _pitch(x) is not None
+        and W.is_contiguous()
+        and _lie_together(cell)
+        and not steps.may_be_faster(problem)
+    )
+
+
+@lru_cache(maxsize=256)
+def _lie_together(cell: TracedCell) -> bool:
+    """Whether the gates that Wx feeds follow one another."""
+    fed = cell.fed_by("Wx")
+    return bool(fed) and fed == tuple(range(fed[0], fed[0] + len(fed)))
+
+
+def gives_R(problem: Problem, in_layer: bool) -> bool:
+    """Whether the gradients of R and of the bias are computed here.
+
+    Those of small heads are one launch anyway. A layer has one for its other gradients.
+    """
+    if problem.is_sequenced or (registry.is_small(problem.D) and not in_layer):
+        return False
+    N, D = problem.N, problem.D
+    return few_rows.takes(problem.B * problem.T, len(problem.cell.fed_by("R")) * N * D, D)
+
+
+def asked(problem: Problem, factors: Factors | None) -> Asked | None:
+    """What is computed here of a call's gradients; ``None``: nothing."""
+    in_layer = factors is not None and (factors.needs_x or factors.needs_W)
+    of_R = gives_R(problem, in_layer)
+    if factors is None or not in_layer:
+        return Asked(of_R, False, False, (), 0, _precision(problem)) if of_R else None
+    x, _, of_x, of_W = factors
+    return Asked(of_R, of_x, of_W, x.stride(), x.shape[2], _precision(problem))
+
+
+def precision_beside(of_scan: str) -> str:
+    """How these products are computed beside a scan of a precision out of ``source.PRECISIONS``.
+
+    Of float32 by TF32 where that is allowed of all of them: PyTorch's setting says so of the
+    library's, which these stand for, and the scan's own of R's gradient.
+    """
+    return "float32" if of_scan == "tf32" and not matmul_tf32_allowed() else of_scan
+
+
+def _precision(problem: Problem) -> str:
+    return precision_beside(source.precision_of(problem))
+
+
+def _pitch(x: Tensor) -> int | None:
+    """How many elements the rows of an input lie from each other, in the order in which it has
+    them; ``None`` if they do not lie equally far."""
+    (B, T, _), (of_B, of_T, of_I) = x.shape, x.stride()
+    if of_I != 1:
+        return None
+    if T == 1 or of_B == T * of_T:
+        return of_B if T == 1 else of_T
+    return of_T if B == 1 else of_B if of_T == B * of_B else None
+
+
+def product(
+    problem: Problem, factors: Factors
+) -> tuple[Tensor, tuple[Kernel, launch.Shape, tuple[int, ...]]]:
+    """``Wx`` ``[B, T, Gw, N, D]``, and the launch that computes it, with its arguments.
+
+    Args:
+        problem: the scan's.
+        factors: for which :func:`multiplies` holds.
+    """
+    x, W, *_ = factors
+    (B, T), (of_B, of_T, _) = problem.rows, x.stride()
+    gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
+    by_time = B > 1 and T > 1 and of_T > of_B
+    Wx = x.new_empty(T, B, *gates) if by_time else x.new_empty(B, T, *gates)
+    addresses, layout = call.FEW_ROWS_PRODUCT.read({"x": x, "W": W, "Wx": Wx})
+    precision = _precision(problem)
+    pitch = cast(int, _pitch(x))
+    kernel, shape, packing = _product(problem, x.shape[2], pitch, precision, layout)
+    return Wx.transpose(0, 1) if by_time else Wx, (kernel, shape, packing(addresses))
+
+
+@lru_cache(maxsize=512)
+def _product(
+    problem: Problem,
+    I: int,  # noqa: E741
+    pitch: int,
+    precision: str,
+    layout: call.Layout,
+) -> Launch:
+    record, (B, T), size = call.FEW_ROWS_PRODUCT, problem.rows, problem.dtype.itemsize
+    columns = len(problem.cell.fed_by("Wx")) * problem.N * problem.D
+    piece_bytes = record.piece_bytes(("x", "W"), layout, gcd(I, pitch), size)
+    kernel = _product_kernel(precision, piece_bytes, problem.device)
+    packing = record.packing(layout, x_pitch=pitch, rows=B * T, columns=columns, I=I)
+    grid = few_rows.product_ctas(B * T, columns)
+    return Launch(kernel, kernel.shape._replace(grid=grid), packing)
+
+
+def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> Launch:
+    """The launch of the gradients.
+
+    Args:
+        problem: the problem.
+        asked: what is computed.
+        layout: of the backward scan's tensors, with ``x``, ``W`` and the gradients among them.
+    """
+    record, cell, (B, T) = call.FEW_ROWS_GRADIENTS, problem.cell, problem.rows
+    (N, D), size, I = (problem.N, problem.D), problem.dtype.itemsize, asked.I  # noqa: E741
+    layout = _as_read(layout, asked)
+    rows, columns = B * T, len(cell.fed_by("Wx")) * N * D
+    # Of the initial h, which may be of another dtype, single elements are read.
+    piece_bytes = record.piece_bytes(("d_gates", "h"), layout, D, size)
+    numbers = {"rows": rows, "T": T, "B": problem.B, "N": N, "D": D}
+    grid = 0
+    if asked.of_x or asked.of_W:
+        piece_bytes = min(piece_bytes, record.piece_bytes(("x", "W"), layout, I, size))
+        grid_x = few_rows.product_ctas(rows, I) if asked.of_x else 0
+        grid_W = few_rows.product_ctas(columns, I) if asked.of_W else 0
+        numbers |= {"columns": columns, "I": I, "x_ctas": grid_x, "W_ctas": grid_W}
+        numbers["W_gate"] = cell.fed_by("Wx")[0]
+        grid = grid_x + grid_W
+    if asked.of_R:
+        grid_R = len(cell.fed_by("R")) * N * few_rows.product_ctas(D, D)
+        b_columns = len(cell.fed_by("b")) * N * D
+        b_shares, b_ctas = gradient_sums.plan_shares(problem.B, b_columns, few_rows.THREADS)
+        numbers |= {"R_ctas": grid_R, "b_columns": b_columns, "b_shares": b_shares}
+        grid += grid_R + b_ctas
+    kernel = _gradients_kernel(cell, asked.precision, piece_bytes, problem.device)
+    packing = record.packing(layout, **numbers)
+    return Launch(kernel, kernel.shape._replace(grid=grid), packing)
+
+
+def program(
+    problem: Problem, precision: str, piece_bytes: int, gpu: GPU, backward: bool
+) -> dict[str, str]:
+    """The text of a direction's program, in parts."""
+    if backward:
+        return few_rows.gradients(problem.cell, precision, piece_bytes, gpu).text
+    return few_rows.product(precision, piece_bytes, gpu).text
+
+
+def _as_read(layout: call.Layout, asked: Asked) -> call.Layout:
+    """The layout of a backward scan's tensors, by the names of the gradients' record."""
+    names = {"states": "h", "initial": "h_initial"}
+    # Of the scan's operands with strides the initial states are the first: [S, B, 1, N, D].
+    of_x = (asked.x_strides,) if asked.I else ()
+    return layout._replace(
+        names=tuple(names.get(name, name) for name in layout.names),
+        strides=(*of_x, layout.strides[0][1:]),
+    )
+
+
+@lru_cache(maxsize=64)
+def _product_kernel(precision: str, piece_bytes: int, device: torch.device) -> Kernel:
+    return _load(few_rows.product(precision, piece_bytes, whole(device)), device)
+
+
+@lru_cache(maxsize=256)
+def _gradients_kernel(
+    cell: TracedCell, precision: str, piece_bytes: int, device: torch.device
+) -> Kernel:
+    return _load(few_rows.gradients(cell, precision, piece_bytes, whole(device)), device)
+
+
+def _load(program: few_rows.FewRows, device: torch.device) -> Kernel:
+    shape = launch.Shape(grid=0, threads=few_rows.THREADS, shared_memory=program.shared_memory)
+    return _kernel(program.entry, program.text, shape, device)
+
+
+KERNELS = (_product, _product_kernel, _gradients_kernel)
+"""The caches that hold kernels."""

@@ -1,0 +1,106 @@
+// The gradients that follow from those of the gates, of a call over few rows: of a layer's input and input
+// matrix, of R and of the bias.
+//
+//     dx[r, i]          = sum over c of d_Wx[r, c] W[c, i]
+//     dW[c, i]          = sum over r of d_Wx[r, c] x[r, i]
+//     dR[s, n, d, p]    = sum over r of d_gates[r, g, n, d] h_before[r, n, p]
+//     db[k, n, d]       = sum over b of d_bias[b, g, n, d]
+//
+// A row r is a step of a sequence, (b, t). d_Wx are the gates' gradients that W feeds, from gate `W_gate`
+// on, one behind another in each row: c is a unit of a gate, (g, n, d), of which there are `columns`. g is the
+// gate that s or k stands for, and h_before the h of the step before, or the initial one.
+//
+// The CTAs come in this order, each with a tile of a product but for the last: x_ctas, W_ctas, R_ctas, and
+// those of the bias. Where a gradient is not asked for there are none.
+
+#include "few_rows/tile.cuh"
+#include "common/row_sums.cuh"
+
+namespace few_rows {
+
+// The input: a row for each step of each sequence.
+struct StepRows {
+    static constexpr bool EVEN = false;
+
+    const Element* first;
+    long long of_sequence, of_step;
+    unsigned T;
+
+    __device__ const Element* row(unsigned i) const {
+        // The usual case: no division.
+        if (of_sequence == T * of_step) return first + i * of_step;
+        return first + i / T * of_sequence + i % T * of_step;
+    }
+    __device__ float element(int i, int place) const { return to_float(row(i)[place]); }
+    __device__ void fetch(int to, int i, int place, bool exists) const {
+        copy_piece(to, row(i) + place, exists);
+    }
+};
+
+// h before each step, of a head.
+struct RowsBefore {
+    static constexpr bool EVEN = false;
+
+    const Element* h;
+    long long pitch;
+    const float* initial;
+    long long of_sequence, of_unit;
+    unsigned T;
+
+    __device__ float element(unsigned i, int place) const {
+        if (i % T) return to_float(h[(i - 1ll) * pitch + place]);
+        Element rounded;
+        round_to(rounded, initial[i / T * of_sequence + place * of_unit]);
+        return to_float(rounded);
+    }
+    __device__ void fetch(int to, unsigned i, int place, bool exists) const {
+        if (!exists || i % T) {
+            copy_piece(to, h + (i - 1ll) * pitch + place, exists);
+        } else {
+#pragma unroll
+            for (int j = 0; j < PIECE; ++j) round_to(ring()[to + j], element(i, place + j));
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+few_rows_gradients(CALL) {
+    const long long width = static_cast<long long>(N) * D, gates_pitch = G * width;
+    const Rows d_Wx = {d_gates + W_gate * width, gates_pitch};
+    const StepRows of_x = {x, x_b, x_t, T};
+    int cta = blockIdx.x;
+    if (cta < x_ctas) {
+        const int tiles = tiles_of(I);
+        multiply_tile<false, true>(d_Wx, Rows{W, I}, rows, I, columns, cta / tiles * TILE, cta % tiles * TILE,
+                                   [&](long long r, int i) { return d_x + r * I + i; });
+        return;
+    }
+    cta -= x_ctas;
+    if (cta < W_ctas) {
+        const int tiles = tiles_of(I);
+        multiply_tile<true, true>(d_Wx, of_x, columns, I, rows, cta / tiles * TILE, cta % tiles * TILE,
+                                  [&](long long c, int i) { return d_W + c * I + i; });
+        return;
+    }
+    cta -= W_ctas;
+    if (cta < R_ctas) {
+        const int tiles = tiles_of(D);
+        const int n = cta / (tiles * tiles) % N, s = cta / (tiles * tiles) / N;
+        cta %= tiles * tiles;
+        int gate = 0;
+#pragma unroll
+        for (int k = 0; k < GR; ++k) {
+            if (k == s) gate = RECURRENT[k];
+        }
+        const Rows of_gate = {d_gates + gate * width + n * D, gates_pitch};
+        const RowsBefore before = {h + n * D, width, h_initial + n * h_initial_n, h_initial_b, h_initial_d, T};
+        Element* d_R_of_head = d_R + (static_cast<long long>(s) * N + n) * D * D;
+        multiply_tile<true, true>(of_gate, before, D, D, rows, cta / tiles * TILE, cta % tiles * TILE,
+                                  [&](int d, int p) { return d_R_of_head + d * D + p; });
+        return;
+    }
+    float* sums = reinterpret_cast<float*>(shared_memory());
+    sum_bias<THREADS>(d_b, d_bias, B, width, b_columns, b_shares, cta - R_ctas, sums);
+}
+
+}  // namespace few_rows

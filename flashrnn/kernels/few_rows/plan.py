@@ -1,0 +1,78 @@
+"""Which products are over few rows, and how CTAs share them; see ``tile.cuh``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashrnn.cells.traced import TracedCell
+from flashrnn.kernels import call, source
+from flashrnn.kernels.gpu import GPU
+from flashrnn.kernels.sizes import tiles_of
+
+THREADS = 512
+_TILE = 64
+# Bytes of a chunk of both matrices, with its padding, and the most chunks of a ring.
+_SLOT_BYTES = 2 * 256 * (_TILE + 8)
+_MOST_STAGES = 4
+
+# Up to so many rows, and products of two elements, what a call of the library's takes the host is
+# more than what these kernels take the GPU.
+_MOST_ROWS = 2048
+_MOST_PRODUCTS = 2**27
+
+
+class FewRows(NamedTuple):
+    """A program of one kernel.
+
+    Attributes:
+        entry: the kernel's name.
+        text: the program's, in parts, each under the name that an error gives it.
+        shared_memory: a CTA's dynamic shared memory in bytes.
+    """
+
+    entry: str
+    text: dict[str, str]
+    shared_memory: int
+
+
+def takes(rows: int, columns: int, summed: int) -> bool:
+    """Whether the product of ``[rows, summed]`` and ``[summed, columns]``, and the gradients of
+    both factors, are computed here."""
+    return 0 < rows <= _MOST_ROWS and rows * columns * summed <= _MOST_PRODUCTS
+
+
+def product(precision: str, piece_bytes: int, gpu: GPU) -> FewRows:
+    """The program of the input product.
+
+    Args:
+        precision: out of ``source.PRECISIONS``.
+        piece_bytes: the largest pieces, of 16, 8 or 4 bytes or an element's, that all rows of the
+            operands consist of.
+        gpu: the device.
+    """
+    return _program("product", None, precision, piece_bytes, gpu, call.FEW_ROWS_PRODUCT)
+
+
+def gradients(cell: TracedCell, precision: str, piece_bytes: int, gpu: GPU) -> FewRows:
+    """The program of the gradients; see :func:`product`."""
+    return _program("gradients", cell, precision, piece_bytes, gpu, call.FEW_ROWS_GRADIENTS)
+
+
+def _program(
+    name: str,
+    cell: TracedCell | None,
+    precision: str,
+    piece_bytes: int,
+    gpu: GPU,
+    record: call.Record,
+) -> FewRows:
+    stages = min(_MOST_STAGES, gpu.shared_memory // _SLOT_BYTES)
+    shared_memory = stages * _SLOT_BYTES
+    constants = {"STAGES": stages, "SHARED_MEMORY": shared_memory, "PIECE_BYTES": piece_bytes}
+    text = source.program(f"few_rows/{name}.cu", cell, precision, constants, record)
+    return FewRows(f"few_rows_{name}", text, shared_memory)
+
+
+def product_ctas(rows: int, columns: int) -> int:
+    """CTAs of a product ``[rows, columns]``."""
+    return tiles_of(rows, _TILE) * tiles_of(columns, _TILE)
