@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flashrnn import backends
+from flashrnn.backends import autograd
 
 PACKAGE = Path(backends.__file__).parents[1]
 aten = torch.ops.aten
@@ -371,3 +373,30 @@ def test_flat_weights_are_found_by_their_names():
     assert layer.all_weights == [[layer.weight_hh_l0]]
     layer.weight_ih_l0 = torch.nn.Parameter(torch.zeros(12, 2))
     assert layer._flat_weights[1] is layer.weight_ih_l0
+
+
+def test_nodes_are_applied_without_what_is_for_torch_func():
+    """``autograd.apply`` is ``Function.apply`` but for that."""
+    x, others = torch.ones(3, requires_grad=True), torch.ones(3)
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y, factor):
+            ctx.save_for_backward(y)
+            ctx.factor = factor
+            return x * factor, y + 1
+
+        @staticmethod
+        def backward(ctx, d_x, d_y):
+            (y,) = ctx.saved_tensors
+            assert torch.equal(y, others) and ctx.needs_input_grad == (True, False, False)
+            return d_x * ctx.factor, None, None
+
+    given, expected = (
+        by(x, others, 2.0) for by in (partial(autograd.apply, Doubled), Doubled.apply)
+    )
+    assert given[0].grad_fn.name() == expected[0].grad_fn.name() == "DoubledBackward"
+    for found, right in zip(given, expected, strict=True):
+        assert torch.equal(found, right) and found.requires_grad
+    (slope,) = torch.autograd.grad(given[0].sum(), x)
+    assert torch.equal(slope, torch.full((3,), 2.0))

@@ -108,7 +108,7 @@ class MultiplyingBackend(FusedBackend, Protocol):
         sequences: Sequences | None = None,
         factors: Factors | None = None,
     ) -> Gradients:
-        """With the gradients of ``factors`` that these ask for."""
+        """With the gradients of ``factors`` that these ask for, or without both."""
 
 
 def multiplies(
@@ -197,11 +197,17 @@ def run_directly(
     """The same for a fused backend where :func:`flashrnn.backends.is_direct` holds."""
     if sequences is not None:
         if problem.needs_gradient:
-            return Scan.apply(Wx, R, b, states, backend, problem, *sequences)
+            return apply(Scan, Wx, R, b, states, backend, problem, *sequences)
         return backend.forward(problem, Wx, R, b, states, sequences)[:2]
     if problem.needs_gradient:
-        return Scan.apply(Wx, R, b, states, backend, problem)
+        return apply(Scan, Wx, R, b, states, backend, problem)
     return backend.forward(problem, Wx, R, b, states)[:2]
+
+
+def apply(node: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``node.apply()`` where :func:`flashrnn.backends.is_direct` holds: without what PyTorch asks
+    and unwraps for torch.func, of which there is nothing then."""
+    return super(torch.autograd.Function, node).apply(*arguments)  # type: ignore[misc]
 
 
 def by_scans(

@@ -146,6 +146,8 @@ def forward(
         Wx, first = few_rows.product(problem, factors)
     assert Wx is not None
     if problem.T and (plan := _steps(problem, gpu, backward=False)):
+        if first is not None:
+            launch_in_turn([first])
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), gpu, source.precision_of(problem))
         return steps.forward(problem, plan, Wx, R, b, states)
@@ -203,7 +205,8 @@ def backward(
 ) -> Gradients:
     """See :class:`flashrnn.backends.autograd.FusedBackend`.
 
-    The gradients of ``factors``, for which ``multiplies`` holds, are among those that it gives.
+    The gradients of ``factors``, for which ``multiplies`` holds, are among those that it gives,
+    unless it computes step by step.
     """
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     gpu = _gpu(problem)

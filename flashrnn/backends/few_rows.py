@@ -14,7 +14,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flashrnn.backends import steps
 from flashrnn.backends.autograd import Factors
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch
@@ -67,22 +66,16 @@ def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
         x: ``[B, T, I]`` of ``problem.dtype``.
         W: see :class:`flashrnn.backends.autograd.Factors`.
     """
+    return _is_few(problem, x.shape[2]) and W.is_contiguous() and _pitch(x) is not None
+
+
+@lru_cache(maxsize=1024)
+def _is_few(problem: Problem, I: int) -> bool:  # noqa: E741
     cell, (B, T) = problem.cell, problem.rows
-    columns = len(cell.fed_by("Wx")) * problem.N * problem.D
-    return (
-        few_rows.takes(B * T, columns, x.shape[2])
-        and _pitch(x) is not None
-        and W.is_contiguous()
-        and _lie_together(cell)
-        and not steps.may_be_faster(problem)
-    )
-
-
-@lru_cache(maxsize=256)
-def _lie_together(cell: TracedCell) -> bool:
-    """Whether the gates that Wx feeds follow one another."""
     fed = cell.fed_by("Wx")
-    return bool(fed) and fed == tuple(range(fed[0], fed[0] + len(fed)))
+    lie_together = bool(fed) and fed == tuple(range(fed[0], fed[0] + len(fed)))
+    columns = len(fed) * problem.N * problem.D
+    return lie_together and few_rows.takes(B * T, columns, I, problem.dtype.itemsize)
 
 
 def gives_R(problem: Problem, in_layer: bool) -> bool:
@@ -92,8 +85,8 @@ def gives_R(problem: Problem, in_layer: bool) -> bool:
     """
     if problem.is_sequenced or (registry.is_small(problem.D) and not in_layer):
         return False
-    N, D = problem.N, problem.D
-    return few_rows.takes(problem.B * problem.T, len(problem.cell.fed_by("R")) * N * D, D)
+    rows, D, itemsize = problem.B * problem.T, problem.D, problem.dtype.itemsize
+    return few_rows.takes(rows, len(problem.cell.fed_by("R")) * problem.N * D, D, itemsize)
 
 
 def asked(problem: Problem, factors: Factors | None) -> Asked | None:

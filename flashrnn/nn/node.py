@@ -127,7 +127,7 @@ def _layer(
     if not autograd.is_fused(chosen):
         return None
     if problem.needs_gradient:
-        found: tuple[Tensor, ...] = _Node.apply(x, start, chosen, problem, form, *weights)
+        found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, chosen, problem, form, *weights)
         return found
     return _forward(x, start, chosen, problem, form, *weights)[0]
 

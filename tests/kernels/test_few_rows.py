@@ -172,7 +172,7 @@ def test_launches(fused_emulation, monkeypatch, N, D):  # noqa: F811
 def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noqa: F811
     monkeypatch.setattr(kernels.plan, "_MOST_ROWS", 11)
     problem = problem_of("lstm", 3, 4, 2, 20, torch.bfloat16)
-    x, W = random(3, 4, 9, dtype=torch.bfloat16), random(4, 2, 20, 9, dtype=torch.bfloat16)
+    x, W = random(3, 4, 8, dtype=torch.bfloat16), random(4, 2, 20, 8, dtype=torch.bfloat16)
     assert not cuda_fused.multiplies(problem, x, W) and not few_rows.gives_R(problem, True)
     assert cuda_fused.multiplies(problem._replace(B=2), x[:2], W)
 

@@ -26,14 +26,12 @@ struct StepRows {
     long long of_sequence, of_step;
     unsigned T;
 
-    __device__ const Element* row(unsigned i) const {
-        // The usual case: no division.
-        if (of_sequence == T * of_step) return first + i * of_step;
-        return first + i / T * of_sequence + i % T * of_step;
+    __device__ float element(unsigned i, int place) const {
+        return to_float(first[i / T * of_sequence + i % T * of_step + place]);
     }
-    __device__ float element(int i, int place) const { return to_float(row(i)[place]); }
-    __device__ void fetch(int to, int i, int place, bool exists) const {
-        copy_piece(to, row(i) + place, exists);
+    template <typename Position>
+    __device__ void fetch(int to, const Position& at, int place, bool exists) const {
+        copy_piece(to, first + at.sequence * of_sequence + at.step * of_step + place, exists);
     }
 };
 
@@ -48,17 +46,20 @@ struct RowsBefore {
     unsigned T;
 
     __device__ float element(unsigned i, int place) const {
-        if (i % T) return to_float(h[(i - 1ll) * pitch + place]);
-        Element rounded;
-        round_to(rounded, initial[i / T * of_sequence + place * of_unit]);
-        return to_float(rounded);
+        return i % T ? to_float(h[(i - 1ll) * pitch + place]) : to_float(rounded(i / T, place));
     }
-    __device__ void fetch(int to, unsigned i, int place, bool exists) const {
-        if (!exists || i % T) {
-            copy_piece(to, h + (i - 1ll) * pitch + place, exists);
+    __device__ Element rounded(unsigned sequence, int place) const {
+        Element x;
+        round_to(x, initial[sequence * of_sequence + place * of_unit]);
+        return x;
+    }
+    template <typename Position>
+    __device__ void fetch(int to, const Position& at, int place, bool exists) const {
+        if (!exists || at.step) {
+            copy_piece(to, h + (at.row - 1ll) * pitch + place, exists);
         } else {
 #pragma unroll
-            for (int j = 0; j < PIECE; ++j) round_to(ring()[to + j], element(i, place + j));
+            for (int j = 0; j < PIECE; ++j) ring()[to + j] = rounded(at.sequence, place + j);
         }
     }
 };

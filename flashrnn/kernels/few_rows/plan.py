@@ -15,9 +15,10 @@ _TILE = 64
 _SLOT_BYTES = 2 * 256 * (_TILE + 8)
 _MOST_STAGES = 4
 
-# Up to so many rows, and products of two elements, what a call of the library's takes the host is
-# more than what these kernels take the GPU.
-_MOST_ROWS = 2048
+# Up to so many, what a call of the library's takes the host is more than what these kernels take
+# the GPU longer, a few microseconds. Elements of 16 bits in odd numbers are copied one by one.
+_MOST_ROWS, _MOST_ODD_ROWS = 1024, 128
+_MOST_COLUMNS = 4096
 _MOST_PRODUCTS = 2**27
 
 
@@ -35,10 +36,22 @@ class FewRows(NamedTuple):
     shared_memory: int
 
 
-def takes(rows: int, columns: int, summed: int) -> bool:
+def takes(rows: int, columns: int, summed: int, itemsize: int) -> bool:
     """Whether the product of ``[rows, summed]`` and ``[summed, columns]``, and the gradients of
-    both factors, are computed here."""
-    return 0 < rows <= _MOST_ROWS and rows * columns * summed <= _MOST_PRODUCTS
+    both factors, are computed here.
+
+    Args:
+        rows: steps of all sequences.
+        columns: units of all gates.
+        summed: features.
+        itemsize: bytes of an element.
+    """
+    is_odd = itemsize == 2 and (columns % 2 or summed % 2)
+    return (
+        0 < rows <= (_MOST_ODD_ROWS if is_odd else _MOST_ROWS)
+        and columns <= _MOST_COLUMNS
+        and rows * columns * summed <= _MOST_PRODUCTS
+    )
 
 
 def product(precision: str, piece_bytes: int, gpu: GPU) -> FewRows:

@@ -60,6 +60,8 @@ __device__ inline void copy_piece(int to, const Element* from, bool exists) {
 // A matrix whose rows lie equally far from each other.
 struct Rows {
     static constexpr bool EVEN = true;
+    // They are no steps.
+    static constexpr unsigned T = 1;
 
     const Element* first;
     long long pitch;
@@ -68,7 +70,24 @@ struct Rows {
     __device__ float element(int i, int place) const { return to_float(row(i)[place]); }
 };
 
+// A row that is a step of a sequence, where each sequence has T rows. Others follow by steps of a constant
+// size, without a division for each.
+template <int STEP>
+struct Position {
+    unsigned row, sequence, step, T, sequences_on, steps_on;
+
+    __device__ Position(unsigned row, unsigned T)
+        : row(row), sequence(row / T), step(row % T), T(T), sequences_on(STEP / T), steps_on(STEP % T) {}
+
+    __device__ void advance() {
+        row += STEP, sequence += sequences_on, step += steps_on;
+        if (step >= T) step -= T, ++sequence;
+    }
+};
+
 // What a thread copies of a matrix's part of each chunk: a piece of every STEP-th row.
+//
+// Of a matrix whose rows are not EVEN each row of a chunk is asked for by its position.
 template <bool BY_K, typename Matrix>
 struct Part {
     static constexpr int THREADS_A_ROW = (BY_K ? TILE : CHUNK) / PIECE, STEP = THREADS / THREADS_A_ROW;
@@ -77,19 +96,22 @@ struct Part {
     static_assert(BY_K || Matrix::EVEN, "rows are addressed as if they lay equally far from each other");
 
     const Matrix& matrix;
-    // The thread's next piece, its row and place in the matrix, and how many of each follow there.
+    // The thread's next piece and its place in a row, how many rows and places follow there, and where in a
+    // slot the piece goes.
     const Element* from;
-    int row, place, rows, places, to;
+    int place, rows, places, to;
+    Position<STEP> position;
 
     // The part begins at a row and place of the matrix, which has so many of each.
     __device__ Part(const Matrix& matrix, int first_row, int first_place, int all_rows, int all_places)
-        : matrix(matrix) {
-        const int of_row = threadIdx.x / THREADS_A_ROW, in_row = threadIdx.x % THREADS_A_ROW * PIECE;
-        row = first_row + of_row, place = first_place + in_row;
+        : matrix(matrix), position(own_row(first_row), matrix.T) {
+        const int row = own_row(first_row), in_row = threadIdx.x % THREADS_A_ROW * PIECE;
+        place = first_place + in_row;
         rows = all_rows - row, places = all_places - place;
-        to = of_row * PITCH<BY_K> + in_row;
+        to = (row - first_row) * PITCH<BY_K> + in_row;
         if constexpr (Matrix::EVEN) from = matrix.row(row) + place;
     }
+    __device__ static int own_row(int first_row) { return first_row + threadIdx.x / THREADS_A_ROW; }
 
     // Starts copying the next chunk to a place of the ring.
     __device__ void fetch(int slot) {
@@ -100,11 +122,12 @@ struct Part {
             if constexpr (Matrix::EVEN) {
                 copy_piece(own, from + round * STEP * matrix.pitch, exists);
             } else {
-                matrix.fetch(own, row + round * STEP, place, exists);
+                matrix.fetch(own, position, place, exists);
+                position.advance();
             }
         }
         if constexpr (BY_K) {
-            row += CHUNK, rows -= CHUNK;
+            rows -= CHUNK;
             if constexpr (Matrix::EVEN) from += CHUNK * matrix.pitch;
         } else {
             from += CHUNK, places -= CHUNK;
