@@ -380,11 +380,12 @@ static unsigned shared_address(const void* generic) {
 
 static unsigned char* at(unsigned address) { return shared_memory() + (address & 0xffffff); }
 
-static void ldmatrix(unsigned (&words)[4], unsigned row) {
+template <int BLOCKS>
+static void ldmatrix(unsigned (&words)[BLOCKS], unsigned row) {
     expect_multiple(row, 16);
     exchange({row}, [&](unsigned(*lanes)[6]) {
         const int lane = threadIdx.x % 32;
-        for (int block = 0; block < 4; ++block) {
+        for (int block = 0; block < BLOCKS; ++block) {
             const unsigned address = lanes[8 * block + lane / 4][0] + 4 * (lane % 4);
             memcpy(&words[block], at(address), 4);
         }

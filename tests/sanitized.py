@@ -11,6 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashrnn import recurrent_layer
+from tests.layers import NAMES, layer_inputs, results
 from tests.problems import call, gradients, random_inputs, sparse
 from tests.sequences import KINDS, gradients_of, random_ragged
 from tests.steps import by_steps
@@ -21,6 +23,7 @@ WORKLOAD = [
     ("slstm", (5, 4, 1, 128), torch.bfloat16),
     (sparse, (2, 3, 1, 41), torch.float32),
     ("lstm", (300, 2, 2, 32), torch.bfloat16),
+    ("slstm", (70, 2, 2, 33), torch.float16),
     ("lstm", (40, 2, 8, 64), torch.float32),
     ("lstm", (125, 3, 12, 64), torch.bfloat16),
     ("slstm", (250, 2, 12, 64), torch.float16),
@@ -58,6 +61,11 @@ if __name__ == "__main__":
         with torch.no_grad():
             # Of one step, some kernels are others.
             call(kind, replace(inputs, Wx=inputs.Wx[:, :1]), backend=backend)
+        # Of few rows a layer's products are kernels of their own. Of an odd number of features they
+        # copy elements one by one.
+        for features in (24, 33):
+            leaves = layer_inputs(kind, *sizes[:2], features, *sizes[2:], dtype, device="cuda")
+            results(recurrent_layer, leaves, NAMES, kind, backend)
         torch.cuda.synchronize()
         for kinds in OPTIONS:
             case = random_ragged(kind, *sizes, dtype=dtype, device="cuda", **kinds)

@@ -35,6 +35,7 @@ from tests.fused import (  # noqa: F401
     with_gaps,
 )
 from tests.gpus import alone
+from tests.layers import NAMES, layer_inputs, results, two_nodes
 from tests.problems import (
     BUILT_IN,
     Inputs,
@@ -685,9 +686,9 @@ def test_first_result_of_a_shape_is_there_soon(backend, tmp_path):
 
 
 LAYERS = [
-    ("lstm", (16, 7, 33, 3, 64)),
-    ("gru", (5, 9, 20, 2, 128)),
-    ("slstm", (16, 3, 24, 1, 256)),
+    ("lstm", (16, 70, 33, 3, 64)),
+    ("gru", (5, 207, 20, 2, 128)),
+    ("slstm", (16, 67, 24, 1, 256)),
     (sparse, (40, 4, 17, 1, 768)),
 ]
 
@@ -695,29 +696,65 @@ LAYERS = [
 @pytest.mark.parametrize("time_major", [False, True])
 @pytest.mark.parametrize(("kind", "sizes"), LAYERS, ids=str)
 def test_a_layer_has_the_bits_of_its_parts(kind, sizes, time_major):
-    """Of its results and gradients; where time comes first, its products sum in another order."""
+    """Of its results and gradients; where time comes first, its products sum in another order.
+
+    Of so many rows, or gates that lie apart, the products are the library's.
+    """
     B, T, features, N, D = sizes
-    others = random_inputs(kind, B, T, N, D, torch.bfloat16, "cuda")
-    x = torch.randn(B, T, features, device="cuda", dtype=torch.bfloat16)
+    x, W, *others = layer_inputs(kind, B, T, features, N, D, torch.bfloat16, device="cuda")
     if time_major:
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    W = torch.randn(others.Wx.shape[2], N, D, features, device="cuda", dtype=torch.bfloat16)
-    W /= features**0.5
-    leaves = [x.requires_grad_(), W.requires_grad_(), others.R, others.b, others.states]
-    Wx = torch.nn.functional.linear(x, W.flatten(0, 2)).view(B, T, *W.shape[:3])
+        x = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    leaves = [x, W, *others]
     outputs = recurrent_layer(*leaves, function=kind, backend="cuda_fused")
-    expected = flashrnn(Wx, *leaves[2:], function=kind, backend="cuda_fused")
+    expected = two_nodes(*leaves, kind, "cuda_fused")
     weights = [torch.randn_like(found) for found in outputs]
     given = [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
     true = [*expected, *torch.autograd.grad(expected, leaves, weights)]
     assert outputs[0].grad_fn.name() == "LayerBackward"
-    for name, one, other in zip(
-        ["states", "last_states", "d_x", "d_W", "d_R", "d_b", "d_states"], given, true, strict=True
-    ):
+    for name, one, other in zip(OF_LAYERS, given, true, strict=True):
         if time_major:
             assert relative_error(one, other) <= 1e-2, name
         else:
             assert torch.equal(one, other), name
+
+
+OF_LAYERS = ["states", "last_states", "d_x", "d_W", "d_R", "d_b", "d_states"]
+
+
+# B, T, I, N and D: of small and of large heads, one step and many, rows that begin anywhere.
+OF_FEW_ROWS = [
+    (9, 1, 120, 1, 120),
+    (16, 8, 40, 12, 64),
+    (7, 20, 33, 2, 41),
+    (16, 64, 256, 1, 256),
+    (130, 3, 24, 3, 200),
+    (300, 2, 64, 1, 256),
+    (2, 3, 512, 1, 1024),
+]
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("sizes", OF_FEW_ROWS, ids=str)
+def test_a_layer_of_few_rows(kind, sizes, dtype, tf32, time_major):  # noqa: F811
+    """Its products are kernels of this package: as near to the truth as the library's, and the
+    same bits each time."""
+    B, T, features, N, D = sizes
+    leaves = layer_inputs(kind, B, T, features, N, D, dtype, device="cuda")
+    if time_major:
+        x = leaves[0].detach().transpose(0, 1).contiguous().transpose(0, 1)
+        leaves[0] = x.requires_grad_()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    given, again = (results(recurrent_layer, leaves, NAMES, kind, "cuda_fused") for _ in range(2))
+    parts = results(two_nodes, leaves, NAMES, kind, "cuda_fused")
+    truth = results(two_nodes, exact, NAMES, kind, "vanilla")
+    for name, found, twice, near, right in zip(OF_LAYERS, given, again, parts, truth, strict=True):
+        assert torch.equal(found, twice), name
+        error, allowed = relative_error(found, right), relative_error(near, right)
+        # Where it may use TF32, the library computes some products exactly.
+        bound = 1.5 * allowed + (2**-10 if torch.backends.cuda.matmul.allow_tf32 else 1e-6)
+        assert error <= bound, f"{name}: {error:.3g}, of the parts {allowed:.3g}"
 
 
 STEPS = [

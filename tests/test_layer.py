@@ -9,46 +9,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from flashrnn import FlashRNNConfig, flashrnn, recurrent_layer
-from flashrnn.cells import resolve
 from tests.kernels.test_triton import interpreter, needs_triton  # noqa: F401
-from tests.problems import BUILT_IN, random_inputs, random_weights, relative_error, sparse
+from tests.layers import NAMES, and_gradients, layer_inputs, results, two_nodes
+from tests.problems import BUILT_IN, random_weights, relative_error, sparse
 from tests.sequences import KINDS, random_ragged
-
-NAMES = ("x", "W", "R", "b", "states")
 
 
 @pytest.fixture(params=["vanilla", pytest.param("triton", marks=needs_triton)])
 def backend(request, interpreter):  # noqa: F811
     return request.param
-
-
-def layer_inputs(function, B, T, features, N, D, dtype=torch.float32, seed=0):
-    """Leaves x, W, R, b and states."""
-    others = random_inputs(function, B, T, N, D, dtype, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    Gw = len(resolve(function).fed_by("Wx"))
-    x = torch.randn(B, T, features, generator=generator)
-    W = torch.randn(Gw, N, D, features, generator=generator) / max(features, 1) ** 0.5
-    leaves = [x.to(dtype), W.to(dtype)]
-    return [leaf.requires_grad_() for leaf in leaves] + [others.R, others.b, others.states]
-
-
-def two_nodes(x, W, R, b, states, function, backend, **options):
-    """What a layer is: PyTorch's own product, and flashrnn()."""
-    B, T, _ = x.shape
-    Wx = linear(x, W.flatten(0, 2)).view(B, T, *W.shape[:3])
-    return flashrnn(Wx, R, b, states, function, backend, **options)
-
-
-def results(call, inputs, asked, *arguments, **options):
-    return and_gradients(call(*inputs, *arguments, **options), inputs, asked)
-
-
-def and_gradients(outputs, inputs, asked=NAMES):
-    """Those that are asked for, of a random weighted sum of the outputs."""
-    asked = [x for x, name in zip(inputs, NAMES, strict=True) if name in asked]
-    weights = random_weights(outputs, seed=1)
-    return [*outputs, *torch.autograd.grad(outputs, asked, weights, allow_unused=True)]
 
 
 @settings(max_examples=10, deadline=None)

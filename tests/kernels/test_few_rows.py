@@ -13,9 +13,9 @@ from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler, one_by_one  # noqa: F401
 from tests.fused import PRODUCTS, poisoned, tf32  # noqa: F401
 from tests.gpus import GPUS
+from tests.layers import NAMES, layer_inputs, results
 from tests.machine_code import local_memory, needs_nvrtc
 from tests.problems import relative_error, sparse
-from tests.test_layer import NAMES, layer_inputs, results
 
 CPU = torch.device("cpu")
 # B, T, I, N and D: less than a tile of everything; several tiles and chunks of each dimension; rows

@@ -211,6 +211,14 @@ __device__ inline void ldmatrix(unsigned (&words)[4], unsigned row) {
                  : "memory");
 }
 
+// The same with two matrices; the first 16 lanes pass addresses.
+__device__ inline void ldmatrix(unsigned (&words)[2], unsigned row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(row)
+                 : "memory");
+}
+
 // ldmatrix with each matrix of 16-bit elements transposed: lane l receives the elements 2 (l % 4) and
 // 2 (l % 4) + 1 of column l / 4.
 __device__ inline void ldmatrix_transposed(unsigned (&words)[4], unsigned row) {

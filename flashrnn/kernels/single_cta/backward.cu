@@ -43,11 +43,9 @@ constexpr int INPUT_PITCH = pitch(G + READ + GIVEN), GATE_PITCH = pitch(G);
 constexpr int RING = STAGES * SEQUENCES * INPUT_PITCH;
 constexpr int GATES = SEQUENCES * GATE_PITCH;
 
-constexpr int LINES_BYTES = (RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES;
+constexpr int LINES_BYTES = (RING + 2 * GATES) * sizeof(Element);
 constexpr int LARGEST_RING = STAGES * SEQUENCES * pitch(G + 2 * S);
-static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + READ_BEYOND_LINES +
-                      TABLE_BYTES ==
-                  SHARED_MEMORY,
+static_assert(FRAGMENT_BYTES + (LARGEST_RING + 2 * GATES) * sizeof(Element) + TABLE_BYTES == SHARED_MEMORY,
               "plan.py computes the same layout, with all states read and gradients given for all");
 
 // Of the rows of a step; T is const if they are read.

@@ -46,7 +46,7 @@ constexpr int GATES = SEQUENCES * GATE_PITCH;
 // A plan for a problem that needs a gradient has room for pre-activations even if they are not saved.
 constexpr int LAYOUT_BYTES = FRAGMENT_BYTES +
                              (RING + 2 * STATES + (SAVE_GATES ? 2 * GATES : 0)) * int(sizeof(Element)) +
-                             READ_BEYOND_LINES + TABLE_BYTES;
+                             TABLE_BYTES;
 static_assert(SAVE_GATES ? LAYOUT_BYTES == SHARED_MEMORY : LAYOUT_BYTES <= SHARED_MEMORY,
               "plan.py computes the same layout");
 

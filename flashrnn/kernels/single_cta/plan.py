@@ -108,10 +108,8 @@ _OVERLAP = 6
 # Parts of the sequences that run at some time, of lengths that are spread evenly.
 _PARTS = (0.875, 0.625, 0.375, 0.125)
 
-# Bytes of a warp's fragment, and what ldmatrix reads beyond the last line (READ_BEYOND_LINES of
-# tile.cuh).
+# Bytes of a warp's fragment.
 _FRAGMENT_BYTES = 512
-_READ_BEYOND_LINES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +377,7 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
     at_once = tiling.at_once if head.has_few_gates else 1
     # Of the shared memory that CTAs of a multiprocessor divide, each takes some for the system.
     share = (gpu.shared_memory + _RESERVED_MEMORY) // at_once - _RESERVED_MEMORY
-    room = share - R_bytes - _READ_BEYOND_LINES - sequences * head.output_bytes
+    room = share - R_bytes - sequences * head.output_bytes
     stages = min(_MOST_STAGES, room // (sequences * head.input_bytes))
     if stages < _FEWEST_STAGES:
         return None
@@ -393,7 +391,7 @@ def _plan(head: _Head, tiling: _Tiling, B: int, N: int, gpu: GPU) -> SingleCtaPl
         producers=32 * tiling.producer_warps,
         stages=stages,
         at_once=at_once,
-        shared_memory=R_bytes + lines + _READ_BEYOND_LINES,
+        shared_memory=R_bytes + lines,
     )
     resident = _resident(head, tiling, plan, gpu)
     cycles = _estimated_cycles(head, tiling, resident, B, N, gpu)

@@ -137,6 +137,18 @@ __device__ inline unsigned matrix_line(const Element* lines, int pitch,
     return shared_address(of_tile + lane % COLUMNS * pitch + lane / 8 * VECTOR);
 }
 
+// The right operands of two steps, from a row of the lines. Behind the last step the row ends, and what
+// lies there may be written meanwhile.
+__device__ inline void load_right(unsigned (&right)[4], unsigned row, int step) {
+    if (step + 1 < STEPS) {
+        ldmatrix(right, row + step * 32);
+    } else {
+        unsigned last[2];
+        ldmatrix(last, row + step * 32);
+        right[0] = last[0], right[1] = last[1], right[2] = right[3] = 0;
+    }
+}
+
 // One pass of a fragment's product; `half` says which of the two steps in `right`.
 template <typename Number>
 __device__ inline void multiply(int pass, float (&sums)[4], const Fragment& a,
@@ -156,7 +168,7 @@ __device__ inline void recurrent_product(float (&sums)[GR][4], const Matrix& mat
 #pragma unroll
     for (int step = 0; step < STEPS; step += 2) {
         unsigned right[4];
-        ldmatrix(right, line + step * 32);
+        load_right(right, line, step);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (step + half == STEPS) break;

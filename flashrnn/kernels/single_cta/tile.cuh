@@ -44,10 +44,6 @@ constexpr int VECTOR = 16 / sizeof(Element);
 // or 8 lines at once go to different banks.
 __device__ constexpr int pitch(int rows) { return rows * BLOCK_D + VECTOR; }
 
-// ldmatrix loads operands of two steps of the tensor core at once. Where a row has an odd number of
-// them, it reads so many bytes beyond the last line and ignores them.
-constexpr int READ_BEYOND_LINES = 16;
-
 // What common/copier.cuh asks for.
 struct CopyLayout {
     static constexpr int LINES = SEQUENCES;

@@ -19,7 +19,7 @@ __device__ inline void transposed_product(float (&sums)[4], const Matrix& matrix
 #pragma unroll
         for (int s = 0; s < GR; ++s) {
             unsigned right[4];
-            ldmatrix(right, line + RECURRENT[s] * BLOCK_D * int(sizeof(Element)) + step * 32);
+            load_right(right, line + RECURRENT[s] * BLOCK_D * int(sizeof(Element)), step);
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
                 if (contain) right[w] = contained(right[w], Number{});
