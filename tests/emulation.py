@@ -225,6 +225,10 @@ def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "multiply", _multiply)
 
 
+def begin_nothing(problem, gpu, precision, of_few_rows) -> None:
+    """Stands in for ``cuda_fused._begin_backward``."""
+
+
 def one_by_one(launches) -> None:
     """Stands in for :func:`flashrnn.jit.kernel.launch_in_turn`."""
     for kernel, shape, fields in launches:
@@ -247,7 +251,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     monkeypatch.setattr(few_rows, "whole", lambda device: H200)
     monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
-    monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
+    monkeypatch.setattr(cuda_fused, "_begin_backward", begin_nothing)
     yield
     forget()
 

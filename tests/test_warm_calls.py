@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
 from flashrnn.backends import autograd, cuda_fused, few_rows, steps, tables
 from flashrnn.kernels import call, registry
-from tests.emulation import one_by_one
+from tests.emulation import begin_nothing, one_by_one
 from tests.gpus import H200, SMALL
 from tests.sequences import KINDS, random_ragged
 
@@ -88,7 +88,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(few_rows, "_kernel", found.kernel)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
-    monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *_: None)
+    monkeypatch.setattr(cuda_fused, "_begin_backward", begin_nothing)
     yield found
     forget()
 

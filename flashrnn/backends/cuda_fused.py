@@ -141,6 +141,8 @@ def forward(
     ``factors``, for which ``multiplies`` holds, are given in the place of ``Wx``.
     """
     gpu = _gpu(problem)
+    features = 0 if factors is None else factors.x.shape[2]
+    ahead = problem.needs_gradient and few_rows.gives_R(problem, features)
     first = None
     if factors is not None:
         Wx, first = few_rows.product(problem, factors)
@@ -149,7 +151,7 @@ def forward(
         if first is not None:
             launch_in_turn([first])
         if problem.needs_gradient:
-            _begin_backward(as_compiled(problem), gpu, source.precision_of(problem))
+            _begin_backward(as_compiled(problem), gpu, source.precision_of(problem), ahead)
         return steps.forward(problem, plan, Wx, R, b, states)
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
@@ -172,7 +174,6 @@ def forward(
         tensors |= tables.made(problem, sequences, idle=idle).of_scan
     if problem.returned is not None:
         options += source.options_of_storing(problem, every_state.shape[0])
-    ahead = problem.needs_gradient and few_rows.gives_R(problem, factors is not None)
     _launch(problem, gpu, False, tensors, options, ahead=ahead, first=first)
     return autograd.kept(problem, every_state), last_states, gates
 

@@ -59,30 +59,34 @@ class Asked(NamedTuple):
 
 
 def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
-    """Whether a layer's input product and its gradients are computed here.
+    """Whether a layer's input product is computed here.
 
     Args:
         problem: the scan's.
         x: ``[B, T, I]`` of ``problem.dtype``.
         W: see :class:`flashrnn.backends.autograd.Factors`.
     """
-    return _is_few(problem, x.shape[2]) and W.is_contiguous() and _pitch(x) is not None
+    taken, _ = _taken(problem, x.shape[2])
+    return taken and W.is_contiguous() and _pitch(x) is not None
 
 
 @lru_cache(maxsize=1024)
-def _is_few(problem: Problem, I: int) -> bool:  # noqa: E741
-    cell, (B, T) = problem.cell, problem.rows
-    fed = cell.fed_by("Wx")
-    lie_together = bool(fed) and fed == tuple(range(fed[0], fed[0] + len(fed)))
-    columns = len(fed) * problem.N * problem.D
-    return lie_together and few_rows.takes(B * T, columns, I, problem.dtype.itemsize)
+def _taken(problem: Problem, I: int) -> tuple[bool, bool]:  # noqa: E741
+    """Whether an input product of I features and its gradients are computed here."""
+    (B, T), fed = problem.rows, problem.cell.fed_by("Wx")
+    if not fed or fed != tuple(range(fed[0], fed[0] + len(fed))):
+        return False, False
+    sizes = B * T, len(fed) * problem.N * problem.D, I, problem.dtype.itemsize
+    return few_rows.takes_product(*sizes), few_rows.takes(*sizes)
 
 
-def gives_R(problem: Problem, in_layer: bool) -> bool:
+def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
     """Whether the gradients of R and of the bias are computed here.
 
-    Those of small heads are one launch anyway. A layer has one for its other gradients.
+    Those of small heads are one launch anyway. A layer, of I features, has one for its other
+    gradients; without a layer I is 0.
     """
+    in_layer = I > 0 and _taken(problem, I)[1]
     if problem.is_sequenced or (registry.is_small(problem.D) and not in_layer):
         return False
     rows, D, itemsize = problem.B * problem.T, problem.D, problem.dtype.itemsize
@@ -91,12 +95,14 @@ def gives_R(problem: Problem, in_layer: bool) -> bool:
 
 def asked(problem: Problem, factors: Factors | None) -> Asked | None:
     """What is computed here of a call's gradients; ``None``: nothing."""
-    in_layer = factors is not None and (factors.needs_x or factors.needs_W)
-    of_R = gives_R(problem, in_layer)
-    if factors is None or not in_layer:
+    I = 0  # noqa: E741
+    if factors is not None and (factors.needs_x or factors.needs_W):
+        I = factors.x.shape[2]  # noqa: E741
+    of_R = gives_R(problem, I)
+    if factors is None or not I or not _taken(problem, I)[1]:
         return Asked(of_R, False, False, (), 0, _precision(problem)) if of_R else None
     x, _, of_x, of_W = factors
-    return Asked(of_R, of_x, of_W, x.stride(), x.shape[2], _precision(problem))
+    return Asked(of_R, of_x, of_W, x.stride(), I, _precision(problem))
 
 
 def precision_beside(of_scan: str) -> str:

@@ -170,11 +170,23 @@ def test_launches(fused_emulation, monkeypatch, N, D):  # noqa: F811
 
 @needs_compiler
 def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(kernels.plan, "_MOST_ROWS", 11)
+    """First the gradients, whose sums run over all rows, then the product as well."""
     problem = problem_of("lstm", 3, 4, 2, 20, torch.bfloat16)
     x, W = random(3, 4, 8, dtype=torch.bfloat16), random(4, 2, 20, 8, dtype=torch.bfloat16)
-    assert not cuda_fused.multiplies(problem, x, W) and not few_rows.gives_R(problem, True)
-    assert cuda_fused.multiplies(problem._replace(B=2), x[:2], W)
+    factors = autograd.Factors(x, W, True, True)
+
+    def taken(problem):
+        few_rows._taken.cache_clear()
+        return cuda_fused.multiplies(problem, x, W), few_rows.asked(problem, factors) is not None
+
+    assert taken(problem) == (True, True)
+    monkeypatch.setattr(kernels.plan, "_MOST_ROWS", 11)
+    assert taken(problem) == (True, False)
+    assert taken(problem._replace(B=2)) == (True, True)
+    monkeypatch.setattr(kernels.plan, "_MOST_PRODUCTS", 12 * 160 * 8 - 1)
+    assert taken(problem) == (False, False)
+    monkeypatch.undo()
+    few_rows._taken.cache_clear()
 
 
 @needs_nvrtc

@@ -11,6 +11,7 @@ from flashrnn.kernels.few_rows.plan import (
     product,
     product_ctas,
     takes,
+    takes_product,
 )
 
-__all__ = ["THREADS", "FewRows", "gradients", "product", "product_ctas", "takes"]
+__all__ = ["THREADS", "FewRows", "gradients", "product", "product_ctas", "takes", "takes_product"]

@@ -38,7 +38,7 @@ class FewRows(NamedTuple):
 
 def takes(rows: int, columns: int, summed: int, itemsize: int) -> bool:
     """Whether the product of ``[rows, summed]`` and ``[summed, columns]``, and the gradients of
-    both factors, are computed here.
+    both factors, which sum over columns and rows, are computed here.
 
     Args:
         rows: steps of all sequences.
@@ -48,10 +48,17 @@ def takes(rows: int, columns: int, summed: int, itemsize: int) -> bool:
     """
     is_odd = itemsize == 2 and (columns % 2 or summed % 2)
     return (
-        0 < rows <= (_MOST_ODD_ROWS if is_odd else _MOST_ROWS)
+        takes_product(rows, columns, summed, itemsize)
+        and rows <= (_MOST_ODD_ROWS if is_odd else _MOST_ROWS)
         and columns <= _MOST_COLUMNS
-        and rows * columns * summed <= _MOST_PRODUCTS
     )
+
+
+def takes_product(rows: int, columns: int, summed: int, itemsize: int) -> bool:
+    """The same of the product alone."""
+    is_odd = itemsize == 2 and summed % 2
+    most = _MOST_PRODUCTS // 8 if is_odd else _MOST_PRODUCTS
+    return rows > 0 and rows * columns * summed <= most
 
 
 def product(precision: str, piece_bytes: int, gpu: GPU) -> FewRows:
