@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashrnn.backends import cuda, cuda_fused, few_rows, steps, tables
+from flashrnn.backends import copies, cuda, cuda_fused, few_rows, steps, tables
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -219,9 +219,10 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) ->
 
 def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
-    for module in (cuda_fused, few_rows, steps, tables):
+    for module in (copies, cuda_fused, few_rows, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
-    monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
+    for module in (copies, cuda_fused):
+        monkeypatch.setattr(module, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
 
 

@@ -23,8 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flashrnn import backends
+from flashrnn import backends, nn
 from flashrnn.backends import autograd
+from flashrnn.nn.parameters import parameter
 
 PACKAGE = Path(backends.__file__).parents[1]
 aten = torch.ops.aten
@@ -400,3 +401,20 @@ def test_nodes_are_applied_without_what_is_for_torch_func():
         assert torch.equal(found, right) and found.requires_grad
     (slope,) = torch.autograd.grad(given[0].sum(), x)
     assert torch.equal(slope, torch.full((3,), 2.0))
+
+
+def test_parameters_are_found_by_their_names():
+    """As what has taken their place is, which they are no longer among."""
+    layer = nn.LSTM(2, 3)
+    assert parameter(layer, "weight_hh_l0") is layer.weight_hh_l0
+    layer.weight_hh_l0 = torch.nn.Parameter(torch.ones(12, 3))
+    assert parameter(layer, "weight_hh_l0") is layer.weight_hh_l0
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    assert torch.equal(parameter(layer, "weight_hh_l0"), layer.weight_hh_l0)
+    other = torch.ones(12, 3)
+    # Within functional_call a layer's weights are those that it is given.
+    layer = nn.LSTM(2, 3, backend="vanilla")
+    given = torch.func.functional_call(layer, {"weight_hh_l0": other}, torch.ones(1, 2, 2))
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(other)
+    torch.testing.assert_close(layer(torch.ones(1, 2, 2)), given)

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
-from flashrnn.backends import autograd, cuda_fused, few_rows, steps, tables
+from flashrnn.backends import autograd, copies, cuda_fused, few_rows, steps, tables
 from flashrnn.kernels import call, registry
+from flashrnn.kernels import copies as copies_of_a_launch
 from tests.emulation import begin_nothing, one_by_one
 from tests.gpus import H200, SMALL
 from tests.sequences import KINDS, random_ragged
@@ -50,6 +51,7 @@ RECORDS = {
     "gradient_sums": call.GRADIENT_SUMS,
     "few_rows_product": call.FEW_ROWS_PRODUCT,
     "few_rows_gradients": call.FEW_ROWS_GRADIENTS,
+    "copies": copies_of_a_launch.RECORD,
     "make_tables": call.SEQUENCE_TABLES,
     "h_before": call.H_BEFORE,
 }
@@ -86,6 +88,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "_kernel", found.kernel)
+    monkeypatch.setattr(copies, "_kernel", found.kernel)
+    monkeypatch.setattr(copies, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "_begin_backward", begin_nothing)

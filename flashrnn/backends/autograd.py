@@ -79,7 +79,17 @@ class Factors(NamedTuple):
 
 
 class MultiplyingBackend(FusedBackend, Protocol):
-    """A fused backend that can compute a layer's input product, and its gradients, itself."""
+    """A fused backend that can compute a layer's input product, and its gradients, itself, and
+    that has several small copies in one launch (:func:`flashrnn.backends.copies.enqueue`)."""
+
+    def copy(
+        self,
+        counts: tuple[int, ...],
+        addresses: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Enqueue copies."""
 
     def multiplies(self, problem: Problem, x: Tensor, W: Tensor) -> bool:
         """Whether it does so for these factors; the two below then take them."""
@@ -117,6 +127,11 @@ def multiplies(
     """Whether a backend computes a layer's input product itself."""
     asked = getattr(backend, "multiplies", None)
     return asked is not None and asked(problem, x, W)
+
+
+def copies(backend: FusedBackend) -> TypeGuard[MultiplyingBackend]:
+    """Whether a backend has copies of its own."""
+    return hasattr(backend, "copy")
 
 
 class DifferentiableBackend(Backend, Protocol):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import Run, Runs, autograd, few_rows, steps, tables
+from flashrnn.backends import Run, Runs, autograd, copies, few_rows, steps, tables
 from flashrnn.backends.autograd import Factors
 from flashrnn.backends.few_rows import Launch
 from flashrnn.backends.gradients import (
@@ -181,6 +181,13 @@ def forward(
 def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
     """See :class:`flashrnn.backends.autograd.MultiplyingBackend`: where there are few rows."""
     return few_rows.multiplies(problem, x, W)
+
+
+def copy(
+    counts: tuple[int, ...], addresses: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
+    copies.enqueue(counts, addresses, dtype, device)
 
 
 def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
@@ -768,5 +775,6 @@ KERNELS = (
     _prepared,
     *(_scan_kernel, _gradient_kernel, _sums_kernel),
     *few_rows.KERNELS,
+    *copies.KERNELS,
 )
 """The caches that hold kernels."""

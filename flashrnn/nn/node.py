@@ -25,12 +25,11 @@ from flashrnn.nn.parameters import (
     cell_of,
     drops_after,
     has_masks,
-    names_of,
-    rows_of,
+    parameter,
     weights_of,
 )
 from flashrnn.nn.precision import config_on
-from flashrnn.nn.weights import recurrence, recurrence_gradients, recurrent_matrix
+from flashrnn.nn.weights import Copies, recurrence, recurrence_gradients, recurrent_matrix
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
 from flashrnn.sequences import Given
 
@@ -53,24 +52,39 @@ def run(
         return None
     if has_masks(layers) or drops_after(layers, 0) or 0 in x.shape[:-1]:
         return None
-    rows = rows_of(layers)
-    weights = [[getattr(layers, name) for name in names_of(layers, row)] for row in range(rows)]
+    weights = [[parameter(layers, name) for name in names] for names in layers._all_weights]
     if not backends.is_direct(x, *itertools.chain(*weights), *(states or ())):
         return None
-    kind, last = x.device.type, []
+    kind = x.device.type
     dtype = autocast_dtype(kind)
+    if dtype is None:
+        return _all_layers(layers, x, states, weights, None)
     with without_autocast(kind):
-        for row, of_row in enumerate(weights):
-            start = None
-            if states is not None:
-                start = torch.stack([state[row] for state in states])
-                start = start.unflatten(-1, (1, layers.heads, -1))
-            found = _layer(layers, row, x, of_row, start, dtype)
-            if found is None:
-                return None
-            x, *ended = found
-            last.append(ended)
-    return x, last[0] if rows == 1 else [torch.cat(of_all) for of_all in zip(*last, strict=True)]
+        return _all_layers(layers, x, states, weights, dtype)
+
+
+def _all_layers(
+    layers: RecurrentParameters,
+    x: Tensor,
+    states: list[Tensor] | None,
+    weights: list[list[Tensor]],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, list[Tensor]] | None:
+    """See :func:`run`; ``dtype`` is that of autocast, which is off within."""
+    last = []
+    for row, of_row in enumerate(weights):
+        start = None
+        if states is not None:
+            start = torch.stack([state[row] for state in states])
+            start = start.unflatten(-1, (1, layers.heads, -1))
+        found = _layer(layers, row, x, of_row, start, dtype)
+        if found is None:
+            return None
+        x, *ended = found
+        last.append(ended)
+    if len(last) == 1:
+        return x, last[0]
+    return x, [torch.cat(of_all) for of_all in zip(*last, strict=True)]
 
 
 class Form(NamedTuple):
@@ -150,7 +164,7 @@ def _forward(
     )
     rows = x.transpose(0, 1) if form.x_by_time else x
     S, B, _, N, D = start.shape
-    R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases)
+    R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases, _copy(backend))
     R, b, start = calls.weights_as_computed(problem, R, b, start)
     states, last_states, gates = forward_of_layer(backend, problem, rows, weight_ih, R, b, start)
     h = states[0].view(*rows.shape[:2], N * D)
@@ -161,6 +175,11 @@ def _forward(
     # The weights themselves: views of them would not be found changed where these are. And h, which
     # the node returns: by it a graph of the gradient finds the node.
     return (h, *ended), (x, weight_ih, weight_hh, start, states, gates, h)
+
+
+def _copy(backend: autograd.FusedBackend) -> Copies | None:
+    """A backend's several copies in one launch, if it has that."""
+    return backend.copy if autograd.copies(backend) else None
 
 
 class _Node(torch.autograd.Function):
@@ -196,7 +215,8 @@ class _Node(torch.autograd.Function):
             d_last = torch.stack([zeros if d_state is None else d_state for d_state in d_ended])
             d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
         needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
-        R = recurrent_matrix(form.mode, weight_hh, N, D)
+        copy = _copy(ctx.backend)
+        R = recurrent_matrix(form.mode, weight_hh, N, D, copy)
         rows = x.transpose(0, 1) if form.x_by_time else x
         factors = autograd.Factors(rows, weight_ih, needs_x, needs_W)
         with without_autocast(x.device.type):
@@ -208,5 +228,7 @@ class _Node(torch.autograd.Function):
         d_start = found.states if needs_start else None
         if d_x is not None and form.x_by_time:
             d_x = d_x.transpose(0, 1)
-        of_recurrence = recurrence_gradients(form.mode, d_R, d_b, weight_hh.shape, len(needs_b))
+        of_recurrence = recurrence_gradients(
+            form.mode, d_R, d_b, weight_hh.shape, len(needs_b), copy
+        )
         return d_x, d_start, None, None, None, found.W, *of_recurrence

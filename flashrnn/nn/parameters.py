@@ -181,6 +181,13 @@ def parameters_of(layers: RecurrentParameters) -> list[Tensor]:
     return [getattr(layers, name) for name in layers._flat_weights_names]
 
 
+def parameter(layers: RecurrentParameters, name: str) -> Tensor:
+    """One of them by its name. Not by ``getattr``, which asks for it in three places first; but
+    what takes a parameter's place, as ``torch.nn.utils.parametrize`` does, is an attribute."""
+    found = layers._parameters.get(name)
+    return getattr(layers, name) if found is None else found
+
+
 def names_of(layers: RecurrentParameters, row: int) -> list[str]:
     """The names of one direction's; ``row`` counts the directions of all layers."""
     return layers._all_weights[row]
@@ -197,8 +204,7 @@ def weights_of(layers: RecurrentParameters, row: int) -> Weights:
 
 def first_of(layers: RecurrentParameters) -> Tensor:
     """The first of the parameters, which have one dtype and one device."""
-    weight: Tensor = getattr(layers, layers._flat_weights_names[0])
-    return weight
+    return parameter(layers, layers._flat_weights_names[0])
 
 
 def rows_of(layers: RecurrentParameters) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,19 +56,76 @@ class Weights(NamedTuple):
         return cls(weight_ih, R, b, weight_hh, weight_hr)
 
 
+Copies = Callable[[tuple[int, ...], Sequence[int], torch.dtype, torch.device], None]
+"""Several copies in one launch, as :func:`flashrnn.backends.copies.enqueue` has them."""
+
+
 def recurrence(
-    mode: str, cell: Cell, heads: int, weight_hh: Tensor, biases: Sequence[Tensor]
+    mode: str,
+    cell: Cell,
+    heads: int,
+    weight_hh: Tensor,
+    biases: Sequence[Tensor],
+    copy: Copies | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments."""
+    """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments.
+
+    ``copy`` takes the place of some operations of PyTorch's, where nothing is differentiated.
+    """
     D = weight_hh.shape[1]
+    if mode == "GRU" and biases and copy is not None and _copied(weight_hh, *biases):
+        return _gru(heads, weight_hh, biases, copy)
     R = recurrent_matrix(mode, weight_hh, heads, D)
     if biases:
         return R, bias(mode, biases, heads, D)
     return R, R.new_zeros(len(cell.fed_by("b")), heads, D)
 
 
-def recurrent_matrix(mode: str, weight_hh: Tensor, N: int, D: int) -> Tensor:
-    """``R`` ``[Gr, N, D, D]`` out of ``weight_hh`` ``[Gr * N * D, D]``."""
+# Of more elements PyTorch's copies take less time.
+_MOST_COPIED = 2**20
+
+
+def _copied(*tensors: Tensor) -> bool:
+    """Whether tensors are laid out, and so small, that several copies in one launch are faster."""
+    dtype = tensors[0].dtype
+    return tensors[0].numel() <= _MOST_COPIED and all(
+        tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors
+    )
+
+
+def _gru(
+    N: int, weight_hh: Tensor, biases: Sequence[Tensor], copy: Copies
+) -> tuple[Tensor, Tensor]:
+    """The same of torch.nn's GRU by one launch."""
+    D, size = weight_hh.shape[1], weight_hh.itemsize
+    R, b = weight_hh.new_empty(3, N, D, D), weight_hh.new_empty(4, N, D)
+    ih, hh = (bias.data_ptr() for bias in biases)
+    of_b, (counts, addresses) = b.data_ptr(), _turned(weight_hh, R, 1)
+    H = N * D
+    g, z = H * size, 2 * H * size  # Bytes of a gate, and of two.
+    # (g, r, z, n): R feeds g, and Wx feeds n.
+    counts += H, 2 * H, H
+    addresses += hh + z, 0, of_b, ih, hh, of_b + g, ih + z, 0, of_b + g + z
+    copy(counts, addresses, R.dtype, R.device)
+    return R, b
+
+
+def _turned(of: Tensor, to: Tensor, by: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The copies of three gates' equal parts, turned as ``roll`` turns them: by 1 from (r, z, g) to
+    (g, r, z), by 2 back."""
+    part, first, there = of.numel() // 3, of.data_ptr(), to.data_ptr()
+    begin, rest = by * part * of.itemsize, (3 - by) * part * of.itemsize
+    return ((3 - by) * part, by * part), (first, 0, there + begin, first + rest, 0, there)
+
+
+def recurrent_matrix(
+    mode: str, weight_hh: Tensor, N: int, D: int, copy: Copies | None = None
+) -> Tensor:
+    """``R`` ``[Gr, N, D, D]`` out of ``weight_hh`` ``[Gr * N * D, D]``; ``copy``: see above."""
+    if mode == "GRU" and copy is not None and _copied(weight_hh):
+        turned = weight_hh.new_empty(3, N, D, D)
+        copy(*_turned(weight_hh, turned, 1), turned.dtype, turned.device)
+        return turned
     R = weight_hh.view(-1, N, D, D)
     # torch.nn has (r, z, g) there, the cell gru (g, r, z).
     return R.roll(1, 0) if mode == "GRU" else R
@@ -92,7 +149,12 @@ def bias(mode: str, biases: Sequence[Tensor], N: int, D: int) -> Tensor:
 
 
 def recurrence_gradients(
-    mode: str, d_R: Tensor | None, d_b: Tensor | None, shape: torch.Size, count: int
+    mode: str,
+    d_R: Tensor | None,
+    d_b: Tensor | None,
+    shape: torch.Size,
+    count: int,
+    copy: Copies | None = None,
 ) -> list[Tensor | None]:
     """Those of ``weight_hh`` and the biases, out of those of R and b.
 
@@ -102,7 +164,14 @@ def recurrence_gradients(
         d_b: ...
         shape: that of ``weight_hh``.
         count: how many biases there are.
+        copy: ...
     """
+    if (
+        (mode == "GRU" and count and copy is not None)
+        and (d_R is not None and d_b is not None)
+        and _copied(d_R, d_b)
+    ):
+        return [*_gru_gradients(d_R, d_b, shape, copy)]
     if d_R is not None:
         d_R = (d_R.roll(-1, 0) if mode == "GRU" else d_R).view(shape)
     if d_b is None or not count:
@@ -112,7 +181,22 @@ def recurrence_gradients(
         return [d_R, d_b]
     if mode == "GRU":
         H = len(d_b) // 4
-        g, rz, n = d_b.split([H, 2 * H, H])
-        return [d_R, torch.cat([rz, n]), torch.cat([rz, g])]
+        # (g, r, z, n): of (r, z, n) nothing else has the memory.
+        return [d_R, d_b[H:], torch.cat([d_b[H : 3 * H], d_b[:H]])]
     # In memory of its own each, as above.
     return [d_R, d_b, d_b.clone()]
+
+
+def _gru_gradients(
+    d_R: Tensor, d_b: Tensor, shape: torch.Size, copy: Copies
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of ``weight_hh``, ``bias_ih`` and ``bias_hh`` of torch.nn's GRU by one launch."""
+    d_b = d_b.flatten()
+    H = len(d_b) // 4
+    d_hh, d_bias_hh, d_bias_ih = d_R.new_empty(shape), d_b.new_empty(3 * H), d_b[H:]
+    counts, addresses = _turned(d_R, d_hh, 2)
+    of, to, two = d_b.data_ptr(), d_bias_hh.data_ptr(), 2 * H * d_b.itemsize
+    counts += 2 * H, H
+    addresses += of + two // 2, 0, to, of, 0, to + two
+    copy(counts, addresses, d_R.dtype, d_R.device)
+    return d_hh, d_bias_ih, d_bias_hh
