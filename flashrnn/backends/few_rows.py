@@ -1,8 +1,8 @@
 """Products over few rows, which ``cuda_fused`` launches with its scans.
 
-Of few rows a call of the library's takes the host longer than the product takes the GPU. A layer's
-input product and the gradients that follow from the gates' are kernels of :mod:`flashrnn.kernels.
-few_rows` then, enqueued together with the scan.
+Of few rows a call of the library's takes the host longer than the product takes the GPU. There a
+layer's input product, and the gradients that follow from the gates', are kernels of
+``flashrnn/kernels/few_rows``, enqueued together with the scan.
 """
 
 from __future__ import annotations

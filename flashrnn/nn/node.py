@@ -119,7 +119,10 @@ def _layer(
         *(layers.mode, cell, layers.heads, by_time and row == 0),
         h_by_time=by_time and row == layers.num_layers - 1,
     )
-    config = config_on(x.device) or DEFAULT
+    # The setting is of float32. To ask for it takes as long as to launch a kernel.
+    config = DEFAULT
+    if (dtype or x.dtype) == torch.float32:
+        config = config_on(x.device) or DEFAULT
     given = (x, *weights) if start is None else (x, *weights, start)
     requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     # What the problem follows from: what `calls.accepted` checks.
@@ -136,7 +139,7 @@ def _layer(
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
     chosen, problem, start, _ = calls.prepared(
-        problem, cell, layers.backend, start, config, None, direct=True
+        problem, cell, layers.backend, start, DEFAULT, None, direct=True
     )
     if not autograd.is_fused(chosen):
         return None
