@@ -221,7 +221,9 @@ def gradients_of_layer(
     """The same backward, from what a node has kept; see :func:`autograd.gradients_of`."""
     arguments = backend, problem, residuals, given, d_states, d_last
     x, W, needs_x, needs_W = factors
-    if autograd.multiplies(backend, problem, x, W):
+    # A hook on saved tensors may have changed these, too.
+    are_plain = backends.is_plain(x) and backends.is_plain(W)
+    if are_plain and autograd.multiplies(backend, problem, x, W):
         found = autograd.gradients_of(*arguments, factors=factors)
     else:
         found = autograd.gradients_of(*arguments)

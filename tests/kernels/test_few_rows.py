@@ -168,6 +168,24 @@ def test_launches(fused_emulation, monkeypatch, N, D):  # noqa: F811
     assert not {event.key for event in profile.key_averages()} & {"aten::mm", "aten::bmm"}
 
 
+def turned(tensor):
+    """The same values, the neighbours of each dimension but the first far apart."""
+    order = tuple(reversed(range(tensor.ndim)))
+    return tensor.detach().permute(order).contiguous().permute(order)
+
+
+@needs_compiler
+@pytest.mark.parametrize("unpack", [turned, with_gaps, torch.clone], ids=["turned", "gaps", "same"])
+def test_hooks_on_saved_tensors(fused_emulation, unpack):  # noqa: F811
+    """What comes back may be laid out in any way."""
+    inputs = layer_inputs("gru", 3, 4, 16, 1, 20, torch.bfloat16)
+    expected = results(recurrent_layer, inputs, NAMES, "gru", "cuda_fused")
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        given = results(recurrent_layer, inputs, NAMES, "gru", "cuda_fused")
+    for found, right in zip(given, expected, strict=True):
+        assert relative_error(found, right) <= 2**-7
+
+
 @needs_compiler
 def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noqa: F811
     """First the gradients, whose sums run over all rows, then the product as well."""
