@@ -68,6 +68,21 @@ def test_input_product(fused_emulation, poisoned, sizes, dtype, tf32, layout):  
     assert relative_error(Wx, truth) <= tolerance(dtype)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_ring_of_fewer_chunks(fused_emulation, poisoned, monkeypatch, dtype):  # noqa: F811
+    """As on GPUs with less shared memory, of a sum over many chunks."""
+    monkeypatch.setattr(few_rows, "whole", lambda device: GPUS["sm_89"])
+    few_rows._product_kernel.cache_clear()
+    problem = problem_of("lstm", 3, 2, 1, 17, dtype)
+    x, W = random(3, 2, 1000, dtype=dtype), random(4, 1, 17, 1000, dtype=dtype, seed=1)
+    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
+    assert launch[1].shared_memory < GPUS["sm_89"].shared_memory
+    one_by_one([launch])
+    truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
+    assert relative_error(Wx, truth) <= EPSILON[dtype]
+
+
 def tolerance(dtype):
     by_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return 2**-10 if by_tf32 else EPSILON[dtype]

@@ -15,8 +15,9 @@ _TILE = 64
 _SLOT_BYTES = 2 * 256 * (_TILE + 8)
 _MOST_STAGES = 4
 
-# Up to so many, what a call of the library's takes the host is more than what these kernels take
-# the GPU longer, a few microseconds. Elements of 16 bits in odd numbers are copied one by one.
+# Up to so many rows, columns and products of two elements these kernels take the GPU at most a few
+# microseconds longer than the library's, whose calls take the host more than that. Elements of 16
+# bits in odd numbers are copied one by one.
 _MOST_ROWS, _MOST_ODD_ROWS = 1024, 128
 _MOST_COLUMNS = 4096
 _MOST_PRODUCTS = 2**27
