@@ -186,7 +186,19 @@ def is_direct(*tensors: Tensor) -> bool:
     """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
     and the tensors' memory holds their values."""
     # Of what transforms a call, recorded() tells all but derivatives forward.
-    return not (recorded() or forward_ad._current_level >= 0) and all(map(is_plain, tensors))
+    if recorded() or forward_ad._current_level >= 0:
+        return False
+    try:
+        for tensor in tensors:
+            # As is_plain() has it, without a call for each.
+            kind = type(tensor)
+            if (kind is not Tensor and kind is not Parameter) or tensor.is_nested:
+                return False
+            if tensor.is_neg() or not (tensor.data_ptr() or tensor.numel() == 0):
+                return False
+    except RuntimeError:  # One has no storage.
+        return False
+    return True
 
 
 def transformed() -> bool:

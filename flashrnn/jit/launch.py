@@ -166,20 +166,26 @@ def _wait_for(stream: int) -> bool:
     return not error
 
 
-def enqueue(launches: Iterable[Launch], stream: int, device: int) -> None:
-    """Launch on a stream of a device, which is the current one, in order."""
-    _streams[device].add(stream or _DEFAULT)
-    _enqueue(launches, stream or _DEFAULT)
+def enqueue(launches: Iterable[tuple[Any, Shape, Sequence[int]]], stream: int, device: int) -> None:
+    """Launch on a stream of a device, which is the current one, in order.
+
+    A launch is a :class:`Launch`, or a plain tuple of the same, which takes less time to make.
+    """
+    stream = stream or _DEFAULT
+    _streams[device].add(stream)
+    _enqueue(launches, stream)
 
 
-def _enqueue(launches: Iterable[Launch], stream: int) -> None:
-    launch, room = driver().cuLaunchKernelEx, _room
+def _enqueue(launches: Iterable[tuple[Any, Shape, Sequence[int]]], stream: int) -> None:
+    launch, values, addresses = driver().cuLaunchKernelEx, _room.values, _room.addresses
     for kernel, shape, arguments in launches:
         config = _config(shape, stream)
         # The driver takes as many addresses as the kernel has parameters, and copies the arguments
         # before it returns. A parameter of 4 bytes is the lower half of its 8.
-        _packing(len(arguments)).pack_into(room.values, 0, *arguments)
-        check(launch(config, kernel, room.addresses, 0))
+        _packing(len(arguments)).pack_into(values, 0, *arguments)
+        (error,) = launch(config, kernel, addresses, 0)
+        if error:
+            check((error,))
 
 
 class _Room(threading.local):
