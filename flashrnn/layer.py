@@ -222,8 +222,7 @@ def gradients_of_layer(
     arguments = backend, problem, residuals, given, d_states, d_last
     x, W, needs_x, needs_W = factors
     # A hook on saved tensors may have changed these, too.
-    are_plain = backends.is_plain(x) and backends.is_plain(W)
-    if are_plain and autograd.multiplies(backend, problem, x, W):
+    if backends.are_plain((x, W)) and autograd.multiplies(backend, problem, x, W):
         found = autograd.gradients_of(*arguments, factors=factors)
     else:
         found = autograd.gradients_of(*arguments)

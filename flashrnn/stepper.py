@@ -155,7 +155,7 @@ class Stepper:
                 "a gradient is required of wx, states or out, and none flows through a step: call "
                 "it within torch.no_grad(), or take flashrnn() with T = 1"
             )
-        if backends.recorded() or not all(map(backends.is_plain, tensors)):
+        if backends.recorded() or not backends.are_plain(tensors):
             self._check(wx, states, out)
             return self._by_flashrnn(wx, states, out)
         traced = self.cell.traced

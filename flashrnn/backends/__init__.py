@@ -31,7 +31,7 @@ A module is imported when it is first asked for, so that ``import flashrnn`` loa
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Protocol, cast
 
@@ -167,30 +167,14 @@ def recorded() -> bool:
     )
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds its values, so that a kernel can read them.
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether the tensors' memory holds their values, so that kernels can read them.
 
     That of negated views, subclasses, nested tensors, and tensors that stand for others or for
     zeros does not.
     """
-    kind = type(tensor)
-    if (kind is not Tensor and kind is not Parameter) or tensor.is_nested or tensor.is_neg():
-        return False
-    try:
-        return tensor.data_ptr() != 0 or tensor.numel() == 0
-    except RuntimeError:  # It has no storage.
-        return False
-
-
-def is_direct(*tensors: Tensor) -> bool:
-    """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
-    and the tensors' memory holds their values."""
-    # Of what transforms a call, recorded() tells all but derivatives forward.
-    if recorded() or forward_ad._current_level >= 0:
-        return False
     try:
         for tensor in tensors:
-            # As is_plain() has it, without a call for each.
             kind = type(tensor)
             if (kind is not Tensor and kind is not Parameter) or tensor.is_nested:
                 return False
@@ -199,6 +183,13 @@ def is_direct(*tensors: Tensor) -> bool:
     except RuntimeError:  # One has no storage.
         return False
     return True
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether kernels can be launched for a call as it stands: nothing records or transforms it,
+    and the tensors' memory holds their values."""
+    # Of what transforms a call, recorded() tells all but derivatives forward.
+    return not (recorded() or forward_ad._current_level >= 0) and are_plain(tensors)
 
 
 def transformed() -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashrnn.backends import Backend, Run, Runs, is_plain, jit_traced, loaded, recorded
+from flashrnn.backends import Backend, Run, Runs, are_plain, jit_traced, loaded, recorded
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
@@ -180,7 +180,7 @@ def run(
     if direct:
         return run_directly(backend, problem, Wx, R, b, states, sequences)
     given = [x for x in (Wx, R, b, states, *(sequences or ())) if x is not None]
-    if recorded() or not all(map(is_plain, given)):
+    if recorded() or not are_plain(given):
         every_state, last_states, _ = scan(
             Wx,
             R,
@@ -618,7 +618,7 @@ def gradients_of(
         gates = _Followed.apply(gates, *part)
     sequences = Sequences(*options) if options else None
     tensors = R, states_initial, states.contiguous(), gates.contiguous(), d_states, d_last
-    if not (with_graph or recorded()) and all(x is None or is_plain(x) for x in tensors):
+    if not (with_graph or recorded()) and are_plain(x for x in tensors if x is not None):
         return backend.backward(problem, *tensors, sequences, **further)
     # With a graph of the gradient the operator's own derivative raises an error, which says that
     # there is none.

@@ -95,14 +95,25 @@ def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
 
 def asked(problem: Problem, factors: Factors | None) -> Asked | None:
     """What is computed here of a call's gradients; ``None``: nothing."""
-    I = 0  # noqa: E741
-    if factors is not None and (factors.needs_x or factors.needs_W):
-        I = factors.x.shape[2]  # noqa: E741
-    of_R = gives_R(problem, I)
-    if factors is None or not I or not _taken(problem, I)[1]:
-        return Asked(of_R, False, False, (), 0, _precision(problem)) if of_R else None
+    if factors is None or not (factors.needs_x or factors.needs_W):
+        return _asked(problem, False, False, (), 0, _precision(problem))
     x, _, of_x, of_W = factors
-    return Asked(of_R, of_x, of_W, x.stride(), I, _precision(problem))
+    return _asked(problem, of_x, of_W, x.stride(), x.shape[2], _precision(problem))
+
+
+@lru_cache(maxsize=1024)
+def _asked(
+    problem: Problem,
+    of_x: bool,
+    of_W: bool,
+    x_strides: tuple[int, ...],
+    I: int,  # noqa: E741
+    precision: str,
+) -> Asked | None:
+    of_R = gives_R(problem, I)
+    if I and _taken(problem, I)[1]:
+        return Asked(of_R, of_x, of_W, x_strides, I, precision)
+    return Asked(of_R, False, False, (), 0, precision) if of_R else None
 
 
 def precision_beside(of_scan: str) -> str:

@@ -35,7 +35,10 @@ def precision_of(problem: Problem) -> str:
     """How products are computed."""
     if problem.dtype == torch.float32 and tf32_allowed(problem):
         return "tf32"
-    return str(problem.dtype).removeprefix("torch.")
+    return _NAMES[problem.dtype]
+
+
+_NAMES = {getattr(torch, name): name for name in PRECISIONS if name != "tf32"}
 
 
 def itemsize_of(precision: str) -> int:
