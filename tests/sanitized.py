@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import recurrent_layer
+from flashrnn import nn, recurrent_layer
 from tests.layers import NAMES, layer_inputs, results
 from tests.problems import call, gradients, random_inputs, sparse
 from tests.sequences import KINDS, gradients_of, random_ragged
@@ -66,6 +66,12 @@ if __name__ == "__main__":
         for features in (24, 33):
             leaves = layer_inputs(kind, *sizes[:2], features, *sizes[2:], dtype, device="cuda")
             results(recurrent_layer, leaves, NAMES, kind, backend)
+        if kind == "gru":
+            # torch.nn's weights are brought into a call's form, and gradients back.
+            B, T, N, D = sizes
+            of_torch = {"heads": N, "backend": backend, "device": "cuda", "dtype": dtype}
+            x = torch.randn(T, B, 24, device="cuda", dtype=dtype)
+            nn.GRU(24, N * D, **of_torch)(x)[0].sum().backward()
         torch.cuda.synchronize()
         for kinds in OPTIONS:
             case = random_ragged(kind, *sizes, dtype=dtype, device="cuda", **kinds)
