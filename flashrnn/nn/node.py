@@ -170,11 +170,15 @@ def _forward(
     R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases, _copy(backend))
     R, b, start = calls.weights_as_computed(problem, R, b, start)
     states, last_states, gates = forward_of_layer(backend, problem, rows, weight_ih, R, b, start)
-    h = states[0].view(*rows.shape[:2], N * D)
+    h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
     if form.h_by_time:
         h = h.transpose(0, 1).contiguous()
-    # In memory of its own each: callers change them in place.
-    ended = [state.to(h.dtype, copy=True) for state in last_states.view(S, 1, B, N * D).unbind(0)]
+    if S == 1:
+        ended = [calls.cast_to(last_states.view(1, B, N * D), h.dtype)]
+    else:
+        # In memory of its own each: callers change them in place.
+        of_states = last_states.view(S, 1, B, N * D).unbind(0)
+        ended = [state.to(h.dtype, copy=True) for state in of_states]
     # The weights themselves: views of them would not be found changed where these are. And h, which
     # the node returns: by it a graph of the gradient finds the node.
     return (h, *ended), (x, weight_ih, weight_hh, start, states, gates, h)
