@@ -214,7 +214,8 @@ Compiles the kernels of calls that are to come and keeps them in the cache folde
 FLASHRNN_CACHE_DIR names, or flashrnn in the user's cache folder. No GPU is needed. A process that
 finds them there compiles nothing at its first call, if it has the same version of flashrnn and of
 NVRTC (python -m flashrnn info), and a GPU of that model, all of whose multiprocessors are its own.
-Calls that return all states and calls that return h alone, as layers do, are both provided for.
+Calls that return all states and calls that return h alone, as layers do, are both provided for, and
+so are a layer's products over few rows.
 
 A SHAPE is a call's cell, B, N, D and dtype: lstm,B=16,N=12,D=64,bfloat16. T does not matter. A B
 has its own kernels only where it is tiled in another way. The dtype is bfloat16, float16, float32,

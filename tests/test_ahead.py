@@ -102,6 +102,40 @@ def test_layers_find_what_was_compiled_ahead(folder, tmp_path):
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 
+OF_TORCH_NN = """
+import sys
+import torch
+from tests import fake_driver
+fake_driver.install(sys.argv[1])
+from flashrnn import nn
+from flashrnn.backends import cuda_fused
+from flashrnn.jit import nvrtc
+
+def refuse(source, arch, names):
+    raise AssertionError(f"compiled: {names[-1]}")
+
+nvrtc._compile = refuse
+cuda_fused.unavailable = lambda device: None
+for kind in (nn.LSTM, nn.GRU):
+    layer = kind(8, 16, backend="cuda_fused", dtype=torch.bfloat16)
+    x = torch.zeros(3, 4, 8, dtype=torch.bfloat16)
+    for _ in range(2):
+        layer(x)[0].sum().backward()
+        with torch.no_grad():
+            layer(x)
+print("done")
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for a driver without a GPU")
+def test_layers_of_torch_nn_find_what_was_compiled_ahead(folder, tmp_path):
+    """That of GRU also what its weights go through."""
+    compile_ahead([f"{cell},B=4,N=1,D=16,bfloat16" for cell in ("lstm", "gru")], "H200")
+    command = [sys.executable, "-c", OF_TORCH_NN, str(fake_driver.compiled(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, for a driver without a GPU")
 def test_calls_find_what_was_compiled_ahead(folder, tmp_path):
     """The real path of calls, on a driver without a GPU, with a compiler that refuses."""

@@ -40,9 +40,13 @@ def _prepared(
 
 @lru_cache(maxsize=32)
 def _kernel_of(dtype: torch.dtype, device: torch.device) -> Kernel:
-    precision = str(dtype).removeprefix("torch.")
     shape = launch.Shape(grid=0, threads=copies.THREADS)
-    return _kernel(copies.ENTRY, copies.program(precision), shape, device)
+    return _kernel(copies.ENTRY, program(dtype), shape, device)
+
+
+def program(dtype: torch.dtype) -> dict[str, str]:
+    """The program's text in parts, each under the name that an error gives it."""
+    return copies.program(str(dtype).removeprefix("torch."))
 
 
 KERNELS = (_prepared, _kernel_of)

@@ -31,6 +31,7 @@ from flashrnn.backends.requirements import (
     too_many_numbered_rows,
     unavailable_cuda,
 )
+from flashrnn.cells.library import gru
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
@@ -110,6 +111,9 @@ def programs(
     found += [each.source(cell, precision, options, piece_bytes) for each in dict.fromkeys(plans)]
     if of_few_rows is None:
         found.append(few_rows.program(problem, precision, piece_bytes, gpu, backward))
+        if problem.cell == gru.traced and not backward:
+            # A layer of it brings torch.nn's weights into its own form.
+            found.append(copies.program(problem.dtype))
     elif of_few_rows and backward:
         beside = few_rows.precision_beside(precision)
         return [*found, few_rows.program(problem, beside, piece_bytes, gpu, backward)]
