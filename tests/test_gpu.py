@@ -687,8 +687,8 @@ def test_first_result_of_a_shape_is_there_soon(backend, tmp_path):
 
 LAYERS = [
     ("lstm", (16, 70, 33, 3, 64)),
-    ("gru", (5, 207, 20, 2, 128)),
-    ("slstm", (16, 67, 24, 1, 256)),
+    ("gru", (5, 207, 1024, 2, 128)),
+    ("slstm", (16, 67, 512, 1, 256)),
     (sparse, (40, 4, 17, 1, 768)),
 ]
 
@@ -698,7 +698,7 @@ LAYERS = [
 def test_a_layer_has_the_bits_of_its_parts(kind, sizes, time_major):
     """Of its results and gradients; where time comes first, its products sum in another order.
 
-    Of so many rows, or gates that lie apart, the products are the library's.
+    Of such sizes, or of gates that lie apart, the products are the library's.
     """
     B, T, features, N, D = sizes
     x, W, *others = layer_inputs(kind, B, T, features, N, D, torch.bfloat16, device="cuda")
