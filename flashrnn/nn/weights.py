@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashrnn import backends
 from flashrnn.cells.spec import Cell
 from flashrnn.nn.modes import MODES
 
@@ -70,7 +71,7 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments.
 
-    ``copy`` takes the place of some operations of PyTorch's, where nothing is differentiated.
+    ``copy`` takes the place of several operations of PyTorch's, where it can.
     """
     D = weight_hh.shape[1]
     if mode == "GRU" and biases and copy is not None and _copied(weight_hh, *biases):
@@ -86,10 +87,16 @@ _MOST_COPIED = 2**20
 
 
 def _copied(*tensors: Tensor) -> bool:
-    """Whether tensors are laid out, and so small, that several copies in one launch are faster."""
-    dtype = tensors[0].dtype
-    return tensors[0].numel() <= _MOST_COPIED and all(
-        tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors
+    """Whether several copies of tensors in one launch are possible, and faster.
+
+    Nothing must record them or ask for a derivative, as a graph of the gradient does.
+    """
+    dtype, differentiates = tensors[0].dtype, torch.is_grad_enabled()
+    return (
+        backends.is_direct(*tensors)
+        and tensors[0].numel() <= _MOST_COPIED
+        and all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors)
+        and not (differentiates and any(tensor.requires_grad for tensor in tensors))
     )
 
 
@@ -176,7 +183,7 @@ def recurrence_gradients(
         d_R = (d_R.roll(-1, 0) if mode == "GRU" else d_R).view(shape)
     if d_b is None or not count:
         return [d_R, *[None] * count]
-    d_b = d_b.flatten()
+    d_b = d_b.reshape(-1)  # Not by flatten(), which gradients of a batch do not have.
     if mode not in MODES:
         return [d_R, d_b]
     if mode == "GRU":

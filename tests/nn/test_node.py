@@ -165,3 +165,29 @@ def test_weights_that_do_not_fit_are_named(fused_emulation):  # noqa: F811
     layer.weight_hh_l0 = torch.nn.Parameter(layer.weight_hh_l0.detach().double())
     with pytest.raises(TypeError, match="float64"):
         layer(torch.randn(4, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_gradients_of_a_batch_of_losses(fused_emulation, kind):  # noqa: F811
+    """What torch.func maps over has no memory of its own that a kernel could copy."""
+    layer = getattr(ours, kind)(3, 5, backend="cuda_fused")
+    output, _ = layer(torch.randn(4, 2, 3))
+    slopes = torch.randn(3, *output.shape)
+    weights = list(layer.parameters())
+    given = torch.autograd.grad(output, weights, slopes, retain_graph=True, is_grads_batched=True)
+    for k, slope in enumerate(slopes):
+        expected = torch.autograd.grad(output, weights, slope, retain_graph=True)
+        for found, right in zip(given, expected, strict=True):
+            torch.testing.assert_close(found[k], right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_the_gradient_of_each_weight_has_no_derivative(fused_emulation, kind):  # noqa: F811
+    """And says so, rather than be taken for a constant."""
+    layer = getattr(ours, kind)(3, 5, backend="cuda_fused")
+    output, _ = layer(torch.randn(4, 2, 3))
+    for name, weight in layer.named_parameters():
+        (slope,) = torch.autograd.grad(output.sum(), weight, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(slope.square().sum(), layer.weight_ih_l0)
+        assert slope.requires_grad, name
