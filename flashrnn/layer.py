@@ -14,7 +14,7 @@ from flashrnn.backends import autograd
 from flashrnn.backends.gradients import Gradients, over_rows, select
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
-from flashrnn.problem import Problem, autocast_enabled, without_autocast
+from flashrnn.problem import Problem, without_autocast
 from flashrnn.sequences import Given, Sequences
 
 
@@ -112,41 +112,22 @@ def recurrent_layer(
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
-    if direct and autograd.is_fused(chosen):
-        arguments = x, W, R, b, states, chosen, problem, of_options or ()
-        if autocast_enabled(problem.device.type):
-            with without_autocast(problem.device.type):
-                found, last_states = _directly(*arguments)
-        else:
-            found, last_states = _directly(*arguments)
-    else:
-        with without_autocast(problem.device.type):
+    with without_autocast(problem.device.type):
+        if not (direct and autograd.is_fused(chosen)):
             x, W = factors_as_computed(problem, x, W)
             Wx = input_product(problem, x, W.flatten(0, 2))
-            given = calls.as_computed(problem, Wx, R, b, states)
-            found, last_states = autograd.run(chosen, problem, *given, of_options, direct)
+            arguments = calls.as_computed(problem, Wx, R, b, states)
+            found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
+        elif problem.needs_gradient:
+            found, last_states = autograd.apply(
+                Layer, x, W, R, b, states, chosen, problem, *(of_options or ())
+            )
+        else:
+            x, W = factors_as_computed(problem, x, W)
+            weights = calls.weights_as_computed(problem, R, b, states)
+            outputs = forward_of_layer(chosen, problem, x, W, *weights, of_options or ())
+            found, last_states, _ = outputs
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
-
-
-def _directly(
-    x: Tensor,
-    W: Tensor,
-    R: Tensor,
-    b: Tensor,
-    states: Tensor,
-    backend: autograd.FusedBackend,
-    problem: Problem,
-    options: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """By a fused backend, where :func:`flashrnn.backends.is_direct` holds."""
-    if problem.needs_gradient:
-        outputs: tuple[Tensor, Tensor] = autograd.apply(
-            Layer, x, W, R, b, states, backend, problem, *options
-        )
-        return outputs
-    x, W = factors_as_computed(problem, x, W)
-    R, b, states = calls.weights_as_computed(problem, R, b, states)
-    return forward_of_layer(backend, problem, x, W, R, b, states, options)[:2]
 
 
 def factors_as_computed(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,11 +240,12 @@ class Layer(torch.autograd.Function):
         x, W = factors_as_computed(problem, x, W)
         R, b, states = calls.weights_as_computed(problem, R, b, states)
         found = forward_of_layer(backend, problem, x, W, R, b, states, options)
-        output, residuals = autograd.residuals_of(problem, R, states, *found, options)
+        every_state, last_states, gates = found
+        output, residuals = autograd.residuals_of(problem, R, states, every_state, gates, options)
         ctx.save_for_backward(x, W, *residuals)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
-        return output, found[1]
+        return output, last_states
 
     @staticmethod
     def backward(  # noqa: D102

@@ -550,12 +550,13 @@ class Scan(torch.autograd.Function):
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         arguments = problem, Wx, R, b, states_initial
-        found = backend.forward(*arguments, *((Sequences(*options),) if options else ()))
-        output, residuals = residuals_of(problem, R, states_initial, *found, options)
+        of_options = (Sequences(*options),) if options else ()
+        states, last_states, gates = backend.forward(*arguments, *of_options)
+        output, residuals = residuals_of(problem, R, states_initial, states, gates, options)
         ctx.save_for_backward(*residuals)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
-        return output, found[1]
+        return output, last_states
 
     @staticmethod
     def backward(  # noqa: D102
@@ -577,7 +578,6 @@ def residuals_of(
     R: Tensor,
     states_initial: Tensor,
     states: Tensor,
-    last_states: Tensor,
     gates: Tensor | None,
     options: Sequence[Tensor | None],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -18,20 +18,19 @@ from torch import Tensor
 
 from flashrnn.backends import Run, Runs, autograd, copies, few_rows, steps, tables
 from flashrnn.backends.autograd import Factors
-from flashrnn.backends.few_rows import Launch
 from flashrnn.backends.gradients import (
     Gradients,
     number_of,
     of_no_steps,
     recurrent_gradient,
 )
+from flashrnn.backends.launches import LaunchTemplate
 from flashrnn.backends.requirements import (
     refusal,
     too_large,
     too_many_numbered_rows,
     unavailable_cuda,
 )
-from flashrnn.cells.library import gru
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
@@ -97,10 +96,15 @@ def programs(
     gpu = gpu or _gpu(problem)
     if reason := _refused(problem, gpu):
         raise ValueError(f"backend 'cuda_fused' cannot do this call: {reason}")
-    if by_steps := _planned_steps(problem, precision, gpu, backward):
-        return [steps.program(problem, by_steps, precision)]
     D, plan = problem.D, _plan(problem, backward, gpu)
     piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
+    of_layers = []
+    if of_few_rows is None and not backward:
+        # The input product, and what brings torch.nn's weights into a call's form.
+        of_layers.append(few_rows.program(problem, precision, piece_bytes, gpu, backward))
+        of_layers.append(copies.program(problem.dtype))
+    if by_steps := _planned_steps(problem, precision, gpu, backward):
+        return [steps.program(problem, by_steps, precision), *of_layers]
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
     plans = [plan]
@@ -109,14 +113,12 @@ def programs(
     found = tables.programs(problem, backward)
     # Where no other plan is better for one step, both are the same.
     found += [each.source(cell, precision, options, piece_bytes) for each in dict.fromkeys(plans)]
-    if of_few_rows is None:
-        found.append(few_rows.program(problem, precision, piece_bytes, gpu, backward))
-        if problem.cell == gru.traced and not backward:
-            # A layer of it brings torch.nn's weights into its own form.
-            found.append(copies.program(problem.dtype))
-    elif of_few_rows and backward:
-        beside = few_rows.precision_beside(precision)
-        return [*found, few_rows.program(problem, beside, piece_bytes, gpu, backward)]
+    found += of_layers
+    if backward and of_few_rows is not False:
+        beside = precision if of_few_rows is None else few_rows.precision_beside(precision)
+        found.append(few_rows.program(problem, beside, piece_bytes, gpu, backward))
+        if of_few_rows:
+            return found
     if backward and registry.is_small(D):
         recurrent = len(problem.cell.fed_by("R"))
         tiles = single_cta.plan_gradient(
@@ -494,7 +496,7 @@ class _Prepared(NamedTuple):
         copied: the tensors that are to be copied first, since the kernel cannot read their rows.
     """
 
-    launches: tuple[Launch, ...]
+    launches: tuple[LaunchTemplate, ...]
     scratch: tuple[int, int, int] = (0, 0, 0)
     copied: tuple[str, ...] = ()
 
@@ -543,7 +545,7 @@ def _prepared(
     layout = layout.with_scratch(scratch)
     groups = plan.groups(B, N, gpu)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
-    launches = [Launch(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
+    launches = [LaunchTemplate(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
     if backward:
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
@@ -579,7 +581,7 @@ def _units_of_parts(problem: Problem, of_R: single_cta.GradientPlan) -> int:
 
 def _after_scan(
     problem: Problem, of_R: single_cta.GradientPlan | None, precision: str, layout: call.Layout
-) -> list[Launch]:
+) -> list[LaunchTemplate]:
     """The launches that give the gradients of the bias and, of small heads, of R.
 
     Of few rows that is one. Else R's gradient is in parts, which a second launch sums up.
@@ -611,7 +613,7 @@ def _after_scan(
         ctas += of_bias.b_ctas
         numbers |= {"b_rows": problem.B, "b_columns": columns, "b_shares": of_bias.b_shares}
     shape = kernel.shape._replace(grid=ctas)
-    return [Launch(kernel, shape, record.packing(layout, **numbers)), *rest]
+    return [LaunchTemplate(kernel, shape, record.packing(layout, **numbers)), *rest]
 
 
 def _as_gradient_reads(layout: call.Layout, N: int, D: int) -> call.Layout:
@@ -628,7 +630,9 @@ def _as_gradient_reads(layout: call.Layout, N: int, D: int) -> call.Layout:
     )
 
 
-def _sums(problem: Problem, precision: str, parts: int, layout: call.Layout) -> list[Launch]:
+def _sums(
+    problem: Problem, precision: str, parts: int, layout: call.Layout
+) -> list[LaunchTemplate]:
     """The launch that sums up the bias's gradient over sequences, and R's over so many parts, if
     there is anything to sum."""
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
@@ -650,7 +654,7 @@ def _sums(problem: Problem, precision: str, parts: int, layout: call.Layout) -> 
         N=N,
         D=D,
     )
-    return [Launch(kernel, kernel.shape._replace(grid=plan.grid), packing)]
+    return [LaunchTemplate(kernel, kernel.shape._replace(grid=plan.grid), packing)]
 
 
 @lru_cache(maxsize=1024)

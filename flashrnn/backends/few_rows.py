@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends.autograd import Factors
+from flashrnn.backends.launches import LaunchTemplate
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel
@@ -22,20 +23,6 @@ from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, few_rows, gradient_sums, registry, source
 from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.problem import Problem, matmul_tf32_allowed
-
-
-class Launch(NamedTuple):
-    """A launch that lacks only its tensors' addresses.
-
-    Attributes:
-        kernel: the kernel.
-        shape: the launch's.
-        packing: of the record's fields, out of the addresses of all the call's tensors.
-    """
-
-    kernel: Kernel
-    shape: launch.Shape
-    packing: call.Packing
 
 
 class Asked(NamedTuple):
@@ -168,17 +155,17 @@ def _product(
     pitch: int,
     precision: str,
     layout: call.Layout,
-) -> Launch:
+) -> LaunchTemplate:
     record, (B, T), size = call.FEW_ROWS_PRODUCT, problem.rows, problem.dtype.itemsize
     columns = len(problem.cell.fed_by("Wx")) * problem.N * problem.D
     piece_bytes = record.piece_bytes(("x", "W"), layout, gcd(I, pitch), size)
     kernel = _product_kernel(precision, piece_bytes, problem.device)
     packing = record.packing(layout, x_pitch=pitch, rows=B * T, columns=columns, I=I)
     grid = few_rows.product_ctas(B * T, columns)
-    return Launch(kernel, kernel.shape._replace(grid=grid), packing)
+    return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)
 
 
-def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> Launch:
+def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> LaunchTemplate:
     """The launch of the gradients.
 
     Args:
@@ -209,7 +196,7 @@ def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> Launch:
         grid += grid_R + b_ctas
     kernel = _gradients_kernel(cell, asked.precision, piece_bytes, problem.device)
     packing = record.packing(layout, **numbers)
-    return Launch(kernel, kernel.shape._replace(grid=grid), packing)
+    return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)
 
 
 def program(
@@ -244,7 +231,7 @@ def _gradients_kernel(
     return _load(few_rows.gradients(cell, precision, piece_bytes, whole(device)), device)
 
 
-def _load(program: few_rows.FewRows, device: torch.device) -> Kernel:
+def _load(program: few_rows.Program, device: torch.device) -> Kernel:
     shape = launch.Shape(grid=0, threads=few_rows.THREADS, shared_memory=program.shared_memory)
     return _kernel(program.entry, program.text, shape, device)
 

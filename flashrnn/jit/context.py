@@ -45,12 +45,9 @@ def on_device(device: int) -> AbstractContextManager[None]:
     If the caller has made a context of this device current, that one stays current. If it is one of
     another device, it is current again afterwards.
     """
-    return _UNCHANGED if is_current(device) else _made_current(device)
-
-
-def is_current(device: int) -> bool:
-    """Whether a device is known to be the current one, so that :func:`on_device` does nothing."""
-    return device in _thread.devices and torch.cuda.current_device() == device
+    if device in _thread.devices and torch.cuda.current_device() == device:
+        return _UNCHANGED
+    return _made_current(device)
 
 
 @contextlib.contextmanager

@@ -31,17 +31,12 @@ class Kernel:
 def launch_in_turn(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]]) -> None:
     """Enqueue launches of kernels of one device on PyTorch's current stream, in order."""
     device = launches[0][0].program.device
-    if context.is_current(device):
-        _enqueue(launches, device)
-    else:
-        with context.on_device(device):
-            _enqueue(launches, device)
-
-
-def _enqueue(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]], device: int) -> None:
-    stream = _stream_for([kernel for kernel, _, _ in launches])
-    of_driver = [(kernel.program.kernels[0], shape, fields) for kernel, shape, fields in launches]
-    launch.enqueue(of_driver, stream, device)
+    with context.on_device(device):
+        stream = _stream_for([kernel for kernel, _, _ in launches])
+        of_driver = [
+            (kernel.program.kernels[0], shape, fields) for kernel, shape, fields in launches
+        ]
+        launch.enqueue(of_driver, stream, device)
 
 
 def _stream_for(kernels: Sequence[Kernel]) -> int:

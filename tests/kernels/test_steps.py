@@ -398,8 +398,14 @@ def test_compiled_ahead_is_what_a_call_loads(emulated, monkeypatch):
     outputs = call("gru", inputs, backend="cuda_fused")
     gradients((outputs[0],), inputs)
     problem = planned("gru", 4, 1, 136, bf16)
-    for name, module in (("cuda", cuda), ("cuda_fused", cuda_fused)):
+    # `cuda_fused` is told that it is no layer, whose call would load further programs.
+    for name, module, told in (("cuda", cuda, ()), ("cuda_fused", cuda_fused, (False,))):
         for backward, text in enumerate(loaded):
-            found = module.programs(problem, H200, "bfloat16", bool(backward))
+            found = module.programs(problem, H200, "bfloat16", bool(backward), *told)
             assert [nvrtc.join(parts) for parts in found] == [text], name
+    of_layers = cuda_fused.programs(problem, H200, "bfloat16", False)
+    assert [list(parts)[-1] for parts in of_layers][1:] == [
+        "few_rows/product.cu",
+        "copies/copies.cu",
+    ]
     assert len(loaded) == 2

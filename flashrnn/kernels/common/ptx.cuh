@@ -547,7 +547,8 @@ __device__ inline void materialize(T*& address) {
     asm volatile("" : "+l"(address));
 }
 
-// Zero, of which the compiler does not know that it is. A word combined with it gets a register of its own: else the compiler, which loads neighbouring words into neighbouring registers, may leave them there and
+// Zero, of which the compiler does not know that it is. A word combined with it gets a register of its own:
+// else the compiler, which loads neighbouring words into neighbouring registers, may leave them there and
 // move them in each turn of a loop to where an mma reads them.
 __device__ inline unsigned opaque_zero() {
     unsigned own, lower;

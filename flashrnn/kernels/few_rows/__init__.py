@@ -6,7 +6,7 @@ they are the library's, or the kernels' of the regimes.
 
 from flashrnn.kernels.few_rows.plan import (
     THREADS,
-    FewRows,
+    Program,
     gradients,
     product,
     product_ctas,
@@ -14,4 +14,4 @@ from flashrnn.kernels.few_rows.plan import (
     takes_product,
 )
 
-__all__ = ["THREADS", "FewRows", "gradients", "product", "product_ctas", "takes", "takes_product"]
+__all__ = ["THREADS", "Program", "gradients", "product", "product_ctas", "takes", "takes_product"]

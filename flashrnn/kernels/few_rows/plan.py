@@ -23,7 +23,7 @@ _MOST_COLUMNS = 4096
 _MOST_PRODUCTS = 2**27
 
 
-class FewRows(NamedTuple):
+class Program(NamedTuple):
     """A program of one kernel.
 
     Attributes:
@@ -62,7 +62,7 @@ def takes_product(rows: int, columns: int, summed: int, itemsize: int) -> bool:
     return rows > 0 and rows * columns * summed <= most
 
 
-def product(precision: str, piece_bytes: int, gpu: GPU) -> FewRows:
+def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
     """The program of the input product.
 
     Args:
@@ -74,7 +74,7 @@ def product(precision: str, piece_bytes: int, gpu: GPU) -> FewRows:
     return _program("product", None, precision, piece_bytes, gpu, call.FEW_ROWS_PRODUCT)
 
 
-def gradients(cell: TracedCell, precision: str, piece_bytes: int, gpu: GPU) -> FewRows:
+def gradients(cell: TracedCell, precision: str, piece_bytes: int, gpu: GPU) -> Program:
     """The program of the gradients; see :func:`product`."""
     return _program("gradients", cell, precision, piece_bytes, gpu, call.FEW_ROWS_GRADIENTS)
 
@@ -86,12 +86,12 @@ def _program(
     piece_bytes: int,
     gpu: GPU,
     record: call.Record,
-) -> FewRows:
+) -> Program:
     stages = min(_MOST_STAGES, gpu.shared_memory // _SLOT_BYTES)
     shared_memory = stages * _SLOT_BYTES
     constants = {"STAGES": stages, "SHARED_MEMORY": shared_memory, "PIECE_BYTES": piece_bytes}
     text = source.program(f"few_rows/{name}.cu", cell, precision, constants, record)
-    return FewRows(f"few_rows_{name}", text, shared_memory)
+    return Program(f"few_rows_{name}", text, shared_memory)
 
 
 def product_ctas(rows: int, columns: int) -> int:
