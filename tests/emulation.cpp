@@ -291,12 +291,18 @@ Product& start_product(float* sums, int count) {
 void close_product_group() { ++self->groups; }
 
 void wait_for_products(int pending) {
+    const int first_pending = self->groups - pending;
     for (auto i = self->products.begin(); i != self->products.end();) {
-        if (i->group >= self->groups - pending) {
+        std::vector<OperandWord> left;
+        for (const OperandWord& operand : i->operands) {
+            if (operand.group >= first_pending) left.push_back(operand);
+            else operand_changed = operand_changed || *operand.word != operand.was;
+        }
+        i->operands = std::move(left);
+        if (i->group >= first_pending) {
             ++i;
             continue;
         }
-        for (const auto& [word, was] : i->operands) operand_changed = operand_changed || *word != was;
         memcpy(i->sums, i->results.data(), i->results.size() * sizeof(float));
         i = self->products.erase(i);
     }

@@ -55,13 +55,22 @@ struct Meeting {
     void wait_for(int all);
 };
 
-// A product that a thread has started: its sums, as they will be, and what its operands had in shared memory
-// when it was. They count from the group on that they are committed to.
+// A word of a product's operand, what it was when the product was started, and the group that it is part of.
+struct OperandWord {
+    const unsigned* word;
+    unsigned was;
+    int group;
+};
+
+// Products of the same sums that a thread has started: their sums, as they will be, and the group that the last
+// of them is part of.
 struct Product {
     float* sums;
     std::vector<float> results;
-    std::vector<std::pair<const unsigned*, unsigned>> operands;
+    std::vector<OperandWord> operands;
     int group;
+
+    void reads(const unsigned* word) { operands.push_back({word, *word, group}); }
 };
 
 // Made by makecontext, switched by longjmp, which needs no system call.
@@ -156,7 +165,7 @@ void close_copy_group();
 void make_copies(int pending);
 
 // A product's sums are NaN until the thread has waited for its group: so late they may come. Products of the
-// same sums add up. Their operands must stay what they were until then.
+// same sums add up. Their operands must stay what they were until the thread has waited for their own group.
 Product& start_product(float* sums, int count);
 void close_product_group();
 void wait_for_products(int pending);
@@ -437,7 +446,7 @@ static Product& add_products(float (&sums)[COUNT], const Left& left, unsigned lo
     // Each lane remembers some words, the warp all.
     for (int column = lane / 8; column < 2 * COUNT; column += 4) {
         const unsigned* const word = word_of_operand(right, column, lane / 4 % 2, lane % 4);
-        product.operands.emplace_back(word, *word);
+        product.reads(word);
     }
     return product;
 }
@@ -450,7 +459,7 @@ static void wgmma(float (&sums)[COUNT], const unsigned (&left)[4],
             return lanes[4 * i + j][2 * half + row_half];
         };
         Product& product = add_products(sums, word, right, add, operand);
-        for (const unsigned& own : left) product.operands.emplace_back(&own, own);
+        for (const unsigned& own : left) product.reads(&own);
     });
 }
 
@@ -464,7 +473,7 @@ static void wgmma(float (&sums)[COUNT], unsigned long long left,
     Product& product = add_products(sums, word, right, add, operand);
     for (int row = lane / 8; row < 16; row += 4) {
         const unsigned* const own = word_of_operand(left, first + row, lane / 4 % 2, lane % 4);
-        product.operands.emplace_back(own, *own);
+        product.reads(own);
     }
 }
 
@@ -576,6 +585,13 @@ static unsigned mapa(const void* here, int rank) {
     return unsigned(rank) << 24 | shared_address(here) & 0xffffff;
 }
 
+static void mbarrier_arrive(unsigned barrier) {
+    Block& block = own_cluster()[barrier >> 24];
+    Barrier& there = *(Barrier*)((unsigned char*)block.shared_words.data() + (barrier & 0xffffff));
+    --there.to_come;
+    there.count(0);
+}
+
 static void st_async(unsigned to, const unsigned (&words)[4], unsigned barrier) {
     expect_multiple(to, 16);
     Block& block = own_cluster()[to >> 24];
@@ -605,6 +621,21 @@ static void cp_async_bulk_global(void* to, const void* from, unsigned bytes, voi
     expect_multiple(bytes, 16);
     for (unsigned i = 0; i < bytes; i += 16) {
         send((char*)to + i, {}, current, (Barrier*)barrier, (const char*)from + i);
+    }
+}
+
+static void cp_async_bulk_multicast(void* to, const void* from, unsigned bytes, void* barrier,
+                                    unsigned short ctas) {
+    for (int rank = 0; rank < 16; ++rank) {
+        if (!(ctas >> rank & 1)) continue;
+        unsigned char* const there = (unsigned char*)own_cluster()[rank].shared_words.data();
+        expect_multiple(shared_address(to), 16);
+        expect_aligned(from, 16);
+        expect_multiple(bytes, 16);
+        for (unsigned i = 0; i < bytes; i += 16) {
+            send(there + ((unsigned char*)to - shared_memory()) + i, {}, own_cluster() + rank,
+                 (Barrier*)(there + ((unsigned char*)barrier - shared_memory())), (const char*)from + i);
+        }
     }
 }
 

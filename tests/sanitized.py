@@ -38,6 +38,8 @@ WORKLOAD = [
     ("gru", (180, 2, 1, 1000), torch.float16),
     ("lstm", (130, 3, 1, 512), torch.bfloat16),
     ("lstm", (250, 3, 1, 768), torch.bfloat16),
+    ("lstm", (1030, 3, 1, 264), torch.float16),
+    ("gru", (1000, 2, 1, 768), torch.bfloat16),
     ("lstm", (16, 2, 1, 1536), torch.bfloat16),
     ("gru", (16, 2, 1, 2048), torch.bfloat16),
     (sparse, (2, 3, 1, 200), torch.float32),

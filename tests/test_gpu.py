@@ -17,6 +17,8 @@ from flashrnn.kernels import registry
 from flashrnn.kernels.cluster import ClusterWgmmaBackwardPlan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.grid import GridWgmmaPlan
 from flashrnn.kernels.grid import wgmma_plan as grid_wgmma_plan
+from flashrnn.kernels.streamed import StreamedPlan
+from flashrnn.kernels.streamed import plan as streamed_plan
 from flashrnn.problem import Problem
 from tests.fused import (  # noqa: F401
     DTYPES,
@@ -301,6 +303,54 @@ def test_widest_heads_of_groups_of_clusters(grid_wgmma):
     """All of the GPU's registers and shared memory hold R, and few sequences fit beside it."""
     taken("lstm", (40, 9, 1, 2048), torch.bfloat16, GridWgmmaPlan)
     hold_to_vanilla("cuda_fused", "lstm", 40, 9, 1, 2048, torch.bfloat16, "cuda")
+
+
+@pytest.fixture(params=[16, 32, 48, 64], ids="tiles of {} units".format)
+def streamed(request, monkeypatch):
+    """R is read at each step, for tiles of so many units, or of fewer where more have no room."""
+    with preferred(monkeypatch, streamed_plan, lambda plan: abs(plan.units - request.param)):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "elman", sparse], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # A step, and few; units, octets and sequences that tiles lack; several heads; and blocks of
+        # one step that clusters compute in turn.
+        *[
+            (1, 1, 1, 136),
+            (130, 40, 1, 768),
+            (300, 9, 3, 264),
+            (1000, 5, 1, 1000),
+            (4100, 3, 1, 512),
+        ],
+    ],
+    ids=str,
+)
+def test_streamed(streamed, kind, sizes, dtype):
+    taken(kind, sizes, dtype, StreamedPlan)
+    hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
+
+
+def test_same_bits_streamed(streamed):
+    taken("lstm", (600, 200, 1, 1024), torch.bfloat16, StreamedPlan)
+    gives_the_same_bits_fifty_times(600, 200, 1, 1024)
+
+
+def test_streamed_in_a_graph(streamed):
+    """A cooperative launch of clusters, whose counters are set to zero at each replay."""
+    sizes = (300, 20, 1, 1024)
+    inputs = random_inputs("lstm", *sizes, torch.bfloat16, "cuda")
+    taken("lstm", sizes, torch.bfloat16, StreamedPlan)
+
+    def step():
+        with torch.no_grad():
+            return call("lstm", inputs, backend="cuda_fused")
+
+    step()
+    assert same_bits_from_a_graph(step, inputs)
 
 
 @pytest.fixture(

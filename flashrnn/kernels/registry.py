@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from flashrnn.kernels import cluster, grid, single_cta
+from flashrnn.kernels import cluster, grid, single_cta, streamed
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.plan import Plan
@@ -29,6 +29,7 @@ LARGE_HEADS: tuple[Regime, ...] = (
     cluster.plan_wgmma_forward,
     cluster.plan_backward,
     cluster.plan_wgmma_backward,
+    streamed.plan_forward,
 )
 
 

@@ -10,11 +10,12 @@ import torch
 
 from flashrnn import Cell
 from flashrnn.backends import cuda_fused
-from flashrnn.kernels import cluster, grid, registry, single_cta
+from flashrnn.kernels import cluster, grid, registry, single_cta, streamed
 from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.grid import wgmma_plan as grid_wgmma_plan
 from flashrnn.kernels.plan import Counts, Plan
+from flashrnn.kernels.streamed import plan as streamed_plan
 from flashrnn.problem import Problem
 from tests.fused import DTYPES, poison
 from tests.gpus import H200, LARGER, SMALL, planned
@@ -122,6 +123,22 @@ def _grid_wgmma(
                 memory = grid_wgmma_plan.shared_memory_of(kept, Counts.of_problem(problem))
                 return replace(kept, shared_memory=memory)
         return "no such plan"
+
+    return plan
+
+
+def _streamed(units: int, stages: int) -> registry.Regime:
+    """Plans of such a shape, as far as a cell's gates allow."""
+
+    def plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
+        if isinstance(found := streamed.plan_forward(problem, gpu, backward), str):
+            return found
+        counts = Counts.of(problem.cell)
+        plans = streamed_plan.possible_plans(counts, problem.D, gpu)
+        plan = max((x for x in plans if x.units <= units), key=lambda plan: plan.units)
+        plan = replace(plan, stages=min(stages, plan.stages))
+        memory = streamed_plan.shared_memory_of(plan, counts)
+        return replace(plan, shared_memory=memory)
 
     return plan
 
@@ -258,6 +275,27 @@ GRID_WGMMA = [
         *[(2, 2, 2, 2, 3), (4, 2, 4, 1, 100), (2, 1, 4, 2, 100)],
     ]
 ]
+STREAMED = [
+    Regime(
+        f"streamed-{units}x{stages}",
+        forward=_streamed(units, stages),
+        backward=grid.plan_scan,
+        gpu=gpu,
+        dtypes=tuple(SIXTEEN_BITS),
+        # The second tile of sequences is not full, as is the last tile of units.
+        B=130,
+        D=136,
+        sizes=(
+            # A single step; a tile without any sequence.
+            (2, 1, 1, 136),
+            # All exist. More chunks than the ring has room for.
+            (128, 3, 1, 192),
+            # More blocks than clusters, of several heads, and an odd number of octets.
+            (257, 2, 2, 152),
+        ),
+    )
+    for units, stages, gpu in [(64, 2, SMALL), (32, 4, LARGER), (48, 3, SMALL)]
+]
 CLUSTER_MMA = [
     Regime(
         f"cluster_mma-{size}x{n_tiles}",
@@ -337,7 +375,8 @@ CLUSTER_WGMMA_BACKWARD = [
     ]
 ]
 REGIMES = [
-    *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA[0], CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
+    *[PER_STEP, STEPS, SINGLE_CTA, GRID, GRID_WGMMA[0], STREAMED[0]],
+    *[CLUSTER_MMA[0], CLUSTER_WGMMA[0]],
     *[CLUSTER_BACKWARD, CLUSTER_WGMMA_BACKWARD[0]],
 ]
 VARIANTS = [
@@ -345,6 +384,7 @@ VARIANTS = [
     *CLUSTER_MMA[1:],
     *CLUSTER_WGMMA[1:],
     *GRID_WGMMA[1:],
+    *STREAMED[1:],
     *CLUSTER_WGMMA_BACKWARD[1:],
 ]
 """The same kernels with other constants."""

@@ -15,6 +15,8 @@ from flashrnn.kernels import grid, source
 from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.grid import wgmma_plan as grid_wgmma_plan
 from flashrnn.kernels.plan import Counts, Plan
+from flashrnn.kernels.streamed import StreamedPlan
+from flashrnn.kernels.streamed import plan as streamed_plan
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import hold_to_vanilla
 from tests.gpus import SMALL
@@ -57,6 +59,10 @@ MMA = smallest(
     lambda D: mma_plan.possible_plans(COUNTS, D, GPU),
     lambda plan: (plan.size, plan.warps, plan.n_tiles),
 )[::4]
+STREAMED = smallest(
+    lambda D: streamed_plan.possible_plans(COUNTS, D, GPU),
+    lambda plan: (plan.units, plan.stages),
+)
 
 
 def test_there_are_many_shapes():
@@ -64,6 +70,7 @@ def test_there_are_many_shapes():
     assert {plan.size for plan in GRID} == {2, 4, 8}
     assert max(plan.size for plan in WGMMA) >= 13 and len(WGMMA) >= 12
     assert {plan.size for plan in MMA} == {2, 4, 8, 16}
+    assert {plan.units for plan in STREAMED} == {16, 32, 48, 64}
 
 
 def forced(plan: Plan, backward: bool) -> Regime:
@@ -79,11 +86,12 @@ def forced(plan: Plan, backward: bool) -> Regime:
 
 def named(plan: Plan) -> str:
     names = ("rows", "columns", "size", "warpgroups", "warps", "batch_tiles", "parts", "buffers")
+    names += ("units",) if isinstance(plan, StreamedPlan) else ()
     return "-".join(f"{name}{getattr(plan, name)}" for name in names if hasattr(plan, name))
 
 
 @needs_compiler
-@pytest.mark.parametrize("plan", [*GRID, *WGMMA, *MMA], ids=named)
+@pytest.mark.parametrize("plan", [*GRID, *WGMMA, *MMA, *STREAMED], ids=named)
 def test_forward(take, plan):  # noqa: F811
     hold_to_vanilla(take(forced(plan, False)).backend, KIND, 3, 3, 1, plan.D, BF16)
 
@@ -96,11 +104,12 @@ def test_backward(take, plan):  # noqa: F811
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    "plan", [plan for plan in (*GRID, *WGMMA) if plan.warpgroups > 1], ids=named
+    "plan", [*(plan for plan in (*GRID, *WGMMA) if plan.warpgroups > 1), *STREAMED], ids=named
 )
 def test_warps_take_no_more_registers_than_the_cta_has(plan):
     """Else they wait for ever: a CTA has as many as all of its threads got at the launch."""
     parts = plan.source(resolve(KIND), "bfloat16", source.forward_options(True), piece_bytes=16)
     has = plan.threads * registers(parts, "sm_90a")
-    needed = 128 * plan.warpgroups * plan.registers + plan.PRODUCERS * plan.PRODUCER_REGISTERS
+    computing = plan.threads - plan.PRODUCERS
+    needed = computing * plan.registers + plan.PRODUCERS * plan.PRODUCER_REGISTERS
     assert needed <= has

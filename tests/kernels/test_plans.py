@@ -7,7 +7,7 @@ import torch
 
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
-from flashrnn.kernels import cluster, grid, registry, single_cta
+from flashrnn.kernels import cluster, grid, registry, single_cta, streamed
 from flashrnn.kernels.cluster import (
     ClusterBackwardPlan,
     ClusterMmaPlan,
@@ -20,9 +20,10 @@ from flashrnn.kernels.per_step.plan import plan_step
 from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.single_cta import GradientPlan, SingleCtaPlan
 from flashrnn.kernels.sizes import tiles_of
+from flashrnn.kernels.streamed import StreamedPlan
 from tests.emulation import plan_taken
 from tests.gpus import A100, B200, H200, RTX_4090, SMALL, planned
-from tests.problems import BUILT_IN, sparse, wide
+from tests.problems import BUILT_IN, sparse, wide, widest
 
 CELLS = [*BUILT_IN, sparse, wide]
 PRECISIONS = ("bfloat16", "float16", "float32", "tf32")
@@ -53,6 +54,12 @@ def check(plan, gpu, B, N, D, given):
         # What setmaxnreg can give is what the CTA got at its launch, as many for each thread.
         of_all = 128 * (plan.warpgroups * plan.registers + plan.PRODUCER_REGISTERS)
         assert plan.warpgroups == 1 or of_all <= 65536 // plan.threads // 8 * 8 * plan.threads
+        return
+    if isinstance(plan, StreamedPlan):
+        assert (plan.unit_tiles - 1) * plan.units < D <= plan.unit_tiles * plan.units, given
+        assert plan.blocks(B, N) >= plan.groups(B, N, gpu) >= 1 and plan.stages >= 3, given
+        # What the plan's warps have at their launch.
+        assert 2 * plan.registers + plan.PRODUCER_REGISTERS <= 3 * 168, given
         return
     units = plan.units
     # Of whole rows of CTAs the last one may lack all units.
@@ -153,10 +160,13 @@ FORWARD = {
     cluster.plan_mma_forward: ([136, 160, 200, 256, 384, 520], [0, 1, 16, 300], 100),
     cluster.plan_wgmma_forward: ([136, 200, 256, 512, 768, 1000], [0, 64, 256, 777], 150),
     grid.plan_wgmma_forward: ([136, 256, 512, 768, 1024, 2048, 3168], [1, 48, 256, 777], 150),
+    streamed.plan_forward: ([136, 256, 512, 1024, 2048, 4096], [1, 256, 777, 4096], 150),
 }
 
 
-@pytest.mark.parametrize("plan_forward", FORWARD, ids=["mma", "cluster wgmma", "grid wgmma"])
+@pytest.mark.parametrize(
+    "plan_forward", FORWARD, ids=["mma", "cluster wgmma", "grid wgmma", "streamed"]
+)
 def test_plans_of_forward_scans_in_16_bits(plan_forward):
     found = 0
     heads, batches, least = FORWARD[plan_forward]
@@ -232,8 +242,9 @@ def none(plan_forward, kind, B, N, D, gpu=H200, dtype=torch.bfloat16, backward=F
         (cluster.plan_mma_forward, (16, 3, 256), ClusterMmaPlan),
         (cluster.plan_wgmma_forward, (256, 1, 768), ClusterWgmmaPlan),
         (grid.plan_wgmma_forward, (256, 1, 768), GridWgmmaPlan),
+        (streamed.plan_forward, (256, 1, 768), StreamedPlan),
     ],
-    ids=["mma", "cluster wgmma", "grid wgmma"],
+    ids=["mma", "cluster wgmma", "grid wgmma", "streamed"],
 )
 def test_forward_scans_in_16_bits_have_no_other_plans(plan_forward, sizes, type_of_plan):
     plan = plan_forward(planned("lstm", *sizes, torch.bfloat16), H200, False)
@@ -257,6 +268,10 @@ def test_plans_only_where_it_is_possible_and_pays():
     assert none(grid.plan_wgmma_forward, wide, 256, 1, 768)
     no_clusters = H200._replace(clusters=())
     assert none(grid.plan_wgmma_forward, "lstm", 256, 1, 768, gpu=no_clusters)
+    assert none(streamed.plan_forward, "lstm", 256, 1, 772)
+    assert none(streamed.plan_forward, "slstm", 256, 1, 768)
+    assert none(streamed.plan_forward, widest, 256, 1, 768)
+    assert none(streamed.plan_forward, "lstm", 256, 1, 768, gpu=no_clusters)
     assert none(cluster.plan_backward, "lstm", 16, 3, 256)
     assert none(cluster.plan_backward, "lstm", 16, 3, 256, gpu=A100, backward=True)
 

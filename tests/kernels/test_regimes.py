@@ -35,6 +35,7 @@ from tests.kernels.regimes import (
     SINGLE_CTA,
     SINGLE_CTA_TILES,
     SIXTEEN_BITS,
+    STREAMED,
     VARIANTS,
     has_plans,
     take,  # noqa: F401
@@ -82,7 +83,7 @@ every_regime = pytest.mark.parametrize("regime", REGIMES, ids=str)
 every_shape = pytest.mark.parametrize("regime", cases([*REGIMES, *VARIANTS], lambda _: [()]))
 SMALL_HEADS = (PER_STEP, SINGLE_CTA, *SINGLE_CTA_TILES)
 # Only one direction is their own, and it takes long here: a quick run asks less of them.
-WGMMA = (GRID_WGMMA[0], CLUSTER_WGMMA[0], CLUSTER_WGMMA_BACKWARD[0])
+WGMMA = (GRID_WGMMA[0], STREAMED[0], CLUSTER_WGMMA[0], CLUSTER_WGMMA_BACKWARD[0])
 # A cell and a dtype that a quick run compiles in any case: tests that need no other take these.
 COMPILED = ("lstm", torch.bfloat16)
 # Of the CTAs of other regimes one waits for what another sends.

@@ -496,6 +496,12 @@ __device__ inline void st_async(unsigned to, const unsigned (&words)[4], unsigne
         : "memory");
 }
 
+// Says on an mbarrier at an address that mapa() gave that the thread has come so far. It orders none of the
+// thread's writes for other CTAs: .release.cluster would wait for all of them, some 1500 cycles.
+__device__ inline void mbarrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Copies a multiple of 16 bytes from this CTA's shared memory to an address that mapa() gave and counts
 // them on an mbarrier of the same CTA as that address. The copy reads its source asynchronously.
 __device__ inline void cp_async_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
@@ -512,6 +518,17 @@ __device__ inline void cp_async_bulk_global(void* to, const void* from, unsigned
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             shared_address(to)),
         "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// The same to several CTAs of the cluster, those whose bits are set, at the same offsets in each: there it is
+// counted on that CTA's own mbarrier.
+__device__ inline void cp_async_bulk_multicast(void* to, const void* from, unsigned bytes, void* barrier,
+                                               unsigned short ctas) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(ctas)
         : "memory");
 }
 

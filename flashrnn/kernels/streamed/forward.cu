@@ -1,0 +1,353 @@
+// The scan over time, forward, of heads and many sequences whose R is read from global memory at each step, as
+// the right operand of wgmma. tile.cuh says which CTA and thread has which units and sequences, exchange.cuh
+// what CTAs send each other, and what orders it.
+//
+// What lives where:
+//
+// - registers of the computing warps: the product's sums, of a tile;
+// - shared memory: a few chunks of R and of h; the bias;
+// - global memory: R and h, as they are multiplied; the carried states, in float32, in `last_states`, where the
+//   last step leaves them. One thread alone reads and writes each. (The host has copied what is not aligned.)
+//
+// In a step of a tile, the computing warps multiply chunk by chunk, as R and h arrive. Then each thread computes
+// the cells of its elements, piece by piece; it loads the inputs of the next pieces meanwhile. Of the producing
+// warps one copies R, which is the same in all steps: its first chunks are there before h is. Another copies h,
+// and prefetches Wx into the L2 cache. (There are four since registers are given by whole warpgroups.)
+//
+// CTAs wait for each other, so the launch is a cooperative one.
+
+#include "streamed/exchange.cuh"
+
+namespace streamed {
+
+// The barrier of the computing warps.
+constexpr int COMPUTED = 1;
+
+// Writes R and the initial h as octets: all CTAs of the launch together. Zeros stand for what does not exist and
+// would be multiplied by what does.
+__device__ inline void write_octets(const Exchange& exchange, const Element* R, const float* initial,
+                                    long long initial_b, long long initial_n, long long initial_d, long long B,
+                                    int N, int ctas) {
+    const long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    const long long stride = static_cast<long long>(ctas) * THREADS;
+    const long long of_R = static_cast<long long>(N) * UNIT_TILES * OCTETS * COLUMNS;
+    for (long long i = first; i < of_R; i += stride) {
+        const int octet = i / COLUMNS % OCTETS, tile = i / COLUMNS / OCTETS;
+        const Column column(i % COLUMNS);
+        const int n = tile / UNIT_TILES, d = tile % UNIT_TILES * UNITS + column.unit;
+        uint4 found = {};
+        if (d < D && octet * 8 < D) {
+            const long long row = (static_cast<long long>(column.gate) * N + n) * D + d;
+            found = *reinterpret_cast<const uint4*>(R + row * D + octet * 8);
+        }
+        reinterpret_cast<uint4*>(exchange.of_R)[i] = found;
+    }
+    const long long of_h = static_cast<long long>(N) * exchange.row_tiles * OCTETS * SEQUENCES;
+    for (long long i = first; i < of_h; i += stride) {
+        const int octet = i / SEQUENCES % OCTETS, tile = i / SEQUENCES / OCTETS;
+        const int n = tile / exchange.row_tiles;
+        const long long b = tile % exchange.row_tiles * SEQUENCES + i % SEQUENCES;
+        uint4 found = {};
+        if (b < B && octet * 8 < D) {
+            const float* const from = initial + b * initial_b + n * initial_n + octet * 8 * initial_d;
+            Element rounded[8];
+#pragma unroll
+            for (int k = 0; k < 8; ++k) round_to(rounded[k], from[k * initial_d]);
+            memcpy(&found, rounded, sizeof(found));
+        }
+        uint4* const to = reinterpret_cast<uint4*>(exchange.of_h) + i;
+        *to = found;
+        // Nobody writes there later.
+        if (octet * 8 >= D) to[of_h] = uint4{};
+    }
+}
+
+template <int STEPS>
+__device__ inline void multiply_chunk(float (&sums)[COLUMNS / 2], const Exchange& exchange, int slot,
+                                      bool add) {
+    const int warpgroup = threadIdx.x / 128;
+    unsigned of_h = shared_address(exchange.h_slot(slot)) + warpgroup * 64 * 16;
+    unsigned of_R = shared_address(exchange.R_slot(slot));
+    // The same for all lanes, as the compiler must know.
+    const unsigned long long left = operand(__shfl_sync(~0u, of_h, 0), H_OCTET, 128);
+    const unsigned long long right = operand(__shfl_sync(~0u, of_R, 0), R_OCTET, 128);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        wgmma(sums, left + step * 2 * H_OCTET / 16, right + step * 2 * R_OCTET / 16, add || step > 0,
+              Operand{});
+    }
+    wgmma_commit();
+}
+
+// The tile's sums over all units of h.
+__device__ inline void multiply(float (&sums)[COLUMNS / 2], const Exchange& exchange, Slot& slot) {
+    int before = 0;
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS - 1; ++chunk) {
+        exchange.wait_for_chunk(slot);
+        multiply_chunk<CHUNK_OCTETS / 2>(sums, exchange, slot.number, chunk > 0);
+        wgmma_wait<1>();
+        if (chunk > 0) exchange.signal_multiplied(before);
+        before = slot.number;
+        slot.advance();
+    }
+    exchange.wait_for_chunk(slot);
+    multiply_chunk<LAST_OCTETS / 2>(sums, exchange, slot.number, CHUNKS > 1);
+    wgmma_wait<0>();
+    materialize_all(sums);
+    if (CHUNKS > 1) exchange.signal_multiplied(before);
+    exchange.signal_multiplied(slot.number);
+    slot.advance();
+}
+
+// The chunks for which the ring has room before any is multiplied.
+constexpr int FIRST_CHUNKS = CHUNKS < STAGES ? CHUNKS : STAGES;
+
+// The numbers of a piece's units: pairs of 16 bits, or float32.
+struct Pairs {
+    unsigned words[WIDTH / 2];
+
+    __device__ float of(int v) const { return element_of_pair(words[v / 2], v % 2, Element{}); }
+};
+
+struct Floats {
+    float of[WIDTH];
+};
+
+// They are loaded and stored in pieces of 8 and 16 bytes.
+__device__ inline void load(Pairs& pairs, const Element* from, int width) {
+    if (width == 8) {
+        const WordVector<4> words = load_words(reinterpret_cast<const WordVector<4>*>(from));
+        memcpy(pairs.words, &words, sizeof(words));
+    } else {
+        const WordVector<2> words = load_words(reinterpret_cast<const WordVector<2>*>(from));
+        memcpy(pairs.words, &words, sizeof(words));
+    }
+}
+
+__device__ inline void store(void* to, const Pairs& pairs, int width) {
+    if (width == 8) {
+        WordVector<4> words;
+        memcpy(&words, pairs.words, sizeof(words));
+        store_words(static_cast<WordVector<4>*>(to), words);
+    } else {
+        WordVector<2> words;
+        memcpy(&words, pairs.words, sizeof(words));
+        store_words(static_cast<WordVector<2>*>(to), words);
+    }
+}
+
+__device__ inline void load(Floats& floats, const float* from, int width) {
+#pragma unroll
+    for (int v = 0; v < width; v += 4) {
+        const WordVector<4> words = load_words(reinterpret_cast<const WordVector<4>*>(from + v));
+        memcpy(floats.of + v, &words, sizeof(words));
+    }
+}
+
+__device__ inline void store(float* to, const Floats& floats, int width) {
+#pragma unroll
+    for (int v = 0; v < width; v += 4) {
+        WordVector<4> words;
+        memcpy(&words, floats.of + v, sizeof(words));
+        store_words(reinterpret_cast<WordVector<4>*>(to + v), words);
+    }
+}
+
+// A piece's inputs of a step.
+struct Inputs {
+    Pairs gates[G];
+    Floats states[S];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+streamed_forward(CALL) {
+    const int rank = blockIdx.x % CLUSTER_SIZE, cluster = blockIdx.x / CLUSTER_SIZE, clusters = groups;
+    const Exchange exchange(shared_memory(), packets, R_in_memory, rank, B, N);
+    const long long width = static_cast<long long>(N) * D;
+    const int blocks = Block::count(B, N), ctas = clusters * CLUSTER_SIZE;
+
+    write_octets(exchange, R, initial, initial_b, initial_n, initial_d, B, N, ctas);
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(exchange.counters, 1);
+
+    // The same for a warp, as the compiler must know to have products run asynchronously.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp >= WARPS) {
+        setmaxnreg_dec<PRODUCER_REGISTERS>();
+        // Prefetches a tile's Wx: of each row and gate the lines that its units begin and end in, and those
+        // between.
+        const auto prefetch = [&](const Block& block, long long t) {
+            const int first_unit = block.unit_tile * UNITS, units = D - first_unit < UNITS ? D - first_unit : UNITS;
+            constexpr int LINE = 128 / sizeof(Element), LINES = UNITS / LINE + 1;
+#pragma unroll 1
+            for (int i = threadIdx.x % 32; i < SEQUENCES * LINES; i += 32) {
+                const long long row = static_cast<long long>(block.row_tile) * SEQUENCES + i / LINES;
+                if (row >= B) break;
+                const int unit = i % LINES * LINE < units ? i % LINES * LINE : units - 1;
+                const Element* const from = Wx + row * Wx_b + t * Wx_t + block.n * Wx_n + first_unit + unit;
+#pragma unroll
+                for (int k = 0; k < GW; ++k) prefetch_l2(from + k * Wx_g);
+            }
+        };
+        Slot slot;
+        if (warp == WARPS) {
+            exchange.wait_for_all(ctas);
+            for (long long t = 0; t < T; ++t) {
+                for (int index = cluster; index < blocks; index += clusters) {
+                    const Block block(index, rank, N);
+                    const unsigned char* const from = exchange.octets_of_R(block.n, block.unit_tile);
+                    for (int chunk = 0; chunk < CHUNKS; ++chunk, slot.advance()) {
+                        const int octets = chunk < CHUNKS - 1 ? CHUNK_OCTETS : LAST_OCTETS;
+                        exchange.copy_R(slot, from + chunk * R_CHUNK, octets);
+                    }
+                }
+            }
+        } else if (warp == WARPS + 1) {
+            exchange.wait_for_all(ctas);
+            for (long long t = 0; t < T; ++t) {
+                for (int index = cluster; index < blocks; index += clusters) {
+                    const Block block(index, rank, N);
+                    exchange.wait_for_h(block, t);
+                    const unsigned char* const from = exchange.octets_of_h(t, block.n, block.row_tile);
+                    for (int chunk = 0; chunk < CHUNKS; ++chunk, slot.advance()) {
+                        const int octets = chunk < CHUNKS - 1 ? CHUNK_OCTETS : LAST_OCTETS;
+                        exchange.copy_h(slot, from + chunk * H_CHUNK, octets);
+                        if (chunk == FIRST_CHUNKS - 1) prefetch(block, t);
+                    }
+                }
+            }
+        }
+        cluster_barrier();
+        return;
+    }
+
+    setmaxnreg_inc<COMPUTING_REGISTERS>();
+    float* const bias = reinterpret_cast<float*>(shared_memory() + BIAS);
+    Slot slot;
+    int biased = -1;
+    for (long long t = 0; t < T; ++t) {
+        for (int index = cluster; index < blocks; index += clusters) {
+            const Block block(index, rank, N);
+            const int first_unit = block.unit_tile * UNITS, place = block.n * UNIT_TILES + block.unit_tile;
+            const long long first_b = static_cast<long long>(block.row_tile) * SEQUENCES;
+            if (place != biased) {
+                // All have read what it replaces.
+                named_barrier_of<COMPUTING>(COMPUTED);
+                for (int i = threadIdx.x; i < G * UNITS; i += COMPUTING) {
+                    const int k = i / UNITS, unit = first_unit + i % UNITS;
+                    const long long row = static_cast<long long>(FED_B[k]) * N + block.n;
+                    bias[i] = FED_B[k] >= 0 && unit < D ? to_float(b[row * D + unit]) : 0.0f;
+                }
+                named_barrier_of<COMPUTING>(COMPUTED);
+                biased = place;
+            }
+            const int last_row = B - 1 - first_b < SEQUENCES ? B - 1 - first_b : SEQUENCES - 1;
+            const int units = D - first_unit < UNITS ? D - first_unit : UNITS;
+            const auto exists = [&](int i) {
+                const Piece piece(i);
+                return piece.sequence <= last_row && piece.unit < units;
+            };
+            // Where the tile's first unit of the thread's first sequence lies, and how far from there a piece is.
+            const long long first_row = first_b + Piece(0).sequence;
+            const int place_in_row = block.n * D + first_unit;
+            const auto to_piece = [](int i, long long of_row) { return i % 2 * 8 * of_row + Piece(i).unit; };
+            const Element* const inputs_of_step =
+                Wx + first_row * Wx_b + t * Wx_t + block.n * Wx_n + first_unit;
+            float* const of_states = last_states + first_row * width + place_in_row;
+            const auto carried = [&](int s, int i) { return of_states + s * B * width + to_piece(i, width); };
+            if (t == 0) {
+#pragma unroll 1
+                for (int i = 0; i < PIECES; ++i) {
+                    const Piece piece(i);
+                    if (!exists(i)) continue;
+                    const float* const from = initial + (first_b + piece.sequence) * initial_b +
+                                              block.n * initial_n + (first_unit + piece.unit) * initial_d;
+                    for (int s = 0; s < S; ++s) {
+                        if (!(READ >> s & 1)) continue;
+                        float* const to = carried(s, i);
+                        for (int v = 0; v < piece.width; ++v) to[v] = from[s * initial_s + v * initial_d];
+                    }
+                }
+            }
+            Inputs inputs[2];
+            const auto load_inputs = [&](int i) {
+                if (!exists(i)) return;
+                Inputs& own = inputs[i % 2];
+#pragma unroll
+                for (int g = 0; g < G; ++g) {
+                    if (FED_WX[g] < 0) continue;
+                    load(own.gates[g], inputs_of_step + FED_WX[g] * Wx_g + to_piece(i, Wx_b), Piece(i).width);
+                }
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    if (READ >> s & 1) load(own.states[s], carried(s, i), Piece(i).width);
+                }
+            };
+
+            load_inputs(0);
+            float sums[COLUMNS / 2];
+            multiply(sums, exchange, slot);
+            unsigned char* const to_h =
+                exchange.octets_of_h(t + 1, block.n, block.row_tile) + first_unit / 8 * H_OCTET;
+            const long long row = first_row * T + t;
+            Element* const to_states = states + row * width + place_in_row;
+            Element* const to_gates = gates + row * G * width + place_in_row;
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                if (i + 1 < PIECES) load_inputs(i + 1);
+                if (!exists(i)) continue;
+                const Inputs& own = inputs[i % 2];
+                const Piece piece(i);
+                Pairs saved[G], stored[S];
+                Floats after[S];
+#pragma unroll
+                for (int v = 0; v < WIDTH; v += 2) {
+                    if (v >= width_of(i / 2)) continue;
+                    float preactivations[2][G];
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        float before[S], then[S];
+#pragma unroll
+                        for (int g = 0; g < G; ++g) {
+                            float sum = FED_WX[g] >= 0 ? own.gates[g].of(v + k) : 0.0f;
+                            if (FED_B[g] >= 0) sum += bias[g * UNITS + piece.unit + v + k];
+                            if (FED_R[g] >= 0) sum += sums[Piece::sum(i, FED_R[g] >= 0 ? FED_R[g] : 0, v + k)];
+                            preactivations[k][g] = sum;
+                        }
+#pragma unroll
+                        for (int s = 0; s < S; ++s) before[s] = READ >> s & 1 ? own.states[s].of[v + k] : 0.0f;
+                        step(before, preactivations[k], then, clips.forward);
+#pragma unroll
+                        for (int s = 0; s < S; ++s) after[s].of[v + k] = then[s];
+                    }
+#pragma unroll
+                    for (int g = 0; g < G; ++g) {
+                        saved[g].words[v / 2] = round_pair(preactivations[0][g], preactivations[1][g], Element{});
+                    }
+#pragma unroll
+                    for (int s = 0; s < S; ++s) {
+                        stored[s].words[v / 2] = round_pair(after[s].of[v], after[s].of[v + 1], Element{});
+                    }
+                }
+                const int octet = piece.unit / 8, place = piece.sequence * 16 + piece.unit % 8 * 2;
+                store(to_h + octet * H_OCTET + place, stored[0], piece.width);
+#pragma unroll
+                for (int s = 0; s < S; ++s) {
+                    if ((READ >> s & 1) || t == T - 1) store(carried(s, i), after[s], piece.width);
+                    if (s < STORED) store(to_states + s * B * T * width + to_piece(i, T * width), stored[s], piece.width);
+                }
+#pragma unroll
+                for (int g = 0; g < G && SAVE_GATES; ++g) {
+                    store(to_gates + g * width + to_piece(i, T * G * width), saved[g], piece.width);
+                }
+            }
+            named_barrier_of<COMPUTING>(COMPUTED);
+            exchange.send(block);
+        }
+    }
+    cluster_barrier();
+}
+
+}  // namespace streamed
