@@ -88,6 +88,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "_kernel", found.kernel)
+    monkeypatch.setattr(few_rows, "launch_in_turn", one_by_one)
     monkeypatch.setattr(copies, "_kernel", found.kernel)
     monkeypatch.setattr(copies, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)

@@ -70,12 +70,15 @@ class Factors(NamedTuple):
         W: ``[Gw, N, D, I]``, or with fewer dimensions before the last; likewise.
         needs_x: whether the gradient of x is asked for.
         needs_W: whether that of W is.
+        bias: what forward adds to the product, with W's dimensions but the last; contiguous, of
+            ``problem.dtype``.
     """
 
     x: Tensor
     W: Tensor
     needs_x: bool = False
     needs_W: bool = False
+    bias: Tensor | None = None
 
 
 class MultiplyingBackend(FusedBackend, Protocol):

@@ -149,21 +149,23 @@ def forward(
     gpu = _gpu(problem)
     features = 0 if factors is None else factors.x.shape[2]
     ahead = problem.needs_gradient and few_rows.gives_R(problem, features)
-    first = None
-    if factors is not None:
-        Wx, first = few_rows.product(problem, factors)
-    assert Wx is not None
     if problem.T and (plan := _steps(problem, gpu, backward=False)):
-        if first is not None:
-            launch_in_turn([first])
+        if factors is not None:
+            Wx = few_rows.multiply(problem, factors)
+        assert Wx is not None
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), gpu, source.precision_of(problem), ahead)
         return steps.forward(problem, plan, Wx, R, b, states)
+    tensors, product = {}, None
+    if factors is not None:
+        Wx, product = few_rows.begun(problem, factors.x)
+        tensors = few_rows.operands(factors)
+    assert Wx is not None
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         last_states = states.clone(memory_format=torch.contiguous_format)
         return autograd.kept(problem, every_state), last_states, gates
-    tensors = {
+    tensors |= {
         "Wx": Wx,
         "R": R.contiguous(),
         "b": b.contiguous(),
@@ -180,7 +182,7 @@ def forward(
         tensors |= tables.made(problem, sequences, idle=idle).of_scan
     if problem.returned is not None:
         options += source.options_of_storing(problem, every_state.shape[0])
-    _launch(problem, gpu, False, tensors, options, ahead=ahead, first=first)
+    _launch(problem, gpu, False, tensors, options, product, ahead=ahead)
     return autograd.kept(problem, every_state), last_states, gates
 
 
@@ -280,7 +282,7 @@ def backward(
         if problem.dtype == torch.float32 and not of_R:
             tensors["h_initial"] = states_initial[0].contiguous()
     tensors["d_b"] = d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
-    _launch(problem, gpu, True, tensors, options, asked)
+    _launch(problem, gpu, True, tensors, options, asked=asked)
     if d_R is None:
         before = of_options.before
         every_h = None if before is None else tables.h_before(problem, before, states[0])
@@ -294,9 +296,9 @@ def _launch(
     backward: bool,
     tensors: dict[str, Tensor],
     options: source.Options,
+    product: few_rows.Product | None = None,
     asked: few_rows.Asked | None = None,
     ahead: bool = False,
-    first: tuple[Kernel, launch.Shape, Sequence[int]] | None = None,
 ) -> None:
     """Launch a direction's kernels.
 
@@ -306,25 +308,25 @@ def _launch(
         backward: the direction.
         tensors: those of the direction's records, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
+        product: a layer's input product, if it is over few rows.
         asked: the gradients that are products over few rows.
         ahead: whether backward will compute R's gradient as for few rows.
-        first: a launch that goes before all others.
     """
     record = _record(problem, backward)
     precision = source.precision_of(problem)
+    given = problem, gpu, backward, precision, options
     addresses, layout = record.read(tensors)
-    prepared = _prepared(problem, gpu, backward, precision, options, layout, asked, ahead)
+    prepared = _prepared(*given, layout, product, asked, ahead)
     if prepared.copied:
         for name in prepared.copied:
             # A copy also of a contiguous tensor that begins at an unaligned address.
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
-        prepared = _prepared(problem, gpu, backward, precision, options, layout, asked, ahead)
+        prepared = _prepared(*given, layout, product, asked, ahead)
     if any(prepared.scratch):
         scratch = _scratch(prepared, tensors["R"])
         addresses += [memory.data_ptr() for memory in scratch]
-    launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches]
-    launch_in_turn(launches if first is None else [first, *launches])
+    launch_in_turn([(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches])
 
 
 def _may_be_one_step(problem: Problem, backward: bool) -> bool:
@@ -515,6 +517,7 @@ def _prepared(
     precision: str,
     options: source.Options,
     layout: call.Layout,
+    product: few_rows.Product | None = None,
     asked: few_rows.Asked | None = None,
     ahead: bool = False,
     in_place: bool = False,
@@ -546,6 +549,8 @@ def _prepared(
     groups = plan.groups(B, N, gpu)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
     launches = [LaunchTemplate(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
+    if product is not None:
+        launches.insert(0, few_rows.product(problem, product, layout))
     if backward:
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)

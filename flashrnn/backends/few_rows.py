@@ -18,11 +18,25 @@ from flashrnn.backends.autograd import Factors
 from flashrnn.backends.launches import LaunchTemplate
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch
-from flashrnn.jit.kernel import Kernel
+from flashrnn.jit.kernel import Kernel, launch_in_turn
 from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, few_rows, gradient_sums, registry, source
 from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.problem import Problem, matmul_tf32_allowed
+
+
+class Product(NamedTuple):
+    """What the launch of the input product depends on besides the scan's layout.
+
+    Attributes:
+        I: features of x.
+        pitch: how many elements x's rows lie from each other.
+        precision: out of ``source.PRECISIONS``.
+    """
+
+    I: int  # noqa: E741
+    pitch: int
+    precision: str
 
 
 class Asked(NamedTuple):
@@ -84,7 +98,7 @@ def asked(problem: Problem, factors: Factors | None) -> Asked | None:
     """What is computed here of a call's gradients; ``None``: nothing."""
     if factors is None or not (factors.needs_x or factors.needs_W):
         return _asked(problem, False, False, (), 0, _precision(problem))
-    x, _, of_x, of_W = factors
+    x, _, of_x, of_W, _ = factors
     return _asked(problem, of_x, of_W, x.stride(), x.shape[2], _precision(problem))
 
 
@@ -127,40 +141,52 @@ def _pitch(x: Tensor) -> int | None:
     return of_T if B == 1 else of_B if of_T == B * of_B else None
 
 
-def product(
-    problem: Problem, factors: Factors
-) -> tuple[Tensor, tuple[Kernel, launch.Shape, tuple[int, ...]]]:
-    """``Wx`` ``[B, T, Gw, N, D]``, and the launch that computes it, with its arguments.
+def multiply(problem: Problem, factors: Factors) -> Tensor:
+    """``Wx``, by a launch of its own, of factors for which :func:`multiplies` holds."""
+    Wx, given = begun(problem, factors.x)
+    addresses, layout = call.FEW_ROWS_PRODUCT.read({**operands(factors), "Wx": Wx})
+    kernel, shape, packing = product(problem, given, layout)
+    launch_in_turn([(kernel, shape, packing(addresses))])
+    return Wx
+
+
+def operands(factors: Factors) -> dict[str, Tensor]:
+    """What the input product reads, by the names of its record."""
+    found = {"x": factors.x, "W": factors.W}
+    if factors.bias is not None:
+        found["bias"] = factors.bias
+    return found
+
+
+def begun(problem: Problem, x: Tensor) -> tuple[Tensor, Product]:
+    """Memory for ``Wx`` ``[B, T, Gw, N, D]``, and what its launch depends on, of such an x."""
+    (B, T), (of_B, of_T, _) = problem.rows, x.stride()
+    gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
+    found = Product(x.shape[2], cast(int, _pitch(x)), _precision(problem))
+    if B > 1 and T > 1 and of_T > of_B:
+        return x.new_empty(T, B, *gates).transpose(0, 1), found
+    return x.new_empty(B, T, *gates), found
+
+
+# Beside most scans it is one of several launches, which are looked up together.
+@lru_cache(maxsize=64)
+def product(problem: Problem, given: Product, layout: call.Layout) -> LaunchTemplate:
+    """The launch of the input product.
 
     Args:
         problem: the scan's.
-        factors: for which :func:`multiplies` holds.
+        given: how it is computed.
+        layout: of the call's tensors, with ``x``, ``W``, ``Wx`` and any ``bias`` among them.
     """
-    x, W, *_ = factors
-    (B, T), (of_B, of_T, _) = problem.rows, x.stride()
-    gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
-    by_time = B > 1 and T > 1 and of_T > of_B
-    Wx = x.new_empty(T, B, *gates) if by_time else x.new_empty(B, T, *gates)
-    addresses, layout = call.FEW_ROWS_PRODUCT.read({"x": x, "W": W, "Wx": Wx})
-    precision = _precision(problem)
-    pitch = cast(int, _pitch(x))
-    kernel, shape, packing = _product(problem, x.shape[2], pitch, precision, layout)
-    return Wx.transpose(0, 1) if by_time else Wx, (kernel, shape, packing(addresses))
-
-
-@lru_cache(maxsize=512)
-def _product(
-    problem: Problem,
-    I: int,  # noqa: E741
-    pitch: int,
-    precision: str,
-    layout: call.Layout,
-) -> LaunchTemplate:
     record, (B, T), size = call.FEW_ROWS_PRODUCT, problem.rows, problem.dtype.itemsize
+    I, pitch, precision = given  # noqa: E741
+    # Those of a scan's tensors.
+    layout = layout._replace(strides=())
     columns = len(problem.cell.fed_by("Wx")) * problem.N * problem.D
     piece_bytes = record.piece_bytes(("x", "W"), layout, gcd(I, pitch), size)
     kernel = _product_kernel(precision, piece_bytes, problem.device)
-    packing = record.packing(layout, x_pitch=pitch, rows=B * T, columns=columns, I=I)
+    numbers = {"x_pitch": pitch, "rows": B * T, "columns": columns, "I": I}
+    packing = record.packing(layout, **numbers)
     grid = few_rows.product_ctas(B * T, columns)
     return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)
 
@@ -236,5 +262,5 @@ def _load(program: few_rows.Program, device: torch.device) -> Kernel:
     return _kernel(program.entry, program.text, shape, device)
 
 
-KERNELS = (_product, _product_kernel, _gradients_kernel)
+KERNELS = (product, _product_kernel, _gradients_kernel)
 """The caches that hold kernels."""

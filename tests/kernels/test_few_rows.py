@@ -62,10 +62,12 @@ def test_input_product(fused_emulation, poisoned, sizes, dtype, tf32, layout):  
     B, T, I, N, D = sizes  # noqa: E741
     problem = problem_of("lstm", B, T, N, D, dtype)
     x, W = layout(random(B, T, I, dtype=dtype)), random(4, N, D, I, dtype=dtype, seed=1)
-    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
-    one_by_one([launch])
+    # From an odd address on.
+    bias = random(4 * N * D + 1, dtype=dtype, seed=2)[1:].view(4, N, D)
     truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
-    assert relative_error(Wx, truth) <= tolerance(dtype)
+    for given, added in ((None, 0.0), (bias, bias.double())):
+        Wx = few_rows.multiply(problem, autograd.Factors(x, W, bias=given))
+        assert relative_error(Wx, truth + added) <= tolerance(dtype)
 
 
 @needs_compiler
@@ -74,11 +76,18 @@ def test_a_ring_of_fewer_chunks(fused_emulation, poisoned, monkeypatch, dtype): 
     """As on GPUs with less shared memory, of a sum over many chunks."""
     monkeypatch.setattr(few_rows, "whole", lambda device: GPUS["sm_89"])
     few_rows._product_kernel.cache_clear()
+    launched = []
+
+    def keep(launches):
+        launched.extend(launches)
+        one_by_one(launches)
+
+    monkeypatch.setattr(few_rows, "launch_in_turn", keep)
     problem = problem_of("lstm", 3, 2, 1, 17, dtype)
     x, W = random(3, 2, 1000, dtype=dtype), random(4, 1, 17, 1000, dtype=dtype, seed=1)
-    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
-    assert launch[1].shared_memory < GPUS["sm_89"].shared_memory
-    one_by_one([launch])
+    Wx = few_rows.multiply(problem, autograd.Factors(x, W))
+    ((_, shape, _),) = launched
+    assert shape.shared_memory < GPUS["sm_89"].shared_memory
     truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
     assert relative_error(Wx, truth) <= EPSILON[dtype]
 
@@ -142,10 +151,13 @@ def test_infinite_factors(fused_emulation, poisoned, value):  # noqa: F811
     problem = problem_of("lstm", 4, 2, 1, 5, torch.float32)
     x, W = random(4, 2, 3), random(4, 1, 5, 3, seed=1)
     x[1, 1, 2] = value
-    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
-    one_by_one([launch])
+    Wx = few_rows.multiply(problem, autograd.Factors(x, W))
     truth = torch.einsum("bti,gndi->btgnd", x, W)
     torch.testing.assert_close(Wx, truth, equal_nan=True)
+    bias = random(4, 1, 5, seed=2)
+    bias[2, 0, 3] = value
+    Wx = few_rows.multiply(problem, autograd.Factors(x, W, bias=bias))
+    torch.testing.assert_close(Wx, truth + bias, equal_nan=True)
 
 
 @needs_compiler
