@@ -81,9 +81,22 @@ class Factors(NamedTuple):
     bias: Tensor | None = None
 
 
+class Results(NamedTuple):
+    """Results in the form of torch.nn's layers, contiguous and of ``problem.dtype``, that a forward
+    writes besides its own. ``None``: it does not.
+
+    Attributes:
+        h: ``[T, B, N * D]``.
+        last: of each state the last, ``[S, B, N * D]``.
+    """
+
+    h: Tensor | None = None
+    last: Tensor | None = None
+
+
 class MultiplyingBackend(FusedBackend, Protocol):
     """A fused backend that can compute a layer's input product, and its gradients, itself, and
-    that has several small copies in one launch (:func:`flashrnn.backends.copies.enqueue`)."""
+    that has several small copies in one launch (:mod:`flashrnn.backends.copies`)."""
 
     def copy(
         self,
@@ -93,6 +106,10 @@ class MultiplyingBackend(FusedBackend, Protocol):
         device: torch.device,
     ) -> None:
         """Enqueue copies."""
+
+    def results(self, problem: Problem, like: Tensor, by_time: bool) -> Results:
+        """Memory for results that the forward below is to write; see
+        :func:`flashrnn.backends.copies.results`."""
 
     def multiplies(self, problem: Problem, x: Tensor, W: Tensor) -> bool:
         """Whether it does so for these factors; the two below then take them."""
@@ -106,8 +123,9 @@ class MultiplyingBackend(FusedBackend, Protocol):
         states: Tensor,
         sequences: Sequences | None = None,
         factors: Factors | None = None,
+        results: Results | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """With ``factors`` in the place of ``Wx``."""
+        """With ``factors`` in the place of ``Wx``, and with ``results`` that it writes."""
 
     def backward(
         self,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import Run, Runs, autograd, copies, few_rows, steps, tables
-from flashrnn.backends.autograd import Factors
+from flashrnn.backends.autograd import Factors, Results
 from flashrnn.backends.gradients import (
     Gradients,
     number_of,
@@ -141,8 +141,9 @@ def forward(
     states: Tensor,
     sequences: Sequences | None = None,
     factors: Factors | None = None,
+    results: Results | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`.
+    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`.
 
     ``factors``, for which ``multiplies`` holds, are given in the place of ``Wx``.
     """
@@ -175,6 +176,8 @@ def forward(
     }
     if gates is not None:
         tensors["gates"] = gates
+    if results is not None:
+        tensors |= copies.operands(results)
     options = source.forward_options(problem.needs_gradient)
     if sequences is not None:
         idle = _idle(problem, every_state, problem.N * problem.D)
@@ -189,6 +192,13 @@ def forward(
 def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
     """See :class:`flashrnn.backends.autograd.MultiplyingBackend`: where there are few rows."""
     return few_rows.multiplies(problem, x, W)
+
+
+def results(problem: Problem, like: Tensor, by_time: bool) -> Results:
+    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
+    if steps.may_be_faster(problem) and _steps(problem, _gpu(problem), backward=False):
+        return Results()
+    return copies.results(problem, like, by_time)
 
 
 def copy(
@@ -551,7 +561,9 @@ def _prepared(
     launches = [LaunchTemplate(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
     if product is not None:
         launches.insert(0, few_rows.product(problem, product, layout))
-    if backward:
+    if not backward:
+        launches += copies.behind_scan(problem, layout)
+    else:
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
         if asked is not None:

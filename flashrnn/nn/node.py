@@ -10,6 +10,7 @@ the same.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from flashrnn import backends, calls
 from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell
 from flashrnn.config import DEFAULT
-from flashrnn.layer import forward_of_layer, gradients_of_layer
+from flashrnn.layer import gradients_of_layer, input_product
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
@@ -29,7 +30,13 @@ from flashrnn.nn.parameters import (
     weights_of,
 )
 from flashrnn.nn.precision import config_on
-from flashrnn.nn.weights import Copies, recurrence, recurrence_gradients, recurrent_matrix
+from flashrnn.nn.weights import (
+    Copies,
+    of_input,
+    recurrence,
+    recurrence_gradients,
+    recurrent_matrix,
+)
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
 from flashrnn.sequences import Given
 
@@ -161,24 +168,37 @@ def _forward(
     *weights: Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """h and each last state in torch.nn's forms, and what backward needs."""
+    biases: Sequence[Tensor]
     weight_ih, weight_hh, *biases = weights
     x, weight_ih, weight_hh = (
         calls.cast_to(factor, problem.dtype) for factor in (x, weight_ih, weight_hh)
     )
     rows = x.transpose(0, 1) if form.x_by_time else x
     S, B, _, N, D = start.shape
+    own, bias, results = None, None, autograd.Results()
+    if autograd.multiplies(backend, problem, rows, weight_ih):
+        own, (bias, biases) = backend, of_input(form.mode, biases)
+        results = backend.results(problem, x, form.h_by_time)
     R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases, _copy(backend))
     R, b, start = calls.weights_as_computed(problem, R, b, start)
-    states, last_states, gates = forward_of_layer(backend, problem, rows, weight_ih, R, b, start)
-    h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
-    if form.h_by_time:
-        h = h.transpose(0, 1).contiguous()
-    if S == 1:
-        ended = [calls.cast_to(last_states.view(1, B, N * D), h.dtype)]
+    if own is None:
+        Wx = input_product(problem, rows, weight_ih)
+        states, last_states, gates = backend.forward(problem, Wx, R, b, start)
     else:
-        # In memory of its own each: callers change them in place.
-        of_states = last_states.view(S, 1, B, N * D).unbind(0)
-        ended = [state.to(h.dtype, copy=True) for state in of_states]
+        if bias is not None:
+            bias = calls.cast_to(bias, problem.dtype).contiguous()
+        factors = autograd.Factors(rows, weight_ih, bias=bias)
+        found = own.forward(problem, None, R, b, start, factors=factors, results=results)
+        states, last_states, gates = found
+    h, last = results
+    if h is None:
+        h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
+        if form.h_by_time:
+            h = h.transpose(0, 1).contiguous()
+    if last is None:
+        last = calls.cast_to(last_states, h.dtype).view(S, B, N * D)
+    # No views of one another: callers change them in place, each by itself.
+    ended = last.unsafe_split(1)
     # The weights themselves: views of them would not be found changed where these are. And h, which
     # the node returns: by it a graph of the gradient finds the node.
     return (h, *ended), (x, weight_ih, weight_hh, start, states, gates, h)

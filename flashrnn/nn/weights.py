@@ -125,6 +125,18 @@ def _turned(of: Tensor, to: Tensor, by: int) -> tuple[tuple[int, ...], tuple[int
     return ((3 - by) * part, by * part), (first, 0, there + begin, first + rest, 0, there)
 
 
+def of_input(mode: str, biases: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The bias that may as well be added to the input product, if there is one, and the others, of
+    which :func:`recurrence` then makes b.
+
+    Of torch.nn's GRU each part of a bias of b's is a sum or a copy.
+    """
+    if mode in MODES and mode != "GRU" and biases:
+        bias_ih, bias_hh = biases
+        return bias_ih, (bias_hh,)
+    return None, biases
+
+
 def recurrent_matrix(
     mode: str, weight_hh: Tensor, N: int, D: int, copy: Copies | None = None
 ) -> Tensor:
@@ -139,8 +151,8 @@ def recurrent_matrix(
 
 
 def bias(mode: str, biases: Sequence[Tensor], N: int, D: int) -> Tensor:
-    """``b`` ``[Gb, N, D]`` out of torch.nn's two biases, or out of any other cell's one."""
-    if mode not in MODES:
+    """``b`` ``[Gb, N, D]`` out of torch.nn's two biases, or out of one that is b."""
+    if len(biases) == 1:
         (b,) = biases
     elif mode == "GRU":
         b_ih, b_hh = biases
