@@ -53,14 +53,23 @@ def results(problem: Problem, like: Tensor, by_time: bool) -> Results:
         like: of ``problem.dtype`` and where it is computed.
         by_time: whether h is wanted with time before sequences.
     """
+    of_h, of_last = _sizes(problem, by_time)
+    return Results(
+        None if of_h is None else like.new_empty(of_h),
+        None if of_last is None else like.new_empty(of_last),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _sizes(
+    problem: Problem, by_time: bool
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Those of the results' h and last states."""
     S, (B, T, N, D) = len(problem.cell.states), (problem.B, problem.T, problem.N, problem.D)
     if max(T, S) * B * N * D > copies.MOST_RESULTS:
-        return Results()
+        return None, None
     turns, rounds = by_time and B > 1 and T > 1, problem.carry_dtype != problem.dtype
-    return Results(
-        like.new_empty(T, B, N * D) if turns else None,
-        like.new_empty(S, B, N * D) if rounds else None,
-    )
+    return (T, B, N * D) if turns else None, (S, B, N * D) if rounds else None
 
 
 def operands(results: Results) -> dict[str, Tensor]:

@@ -25,17 +25,31 @@ from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.problem import Problem, matmul_tf32_allowed
 
 
-class Product(NamedTuple):
-    """What the launch of the input product depends on besides the scan's layout.
+class Input(NamedTuple):
+    """A layer's input as its product reads it, and where that is written.
 
     Attributes:
-        I: features of x.
-        pitch: how many elements x's rows lie from each other.
-        precision: out of ``source.PRECISIONS``.
+        I: features.
+        pitch: how many elements its rows lie from each other.
+        sizes: those of ``Wx``.
+        strides: likewise; its rows lie in the order of the input's.
     """
 
     I: int  # noqa: E741
     pitch: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Product(NamedTuple):
+    """What the launch of an input product depends on besides the scan's layout.
+
+    Attributes:
+        input: the input.
+        precision: out of ``source.PRECISIONS``.
+    """
+
+    input: Input
     precision: str
 
 
@@ -67,8 +81,21 @@ def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
         x: ``[B, T, I]`` of ``problem.dtype``.
         W: see :class:`flashrnn.backends.autograd.Factors`.
     """
-    taken, _ = _taken(problem, x.shape[2])
-    return taken and W.is_contiguous() and _pitch(x) is not None
+    return W.is_contiguous() and _input(problem, x.shape, x.stride()) is not None
+
+
+@lru_cache(maxsize=1024)
+def _input(problem: Problem, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Input | None:
+    """An input of such a layout, if its product is computed here."""
+    (B, T, I), (of_B, of_T, _) = sizes, strides  # noqa: E741
+    taken, _ = _taken(problem, I)
+    pitch = _pitch(sizes, strides)
+    if not taken or pitch is None:
+        return None
+    Gw, N, D = len(problem.cell.fed_by("Wx")), problem.N, problem.D
+    row, by_time = Gw * N * D, B > 1 and T > 1 and of_T > of_B
+    of_rows = (row, B * row) if by_time else (T * row, row)
+    return Input(I, pitch, (B, T, Gw, N, D), (*of_rows, N * D, D, 1))
 
 
 @lru_cache(maxsize=1024)
@@ -81,6 +108,7 @@ def _taken(problem: Problem, I: int) -> tuple[bool, bool]:  # noqa: E741
     return few_rows.takes_product(*sizes), few_rows.takes(*sizes)
 
 
+@lru_cache(maxsize=1024)
 def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
     """Whether the gradients of R and of the bias are computed here.
 
@@ -130,10 +158,10 @@ def _precision(problem: Problem) -> str:
     return precision_beside(source.precision_of(problem))
 
 
-def _pitch(x: Tensor) -> int | None:
+def _pitch(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """How many elements the rows of an input lie from each other, in the order in which it has
     them; ``None`` if they do not lie equally far."""
-    (B, T, _), (of_B, of_T, of_I) = x.shape, x.stride()
+    (B, T, _), (of_B, of_T, of_I) = sizes, strides
     if of_I != 1:
         return None
     if T == 1 or of_B == T * of_T:
@@ -160,12 +188,9 @@ def operands(factors: Factors) -> dict[str, Tensor]:
 
 def begun(problem: Problem, x: Tensor) -> tuple[Tensor, Product]:
     """Memory for ``Wx`` ``[B, T, Gw, N, D]``, and what its launch depends on, of such an x."""
-    (B, T), (of_B, of_T, _) = problem.rows, x.stride()
-    gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
-    found = Product(x.shape[2], cast(int, _pitch(x)), _precision(problem))
-    if B > 1 and T > 1 and of_T > of_B:
-        return x.new_empty(T, B, *gates).transpose(0, 1), found
-    return x.new_empty(B, T, *gates), found
+    of_x = cast(Input, _input(problem, x.shape, x.stride()))
+    Wx = x.new_empty_strided(of_x.sizes, of_x.strides)
+    return Wx, Product(of_x, _precision(problem))
 
 
 # Beside most scans it is one of several launches, which are looked up together.
@@ -179,7 +204,7 @@ def product(problem: Problem, given: Product, layout: call.Layout) -> LaunchTemp
         layout: of the call's tensors, with ``x``, ``W``, ``Wx`` and any ``bias`` among them.
     """
     record, (B, T), size = call.FEW_ROWS_PRODUCT, problem.rows, problem.dtype.itemsize
-    I, pitch, precision = given  # noqa: E741
+    (I, pitch, *_), precision = given  # noqa: E741
     # Those of a scan's tensors.
     layout = layout._replace(strides=())
     columns = len(problem.cell.fed_by("Wx")) * problem.N * problem.D

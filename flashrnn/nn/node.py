@@ -18,15 +18,15 @@ from torch import Tensor
 
 from flashrnn import backends, calls
 from flashrnn.backends import autograd
-from flashrnn.cells.spec import Cell
 from flashrnn.config import DEFAULT
+from flashrnn.initial import initial_states
 from flashrnn.layer import gradients_of_layer, input_product
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
     drops_after,
     has_masks,
-    parameter,
+    parameters_named,
     weights_of,
 )
 from flashrnn.nn.precision import config_on
@@ -59,7 +59,7 @@ def run(
         return None
     if has_masks(layers) or drops_after(layers, 0) or 0 in x.shape[:-1]:
         return None
-    weights = [[parameter(layers, name) for name in names] for names in layers._all_weights]
+    weights = [parameters_named(layers, names) for names in layers._all_weights]
     if not backends.is_direct(x, *itertools.chain(*weights), *(states or ())):
         return None
     kind = x.device.type
@@ -78,13 +78,11 @@ def _all_layers(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """See :func:`run`; ``dtype`` is that of autocast, which is off within."""
-    last = []
+    last, starts = [], None
+    if states is not None:
+        starts = torch.stack(states, 1).unflatten(-1, (1, layers.heads, -1)).unbind(0)
     for row, of_row in enumerate(weights):
-        start = None
-        if states is not None:
-            start = torch.stack([state[row] for state in states])
-            start = start.unflatten(-1, (1, layers.heads, -1))
-        found = _layer(layers, row, x, of_row, start, dtype)
+        found = _layer(layers, row, x, of_row, None if starts is None else starts[row], dtype)
         if found is None:
             return None
         x, *ended = found
@@ -99,15 +97,11 @@ class Form(NamedTuple):
 
     Attributes:
         mode: torch.nn's name of the cell, or the cell's own.
-        cell: the cell.
-        heads: N.
         x_by_time: whether the input is ``[T, B, I]`` in place of ``[B, T, I]``.
         h_by_time: whether h is to be ``[T, B, N * D]``.
     """
 
     mode: str
-    cell: Cell
-    heads: int
     x_by_time: bool
     h_by_time: bool
 
@@ -122,10 +116,7 @@ def _layer(
 ) -> tuple[Tensor, ...] | None:
     """One layer: h, and each last state ``[1, B, N * D]``; ``None`` where one node cannot be."""
     by_time, cell = not layers.batch_first, cell_of(layers)
-    form = Form(
-        *(layers.mode, cell, layers.heads, by_time and row == 0),
-        h_by_time=by_time and row == layers.num_layers - 1,
-    )
+    form = Form(layers.mode, by_time and row == 0, by_time and row == layers.num_layers - 1)
     # The setting is of float32. To ask for it takes as long as to launch a kernel.
     config = DEFAULT
     if (dtype or x.dtype) == torch.float32:
@@ -134,7 +125,7 @@ def _layer(
     requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     # What the problem follows from: what `calls.accepted` checks.
     key = (
-        *(form.mode, cell.traced, form.heads, form.x_by_time, start is None, len(weights)),
+        *(form.mode, cell.traced, layers.heads, form.x_by_time, start is None),
         *(requires_grad, dtype, config.allow_tf32),
         *[(tensor.shape, tensor.dtype, tensor.device) for tensor in given],
     )
@@ -145,11 +136,11 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
-    chosen, problem, start, _ = calls.prepared(
-        problem, cell, layers.backend, start, DEFAULT, None, direct=True
-    )
+    chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
         return None
+    if start is None:
+        start = initial_states(problem, DEFAULT, direct=True)
     if problem.needs_gradient:
         found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, chosen, problem, form, *weights)
         return found
@@ -170,23 +161,23 @@ def _forward(
     """h and each last state in torch.nn's forms, and what backward needs."""
     biases: Sequence[Tensor]
     weight_ih, weight_hh, *biases = weights
-    x, weight_ih, weight_hh = (
-        calls.cast_to(factor, problem.dtype) for factor in (x, weight_ih, weight_hh)
-    )
+    dtype = problem.dtype
+    x, weight_ih = calls.cast_to(x, dtype), calls.cast_to(weight_ih, dtype)
+    weight_hh = calls.cast_to(weight_hh, dtype)
     rows = x.transpose(0, 1) if form.x_by_time else x
     S, B, _, N, D = start.shape
     own, bias, results = None, None, autograd.Results()
     if autograd.multiplies(backend, problem, rows, weight_ih):
         own, (bias, biases) = backend, of_input(form.mode, biases)
         results = backend.results(problem, x, form.h_by_time)
-    R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases, _copy(backend))
+    R, b = recurrence(form.mode, problem.cell, N, weight_hh, biases, _copy(backend))
     R, b, start = calls.weights_as_computed(problem, R, b, start)
     if own is None:
         Wx = input_product(problem, rows, weight_ih)
         states, last_states, gates = backend.forward(problem, Wx, R, b, start)
     else:
         if bias is not None:
-            bias = calls.cast_to(bias, problem.dtype).contiguous()
+            bias = calls.cast_to(bias, dtype).contiguous()
         factors = autograd.Factors(rows, weight_ih, bias=bias)
         found = own.forward(problem, None, R, b, start, factors=factors, results=results)
         states, last_states, gates = found
@@ -196,7 +187,7 @@ def _forward(
         if form.h_by_time:
             h = h.transpose(0, 1).contiguous()
     if last is None:
-        last = calls.cast_to(last_states, h.dtype).view(S, B, N * D)
+        last = calls.cast_to(last_states, dtype).view(S, B, N * D)
     # No views of one another: callers change them in place, each by itself.
     ended = last.unsafe_split(1)
     # The weights themselves: views of them would not be found changed where these are. And h, which

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends
+from flashrnn.cells.signature import Signature
 from flashrnn.cells.spec import Cell
 from flashrnn.nn.modes import MODES
 
@@ -63,7 +64,7 @@ Copies = Callable[[tuple[int, ...], Sequence[int], torch.dtype, torch.device], N
 
 def recurrence(
     mode: str,
-    cell: Cell,
+    cell: Signature,
     heads: int,
     weight_hh: Tensor,
     biases: Sequence[Tensor],

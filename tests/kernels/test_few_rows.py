@@ -221,7 +221,8 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
     factors = autograd.Factors(x, W, True, True)
 
     def taken(problem):
-        for kept in (few_rows._taken, few_rows._asked):
+        caches = few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R
+        for kept in caches:
             kept.cache_clear()
         return cuda_fused.multiplies(problem, x, W), few_rows.asked(problem, factors) is not None
 
