@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashrnn import recurrent_layer
+from flashrnn import nn, recurrent_layer
 from flashrnn.backends import autograd, cuda_fused, few_rows
 from flashrnn.cells import resolve
 from flashrnn.kernels import few_rows as kernels
@@ -15,7 +15,9 @@ from tests.fused import PRODUCTS, poisoned, tf32  # noqa: F401
 from tests.gpus import GPUS
 from tests.layers import NAMES, layer_inputs, results
 from tests.machine_code import local_memory, needs_nvrtc
+from tests.nn.against import tensors
 from tests.problems import relative_error, sparse
+from tests.steps import by_steps, forget
 
 CPU = torch.device("cpu")
 # B, T, I, N and D: less than a tile of everything; several tiles and chunks of each dimension; rows
@@ -175,6 +177,23 @@ def test_a_layer(fused_emulation, poisoned, kind, N, D, asked):  # noqa: F811
     plain = results(recurrent_layer, inputs, asked, kind, "vanilla")
     for found, right, near in zip(given, truth, plain, strict=True):
         assert relative_error(found, right) <= 2 * relative_error(near, right) + 2**-8
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_beside_a_scan_step_by_step(fused_emulation, poisoned, monkeypatch, dtype):  # noqa: F811
+    """The product is a launch of its own; torch.nn's form of results is PyTorch's to make."""
+    by_steps(monkeypatch)
+    layer = nn.LSTM(9, 20, dtype=dtype, backend="cuda_fused")
+    x = random(4, 3, 9, dtype=dtype)
+    found, again = tensors(layer(x)), tensors(layer(x))
+    forget()
+    monkeypatch.undo()
+    exact = torch.nn.LSTM(9, 20, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    for one, twice, right in zip(found, again, tensors(exact(x.double())), strict=True):
+        assert torch.equal(one, twice)
+        assert relative_error(one, right) <= 4 * EPSILON[dtype]
 
 
 @needs_compiler
