@@ -171,7 +171,7 @@ def _forward(
         own, (bias, biases) = backend, of_input(form.mode, biases)
         results = backend.results(problem, x, form.h_by_time)
     R, b = recurrence(form.mode, problem.cell, N, weight_hh, biases, _copy(backend))
-    R, b, start = calls.weights_as_computed(problem, R, b, start)
+    b, start = calls.cast_to(b, dtype), calls.cast_to(start, problem.carry_dtype)
     if own is None:
         Wx = input_product(problem, rows, weight_ih)
         states, last_states, gates = backend.forward(problem, Wx, R, b, start)
