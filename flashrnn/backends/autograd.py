@@ -125,7 +125,8 @@ class MultiplyingBackend(FusedBackend, Protocol):
         factors: Factors | None = None,
         results: Results | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """With ``factors`` in the place of ``Wx``, and with ``results`` that it writes."""
+        """With ``factors`` in the place of ``Wx``, where R and b may have fewer dimensions that are
+        as many elements, and with ``results`` that it writes."""
 
     def backward(
         self,

@@ -152,7 +152,7 @@ def forward(
     ahead = problem.needs_gradient and few_rows.gives_R(problem, features)
     if problem.T and (plan := _steps(problem, gpu, backward=False)):
         if factors is not None:
-            Wx = few_rows.multiply(problem, factors)
+            Wx, R = few_rows.multiply(problem, factors), R.view(-1, problem.N, problem.D, problem.D)
         assert Wx is not None
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), gpu, source.precision_of(problem), ahead)

@@ -173,7 +173,7 @@ def _forward(
     R, b = recurrence(form.mode, problem.cell, N, weight_hh, biases, _copy(backend))
     b, start = calls.cast_to(b, dtype), calls.cast_to(start, problem.carry_dtype)
     if own is None:
-        Wx = input_product(problem, rows, weight_ih)
+        Wx, R, b = input_product(problem, rows, weight_ih), R.view(-1, N, D, D), b.view(-1, N, D)
         states, last_states, gates = backend.forward(problem, Wx, R, b, start)
     else:
         if bias is not None:
@@ -234,7 +234,7 @@ class _Node(torch.autograd.Function):
             d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
         needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
         copy = _copy(ctx.backend)
-        R = recurrent_matrix(form.mode, weight_hh, N, D, copy)
+        R = recurrent_matrix(form.mode, weight_hh, copy).view(-1, N, D, D)
         rows = x.transpose(0, 1) if form.x_by_time else x
         factors = autograd.Factors(rows, weight_ih, needs_x, needs_W)
         with without_autocast(x.device.type):

@@ -55,6 +55,8 @@ class Weights(NamedTuple):
         """
         whole = weight_hh if weight_hr is None else weight_hh @ weight_hr
         R, b = recurrence(mode, cell, heads, whole, biases)
+        D = whole.shape[1]
+        R, b = R.view(-1, heads, D, D), b.view(-1, heads, D)
         return cls(weight_ih, R, b, weight_hh, weight_hr)
 
 
@@ -72,15 +74,16 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments.
 
-    ``copy`` takes the place of several operations of PyTorch's, where it can.
+    Their last dimensions may be fewer than those of a call of :func:`flashrnn.flashrnn`: to who
+    reads memory they are the same without a view. ``copy`` takes the place of several operations
+    of PyTorch's, where it can.
     """
-    D = weight_hh.shape[1]
     if mode == "GRU" and biases and copy is not None and _copied(weight_hh, *biases):
-        return _gru(heads, weight_hh, biases, copy)
-    R = recurrent_matrix(mode, weight_hh, heads, D)
+        return _gru(weight_hh, biases, copy)
+    R = recurrent_matrix(mode, weight_hh)
     if biases:
-        return R, bias(mode, biases, heads, D)
-    return R, R.new_zeros(len(cell.fed_by("b")), heads, D)
+        return R, bias(mode, biases)
+    return R, R.new_zeros(len(cell.fed_by("b")), heads, weight_hh.shape[1])
 
 
 # Of more elements PyTorch's copies take less time.
@@ -101,15 +104,12 @@ def _copied(*tensors: Tensor) -> bool:
     )
 
 
-def _gru(
-    N: int, weight_hh: Tensor, biases: Sequence[Tensor], copy: Copies
-) -> tuple[Tensor, Tensor]:
+def _gru(weight_hh: Tensor, biases: Sequence[Tensor], copy: Copies) -> tuple[Tensor, Tensor]:
     """The same of torch.nn's GRU by one launch."""
-    D, size = weight_hh.shape[1], weight_hh.itemsize
-    R, b = weight_hh.new_empty(3, N, D, D), weight_hh.new_empty(4, N, D)
+    H, size = len(weight_hh) // 3, weight_hh.itemsize
+    R, b = weight_hh.new_empty(weight_hh.shape), weight_hh.new_empty(4 * H)
     ih, hh = (bias.data_ptr() for bias in biases)
     of_b, (counts, addresses) = b.data_ptr(), _turned(weight_hh, R, 1)
-    H = N * D
     g, z = H * size, 2 * H * size  # Bytes of a gate, and of two.
     # (g, r, z, n): R feeds g, and Wx feeds n.
     counts += H, 2 * H, H
@@ -138,34 +138,30 @@ def of_input(mode: str, biases: Sequence[Tensor]) -> tuple[Tensor | None, Sequen
     return None, biases
 
 
-def recurrent_matrix(
-    mode: str, weight_hh: Tensor, N: int, D: int, copy: Copies | None = None
-) -> Tensor:
-    """``R`` ``[Gr, N, D, D]`` out of ``weight_hh`` ``[Gr * N * D, D]``; ``copy``: see above."""
-    if mode == "GRU" and copy is not None and _copied(weight_hh):
-        turned = weight_hh.new_empty(3, N, D, D)
+def recurrent_matrix(mode: str, weight_hh: Tensor, copy: Copies | None = None) -> Tensor:
+    """R out of ``weight_hh`` ``[Gr * N * D, D]``, as :func:`recurrence` gives it."""
+    if mode != "GRU":
+        return weight_hh
+    if copy is not None and _copied(weight_hh):
+        turned = weight_hh.new_empty(weight_hh.shape)
         copy(*_turned(weight_hh, turned, 1), turned.dtype, turned.device)
         return turned
-    R = weight_hh.view(-1, N, D, D)
     # torch.nn has (r, z, g) there, the cell gru (g, r, z).
-    return R.roll(1, 0) if mode == "GRU" else R
+    return weight_hh.view(3, -1, weight_hh.shape[1]).roll(1, 0)
 
 
-def bias(mode: str, biases: Sequence[Tensor], N: int, D: int) -> Tensor:
-    """``b`` ``[Gb, N, D]`` out of torch.nn's two biases, or out of one that is b."""
+def bias(mode: str, biases: Sequence[Tensor]) -> Tensor:
+    """``b`` ``[Gb * N * D]`` out of torch.nn's two biases, or out of one that is b."""
     if len(biases) == 1:
-        (b,) = biases
-    elif mode == "GRU":
-        b_ih, b_hh = biases
-        rz = 2 * N * D
+        return biases[0]
+    b_ih, b_hh = biases
+    if mode == "GRU":
+        rz = len(b_ih) // 3 * 2
         # (g, r, z, n): R feeds g, and Wx feeds n.
-        b = torch.cat([b_hh[rz:], b_ih[:rz] + b_hh[:rz], b_ih[rz:]])
-    else:
-        b_ih, b_hh = biases
-        # Added before any view: else both gradients would share memory, and what changes gradients
-        # in place, as clipping does, would change each of them twice.
-        b = b_ih + b_hh
-    return b.view(-1, N, D)
+        return torch.cat([b_hh[rz:], b_ih[:rz] + b_hh[:rz], b_ih[rz:]])
+    # Added before any view: else both gradients would share memory, and what changes gradients
+    # in place, as clipping does, would change each of them twice.
+    return b_ih + b_hh
 
 
 def recurrence_gradients(
