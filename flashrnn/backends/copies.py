@@ -74,8 +74,12 @@ def _sizes(
 
 def operands(results: Results) -> dict[str, Tensor]:
     """Those that are wanted, by the names of the record."""
-    given = {"h_by_time": results.h, "last_rounded": results.last}
-    return {name: tensor for name, tensor in given.items() if tensor is not None}
+    found = {}
+    if results.h is not None:
+        found["h_by_time"] = results.h
+    if results.last is not None:
+        found["last_rounded"] = results.last
+    return found
 
 
 def behind_scan(problem: Problem, layout: call.Layout) -> list[LaunchTemplate]:

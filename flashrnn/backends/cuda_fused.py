@@ -8,7 +8,6 @@ is computed so (:mod:`flashrnn.backends.steps`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
@@ -43,6 +42,9 @@ from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
+
+# See `autograd.MultiplyingBackend`.
+multiplies, copy = few_rows.multiplies, copies.enqueue
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -189,23 +191,11 @@ def forward(
     return autograd.kept(problem, every_state), last_states, gates
 
 
-def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
-    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`: where there are few rows."""
-    return few_rows.multiplies(problem, x, W)
-
-
 def results(problem: Problem, like: Tensor, by_time: bool) -> Results:
     """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
     if steps.may_be_faster(problem) and _steps(problem, _gpu(problem), backward=False):
         return Results()
     return copies.results(problem, like, by_time)
-
-
-def copy(
-    counts: tuple[int, ...], addresses: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
-    copies.enqueue(counts, addresses, dtype, device)
 
 
 def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
