@@ -74,11 +74,11 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments.
 
-    Their last dimensions may be fewer than those of a call of :func:`flashrnn.flashrnn`: to who
-    reads memory they are the same without a view. ``copy`` takes the place of several operations
-    of PyTorch's, where it can.
+    They may have fewer dimensions than :func:`flashrnn.flashrnn` takes: who reads their memory
+    needs no view. ``copy`` takes the place of several operations of PyTorch's, where it can; with
+    it, :func:`flashrnn.backends.is_direct` holds for the tensors.
     """
-    if mode == "GRU" and biases and copy is not None and _copied(weight_hh, *biases):
+    if mode == "GRU" and biases and copy is not None and _copied_so(weight_hh, *biases):
         return _gru(weight_hh, biases, copy)
     R = recurrent_matrix(mode, weight_hh)
     if biases:
@@ -95,10 +95,14 @@ def _copied(*tensors: Tensor) -> bool:
 
     Nothing must record them or ask for a derivative, as a graph of the gradient does.
     """
+    return backends.is_direct(*tensors) and _copied_so(*tensors)
+
+
+def _copied_so(*tensors: Tensor) -> bool:
+    """The same of tensors for which :func:`flashrnn.backends.is_direct` is known to hold."""
     dtype, differentiates = tensors[0].dtype, torch.is_grad_enabled()
     return (
-        backends.is_direct(*tensors)
-        and tensors[0].numel() <= _MOST_COPIED
+        tensors[0].numel() <= _MOST_COPIED
         and all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors)
         and not (differentiates and any(tensor.requires_grad for tensor in tensors))
     )
