@@ -551,13 +551,13 @@ def _prepared(
     launches = [LaunchTemplate(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
     if product is not None:
         launches.insert(0, few_rows.product(problem, product, layout))
-    if not backward:
-        launches += copies.behind_scan(problem, layout)
-    else:
+    if backward:
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
         if asked is not None:
             launches.append(few_rows.gradients(problem, asked, layout))
+    else:
+        launches += copies.behind_scan(problem, layout)
     return _Prepared((*launches,), scratch, copied)
 
 

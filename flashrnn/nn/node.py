@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -122,12 +123,12 @@ def _layer(
     if (dtype or x.dtype) == torch.float32:
         config = config_on(x.device) or DEFAULT
     given = (x, *weights) if start is None else (x, *weights, start)
-    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    requires_grad = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
     # What the problem follows from: what `calls.accepted` checks.
     key = (
         *(form.mode, cell.traced, layers.heads, form.x_by_time, start is None),
         *(requires_grad, dtype, config.allow_tf32),
-        *[(tensor.shape, tensor.dtype, tensor.device) for tensor in given],
+        *map(_KIND, given),
     )
     problem = calls.problems.get(key)
     if problem is None:
@@ -147,6 +148,7 @@ def _layer(
     return _forward(x, start, chosen, problem, form, *weights)[0]
 
 
+_KIND, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
 _H_ALONE = Given(None, None, None, None, False, "h")
 
 

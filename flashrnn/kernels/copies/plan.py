@@ -47,8 +47,8 @@ RECORD = call.Record(
         "last_end": "int",
     },
 )
-"""The addresses of all copies, and then how many elements each has and where its CTAs end. What is
-no copy has zeros."""
+"""The addresses of all copies, those of a scan's results last, and then how many elements each has
+and where its CTAs end. What is no copy has zeros."""
 
 
 def share(counts: Sequence[int]) -> tuple[tuple[int, ...], int]:
