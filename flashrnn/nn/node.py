@@ -90,7 +90,9 @@ def _all_layers(
         last.append(ended)
     if len(last) == 1:
         return x, last[0]
-    return x, [torch.cat(of_all) for of_all in zip(*last, strict=True)]
+    # No views of one another, as those of a layer.
+    of_states = itertools.chain.from_iterable(zip(*last, strict=True))
+    return x, [*torch.cat([*of_states]).unsafe_split(len(last))]
 
 
 class Form(NamedTuple):

@@ -109,16 +109,19 @@ def test_under_autocast(fused_emulation, made):  # noqa: F811
 
 @pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_two_results_share_memory(
     fused_emulation,  # noqa: F811
     made,
     kind,
+    num_layers,
     dtype,
     batch_first,
 ):
     """Programs change states and gradients in place, each by itself."""
-    layer = getattr(ours, kind)(3, 5, batch_first=batch_first, dtype=dtype, backend="cuda_fused")
+    options = {"batch_first": batch_first, "dtype": dtype, "backend": "cuda_fused"}
+    layer = getattr(ours, kind)(3, 5, num_layers, **options)
     output, last = layer(torch.randn(4, 2, 3, dtype=dtype))
     last = tensors(last)
     output.sum().backward()
@@ -134,15 +137,17 @@ def test_no_two_results_share_memory(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_last_states_are_what_programs_take_them_for(
     fused_emulation,  # noqa: F811
     made,
     kind,
+    num_layers,
     dtype,
 ):
     """Changed in place where there is a gradient, kept, or made leaves of a graph."""
-    layer = getattr(ours, kind)(3, 5, dtype=dtype, backend="cuda_fused")
+    layer = getattr(ours, kind)(3, 5, num_layers, dtype=dtype, backend="cuda_fused")
     x = torch.randn(4, 2, 3, dtype=dtype)
     expected = tensors(layer(x)[1])
     slopes = torch.autograd.grad([2 * one.sum() for one in expected], layer.weight_hh_l0)
