@@ -201,7 +201,7 @@ def gradients_of_layer(
 ) -> Gradients:
     """The same backward, from what a node has kept; see :func:`autograd.gradients_of`."""
     arguments = backend, problem, residuals, given, d_states, d_last
-    x, W, needs_x, needs_W = factors
+    x, W, needs_x, needs_W, _ = factors
     # A hook on saved tensors may have changed these, too.
     if backends.are_plain((x, W)) and autograd.multiplies(backend, problem, x, W):
         found = autograd.gradients_of(*arguments, factors=factors)

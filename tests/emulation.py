@@ -221,7 +221,7 @@ def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
     for module in (copies, cuda_fused, few_rows, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
-    for module in (copies, cuda_fused):
+    for module in (copies, cuda_fused, few_rows):
         monkeypatch.setattr(module, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
 

@@ -88,6 +88,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "_kernel", found.kernel)
+    monkeypatch.setattr(few_rows, "launch_in_turn", one_by_one)
     monkeypatch.setattr(copies, "_kernel", found.kernel)
     monkeypatch.setattr(copies, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
@@ -503,7 +504,7 @@ class Launched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, returned = func.overloadpacket.__name__, func._schema.returns
         is_view = all(x.alias_info and not x.alias_info.is_write for x in returned)
-        if not (is_view or "empty" in name or name == "_unsafe_view"):
+        if not (is_view or "empty" in name or name in ("_unsafe_view", "unsafe_split")):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -538,6 +539,33 @@ def test_options_take_a_launch_beside_the_scan(launches, monkeypatch, D, kinds):
     allowed = ["zeros", "new_zeros"] if kinds.get("resets") in ("sequence", "step") else []
     allowed += ["bmm", "clone", "copy_", "sum"] if D > 128 else []
     assert {*backward.names} <= {*allowed}, backward.names
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["", "trained"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_layer_of_few_rows_launches_nothing_of_pytorchs(
+    launches, monkeypatch, kind, dtype, batch_first, trained
+):
+    """Forward: its product, its scan, and what brings weights and results from one form into the
+    other."""
+    for module in (backends, autograd):
+        monkeypatch.setattr(module, "recorded", lambda: False)
+    layer = kind(16, 16, batch_first=batch_first, dtype=dtype, backend="cuda_fused")
+    layer.requires_grad_(trained)
+    x = torch.zeros(2, 3, 16, dtype=dtype)
+    layer(x)  # The zeros that states start from are made once.
+    launches.take()
+    with Launched() as forward:
+        layer(x)
+    assert forward.names == []
+    ours = ["few_rows_product", "single_cta_forward"]
+    if kind is nn.GRU:
+        ours.insert(0, "copies")
+    if dtype == torch.float16 or not batch_first:
+        ours.append("copies")
+    assert [one[0] for one in launches.take()] == ours
 
 
 @pytest.mark.slow

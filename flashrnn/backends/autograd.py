@@ -70,17 +70,33 @@ class Factors(NamedTuple):
         W: ``[Gw, N, D, I]``, or with fewer dimensions before the last; likewise.
         needs_x: whether the gradient of x is asked for.
         needs_W: whether that of W is.
+        bias: what forward adds to the product, with W's dimensions but the last; contiguous, of
+            ``problem.dtype``.
     """
 
     x: Tensor
     W: Tensor
     needs_x: bool = False
     needs_W: bool = False
+    bias: Tensor | None = None
+
+
+class Results(NamedTuple):
+    """Results in the form of torch.nn's layers, contiguous and of ``problem.dtype``, that a forward
+    writes besides its own. ``None``: it does not.
+
+    Attributes:
+        h: ``[T, B, N * D]``.
+        last: of each state the last, ``[S, B, N * D]``.
+    """
+
+    h: Tensor | None = None
+    last: Tensor | None = None
 
 
 class MultiplyingBackend(FusedBackend, Protocol):
     """A fused backend that can compute a layer's input product, and its gradients, itself, and
-    that has several small copies in one launch (:func:`flashrnn.backends.copies.enqueue`)."""
+    that has several small copies in one launch (:mod:`flashrnn.backends.copies`)."""
 
     def copy(
         self,
@@ -90,6 +106,10 @@ class MultiplyingBackend(FusedBackend, Protocol):
         device: torch.device,
     ) -> None:
         """Enqueue copies."""
+
+    def results(self, problem: Problem, like: Tensor, by_time: bool) -> Results:
+        """Memory for results that the forward below is to write; see
+        :func:`flashrnn.backends.copies.results`."""
 
     def multiplies(self, problem: Problem, x: Tensor, W: Tensor) -> bool:
         """Whether it does so for these factors; the two below then take them."""
@@ -103,8 +123,10 @@ class MultiplyingBackend(FusedBackend, Protocol):
         states: Tensor,
         sequences: Sequences | None = None,
         factors: Factors | None = None,
+        results: Results | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """With ``factors`` in the place of ``Wx``."""
+        """With ``factors`` in the place of ``Wx``, where R and b may have fewer dimensions that are
+        as many elements, and with ``results`` that it writes."""
 
     def backward(
         self,

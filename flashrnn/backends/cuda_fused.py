@@ -8,7 +8,6 @@ is computed so (:mod:`flashrnn.backends.steps`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import Run, Runs, autograd, copies, few_rows, steps, tables
-from flashrnn.backends.autograd import Factors
+from flashrnn.backends.autograd import Factors, Results
 from flashrnn.backends.gradients import (
     Gradients,
     number_of,
@@ -43,6 +42,9 @@ from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
+
+# See `autograd.MultiplyingBackend`.
+multiplies, copy = few_rows.multiplies, copies.enqueue
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -141,29 +143,32 @@ def forward(
     states: Tensor,
     sequences: Sequences | None = None,
     factors: Factors | None = None,
+    results: Results | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`.
+    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`.
 
     ``factors``, for which ``multiplies`` holds, are given in the place of ``Wx``.
     """
     gpu = _gpu(problem)
     features = 0 if factors is None else factors.x.shape[2]
     ahead = problem.needs_gradient and few_rows.gives_R(problem, features)
-    first = None
-    if factors is not None:
-        Wx, first = few_rows.product(problem, factors)
-    assert Wx is not None
     if problem.T and (plan := _steps(problem, gpu, backward=False)):
-        if first is not None:
-            launch_in_turn([first])
+        if factors is not None:
+            Wx, R = few_rows.multiply(problem, factors), R.view(-1, problem.N, problem.D, problem.D)
+        assert Wx is not None
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), gpu, source.precision_of(problem), ahead)
         return steps.forward(problem, plan, Wx, R, b, states)
+    tensors, product = {}, None
+    if factors is not None:
+        Wx, product = few_rows.begun(problem, factors.x)
+        tensors = few_rows.operands(factors)
+    assert Wx is not None
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         last_states = states.clone(memory_format=torch.contiguous_format)
         return autograd.kept(problem, every_state), last_states, gates
-    tensors = {
+    tensors |= {
         "Wx": Wx,
         "R": R.contiguous(),
         "b": b.contiguous(),
@@ -173,6 +178,8 @@ def forward(
     }
     if gates is not None:
         tensors["gates"] = gates
+    if results is not None:
+        tensors |= copies.operands(results)
     options = source.forward_options(problem.needs_gradient)
     if sequences is not None:
         idle = _idle(problem, every_state, problem.N * problem.D)
@@ -180,20 +187,15 @@ def forward(
         tensors |= tables.made(problem, sequences, idle=idle).of_scan
     if problem.returned is not None:
         options += source.options_of_storing(problem, every_state.shape[0])
-    _launch(problem, gpu, False, tensors, options, ahead=ahead, first=first)
+    _launch(problem, gpu, False, tensors, options, product, ahead=ahead)
     return autograd.kept(problem, every_state), last_states, gates
 
 
-def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
-    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`: where there are few rows."""
-    return few_rows.multiplies(problem, x, W)
-
-
-def copy(
-    counts: tuple[int, ...], addresses: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
+def results(problem: Problem, like: Tensor, by_time: bool) -> Results:
     """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
-    copies.enqueue(counts, addresses, dtype, device)
+    if steps.may_be_faster(problem) and _steps(problem, _gpu(problem), backward=False):
+        return Results()
+    return copies.results(problem, like, by_time)
 
 
 def _idle(problem: Problem, tensor: Tensor, width: int) -> tables.Idle | None:
@@ -280,7 +282,7 @@ def backward(
         if problem.dtype == torch.float32 and not of_R:
             tensors["h_initial"] = states_initial[0].contiguous()
     tensors["d_b"] = d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
-    _launch(problem, gpu, True, tensors, options, asked)
+    _launch(problem, gpu, True, tensors, options, asked=asked)
     if d_R is None:
         before = of_options.before
         every_h = None if before is None else tables.h_before(problem, before, states[0])
@@ -294,9 +296,9 @@ def _launch(
     backward: bool,
     tensors: dict[str, Tensor],
     options: source.Options,
+    product: few_rows.Product | None = None,
     asked: few_rows.Asked | None = None,
     ahead: bool = False,
-    first: tuple[Kernel, launch.Shape, Sequence[int]] | None = None,
 ) -> None:
     """Launch a direction's kernels.
 
@@ -306,25 +308,25 @@ def _launch(
         backward: the direction.
         tensors: those of the direction's records, but for scratch memory.
         options: constants out of :mod:`flashrnn.kernels.source`.
+        product: a layer's input product, if it is over few rows.
         asked: the gradients that are products over few rows.
         ahead: whether backward will compute R's gradient as for few rows.
-        first: a launch that goes before all others.
     """
     record = _record(problem, backward)
     precision = source.precision_of(problem)
+    given = problem, gpu, backward, precision, options
     addresses, layout = record.read(tensors)
-    prepared = _prepared(problem, gpu, backward, precision, options, layout, asked, ahead)
+    prepared = _prepared(*given, layout, product, asked, ahead)
     if prepared.copied:
         for name in prepared.copied:
             # A copy also of a contiguous tensor that begins at an unaligned address.
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
-        prepared = _prepared(problem, gpu, backward, precision, options, layout, asked, ahead)
+        prepared = _prepared(*given, layout, product, asked, ahead)
     if any(prepared.scratch):
         scratch = _scratch(prepared, tensors["R"])
         addresses += [memory.data_ptr() for memory in scratch]
-    launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches]
-    launch_in_turn(launches if first is None else [first, *launches])
+    launch_in_turn([(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches])
 
 
 def _may_be_one_step(problem: Problem, backward: bool) -> bool:
@@ -515,6 +517,7 @@ def _prepared(
     precision: str,
     options: source.Options,
     layout: call.Layout,
+    product: few_rows.Product | None = None,
     asked: few_rows.Asked | None = None,
     ahead: bool = False,
     in_place: bool = False,
@@ -546,11 +549,15 @@ def _prepared(
     groups = plan.groups(B, N, gpu)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
     launches = [LaunchTemplate(kernel, kernel.shape._replace(grid=plan.grid(B, N, gpu)), packing)]
+    if product is not None:
+        launches.insert(0, few_rows.product(problem, product, layout))
     if backward:
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
         if asked is not None:
             launches.append(few_rows.gradients(problem, asked, layout))
+    else:
+        launches += copies.behind_scan(problem, layout)
     return _Prepared((*launches,), scratch, copied)
 
 

@@ -18,11 +18,39 @@ from flashrnn.backends.autograd import Factors
 from flashrnn.backends.launches import LaunchTemplate
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch
-from flashrnn.jit.kernel import Kernel
+from flashrnn.jit.kernel import Kernel, launch_in_turn
 from flashrnn.jit.kernel import load as _kernel
 from flashrnn.kernels import call, few_rows, gradient_sums, registry, source
 from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.problem import Problem, matmul_tf32_allowed
+
+
+class Input(NamedTuple):
+    """A layer's input as its product reads it, and where that is written.
+
+    Attributes:
+        I: features.
+        pitch: how many elements its rows lie from each other.
+        sizes: those of ``Wx``.
+        strides: likewise; its rows lie in the order of the input's.
+    """
+
+    I: int  # noqa: E741
+    pitch: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Product(NamedTuple):
+    """What the launch of an input product depends on besides the scan's layout.
+
+    Attributes:
+        input: the input.
+        precision: out of ``source.PRECISIONS``.
+    """
+
+    input: Input
+    precision: str
 
 
 class Asked(NamedTuple):
@@ -53,8 +81,21 @@ def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
         x: ``[B, T, I]`` of ``problem.dtype``.
         W: see :class:`flashrnn.backends.autograd.Factors`.
     """
-    taken, _ = _taken(problem, x.shape[2])
-    return taken and W.is_contiguous() and _pitch(x) is not None
+    return W.is_contiguous() and _input(problem, x.shape, x.stride()) is not None
+
+
+@lru_cache(maxsize=1024)
+def _input(problem: Problem, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Input | None:
+    """An input of such a layout, if its product is computed here."""
+    (B, T, I), (of_B, of_T, _) = sizes, strides  # noqa: E741
+    taken, _ = _taken(problem, I)
+    pitch = _pitch(sizes, strides)
+    if not taken or pitch is None:
+        return None
+    Gw, N, D = len(problem.cell.fed_by("Wx")), problem.N, problem.D
+    row, by_time = Gw * N * D, B > 1 and T > 1 and of_T > of_B
+    of_rows = (row, B * row) if by_time else (T * row, row)
+    return Input(I, pitch, (B, T, Gw, N, D), (*of_rows, N * D, D, 1))
 
 
 @lru_cache(maxsize=1024)
@@ -67,6 +108,7 @@ def _taken(problem: Problem, I: int) -> tuple[bool, bool]:  # noqa: E741
     return few_rows.takes_product(*sizes), few_rows.takes(*sizes)
 
 
+@lru_cache(maxsize=1024)
 def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
     """Whether the gradients of R and of the bias are computed here.
 
@@ -84,7 +126,7 @@ def asked(problem: Problem, factors: Factors | None) -> Asked | None:
     """What is computed here of a call's gradients; ``None``: nothing."""
     if factors is None or not (factors.needs_x or factors.needs_W):
         return _asked(problem, False, False, (), 0, _precision(problem))
-    x, _, of_x, of_W = factors
+    x, _, of_x, of_W, _ = factors
     return _asked(problem, of_x, of_W, x.stride(), x.shape[2], _precision(problem))
 
 
@@ -116,10 +158,10 @@ def _precision(problem: Problem) -> str:
     return precision_beside(source.precision_of(problem))
 
 
-def _pitch(x: Tensor) -> int | None:
+def _pitch(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """How many elements the rows of an input lie from each other, in the order in which it has
     them; ``None`` if they do not lie equally far."""
-    (B, T, _), (of_B, of_T, of_I) = x.shape, x.stride()
+    (B, T, _), (of_B, of_T, of_I) = sizes, strides
     if of_I != 1:
         return None
     if T == 1 or of_B == T * of_T:
@@ -127,40 +169,49 @@ def _pitch(x: Tensor) -> int | None:
     return of_T if B == 1 else of_B if of_T == B * of_B else None
 
 
-def product(
-    problem: Problem, factors: Factors
-) -> tuple[Tensor, tuple[Kernel, launch.Shape, tuple[int, ...]]]:
-    """``Wx`` ``[B, T, Gw, N, D]``, and the launch that computes it, with its arguments.
+def multiply(problem: Problem, factors: Factors) -> Tensor:
+    """``Wx``, by a launch of its own, of factors for which :func:`multiplies` holds."""
+    Wx, given = begun(problem, factors.x)
+    addresses, layout = call.FEW_ROWS_PRODUCT.read({**operands(factors), "Wx": Wx})
+    kernel, shape, packing = product(problem, given, layout)
+    launch_in_turn([(kernel, shape, packing(addresses))])
+    return Wx
+
+
+def operands(factors: Factors) -> dict[str, Tensor]:
+    """What the input product reads, by the names of its record."""
+    found = {"x": factors.x, "W": factors.W}
+    if factors.bias is not None:
+        found["bias"] = factors.bias
+    return found
+
+
+def begun(problem: Problem, x: Tensor) -> tuple[Tensor, Product]:
+    """Memory for ``Wx`` ``[B, T, Gw, N, D]``, and what its launch depends on, of such an x."""
+    of_x = cast(Input, _input(problem, x.shape, x.stride()))
+    Wx = x.new_empty_strided(of_x.sizes, of_x.strides)
+    return Wx, Product(of_x, _precision(problem))
+
+
+# Beside most scans it is one of several launches, which are looked up together.
+@lru_cache(maxsize=64)
+def product(problem: Problem, given: Product, layout: call.Layout) -> LaunchTemplate:
+    """The launch of the input product.
 
     Args:
         problem: the scan's.
-        factors: for which :func:`multiplies` holds.
+        given: how it is computed.
+        layout: of the call's tensors, with ``x``, ``W``, ``Wx`` and any ``bias`` among them.
     """
-    x, W, *_ = factors
-    (B, T), (of_B, of_T, _) = problem.rows, x.stride()
-    gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
-    by_time = B > 1 and T > 1 and of_T > of_B
-    Wx = x.new_empty(T, B, *gates) if by_time else x.new_empty(B, T, *gates)
-    addresses, layout = call.FEW_ROWS_PRODUCT.read({"x": x, "W": W, "Wx": Wx})
-    precision = _precision(problem)
-    pitch = cast(int, _pitch(x))
-    kernel, shape, packing = _product(problem, x.shape[2], pitch, precision, layout)
-    return Wx.transpose(0, 1) if by_time else Wx, (kernel, shape, packing(addresses))
-
-
-@lru_cache(maxsize=512)
-def _product(
-    problem: Problem,
-    I: int,  # noqa: E741
-    pitch: int,
-    precision: str,
-    layout: call.Layout,
-) -> LaunchTemplate:
     record, (B, T), size = call.FEW_ROWS_PRODUCT, problem.rows, problem.dtype.itemsize
+    (I, pitch, *_), precision = given  # noqa: E741
+    # Those of a scan's tensors.
+    layout = layout._replace(strides=())
     columns = len(problem.cell.fed_by("Wx")) * problem.N * problem.D
     piece_bytes = record.piece_bytes(("x", "W"), layout, gcd(I, pitch), size)
     kernel = _product_kernel(precision, piece_bytes, problem.device)
-    packing = record.packing(layout, x_pitch=pitch, rows=B * T, columns=columns, I=I)
+    numbers = {"x_pitch": pitch, "rows": B * T, "columns": columns, "I": I}
+    packing = record.packing(layout, **numbers)
     grid = few_rows.product_ctas(B * T, columns)
     return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)
 
@@ -236,5 +287,5 @@ def _load(program: few_rows.Program, device: torch.device) -> Kernel:
     return _kernel(program.entry, program.text, shape, device)
 
 
-KERNELS = (_product, _product_kernel, _gradients_kernel)
+KERNELS = (product, _product_kernel, _gradients_kernel)
 """The caches that hold kernels."""

@@ -110,7 +110,8 @@ def converted(
 ) -> tuple[Tensor, Tensor]:
     """``R`` and ``b`` as :func:`flashrnn.flashrnn` takes them, out of a module of ``torch.nn``."""
     mode, D = mode_of(resolve(function)), R.shape[1]
-    return recurrent_matrix(mode, R, 1, D), bias(mode, [b_input, b_recurrent], 1, D)
+    b = bias(mode, [b_input, b_recurrent])
+    return recurrent_matrix(mode, R).view(-1, 1, D, D), b.view(-1, 1, D)
 
 
 @dataclass(frozen=True)

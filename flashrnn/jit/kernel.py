@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,8 @@ class Kernel:
         """A launch that stays, on PyTorch's current stream of the program's device."""
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
-            return launch.Kept(launch.Launch(kernel, shape, fields), _stream_for([self]), device)
+            stream = _stream_for([self], device)
+            return launch.Kept(launch.Launch(kernel, shape, fields), stream, device)
 
     def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
@@ -32,19 +33,19 @@ def launch_in_turn(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]
     """Enqueue launches of kernels of one device on PyTorch's current stream, in order."""
     device = launches[0][0].program.device
     with context.on_device(device):
-        stream = _stream_for([kernel for kernel, _, _ in launches])
+        stream = _stream_for((kernel for kernel, _, _ in launches), device)
         of_driver = [
             (kernel.program.kernels[0], shape, fields) for kernel, shape, fields in launches
         ]
         launch.enqueue(of_driver, stream, device)
 
 
-def _stream_for(kernels: Sequence[Kernel]) -> int:
+def _stream_for(kernels: Iterable[Kernel], device: int) -> int:
     """The current stream; if it is captured, the kernels' programs stay for the graph."""
     if torch.cuda.is_current_stream_capturing():
         for kernel in kernels:
             kernel.program.keep_for_graphs()
-    return context.current_stream(kernels[0].program.device)
+    return context.current_stream(device)
 
 
 def load(entry: str, parts: Mapping[str, str], shape: launch.Shape, device: torch.device) -> Kernel:

@@ -386,12 +386,13 @@ FEW_ROWS_PRODUCT = Record(
     (
         Operand("x", "const Element"),
         Operand("W", "const Element"),
+        Operand("bias", "const Element"),
         Operand("Wx", "Element"),
     ),
     {"x_pitch": "long long", "rows": "int", "columns": "int", "I": "int"},
 )
 """Of the input product of a layer over few rows, which lie ``x_pitch`` elements from each other.
-``W`` and ``Wx`` are contiguous."""
+``W``, ``bias`` and ``Wx`` are contiguous. Of a layer without a bias of its input none is given."""
 
 FEW_ROWS_GRADIENTS = Record(
     "FewRowsGradientsCall",

@@ -10,6 +10,8 @@ the same.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +19,25 @@ from torch import Tensor
 
 from flashrnn import backends, calls
 from flashrnn.backends import autograd
-from flashrnn.cells.spec import Cell
 from flashrnn.config import DEFAULT
-from flashrnn.layer import forward_of_layer, gradients_of_layer
+from flashrnn.initial import initial_states
+from flashrnn.layer import gradients_of_layer, input_product
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
     drops_after,
     has_masks,
-    parameter,
+    parameters_named,
     weights_of,
 )
 from flashrnn.nn.precision import config_on
-from flashrnn.nn.weights import Copies, recurrence, recurrence_gradients, recurrent_matrix
+from flashrnn.nn.weights import (
+    Copies,
+    of_input,
+    recurrence,
+    recurrence_gradients,
+    recurrent_matrix,
+)
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
 from flashrnn.sequences import Given
 
@@ -52,7 +60,7 @@ def run(
         return None
     if has_masks(layers) or drops_after(layers, 0) or 0 in x.shape[:-1]:
         return None
-    weights = [[parameter(layers, name) for name in names] for names in layers._all_weights]
+    weights = [parameters_named(layers, names) for names in layers._all_weights]
     if not backends.is_direct(x, *itertools.chain(*weights), *(states or ())):
         return None
     kind = x.device.type
@@ -71,20 +79,20 @@ def _all_layers(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """See :func:`run`; ``dtype`` is that of autocast, which is off within."""
-    last = []
+    last, starts = [], None
+    if states is not None:
+        starts = torch.stack(states, 1).unflatten(-1, (1, layers.heads, -1)).unbind(0)
     for row, of_row in enumerate(weights):
-        start = None
-        if states is not None:
-            start = torch.stack([state[row] for state in states])
-            start = start.unflatten(-1, (1, layers.heads, -1))
-        found = _layer(layers, row, x, of_row, start, dtype)
+        found = _layer(layers, row, x, of_row, None if starts is None else starts[row], dtype)
         if found is None:
             return None
         x, *ended = found
         last.append(ended)
     if len(last) == 1:
         return x, last[0]
-    return x, [torch.cat(of_all) for of_all in zip(*last, strict=True)]
+    # No views of one another, as those of a layer.
+    of_states = itertools.chain.from_iterable(zip(*last, strict=True))
+    return x, [*torch.cat([*of_states]).unsafe_split(len(last))]
 
 
 class Form(NamedTuple):
@@ -92,15 +100,11 @@ class Form(NamedTuple):
 
     Attributes:
         mode: torch.nn's name of the cell, or the cell's own.
-        cell: the cell.
-        heads: N.
         x_by_time: whether the input is ``[T, B, I]`` in place of ``[B, T, I]``.
         h_by_time: whether h is to be ``[T, B, N * D]``.
     """
 
     mode: str
-    cell: Cell
-    heads: int
     x_by_time: bool
     h_by_time: bool
 
@@ -115,21 +119,18 @@ def _layer(
 ) -> tuple[Tensor, ...] | None:
     """One layer: h, and each last state ``[1, B, N * D]``; ``None`` where one node cannot be."""
     by_time, cell = not layers.batch_first, cell_of(layers)
-    form = Form(
-        *(layers.mode, cell, layers.heads, by_time and row == 0),
-        h_by_time=by_time and row == layers.num_layers - 1,
-    )
+    form = Form(layers.mode, by_time and row == 0, by_time and row == layers.num_layers - 1)
     # The setting is of float32. To ask for it takes as long as to launch a kernel.
     config = DEFAULT
     if (dtype or x.dtype) == torch.float32:
         config = config_on(x.device) or DEFAULT
     given = (x, *weights) if start is None else (x, *weights, start)
-    requires_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    requires_grad = torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, given))
     # What the problem follows from: what `calls.accepted` checks.
     key = (
-        *(form.mode, cell.traced, form.heads, form.x_by_time, start is None, len(weights)),
+        *(form.mode, cell.traced, layers.heads, form.x_by_time, start is None),
         *(requires_grad, dtype, config.allow_tf32),
-        *[(tensor.shape, tensor.dtype, tensor.device) for tensor in given],
+        *map(_KIND, given),
     )
     problem = calls.problems.get(key)
     if problem is None:
@@ -138,17 +139,18 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
-    chosen, problem, start, _ = calls.prepared(
-        problem, cell, layers.backend, start, DEFAULT, None, direct=True
-    )
+    chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
         return None
+    if start is None:
+        start = initial_states(problem, DEFAULT, direct=True)
     if problem.needs_gradient:
         found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, chosen, problem, form, *weights)
         return found
     return _forward(x, start, chosen, problem, form, *weights)[0]
 
 
+_KIND, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
 _H_ALONE = Given(None, None, None, None, False, "h")
 
 
@@ -161,24 +163,37 @@ def _forward(
     *weights: Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """h and each last state in torch.nn's forms, and what backward needs."""
+    biases: Sequence[Tensor]
     weight_ih, weight_hh, *biases = weights
-    x, weight_ih, weight_hh = (
-        calls.cast_to(factor, problem.dtype) for factor in (x, weight_ih, weight_hh)
-    )
+    dtype = problem.dtype
+    x, weight_ih = calls.cast_to(x, dtype), calls.cast_to(weight_ih, dtype)
+    weight_hh = calls.cast_to(weight_hh, dtype)
     rows = x.transpose(0, 1) if form.x_by_time else x
     S, B, _, N, D = start.shape
-    R, b = recurrence(form.mode, form.cell, form.heads, weight_hh, biases, _copy(backend))
-    R, b, start = calls.weights_as_computed(problem, R, b, start)
-    states, last_states, gates = forward_of_layer(backend, problem, rows, weight_ih, R, b, start)
-    h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
-    if form.h_by_time:
-        h = h.transpose(0, 1).contiguous()
-    if S == 1:
-        ended = [calls.cast_to(last_states.view(1, B, N * D), h.dtype)]
+    own, bias, results = None, None, autograd.Results()
+    if autograd.multiplies(backend, problem, rows, weight_ih):
+        own, (bias, biases) = backend, of_input(form.mode, biases)
+        results = backend.results(problem, x, form.h_by_time)
+    R, b = recurrence(form.mode, problem.cell, N, weight_hh, biases, _copy(backend))
+    b, start = calls.cast_to(b, dtype), calls.cast_to(start, problem.carry_dtype)
+    if own is None:
+        Wx, R, b = input_product(problem, rows, weight_ih), R.view(-1, N, D, D), b.view(-1, N, D)
+        states, last_states, gates = backend.forward(problem, Wx, R, b, start)
     else:
-        # In memory of its own each: callers change them in place.
-        of_states = last_states.view(S, 1, B, N * D).unbind(0)
-        ended = [state.to(h.dtype, copy=True) for state in of_states]
+        if bias is not None:
+            bias = calls.cast_to(bias, dtype).contiguous()
+        factors = autograd.Factors(rows, weight_ih, bias=bias)
+        found = own.forward(problem, None, R, b, start, factors=factors, results=results)
+        states, last_states, gates = found
+    h, last = results
+    if h is None:
+        h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
+        if form.h_by_time:
+            h = h.transpose(0, 1).contiguous()
+    if last is None:
+        last = calls.cast_to(last_states, dtype).view(S, B, N * D)
+    # No views of one another: callers change them in place, each by itself.
+    ended = last.unsafe_split(1)
     # The weights themselves: views of them would not be found changed where these are. And h, which
     # the node returns: by it a graph of the gradient finds the node.
     return (h, *ended), (x, weight_ih, weight_hh, start, states, gates, h)
@@ -223,7 +238,7 @@ class _Node(torch.autograd.Function):
             d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
         needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
         copy = _copy(ctx.backend)
-        R = recurrent_matrix(form.mode, weight_hh, N, D, copy)
+        R = recurrent_matrix(form.mode, weight_hh, copy).view(-1, N, D, D)
         rows = x.transpose(0, 1) if form.x_by_time else x
         factors = autograd.Factors(rows, weight_ih, needs_x, needs_W)
         with without_autocast(x.device.type):

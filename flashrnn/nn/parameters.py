@@ -188,6 +188,15 @@ def parameter(layers: RecurrentParameters, name: str) -> Tensor:
     return getattr(layers, name) if found is None else found
 
 
+def parameters_named(layers: RecurrentParameters, names: list[str]) -> list[Tensor]:
+    """Several of them, likewise."""
+    found = [*map(layers._parameters.get, names)]
+    return [
+        getattr(layers, name) if weight is None else weight
+        for name, weight in zip(names, found, strict=True)
+    ]
+
+
 def names_of(layers: RecurrentParameters, row: int) -> list[str]:
     """The names of one direction's; ``row`` counts the directions of all layers."""
     return layers._all_weights[row]

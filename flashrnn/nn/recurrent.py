@@ -143,13 +143,14 @@ class Recurrent(RecurrentParameters):
             if reset is not None:
                 raise ValueError("reset goes with a tensor as input; cut a PackedSequence yourself")
             return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3):
+        dim = input.dim()
+        if dim not in (2, 3):
             raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D: "
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {dim}D: "
                 "accepted are one sequence, [T, input_size], or a batch of them"
             )
-        states = arguments.states_in(self, hx, input.dim())
-        batched = input.dim() == 3
+        states = arguments.states_in(self, hx, dim)
+        batched = dim == 3
         if not batched:
             input = input.unsqueeze(0 if self.batch_first else 1)
             states = None if states is None else [state.unsqueeze(1) for state in states]

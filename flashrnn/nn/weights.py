@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends
+from flashrnn.cells.signature import Signature
 from flashrnn.cells.spec import Cell
 from flashrnn.nn.modes import MODES
 
@@ -54,6 +55,8 @@ class Weights(NamedTuple):
         """
         whole = weight_hh if weight_hr is None else weight_hh @ weight_hr
         R, b = recurrence(mode, cell, heads, whole, biases)
+        D = whole.shape[1]
+        R, b = R.view(-1, heads, D, D), b.view(-1, heads, D)
         return cls(weight_ih, R, b, weight_hh, weight_hr)
 
 
@@ -63,7 +66,7 @@ Copies = Callable[[tuple[int, ...], Sequence[int], torch.dtype, torch.device], N
 
 def recurrence(
     mode: str,
-    cell: Cell,
+    cell: Signature,
     heads: int,
     weight_hh: Tensor,
     biases: Sequence[Tensor],
@@ -71,15 +74,16 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """R and b of a layer that is not projected, by :meth:`Weights.of`'s arguments.
 
-    ``copy`` takes the place of several operations of PyTorch's, where it can.
+    They may have fewer dimensions than :func:`flashrnn.flashrnn` takes: who reads their memory
+    needs no view. ``copy`` takes the place of several operations of PyTorch's, where it can; with
+    it, :func:`flashrnn.backends.is_direct` holds for the tensors.
     """
-    D = weight_hh.shape[1]
-    if mode == "GRU" and biases and copy is not None and _copied(weight_hh, *biases):
-        return _gru(heads, weight_hh, biases, copy)
-    R = recurrent_matrix(mode, weight_hh, heads, D)
+    if mode == "GRU" and biases and copy is not None and _copied_so(weight_hh, *biases):
+        return _gru(weight_hh, biases, copy)
+    R = recurrent_matrix(mode, weight_hh)
     if biases:
-        return R, bias(mode, biases, heads, D)
-    return R, R.new_zeros(len(cell.fed_by("b")), heads, D)
+        return R, bias(mode, biases)
+    return R, R.new_zeros(len(cell.fed_by("b")), heads, weight_hh.shape[1])
 
 
 # Of more elements PyTorch's copies take less time.
@@ -91,24 +95,25 @@ def _copied(*tensors: Tensor) -> bool:
 
     Nothing must record them or ask for a derivative, as a graph of the gradient does.
     """
+    return backends.is_direct(*tensors) and _copied_so(*tensors)
+
+
+def _copied_so(*tensors: Tensor) -> bool:
+    """The same of tensors for which :func:`flashrnn.backends.is_direct` is known to hold."""
     dtype, differentiates = tensors[0].dtype, torch.is_grad_enabled()
     return (
-        backends.is_direct(*tensors)
-        and tensors[0].numel() <= _MOST_COPIED
+        tensors[0].numel() <= _MOST_COPIED
         and all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in tensors)
         and not (differentiates and any(tensor.requires_grad for tensor in tensors))
     )
 
 
-def _gru(
-    N: int, weight_hh: Tensor, biases: Sequence[Tensor], copy: Copies
-) -> tuple[Tensor, Tensor]:
+def _gru(weight_hh: Tensor, biases: Sequence[Tensor], copy: Copies) -> tuple[Tensor, Tensor]:
     """The same of torch.nn's GRU by one launch."""
-    D, size = weight_hh.shape[1], weight_hh.itemsize
-    R, b = weight_hh.new_empty(3, N, D, D), weight_hh.new_empty(4, N, D)
+    H, size = len(weight_hh) // 3, weight_hh.itemsize
+    R, b = weight_hh.new_empty(weight_hh.shape), weight_hh.new_empty(4 * H)
     ih, hh = (bias.data_ptr() for bias in biases)
     of_b, (counts, addresses) = b.data_ptr(), _turned(weight_hh, R, 1)
-    H = N * D
     g, z = H * size, 2 * H * size  # Bytes of a gate, and of two.
     # (g, r, z, n): R feeds g, and Wx feeds n.
     counts += H, 2 * H, H
@@ -125,34 +130,42 @@ def _turned(of: Tensor, to: Tensor, by: int) -> tuple[tuple[int, ...], tuple[int
     return ((3 - by) * part, by * part), (first, 0, there + begin, first + rest, 0, there)
 
 
-def recurrent_matrix(
-    mode: str, weight_hh: Tensor, N: int, D: int, copy: Copies | None = None
-) -> Tensor:
-    """``R`` ``[Gr, N, D, D]`` out of ``weight_hh`` ``[Gr * N * D, D]``; ``copy``: see above."""
-    if mode == "GRU" and copy is not None and _copied(weight_hh):
-        turned = weight_hh.new_empty(3, N, D, D)
+def of_input(mode: str, biases: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The bias that may as well be added to the input product, if there is one, and the others, of
+    which :func:`recurrence` then makes b.
+
+    Of torch.nn's GRU each part of a bias of b's is a sum or a copy.
+    """
+    if mode in MODES and mode != "GRU" and biases:
+        bias_ih, bias_hh = biases
+        return bias_ih, (bias_hh,)
+    return None, biases
+
+
+def recurrent_matrix(mode: str, weight_hh: Tensor, copy: Copies | None = None) -> Tensor:
+    """R out of ``weight_hh`` ``[Gr * N * D, D]``, as :func:`recurrence` gives it."""
+    if mode != "GRU":
+        return weight_hh
+    if copy is not None and _copied(weight_hh):
+        turned = weight_hh.new_empty(weight_hh.shape)
         copy(*_turned(weight_hh, turned, 1), turned.dtype, turned.device)
         return turned
-    R = weight_hh.view(-1, N, D, D)
     # torch.nn has (r, z, g) there, the cell gru (g, r, z).
-    return R.roll(1, 0) if mode == "GRU" else R
+    return weight_hh.view(3, -1, weight_hh.shape[1]).roll(1, 0)
 
 
-def bias(mode: str, biases: Sequence[Tensor], N: int, D: int) -> Tensor:
-    """``b`` ``[Gb, N, D]`` out of torch.nn's two biases, or out of any other cell's one."""
-    if mode not in MODES:
-        (b,) = biases
-    elif mode == "GRU":
-        b_ih, b_hh = biases
-        rz = 2 * N * D
+def bias(mode: str, biases: Sequence[Tensor]) -> Tensor:
+    """``b`` ``[Gb * N * D]`` out of torch.nn's two biases, or out of one that is b."""
+    if len(biases) == 1:
+        return biases[0]
+    b_ih, b_hh = biases
+    if mode == "GRU":
+        rz = len(b_ih) // 3 * 2
         # (g, r, z, n): R feeds g, and Wx feeds n.
-        b = torch.cat([b_hh[rz:], b_ih[:rz] + b_hh[:rz], b_ih[rz:]])
-    else:
-        b_ih, b_hh = biases
-        # Added before any view: else both gradients would share memory, and what changes gradients
-        # in place, as clipping does, would change each of them twice.
-        b = b_ih + b_hh
-    return b.view(-1, N, D)
+        return torch.cat([b_hh[rz:], b_ih[:rz] + b_hh[:rz], b_ih[rz:]])
+    # Added before any view: else both gradients would share memory, and what changes gradients
+    # in place, as clipping does, would change each of them twice.
+    return b_ih + b_hh
 
 
 def recurrence_gradients(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashrnn import recurrent_layer
+from flashrnn import nn, recurrent_layer
 from flashrnn.backends import autograd, cuda_fused, few_rows
 from flashrnn.cells import resolve
 from flashrnn.kernels import few_rows as kernels
@@ -15,7 +15,9 @@ from tests.fused import PRODUCTS, poisoned, tf32  # noqa: F401
 from tests.gpus import GPUS
 from tests.layers import NAMES, layer_inputs, results
 from tests.machine_code import local_memory, needs_nvrtc
+from tests.nn.against import tensors
 from tests.problems import relative_error, sparse
+from tests.steps import by_steps, forget
 
 CPU = torch.device("cpu")
 # B, T, I, N and D: less than a tile of everything; several tiles and chunks of each dimension; rows
@@ -62,10 +64,12 @@ def test_input_product(fused_emulation, poisoned, sizes, dtype, tf32, layout):  
     B, T, I, N, D = sizes  # noqa: E741
     problem = problem_of("lstm", B, T, N, D, dtype)
     x, W = layout(random(B, T, I, dtype=dtype)), random(4, N, D, I, dtype=dtype, seed=1)
-    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
-    one_by_one([launch])
+    # From an odd address on.
+    bias = random(4 * N * D + 1, dtype=dtype, seed=2)[1:].view(4, N, D)
     truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
-    assert relative_error(Wx, truth) <= tolerance(dtype)
+    for given, added in ((None, 0.0), (bias, bias.double())):
+        Wx = few_rows.multiply(problem, autograd.Factors(x, W, bias=given))
+        assert relative_error(Wx, truth + added) <= tolerance(dtype)
 
 
 @needs_compiler
@@ -74,11 +78,18 @@ def test_a_ring_of_fewer_chunks(fused_emulation, poisoned, monkeypatch, dtype): 
     """As on GPUs with less shared memory, of a sum over many chunks."""
     monkeypatch.setattr(few_rows, "whole", lambda device: GPUS["sm_89"])
     few_rows._product_kernel.cache_clear()
+    launched = []
+
+    def keep(launches):
+        launched.extend(launches)
+        one_by_one(launches)
+
+    monkeypatch.setattr(few_rows, "launch_in_turn", keep)
     problem = problem_of("lstm", 3, 2, 1, 17, dtype)
     x, W = random(3, 2, 1000, dtype=dtype), random(4, 1, 17, 1000, dtype=dtype, seed=1)
-    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
-    assert launch[1].shared_memory < GPUS["sm_89"].shared_memory
-    one_by_one([launch])
+    Wx = few_rows.multiply(problem, autograd.Factors(x, W))
+    ((_, shape, _),) = launched
+    assert shape.shared_memory < GPUS["sm_89"].shared_memory
     truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
     assert relative_error(Wx, truth) <= EPSILON[dtype]
 
@@ -142,10 +153,13 @@ def test_infinite_factors(fused_emulation, poisoned, value):  # noqa: F811
     problem = problem_of("lstm", 4, 2, 1, 5, torch.float32)
     x, W = random(4, 2, 3), random(4, 1, 5, 3, seed=1)
     x[1, 1, 2] = value
-    Wx, launch = few_rows.product(problem, autograd.Factors(x, W))
-    one_by_one([launch])
+    Wx = few_rows.multiply(problem, autograd.Factors(x, W))
     truth = torch.einsum("bti,gndi->btgnd", x, W)
     torch.testing.assert_close(Wx, truth, equal_nan=True)
+    bias = random(4, 1, 5, seed=2)
+    bias[2, 0, 3] = value
+    Wx = few_rows.multiply(problem, autograd.Factors(x, W, bias=bias))
+    torch.testing.assert_close(Wx, truth + bias, equal_nan=True)
 
 
 @needs_compiler
@@ -163,6 +177,23 @@ def test_a_layer(fused_emulation, poisoned, kind, N, D, asked):  # noqa: F811
     plain = results(recurrent_layer, inputs, asked, kind, "vanilla")
     for found, right, near in zip(given, truth, plain, strict=True):
         assert relative_error(found, right) <= 2 * relative_error(near, right) + 2**-8
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_beside_a_scan_step_by_step(fused_emulation, poisoned, monkeypatch, dtype):  # noqa: F811
+    """The product is a launch of its own; torch.nn's form of results is PyTorch's to make."""
+    by_steps(monkeypatch)
+    layer = nn.LSTM(9, 20, dtype=dtype, backend="cuda_fused")
+    x = random(4, 3, 9, dtype=dtype)
+    found, again = tensors(layer(x)), tensors(layer(x))
+    forget()
+    monkeypatch.undo()
+    exact = torch.nn.LSTM(9, 20, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    for one, twice, right in zip(found, again, tensors(exact(x.double())), strict=True):
+        assert torch.equal(one, twice)
+        assert relative_error(one, right) <= 4 * EPSILON[dtype]
 
 
 @needs_compiler
@@ -209,7 +240,8 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
     factors = autograd.Factors(x, W, True, True)
 
     def taken(problem):
-        for kept in (few_rows._taken, few_rows._asked):
+        caches = few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R
+        for kept in caches:
             kept.cache_clear()
         return cuda_fused.multiplies(problem, x, W), few_rows.asked(problem, factors) is not None
 

@@ -1,6 +1,8 @@
 """Plain layers as one node of autograd, by emulated kernels: as torch.nn's, and as in turns."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import flashrnn.nn as ours
 from flashrnn.nn import node, stack
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.nn.against import assert_same, pair, states, tensors
+from tests.problems import relative_error
 
 pytestmark = needs_compiler
 
@@ -104,19 +107,110 @@ def test_under_autocast(fused_emulation, made):  # noqa: F811
     assert_same(output.float(), layer(x)[0], 2e-2)
 
 
-def test_no_two_results_share_memory(fused_emulation, made):  # noqa: F811
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_two_results_share_memory(
+    fused_emulation,  # noqa: F811
+    made,
+    kind,
+    num_layers,
+    dtype,
+    batch_first,
+):
     """Programs change states and gradients in place, each by itself."""
-    layer = ours.LSTM(3, 5, backend="cuda_fused")
-    output, (h, c) = layer(torch.randn(4, 2, 3))
+    options = {"batch_first": batch_first, "dtype": dtype, "backend": "cuda_fused"}
+    layer = getattr(ours, kind)(3, 5, num_layers, **options)
+    output, last = layer(torch.randn(4, 2, 3, dtype=dtype))
+    last = tensors(last)
     output.sum().backward()
     with torch.no_grad():
-        changed = [h, c, *(weight.grad for weight in layer.parameters())]
+        changed = [*last, *(weight.grad for weight in layer.parameters())]
         before = [one.clone() for one in changed]
-        for one in changed:
+        for k, one in enumerate(changed):
             one.add_(1)
+            versions = [other._version for other in changed]
+            assert versions == [1] * (k + 1) + [0] * (len(changed) - k - 1)
     for one, was in zip(changed, before, strict=True):
-        assert torch.equal(one, was + 1)
-    h.mul_(2)  # With a gradient, too.
+        assert torch.equal(one, was + 1) and one.is_contiguous() and not one._is_view()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_states_are_what_programs_take_them_for(
+    fused_emulation,  # noqa: F811
+    made,
+    kind,
+    num_layers,
+    dtype,
+):
+    """Changed in place where there is a gradient, kept, or made leaves of a graph."""
+    layer = getattr(ours, kind)(3, 5, num_layers, dtype=dtype, backend="cuda_fused")
+    x = torch.randn(4, 2, 3, dtype=dtype)
+    expected = tensors(layer(x)[1])
+    slopes = torch.autograd.grad([2 * one.sum() for one in expected], layer.weight_hh_l0)
+    last = tensors(layer(x)[1])
+    for one in last:
+        one.mul_(2)
+    for one, right in zip(last, expected, strict=True):
+        assert torch.equal(one, 2 * right)
+    found = torch.autograd.grad([one.sum() for one in last], layer.weight_hh_l0)
+    assert torch.equal(*found, *slopes)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            last = tensors(layer(x)[1])
+            for one in copy.deepcopy(last) + pickle.loads(pickle.dumps(last)):
+                one.zero_()
+            for one, right in zip(last, expected, strict=True):
+                assert torch.equal(one, right)
+    with torch.no_grad():
+        last = tensors(layer(x)[1])
+    for one in last:
+        assert one.requires_grad_().is_leaf
+        one.sum().backward()
+        assert one.grad is not None
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_16_bits(fused_emulation, made, kind, dtype, batch_first):  # noqa: F811
+    """As near to torch.nn's in float64 as what is computed in turns, where biases are added up
+    first; with gradients and without."""
+    options = {"num_layers": 2, "batch_first": batch_first, "dtype": dtype}
+    mine, _ = pair(kind, 20, 24, backend="cuda_fused", **options)
+    theirs = getattr(torch.nn, kind)(20, 24, **(options | {"dtype": torch.float64}))
+    theirs.load_state_dict(mine.state_dict())
+    x = torch.randn(5, 6, 20).to(dtype)
+    losses = (1, 1, 1)
+    found, turns = (results(mine, x, None, losses, in_turns) for in_turns in (False, True))
+    truth = results(theirs, x.double(), None, losses)
+    each = map(itertools.chain.from_iterable, (found, turns, truth))
+    for one, near, right in zip(*each, strict=True):
+        allowed = relative_error(near, right)
+        assert relative_error(one, right) <= 1.5 * allowed + torch.finfo(dtype).eps / 2
+        assert one.dtype == near.dtype and one.shape == near.shape
+    with torch.no_grad():
+        again = tensors(mine(x))
+    assert all(map(torch.equal, again, found[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_that_lie_apart(fused_emulation, made, kind):  # noqa: F811
+    """A parametrization may put any view in a bias's place."""
+
+    class Spread(torch.nn.Module):
+        def forward(self, bias):
+            return torch.stack([bias, bias], 1)[:, 0]
+
+    layer = getattr(ours, kind)(3, 5, backend="cuda_fused")
+    x = torch.randn(4, 2, 3)
+    expected = layer(x)
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        torch.nn.utils.parametrize.register_parametrization(layer, name, Spread())
+    assert_same(layer(x), expected, 1e-6)
 
 
 def test_of_a_frozen_layer_the_input_has_a_gradient(fused_emulation, made):  # noqa: F811

@@ -1,5 +1,23 @@
 """Several small copies in one launch."""
 
-from flashrnn.kernels.copies.plan import ENTRY, MOST, RECORD, THREADS, program, share
+from flashrnn.kernels.copies.plan import (
+    ENTRY,
+    MOST,
+    MOST_RESULTS,
+    RECORD,
+    THREADS,
+    program,
+    share,
+    share_results,
+)
 
-__all__ = ["ENTRY", "MOST", "RECORD", "THREADS", "program", "share"]
+__all__ = [
+    "ENTRY",
+    "MOST",
+    "MOST_RESULTS",
+    "RECORD",
+    "THREADS",
+    "program",
+    "share",
+    "share_results",
+]

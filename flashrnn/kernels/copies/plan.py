@@ -12,23 +12,43 @@ THREADS = 256
 MOST = 6
 """Copies of a launch."""
 
+MOST_RESULTS = 2**20
+"""Elements of a scan's results that are copied. PyTorch's operations take less time for more."""
+
 _ELEMENTS_A_THREAD, _MOST_CTAS = 4, 512
 
 RECORD = call.Record(
     "CopiesCall",
-    tuple(
-        call.Operand(f"{name}{i}", kind)
-        for i in range(MOST)
-        for name, kind in (("from", "const Element"), ("plus", "const Element"), ("to", "Element"))
+    (
+        *(
+            call.Operand(f"{name}{i}", kind)
+            for i in range(MOST)
+            for name, kind in (
+                ("from", "const Element"),
+                ("plus", "const Element"),
+                ("to", "Element"),
+            )
+        ),
+        call.Operand("states", "const Element"),
+        call.Operand("h_by_time", "Element"),
+        call.Operand("last_states", "const float"),
+        call.Operand("last_rounded", "Element"),
     ),
     {
-        f"{name}{i}": kind
-        for i in range(MOST)
-        for name, kind in (("count", "long long"), ("end", "int"))
+        **{
+            f"{name}{i}": kind
+            for i in range(MOST)
+            for name, kind in (("count", "long long"), ("end", "int"))
+        },
+        **dict.fromkeys(("T", "B", "width"), "unsigned"),
+        "h_count": "long long",
+        "h_end": "int",
+        "last_count": "long long",
+        "last_end": "int",
     },
 )
-"""The addresses of all copies, and then how many elements each has and where its CTAs end. What is
-no copy has zeros."""
+"""The addresses of all copies, those of a scan's results last, and then how many elements each has
+and where its CTAs end. What is no copy has zeros."""
 
 
 def share(counts: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -36,9 +56,22 @@ def share(counts: Sequence[int]) -> tuple[tuple[int, ...], int]:
     numbers: list[int] = []
     end = 0
     for count in counts:
-        end += min(_MOST_CTAS, tiles_of(count, THREADS * _ELEMENTS_A_THREAD))
+        end += _ctas(count)
         numbers += count, end
-    return (*numbers, *(0, end) * (MOST - len(counts))), end
+    numbers += (0, end) * (MOST - len(counts))
+    return (*numbers, *(0,) * (len(RECORD.numbers) - len(numbers))), end
+
+
+def share_results(h_count: int, last_count: int) -> tuple[dict[str, int], int]:
+    """The same of a launch that copies so much of a scan's results, by the numbers' names."""
+    h_end = _ctas(h_count)
+    end = h_end + _ctas(last_count)
+    return {"h_count": h_count, "h_end": h_end, "last_count": last_count, "last_end": end}, end
+
+
+def _ctas(count: int) -> int:
+    """The CTAs of so many elements."""
+    return min(_MOST_CTAS, tiles_of(count, THREADS * _ELEMENTS_A_THREAD))
 
 
 def program(precision: str) -> dict[str, str]:

@@ -179,13 +179,17 @@ __device__ inline void load_right(unsigned (&words)[4], int corner) {
     }
 }
 
+struct Zero {
+    __device__ float operator()(int) const { return 0.0f; }
+};
+
 // Computes a tile of C and writes it.
 //
 // M, N and K are the sizes of the product, and `m` and `n` where the tile begins. `to(m, n)` is the place of
-// an element of C.
-template <bool A_BY_K, bool B_BY_K, typename Left, typename Right, typename To>
+// an element of C, and `plus(n)` what is added to all sums of an n.
+template <bool A_BY_K, bool B_BY_K, typename Left, typename Right, typename To, typename Plus = Zero>
 __device__ inline void multiply_tile(const Left& a, const Right& b, int M, int N, int K, int m, int n,
-                                     const To& to) {
+                                     const To& to, const Plus& plus = {}) {
     const int chunks = (K + CHUNK - 1) / CHUNK;
     Part<A_BY_K, Left> of_a(a, A_BY_K ? 0 : m, A_BY_K ? m : 0, A_BY_K ? K : M, A_BY_K ? M : K);
     Part<B_BY_K, Right> of_b(b, B_BY_K ? 0 : n, B_BY_K ? n : 0, B_BY_K ? K : N, B_BY_K ? N : K);
@@ -267,10 +271,11 @@ __device__ inline void multiply_tile(const Left& a, const Right& b, int M, int N
     for (int round = 0; round < TILE * TILE / THREADS; ++round) {
         const int i = threadIdx.x + round * THREADS;
         const int row = i / TILE, column = i % TILE;
-        float sum = 0.0f;
+        const bool exists = m + row < M && n + column < N;
+        float sum = exists ? plus(n + column) : 0.0f;
 #pragma unroll
         for (int of = 0; of < GROUPS; ++of) sum += of_groups[of * OF_GROUP + row * SUMS_PITCH + column];
-        if (m + row < M && n + column < N) round_to(*to(m + row, n + column), sum);
+        if (exists) round_to(*to(m + row, n + column), sum);
         any_nan |= sum != sum;
     }
     // Sums that came out as NaN or infinite are computed once more, in scalar float32 (NEEDS_CARE).
@@ -279,7 +284,7 @@ __device__ inline void multiply_tile(const Left& a, const Right& b, int M, int N
     for (int i = threadIdx.x; i < TILE * TILE; i += THREADS) {
         const int own_m = m + i / TILE, own_n = n + i % TILE;
         if (own_m >= M || own_n >= N || is_finite(to_float(*to(own_m, own_n)))) continue;
-        float sum = 0.0f;
+        float sum = plus(own_n);
 #pragma unroll 1
         for (int k = 0; k < K; ++k) {
             const float left = A_BY_K ? a.element(k, own_m) : a.element(own_m, k);
