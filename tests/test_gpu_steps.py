@@ -96,8 +96,12 @@ def test_many_sequences(backend, kind, sizes, dtype):
 @pytest.mark.parametrize("name", ["cuda", "cuda_fused"])
 def test_is_chosen_where_a_step_is_a_large_product(products, name):
     hold_to_vanilla(name, "lstm", 642, 5, 1, 1408, torch.float16, "cuda")
-    if "H200" in torch.cuda.get_device_name() or name == "cuda":
-        assert products == [(1, 642, 1408, 5632)] * 5 + [(1, 642, 5632, 1408)] * 5
+    forward, backward = [(1, 642, 1408, 5632)] * 5, [(1, 642, 5632, 1408)] * 5
+    if name == "cuda":
+        assert products == forward + backward
+    elif "H200" in torch.cuda.get_device_name():
+        # Forward another kernel is faster.
+        assert products == backward
     products.clear()
     hold_to_vanilla(name, "lstm", 16, 5, 1, 1408, torch.float16, "cuda")
     assert not products
