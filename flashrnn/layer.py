@@ -15,6 +15,7 @@ from flashrnn.backends.gradients import Gradients, over_rows, select
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, without_autocast
+from flashrnn.rows import contiguous
 from flashrnn.sequences import Given, Sequences
 
 
@@ -159,7 +160,7 @@ def factors_gradients(
     rows = d_Wx.reshape(B * T, Gw * N * D)
     return (
         torch.mm(rows, W).view(x.shape) if needs_x else None,
-        over_rows(rows, x.flatten(0, 1)) if needs_W else None,
+        over_rows(rows, contiguous(x).flatten(0, 1)) if needs_W else None,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.problem import Problem, matmul_tf32_allowed
+from flashrnn.rows import widened
 from flashrnn.sequences import Sequences, bounds, runs_backwards
 
 
@@ -167,12 +168,7 @@ def _repeated(rows: Tensor, count: int) -> Tensor:
 
 def _copy_rows(to: Tensor, of: Tensor) -> None:
     """Copy contiguous rows of ``[rows, 1, width]``, each to all of its ``[rows, count, width]``."""
-    size = of.element_size()
-    offsets = of.shape[2], of.storage_offset(), to.storage_offset()
-    if all(offset * size % 8 == 0 for offset in offsets):
-        # What is not contiguous PyTorch copies element by element. Those of 8 bytes take less time
-        # than those of 2.
-        to, of = to.view(torch.int64), of.view(torch.int64)
+    to, of = widened(to, of)
     to.copy_(of)
 
 

@@ -39,6 +39,7 @@ from flashrnn.nn.weights import (
     recurrent_matrix,
 )
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
+from flashrnn.rows import FEWEST, contiguous
 from flashrnn.sequences import Given
 
 
@@ -189,7 +190,7 @@ def _forward(
     if h is None:
         h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
         if form.h_by_time:
-            h = h.transpose(0, 1).contiguous()
+            h = contiguous(h.transpose(0, 1))
     if last is None:
         last = calls.cast_to(last_states, dtype).view(S, B, N * D)
     # No views of one another: callers change them in place, each by itself.
@@ -250,6 +251,9 @@ class _Node(torch.autograd.Function):
         d_start = found.states if needs_start else None
         if d_x is not None and form.x_by_time:
             d_x = d_x.transpose(0, 1)
+            if d_x.numel() >= FEWEST:
+                # Whoever gets it would copy it, and take longer.
+                d_x = contiguous(d_x)
         of_recurrence = recurrence_gradients(
             form.mode, d_R, d_b, weight_hh.shape, len(needs_b), copy
         )

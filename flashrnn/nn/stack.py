@@ -29,6 +29,7 @@ from flashrnn.nn.parameters import (
     weights_of,
 )
 from flashrnn.nn.scan import direction
+from flashrnn.rows import contiguous
 
 
 def run(
@@ -82,7 +83,7 @@ def run(
         output, last = _in_turn(layers, x.transpose(0, 1), states, None)
         return output.transpose(0, 1), last
     output, last = _in_turn(layers, x, states, None)
-    return output.contiguous(), last
+    return contiguous(output), last
 
 
 def _are_equal(batch_sizes: Tensor) -> bool:
@@ -161,7 +162,7 @@ def _at_once(
     elif cu_seqlens is not None:
         output = rows.squeeze(0)
     else:
-        output = rows.transpose(0, 1).contiguous() if by_time else rows
+        output = contiguous(rows.transpose(0, 1)) if by_time else rows
     return output, [_after_all(found, output.dtype) for found in zip(*last, strict=True)]
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import flashrnn.nn as ours
+from flashrnn import rows
+from flashrnn.backends import cuda_fused
 from flashrnn.nn import node, stack
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.nn.against import assert_same, pair, states, tensors
@@ -85,6 +87,31 @@ def test_as_in_turns(fused_emulation, made, cell, bias):  # noqa: F811
         for one, other in zip(itertools.chain(*once), itertools.chain(*turns), strict=True):
             assert (one is None) == (other is None)
             assert one is None or (torch.equal(one, other) and one.dtype == other.dtype)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["no gradients", "trained"])
+def test_many_rows(fused_emulation, made, monkeypatch, trains):  # noqa: F811
+    """What is turned by time is copied by wide elements; x gets a gradient of its own layout."""
+    monkeypatch.setattr(cuda_fused, "multiplies", lambda *_: False)
+    for module in (rows, node):
+        monkeypatch.setattr(module, "FEWEST", 1)
+    by_time = ours.LSTM(16, 32, backend="cuda_fused").bfloat16()
+    by_sequence = ours.LSTM(16, 32, backend="cuda_fused", batch_first=True).bfloat16()
+    by_sequence.load_state_dict(by_time.state_dict())
+    x = torch.randn(7, 3, 16).bfloat16()
+    given = [x.clone().requires_grad_(trains), x.transpose(0, 1).clone().requires_grad_(trains)]
+    with torch.set_grad_enabled(trains):
+        found, expected = by_time(given[0])[0], by_sequence(given[1])[0]
+    assert found.is_contiguous()
+    assert torch.equal(found, expected.transpose(0, 1))
+    if trains:
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        assert given[0].grad.is_contiguous()
+        torch.testing.assert_close(given[0].grad, given[1].grad.transpose(0, 1))
+        for one, other in zip(by_time.parameters(), by_sequence.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2)
     assert len(made) == 2
 
 
