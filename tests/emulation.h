@@ -351,6 +351,8 @@ static float dot(unsigned a, unsigned b, bfloat16) {
                to_float(bfloat16{(unsigned short)(b >> 16)});
 }
 static float dot(unsigned a, unsigned b, float) { return __uint_as_float(a) * __uint_as_float(b); }
+// The tensor core ignores the lower 13 bits.
+static float dot(unsigned a, unsigned b, tf32) { return dot(a & ~0x1fffu, b & ~0x1fffu, float{}); }
 
 template <typename Operand>
 static void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,

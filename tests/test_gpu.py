@@ -334,6 +334,20 @@ def test_streamed(streamed, kind, sizes, dtype):
     hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
 
 
+@pytest.mark.parametrize("tf32", [True], indirect=True)
+@pytest.mark.parametrize(
+    "sizes", [(130, 20, 1, 768), (300, 9, 3, 260), (1000, 5, 1, 1000)], ids=str
+)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_streamed_by_tf32(streamed, kind, sizes, tf32):  # noqa: F811
+    taken(kind, sizes, torch.float32, StreamedPlan)
+    inputs = random_inputs(kind, *sizes, torch.float32, "cuda")
+    truth, right = run("vanilla", kind, inputs.to(torch.float64))
+    given, mine = run("cuda_fused", kind, inputs)
+    assert 1e-6 < relative_error(given[0], truth[0]) < 1e-3
+    assert all(relative_error(mine[name], right[name]) < 2e-3 for name in right)
+
+
 def test_same_bits_streamed(streamed):
     taken("lstm", (600, 200, 1, 1024), torch.bfloat16, StreamedPlan)
     gives_the_same_bits_fifty_times(600, 200, 1, 1024)

@@ -40,7 +40,7 @@ from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.sizes import tiles_of
-from flashrnn.problem import Problem, as_compiled
+from flashrnn.problem import Problem, as_compiled, tf32_allowed
 from flashrnn.sequences import Sequences, zeros_like_starts
 
 # See `autograd.MultiplyingBackend`.
@@ -64,7 +64,8 @@ def _refused(problem: Problem, gpu: GPU) -> str | None:
         refusal(problem)
         or too_many_numbered_rows(problem)
         or too_large(problem)
-        or _without_plan(_planned(problem, B=1), gpu)
+        # PyTorch's setting of TF32 may change.
+        or _without_plan(_planned(problem, B=1)._replace(allow_tf32=False), gpu)
     )
 
 
@@ -98,6 +99,7 @@ def programs(
     gpu = gpu or _gpu(problem)
     if reason := _refused(problem, gpu):
         raise ValueError(f"backend 'cuda_fused' cannot do this call: {reason}")
+    problem = problem._replace(allow_tf32=precision == "tf32")
     D, plan = problem.D, _plan(problem, backward, gpu)
     piece_bytes = max(problem.dtype.itemsize, gcd(16, D * problem.dtype.itemsize))
     of_layers = []
@@ -699,7 +701,7 @@ def _planned(problem: Problem, B: int) -> Problem:
         T=1,
         gradient_recurrent_clipval=None,
         forward_clipval=None,
-        allow_tf32=None,
+        allow_tf32=problem.dtype == torch.float32 and tf32_allowed(problem),
         step=None,
     )
     if problem.returned is None:

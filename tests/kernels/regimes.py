@@ -58,6 +58,11 @@ class Regime:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def most_states(self) -> str:
+        """The built-in cell of most states among those that it takes."""
+        return "slstm" if "slstm" in self.cells else "lstm"
+
     def plans(self, problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
         """The regime's plan of a direction."""
         plan = self.backward if backward else self.forward
@@ -134,7 +139,7 @@ def _streamed(units: int, stages: int) -> registry.Regime:
         if isinstance(found := streamed.plan_forward(problem, gpu, backward), str):
             return found
         counts = Counts.of(problem.cell)
-        plans = streamed_plan.possible_plans(counts, problem.D, gpu)
+        plans = streamed_plan.possible_plans(counts, problem.D, problem.dtype.itemsize, gpu)
         plan = max((x for x in plans if x.units <= units), key=lambda plan: plan.units)
         plan = replace(plan, stages=min(stages, plan.stages))
         memory = streamed_plan.shared_memory_of(plan, counts)
@@ -282,6 +287,7 @@ STREAMED = [
         backward=grid.plan_scan,
         gpu=gpu,
         dtypes=tuple(SIXTEEN_BITS),
+        cells=(*(kind for kind in BUILT_IN if kind != "slstm"), sparse),
         # The second tile of sequences is not full, as is the last tile of units.
         B=130,
         D=136,

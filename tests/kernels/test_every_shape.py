@@ -60,7 +60,7 @@ MMA = smallest(
     lambda plan: (plan.size, plan.warps, plan.n_tiles),
 )[::4]
 STREAMED = smallest(
-    lambda D: streamed_plan.possible_plans(COUNTS, D, GPU),
+    lambda D: streamed_plan.possible_plans(COUNTS, D, 2, GPU),
     lambda plan: (plan.units, plan.stages),
 )
 

@@ -205,12 +205,12 @@ def test_tf32(take, regime, monkeypatch):  # noqa: F811
 )
 def test_steps_in_place(take, regime):  # noqa: F811
     """States that a step reads and overwrites: what CTAs read of each other is not of these."""
-    dtype = regime.dtypes[-1]
-    inputs = random_inputs("slstm", regime.B, 3, 2, regime.D, dtype)
+    dtype, kind = regime.dtypes[-1], regime.most_states
+    inputs = random_inputs(kind, regime.B, 3, 2, regime.D, dtype)
     Wx, R, b, states = (x.detach() for x in inputs.tensors().values())
     backend = take(regime).backend
-    every, last = flashrnn(Wx, R, b, states, "slstm", backend)
-    stepper, carried = Stepper(R, b, "slstm", backend), states.squeeze(2).clone()
+    every, last = flashrnn(Wx, R, b, states, kind, backend)
+    stepper, carried = Stepper(R, b, kind, backend), states.squeeze(2).clone()
     for t in range(3):
         version = carried._version
         stepper(Wx[:, t], carried, out=carried)
@@ -254,7 +254,10 @@ def test_any_addresses_and_layouts(take, regime, dtype, change):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("regime", "kind"),
-    more_cases(lambda _: [("lstm",), ("slstm",)], lambda regime, kind: kind == "lstm"),
+    more_cases(
+        lambda regime: [(kind,) for kind in dict.fromkeys(("lstm", regime.most_states))],
+        lambda regime, kind: kind == "lstm",
+    ),
 )
 def test_no_gradient_asked_for(take, regime, kind):  # noqa: F811
     assert same_without_gradients(take(regime).backend, regime.D, regime.B, kind)
@@ -302,7 +305,9 @@ def test_a_nan_stays_in_its_sequence_and_head(take, regime):  # noqa: F811
     ),
 )
 def test_others_keep_their_bits(take, regime, dtype):  # noqa: F811
-    assert others_keep_their_bits(take(regime).backend, max(4, regime.B), regime.D, dtype)
+    sizes = max(4, regime.B), regime.D
+    backend, kind = take(regime).backend, regime.most_states
+    assert others_keep_their_bits(backend, *sizes, dtype, kind=kind)
 
 
 def test_others_keep_their_bits_where_one_needs_care(take):  # noqa: F811

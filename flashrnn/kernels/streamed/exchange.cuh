@@ -40,7 +40,7 @@
 namespace streamed {
 
 // Shared memory, in bytes: slots of R, then of h; the bias; barriers of full slots, then of free ones.
-constexpr int R_CHUNK = CHUNK_OCTETS * R_OCTET, H_CHUNK = CHUNK_OCTETS * H_OCTET;
+constexpr int R_CHUNK = CHUNK_STRIPES * R_STRIPE, H_CHUNK = CHUNK_STRIPES * H_STRIPE;
 constexpr int FIRST_H = STAGES * R_CHUNK, BIAS = FIRST_H + STAGES * H_CHUNK;
 constexpr int BIAS_BYTES = G * UNITS * int(sizeof(float));
 constexpr int BARRIERS = BIAS + BIAS_BYTES, FREE = STAGES;
@@ -68,7 +68,7 @@ struct Exchange {
     __device__ Exchange(unsigned char* shared, void* packets, void* memory, int rank, long long B, int N)
         : shared(shared),
           of_R(static_cast<unsigned char*>(memory)),
-          of_h(of_R + static_cast<long long>(N) * UNIT_TILES * OCTETS * R_OCTET),
+          of_h(of_R + static_cast<long long>(N) * UNIT_TILES * STRIPES * R_STRIPE),
           counters(static_cast<unsigned*>(packets)),
           rank(rank),
           N(N),
@@ -84,13 +84,13 @@ struct Exchange {
     __device__ unsigned char* R_slot(int i) const { return shared + i * R_CHUNK; }
     __device__ unsigned char* h_slot(int i) const { return shared + FIRST_H + i * H_CHUNK; }
 
-    // Where octets of a tile begin in global memory: those of R, and those of h of an exchange.
-    __device__ unsigned char* octets_of_R(int n, int unit_tile) const {
-        return of_R + (static_cast<long long>(n) * UNIT_TILES + unit_tile) * OCTETS * R_OCTET;
+    // Where stripes of a tile begin in global memory: those of R, and those of h of an exchange.
+    __device__ unsigned char* stripes_of_R(int n, int unit_tile) const {
+        return of_R + (static_cast<long long>(n) * UNIT_TILES + unit_tile) * STRIPES * R_STRIPE;
     }
-    __device__ unsigned char* octets_of_h(long long exchange, int n, int row_tile) const {
+    __device__ unsigned char* stripes_of_h(long long exchange, int n, int row_tile) const {
         const long long buffer = exchange % 2 * N + n;
-        return of_h + (buffer * row_tiles + row_tile) * OCTETS * H_OCTET;
+        return of_h + (buffer * row_tiles + row_tile) * STRIPES * H_STRIPE;
     }
     __device__ unsigned* counter(int n, int row_tile) const {
         return counters + 1 + n * row_tiles + row_tile;
@@ -109,21 +109,21 @@ struct Exchange {
         if (slot.round > 0) mbarrier_wait(barrier(FREE + slot.number), (slot.round - 1) % 2);
     }
 
-    // Copies the chunk of R from `from` on: this CTA's part of its octets, to all CTAs of the cluster.
-    __device__ void copy_R(const Slot& slot, const unsigned char* from, int octets) const {
+    // Copies the chunk of R from `from` on: this CTA's part of its stripes, to all CTAs of the cluster.
+    __device__ void copy_R(const Slot& slot, const unsigned char* from, int stripes) const {
         wait_until_free(slot);
         if (threadIdx.x % 32) return;
-        mbarrier_expect_bytes(barrier(slot.number), octets * R_OCTET);
-        const int bytes = octets / CLUSTER_SIZE * R_OCTET, first = rank * bytes;
+        mbarrier_expect_bytes(barrier(slot.number), stripes * R_STRIPE);
+        const int bytes = stripes / CLUSTER_SIZE * R_STRIPE, first = rank * bytes;
         unsigned char* const to = R_slot(slot.number) + first;
         cp_async_bulk_multicast(to, from + first, bytes, barrier(slot.number), (1 << CLUSTER_SIZE) - 1);
     }
 
-    __device__ void copy_h(const Slot& slot, const unsigned char* from, int octets) const {
+    __device__ void copy_h(const Slot& slot, const unsigned char* from, int stripes) const {
         wait_until_free(slot);
         if (threadIdx.x % 32) return;
-        mbarrier_expect_bytes(barrier(slot.number), octets * H_OCTET);
-        cp_async_bulk_global(h_slot(slot.number), from, octets * H_OCTET, barrier(slot.number));
+        mbarrier_expect_bytes(barrier(slot.number), stripes * H_STRIPE);
+        cp_async_bulk_global(h_slot(slot.number), from, stripes * H_STRIPE, barrier(slot.number));
     }
 
     // Until all units of the tile's sequences are there for a step.

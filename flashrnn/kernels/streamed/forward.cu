@@ -23,42 +23,49 @@ namespace streamed {
 // The barrier of the computing warps.
 constexpr int COMPUTED = 1;
 
-// Writes R and the initial h as octets: all CTAs of the launch together. Zeros stand for what does not exist and
+// A word of an operand of wgmma.
+__device__ inline unsigned operand_word(unsigned word) {
+    return sizeof(Element) == 4 ? round_to_tf32(word) : word;
+}
+
+// Writes R and the initial h as stripes: all CTAs of the launch together. Zeros stand for what does not exist and
 // would be multiplied by what does.
-__device__ inline void write_octets(const Exchange& exchange, const Element* R, const float* initial,
+__device__ inline void write_stripes(const Exchange& exchange, const Element* R, const float* initial,
                                     long long initial_b, long long initial_n, long long initial_d, long long B,
                                     int N, int ctas) {
     const long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     const long long stride = static_cast<long long>(ctas) * THREADS;
-    const long long of_R = static_cast<long long>(N) * UNIT_TILES * OCTETS * COLUMNS;
+    const long long of_R = static_cast<long long>(N) * UNIT_TILES * STRIPES * COLUMNS;
     for (long long i = first; i < of_R; i += stride) {
-        const int octet = i / COLUMNS % OCTETS, tile = i / COLUMNS / OCTETS;
+        const int stripe = i / COLUMNS % STRIPES, tile = i / COLUMNS / STRIPES;
         const Column column(i % COLUMNS);
         const int n = tile / UNIT_TILES, d = tile % UNIT_TILES * UNITS + column.unit;
         uint4 found = {};
-        if (d < D && octet * 8 < D) {
+        if (d < D && stripe * SPAN < D) {
             const long long row = (static_cast<long long>(column.gate) * N + n) * D + d;
-            found = *reinterpret_cast<const uint4*>(R + row * D + octet * 8);
+            found = *reinterpret_cast<const uint4*>(R + row * D + stripe * SPAN);
+            found = {operand_word(found.x), operand_word(found.y), operand_word(found.z), operand_word(found.w)};
         }
         reinterpret_cast<uint4*>(exchange.of_R)[i] = found;
     }
-    const long long of_h = static_cast<long long>(N) * exchange.row_tiles * OCTETS * SEQUENCES;
+    const long long of_h = static_cast<long long>(N) * exchange.row_tiles * STRIPES * SEQUENCES;
     for (long long i = first; i < of_h; i += stride) {
-        const int octet = i / SEQUENCES % OCTETS, tile = i / SEQUENCES / OCTETS;
+        const int stripe = i / SEQUENCES % STRIPES, tile = i / SEQUENCES / STRIPES;
         const int n = tile / exchange.row_tiles;
         const long long b = tile % exchange.row_tiles * SEQUENCES + i % SEQUENCES;
         uint4 found = {};
-        if (b < B && octet * 8 < D) {
-            const float* const from = initial + b * initial_b + n * initial_n + octet * 8 * initial_d;
-            Element rounded[8];
+        if (b < B && stripe * SPAN < D) {
+            const float* const from = initial + b * initial_b + n * initial_n + stripe * SPAN * initial_d;
+            Element rounded[SPAN];
 #pragma unroll
-            for (int k = 0; k < 8; ++k) round_to(rounded[k], from[k * initial_d]);
+            for (int k = 0; k < SPAN; ++k) round_to(rounded[k], from[k * initial_d]);
             memcpy(&found, rounded, sizeof(found));
+            found = {operand_word(found.x), operand_word(found.y), operand_word(found.z), operand_word(found.w)};
         }
         uint4* const to = reinterpret_cast<uint4*>(exchange.of_h) + i;
         *to = found;
         // Nobody writes there later.
-        if (octet * 8 >= D) to[of_h] = uint4{};
+        if (stripe * SPAN >= D) to[of_h] = uint4{};
     }
 }
 
@@ -69,12 +76,12 @@ __device__ inline void multiply_chunk(float (&sums)[COLUMNS / 2], const Exchange
     unsigned of_h = shared_address(exchange.h_slot(slot)) + warpgroup * 64 * 16;
     unsigned of_R = shared_address(exchange.R_slot(slot));
     // The same for all lanes, as the compiler must know.
-    const unsigned long long left = operand(__shfl_sync(~0u, of_h, 0), H_OCTET, 128);
-    const unsigned long long right = operand(__shfl_sync(~0u, of_R, 0), R_OCTET, 128);
+    const unsigned long long left = operand(__shfl_sync(~0u, of_h, 0), H_STRIPE, 128);
+    const unsigned long long right = operand(__shfl_sync(~0u, of_R, 0), R_STRIPE, 128);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        wgmma(sums, left + step * 2 * H_OCTET / 16, right + step * 2 * R_OCTET / 16, add || step > 0,
+        wgmma(sums, left + step * 2 * H_STRIPE / 16, right + step * 2 * R_STRIPE / 16, add || step > 0,
               Operand{});
     }
     wgmma_commit();
@@ -86,14 +93,14 @@ __device__ inline void multiply(float (&sums)[COLUMNS / 2], const Exchange& exch
 #pragma unroll 1
     for (int chunk = 0; chunk < CHUNKS - 1; ++chunk) {
         exchange.wait_for_chunk(slot);
-        multiply_chunk<CHUNK_OCTETS / 2>(sums, exchange, slot.number, chunk > 0);
+        multiply_chunk<CHUNK_STRIPES / 2>(sums, exchange, slot.number, chunk > 0);
         wgmma_wait<1>();
         if (chunk > 0) exchange.signal_multiplied(before);
         before = slot.number;
         slot.advance();
     }
     exchange.wait_for_chunk(slot);
-    multiply_chunk<LAST_OCTETS / 2>(sums, exchange, slot.number, CHUNKS > 1);
+    multiply_chunk<LAST_STRIPES / 2>(sums, exchange, slot.number, CHUNKS > 1);
     wgmma_wait<0>();
     materialize_all(sums);
     if (CHUNKS > 1) exchange.signal_multiplied(before);
@@ -104,60 +111,61 @@ __device__ inline void multiply(float (&sums)[COLUMNS / 2], const Exchange& exch
 // The chunks for which the ring has room before any is multiplied.
 constexpr int FIRST_CHUNKS = CHUNKS < STAGES ? CHUNKS : STAGES;
 
-// The numbers of a piece's units: pairs of 16 bits, or float32.
-struct Pairs {
-    unsigned words[WIDTH / 2];
+// The numbers of a piece's units, as elements of the tensors and in float32.
+template <typename Number>
+struct Numbers {
+    static constexpr int IN_WORD = 4 / sizeof(Number);
+    unsigned words[WIDTH / IN_WORD];
 
-    __device__ float of(int v) const { return element_of_pair(words[v / 2], v % 2, Element{}); }
+    __device__ float of(int v) const {
+        if constexpr (IN_WORD == 2) return element_of_pair(words[v / 2], v % 2, Number{});
+        else return __uint_as_float(words[v]);
+    }
+    // Sets two neighbouring ones, from an even one on.
+    __device__ void round(int v, float first, float second) {
+        if constexpr (IN_WORD == 2) words[v / 2] = round_pair(first, second, Number{});
+        else words[v] = __float_as_uint(first), words[v + 1] = __float_as_uint(second);
+    }
 };
+using Elements = Numbers<Element>;
 
 struct Floats {
     float of[WIDTH];
 };
 
-// They are loaded and stored in pieces of 8 and 16 bytes.
-__device__ inline void load(Pairs& pairs, const Element* from, int width) {
-    if (width == 8) {
-        const WordVector<4> words = load_words(reinterpret_cast<const WordVector<4>*>(from));
-        memcpy(pairs.words, &words, sizeof(words));
-    } else {
-        const WordVector<2> words = load_words(reinterpret_cast<const WordVector<2>*>(from));
-        memcpy(pairs.words, &words, sizeof(words));
-    }
+// They are loaded and stored 16 or 8 bytes at a time.
+template <int BYTES>
+__device__ inline void load_bytes(void* to, const void* from) {
+    const auto words = load_words(static_cast<const WordVector<BYTES / 4>*>(from));
+    memcpy(to, &words, BYTES);
+}
+template <int BYTES>
+__device__ inline void store_bytes(void* to, const void* from) {
+    WordVector<BYTES / 4> words;
+    memcpy(&words, from, BYTES);
+    store_words(static_cast<WordVector<BYTES / 4>*>(to), words);
 }
 
-__device__ inline void store(void* to, const Pairs& pairs, int width) {
-    if (width == 8) {
-        WordVector<4> words;
-        memcpy(&words, pairs.words, sizeof(words));
-        store_words(static_cast<WordVector<4>*>(to), words);
-    } else {
-        WordVector<2> words;
-        memcpy(&words, pairs.words, sizeof(words));
-        store_words(static_cast<WordVector<2>*>(to), words);
-    }
+__device__ inline void load(Elements& elements, const Element* from, int width) {
+    if (width * sizeof(Element) == 16) load_bytes<16>(elements.words, from);
+    else load_bytes<8>(elements.words, from);
 }
-
+__device__ inline void store(void* to, const Elements& elements, int width) {
+    if (width * sizeof(Element) == 16) store_bytes<16>(to, elements.words);
+    else store_bytes<8>(to, elements.words);
+}
 __device__ inline void load(Floats& floats, const float* from, int width) {
 #pragma unroll
-    for (int v = 0; v < width; v += 4) {
-        const WordVector<4> words = load_words(reinterpret_cast<const WordVector<4>*>(from + v));
-        memcpy(floats.of + v, &words, sizeof(words));
-    }
+    for (int v = 0; v < width; v += 4) load_bytes<16>(floats.of + v, from + v);
 }
-
 __device__ inline void store(float* to, const Floats& floats, int width) {
 #pragma unroll
-    for (int v = 0; v < width; v += 4) {
-        WordVector<4> words;
-        memcpy(&words, floats.of + v, sizeof(words));
-        store_words(reinterpret_cast<WordVector<4>*>(to + v), words);
-    }
+    for (int v = 0; v < width; v += 4) store_bytes<16>(to + v, floats.of + v);
 }
 
 // A piece's inputs of a step.
 struct Inputs {
-    Pairs gates[G];
+    Elements gates[G];
     Floats states[S];
 };
 
@@ -168,7 +176,7 @@ streamed_forward(CALL) {
     const long long width = static_cast<long long>(N) * D;
     const int blocks = Block::count(B, N), ctas = clusters * CLUSTER_SIZE;
 
-    write_octets(exchange, R, initial, initial_b, initial_n, initial_d, B, N, ctas);
+    write_stripes(exchange, R, initial, initial_b, initial_n, initial_d, B, N, ctas);
     __syncthreads();
     if (threadIdx.x == 0) add_release(exchange.counters, 1);
 
@@ -197,10 +205,10 @@ streamed_forward(CALL) {
             for (long long t = 0; t < T; ++t) {
                 for (int index = cluster; index < blocks; index += clusters) {
                     const Block block(index, rank, N);
-                    const unsigned char* const from = exchange.octets_of_R(block.n, block.unit_tile);
+                    const unsigned char* const from = exchange.stripes_of_R(block.n, block.unit_tile);
                     for (int chunk = 0; chunk < CHUNKS; ++chunk, slot.advance()) {
-                        const int octets = chunk < CHUNKS - 1 ? CHUNK_OCTETS : LAST_OCTETS;
-                        exchange.copy_R(slot, from + chunk * R_CHUNK, octets);
+                        const int stripes = chunk < CHUNKS - 1 ? CHUNK_STRIPES : LAST_STRIPES;
+                        exchange.copy_R(slot, from + chunk * R_CHUNK, stripes);
                     }
                 }
             }
@@ -210,10 +218,10 @@ streamed_forward(CALL) {
                 for (int index = cluster; index < blocks; index += clusters) {
                     const Block block(index, rank, N);
                     exchange.wait_for_h(block, t);
-                    const unsigned char* const from = exchange.octets_of_h(t, block.n, block.row_tile);
+                    const unsigned char* const from = exchange.stripes_of_h(t, block.n, block.row_tile);
                     for (int chunk = 0; chunk < CHUNKS; ++chunk, slot.advance()) {
-                        const int octets = chunk < CHUNKS - 1 ? CHUNK_OCTETS : LAST_OCTETS;
-                        exchange.copy_h(slot, from + chunk * H_CHUNK, octets);
+                        const int stripes = chunk < CHUNKS - 1 ? CHUNK_STRIPES : LAST_STRIPES;
+                        exchange.copy_h(slot, from + chunk * H_CHUNK, stripes);
                         if (chunk == FIRST_CHUNKS - 1) prefetch(block, t);
                     }
                 }
@@ -290,7 +298,7 @@ streamed_forward(CALL) {
             float sums[COLUMNS / 2];
             multiply(sums, exchange, slot);
             unsigned char* const to_h =
-                exchange.octets_of_h(t + 1, block.n, block.row_tile) + first_unit / 8 * H_OCTET;
+                exchange.stripes_of_h(t + 1, block.n, block.row_tile) + first_unit / SPAN * H_STRIPE;
             const long long row = first_row * T + t;
             Element* const to_states = states + row * width + place_in_row;
             Element* const to_gates = gates + row * G * width + place_in_row;
@@ -300,7 +308,7 @@ streamed_forward(CALL) {
                 if (!exists(i)) continue;
                 const Inputs& own = inputs[i % 2];
                 const Piece piece(i);
-                Pairs saved[G], stored[S];
+                Elements saved[G], stored[S];
                 Floats after[S];
 #pragma unroll
                 for (int v = 0; v < WIDTH; v += 2) {
@@ -324,15 +332,19 @@ streamed_forward(CALL) {
                     }
 #pragma unroll
                     for (int g = 0; g < G; ++g) {
-                        saved[g].words[v / 2] = round_pair(preactivations[0][g], preactivations[1][g], Element{});
+                        saved[g].round(v, preactivations[0][g], preactivations[1][g]);
                     }
 #pragma unroll
                     for (int s = 0; s < S; ++s) {
-                        stored[s].words[v / 2] = round_pair(after[s].of[v], after[s].of[v + 1], Element{});
+                        stored[s].round(v, after[s].of[v], after[s].of[v + 1]);
                     }
                 }
-                const int octet = piece.unit / 8, place = piece.sequence * 16 + piece.unit % 8 * 2;
-                store(to_h + octet * H_OCTET + place, stored[0], piece.width);
+                const int stripe = piece.unit / SPAN;
+                const int place = piece.sequence * 16 + piece.unit % SPAN * int(sizeof(Element));
+                Elements sent = stored[0];
+#pragma unroll
+                for (unsigned& word : sent.words) word = operand_word(word);
+                store(to_h + stripe * H_STRIPE + place, sent, piece.width);
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
                     if ((READ >> s & 1) || t == T - 1) store(carried(s, i), after[s], piece.width);

@@ -18,7 +18,7 @@ from flashrnn.problem import Problem
 _SEQUENCES = 128
 """Of a tile: 64 for each warpgroup that computes."""
 
-_CHUNK_OCTETS = 8
+_CHUNK_STRIPES = 8
 _SIZE = 2
 """CTAs of a cluster, which share what they read of R."""
 
@@ -26,15 +26,18 @@ _MOST_READ = 2
 """Carried states that a step may read. Numbers of more do not fit into registers: the compiler
 spills, and with three a step is no faster than by other regimes."""
 
-# Cycles of a step, fitted to times of an H200 (docs/cost-model.md). Of each block; for each chunk
-# of 64 summed units, at least and for each column; for each unit: for each gate and state, for each
-# carried state that a step reads, and for each gate that is saved. All are scaled, so that they
-# compare with the other regimes' estimates.
-_CYCLES_OF_A_BLOCK, _CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN = 3350, 500, 4.9
-_CYCLES_A_VALUE, _CYCLES_A_CARRIED_STATE, _CYCLES_A_SAVED_GATE = 11, 64, 15
+# Cycles of a step, fitted to times of an H200 (docs/cost-model.md). Of each block; for each chunk,
+# at least and for each column; for each unit: for each gate and state, for each gate that is saved,
+# and for each carried state that a step reads. Where it is given by bytes of an element, float32 is
+# by TF32.
+_CYCLES_OF_A_BLOCK, _CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN = 3350, 500, {2: 4.9, 4: 5.6}
+_CYCLES_A_VALUE, _CYCLES_A_SAVED_GATE = {2: 11, 4: 19}, {2: 15, 4: 26}
+_CYCLES_A_CARRIED_STATE = 64
 # Where a tile's rows do not fill whole lines of the cache, and its neighbours are computed later.
 _BROKEN_LINES = 1.25
-_SCALE = 1 / 1.18
+# They are divided by what steps take as multiples of other regimes' estimates, by bytes of an
+# element (registry.py), so that they compare with those.
+_TAKEN = {2: 1.18, 4: 0.75}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class StreamedPlan(Plan):
         size: CTAs of a cluster.
         units: units of a tile.
         recurrent: gates that R feeds.
+        itemsize: bytes of an element.
         stages: chunks of R and h for which shared memory has room.
     """
 
@@ -59,6 +63,7 @@ class StreamedPlan(Plan):
     size: int
     units: int
     recurrent: int
+    itemsize: int
     stages: int
 
     @property
@@ -87,9 +92,9 @@ class StreamedPlan(Plan):
         return tiles_of(self.D, self.units)
 
     @property
-    def octets(self) -> int:
-        """Octets of a head's units: an even number."""
-        return 2 * tiles_of(self.D, 16)
+    def stripes(self) -> int:
+        """Stripes of a head's units, of 16 bytes each: an even number."""
+        return 2 * tiles_of(self.D * self.itemsize, 32)
 
     def row_tiles(self, B: int) -> int:
         """Tiles one above the other: as many as whole clusters have."""
@@ -110,9 +115,9 @@ class StreamedPlan(Plan):
     def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
         """See :meth:`flashrnn.kernels.plan.Plan.scratch`."""
         rows = N * self.row_tiles(B)
-        of_R = N * self.unit_tiles * self.units * self.recurrent * self.octets
+        of_R = N * self.unit_tiles * self.units * self.recurrent * self.stripes
         # Two buffers.
-        of_h = 2 * rows * _SEQUENCES * self.octets
+        of_h = 2 * rows * _SEQUENCES * self.stripes
         return Scratch(packets=tiles_of(1 + rows, 4), R_in_memory=of_R + of_h)
 
     def source(
@@ -140,8 +145,11 @@ class StreamedPlan(Plan):
 
 def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> StreamedPlan | str:
     """The plan of a problem's forward scan, or the reason why there is none."""
-    if backward or problem.dtype.itemsize != 2 or problem.D % 8:
-        return "it is for the forward scan, 16 bits and a D that is a multiple of 8"
+    itemsize = problem.dtype.itemsize
+    if backward or not (itemsize == 2 or (itemsize == 4 and problem.allow_tf32)):
+        return "it is for the forward scan, in 16 bits or by TF32"
+    if problem.D * itemsize % 16:
+        return "it needs heads whose rows are a multiple of 16 bytes"
     if problem.is_sequenced:
         return "it has no options of sequences"
     if not gpu.multiplies_by_groups:
@@ -149,19 +157,22 @@ def plan_forward(problem: Problem, gpu: GPU, backward: bool) -> StreamedPlan | s
     counts, read = Counts.of_problem(problem), read_states(problem.cell, False).bit_count()
     if read > _MOST_READ:
         return f"a step of the cell reads more than {_MOST_READ} carried states"
-    plan = best_plan(counts, read, max(1, problem.B), problem.N, problem.D, gpu)
+    sizes = max(1, problem.B), problem.N, problem.D
+    plan = best_plan(counts, read, *sizes, itemsize, gpu)
     return "no tile of it fits into a CTA" if plan is None else plan
 
 
 @lru_cache(maxsize=1024)
-def best_plan(counts: Counts, read: int, B: int, N: int, D: int, gpu: GPU) -> StreamedPlan | None:
+def best_plan(
+    counts: Counts, read: int, B: int, N: int, D: int, itemsize: int, gpu: GPU
+) -> StreamedPlan | None:
     """The plan with the fewest :func:`estimated_cycles`, if there is any."""
-    plans = possible_plans(counts, D, gpu)
+    plans = possible_plans(counts, D, itemsize, gpu)
     return best_of(plans, lambda plan: estimated_cycles(plan, counts, read, B, N, gpu))
 
 
-def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[StreamedPlan]:
-    """All plans for heads of D units."""
+def possible_plans(counts: Counts, D: int, itemsize: int, gpu: GPU) -> Iterator[StreamedPlan]:
+    """All plans for heads of D units, of elements of so many bytes."""
     if not clusters_at_once(_SIZE, gpu):
         return
     for units in (16, 32, 48, 64):
@@ -175,6 +186,7 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[StreamedPlan]:
                 size=_SIZE,
                 units=units,
                 recurrent=counts.recurrent,
+                itemsize=itemsize,
                 stages=stages,
                 shared_memory=0,
             )
@@ -186,7 +198,7 @@ def possible_plans(counts: Counts, D: int, gpu: GPU) -> Iterator[StreamedPlan]:
 
 def shared_memory_of(plan: StreamedPlan, counts: Counts) -> int:
     """Bytes of a CTA's shared memory, part by part as the kernel lays it out."""
-    slot = _CHUNK_OCTETS * 16 * (plan.units * plan.recurrent + _SEQUENCES)
+    slot = _CHUNK_STRIPES * 16 * (plan.units * plan.recurrent + _SEQUENCES)
     return plan.stages * (slot + 16) + 4 * counts.gates * plan.units
 
 
@@ -204,11 +216,11 @@ def estimated_cycles(
         gpu: the GPU.
     """
     rounds = tiles_of(plan.blocks(B, N), plan.groups(B, N, gpu))
-    chunk = max(_CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN * plan.units * plan.recurrent)
-    of_a_unit = _CYCLES_A_VALUE * (counts.gates + counts.states)
-    of_a_unit += _CYCLES_A_CARRIED_STATE * read + _CYCLES_A_SAVED_GATE * counts.saved
-    block = (
-        _CYCLES_OF_A_BLOCK + tiles_of(plan.octets, _CHUNK_OCTETS) * chunk + plan.units * of_a_unit
-    )
-    broken = _BROKEN_LINES if rounds > 1 and plan.units % 32 else 1.0
-    return _SCALE * rounds * block * broken
+    size, columns = plan.itemsize, plan.units * plan.recurrent
+    chunk = max(_CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN[size] * columns)
+    of_a_unit = _CYCLES_A_VALUE[size] * (counts.gates + counts.states)
+    of_a_unit += _CYCLES_A_SAVED_GATE[size] * counts.saved + _CYCLES_A_CARRIED_STATE * read
+    chunks = tiles_of(plan.stripes, _CHUNK_STRIPES)
+    block = _CYCLES_OF_A_BLOCK + chunks * chunk + plan.units * of_a_unit
+    broken = _BROKEN_LINES if rounds > 1 and plan.units * size % 64 else 1.0
+    return rounds * block * broken / _TAKEN[size]

@@ -12,12 +12,14 @@
 // element in all steps, and alone reads and writes its carried states.
 //
 // The columns of a tile are such that a thread's sums (common/wgmma.cuh) are all gates of neighbouring units: of
-// each group of 32 units 8, as many as fill 16 bytes; of a last group of 16 units 4. A group of 4 w units has w / 2
-// n-tiles of 8 columns for each gate. Column 2 j + k of n-tile h is the unit w j + 2 h + k.
+// each group as many as fill 16 bytes, 8 of 32 units in 16 bits and 4 of 16 in float32; in 16 bits 4 of a last group of
+// 16 units. A group of 4 w units has w / 2 n-tiles of 8 columns for each gate. Column 2 j + k of n-tile h is the
+// unit w j + 2 h + k.
 //
-// Operands lie in global memory as wgmma reads them from shared memory: octets of 8 summed elements, 16
-// bytes, of all columns of a tile, or of all of its sequences, one after another. An octet of 8 columns is
-// one core matrix. So a chunk of CHUNK_OCTETS octets is copied as one piece.
+// Operands lie in global memory as wgmma reads them from shared memory: in stripes of 16 bytes, SPAN summed
+// elements, of all columns of a tile, or of all of its sequences, one after another. A stripe of 8 columns is one
+// core matrix. So a chunk of CHUNK_STRIPES stripes is copied as one piece. Of float32 elements they are rounded to
+// TF32, to nearest: wgmma would cut off what does not fit.
 
 #include "problem.cuh"
 #include "common/mma.cuh"
@@ -29,26 +31,28 @@ constexpr int WARPGROUPS = 2, WARPS = 4 * WARPGROUPS, COMPUTING = 32 * WARPS;
 constexpr int THREADS = COMPUTING + PRODUCERS;
 constexpr int SEQUENCES = 64 * WARPGROUPS;
 constexpr int COLUMNS = UNITS * GR;
-static_assert(sizeof(Element) == 2, "an octet has 16 bytes");
 static_assert(UNITS % 16 == 0 && COLUMNS <= 256, "a tile is one wgmma wide");
 
-// Of a head: tiles side by side; octets of its units, an even number, of which the last may not exist.
+// Summed elements of a stripe.
+constexpr int SPAN = 16 / sizeof(Element);
+
+// Of a head: tiles side by side; stripes of its units, an even number, of which the last may not exist.
 constexpr int UNIT_TILES = (D + UNITS - 1) / UNITS;
-constexpr int OCTETS = (D + 15) / 16 * 2;
-constexpr int CHUNK_OCTETS = 8;
-constexpr int CHUNKS = (OCTETS + CHUNK_OCTETS - 1) / CHUNK_OCTETS;
-constexpr int LAST_OCTETS = OCTETS - (CHUNKS - 1) * CHUNK_OCTETS;
-static_assert(D % 8 == 0, "an octet exists as a whole");
+constexpr int STRIPES = (D + 2 * SPAN - 1) / (2 * SPAN) * 2;
+constexpr int CHUNK_STRIPES = 8;
+constexpr int CHUNKS = (STRIPES + CHUNK_STRIPES - 1) / CHUNK_STRIPES;
+constexpr int LAST_STRIPES = STRIPES - (CHUNKS - 1) * CHUNK_STRIPES;
+static_assert(D % SPAN == 0, "a stripe exists as a whole");
 
-// An octet of a tile, of R and of h, in bytes.
-constexpr int R_OCTET = COLUMNS * 16, H_OCTET = SEQUENCES * 16;
+// A stripe of a tile, of R and of h, in bytes.
+constexpr int R_STRIPE = COLUMNS * 16, H_STRIPE = SEQUENCES * 16;
 
-// The groups of a tile's units, of which the last one is smaller where 32 does not divide them.
-constexpr int GROUP = 32, GROUPS = (UNITS + GROUP - 1) / GROUP;
+// The groups of a tile's units, of which the last one may be smaller.
+constexpr int GROUP = 4 * SPAN, GROUPS = (UNITS + GROUP - 1) / GROUP;
 
 // Neighbouring units of a group that a thread has, and the most.
-__device__ constexpr int width_of(int group) { return group < UNITS / GROUP ? 8 : 4; }
-constexpr int WIDTH = UNITS < GROUP ? 4 : 8;
+__device__ constexpr int width_of(int group) { return group < UNITS / GROUP ? SPAN : 4; }
+constexpr int WIDTH = UNITS < GROUP ? 4 : SPAN;
 
 // A thread's elements lie in so many pieces: of each group its units of two sequences. Loops over pieces are
 // unrolled, which makes their widths constants.
