@@ -21,9 +21,10 @@ _WIDE = torch.complex128, torch.int64
 
 def contiguous(x: Tensor) -> Tensor:
     """``x.contiguous()``, with the same bits."""
-    if x.numel() < FEWEST or x.is_contiguous() or not backends.is_direct(x):
+    # Where operations are recorded sizes may be symbols, of which nothing is to be asked.
+    if backends.recorded() or x.numel() < FEWEST or x.is_contiguous():
         return x.contiguous()
-    if torch.is_grad_enabled() and x.requires_grad:
+    if (torch.is_grad_enabled() and x.requires_grad) or not backends.is_direct(x):
         return x.contiguous()
     (wide,) = widened(x)
     return wide.contiguous().view(x.dtype)
