@@ -23,9 +23,11 @@ namespace streamed {
 // The barrier of the computing warps.
 constexpr int COMPUTED = 1;
 
-// A word of an operand of wgmma.
-__device__ inline unsigned operand_word(unsigned word) {
-    return sizeof(Element) == 4 ? round_to_tf32(word) : word;
+// Whether operands are rounded: float32 elements, of which wgmma reads 19 bits.
+constexpr bool ROUNDS = sizeof(Element) == 4;
+
+__device__ inline void round_words(uint4& words) {
+    words = {round_to_tf32(words.x), round_to_tf32(words.y), round_to_tf32(words.z), round_to_tf32(words.w)};
 }
 
 // Writes R and the initial h as stripes: all CTAs of the launch together. Zeros stand for what does not exist and
@@ -44,7 +46,7 @@ __device__ inline void write_stripes(const Exchange& exchange, const Element* R,
         if (d < D && stripe * SPAN < D) {
             const long long row = (static_cast<long long>(column.gate) * N + n) * D + d;
             found = *reinterpret_cast<const uint4*>(R + row * D + stripe * SPAN);
-            found = {operand_word(found.x), operand_word(found.y), operand_word(found.z), operand_word(found.w)};
+            if constexpr (ROUNDS) round_words(found);
         }
         reinterpret_cast<uint4*>(exchange.of_R)[i] = found;
     }
@@ -60,7 +62,7 @@ __device__ inline void write_stripes(const Exchange& exchange, const Element* R,
 #pragma unroll
             for (int k = 0; k < SPAN; ++k) round_to(rounded[k], from[k * initial_d]);
             memcpy(&found, rounded, sizeof(found));
-            found = {operand_word(found.x), operand_word(found.y), operand_word(found.z), operand_word(found.w)};
+            if constexpr (ROUNDS) round_words(found);
         }
         uint4* const to = reinterpret_cast<uint4*>(exchange.of_h) + i;
         *to = found;
@@ -342,8 +344,10 @@ streamed_forward(CALL) {
                 const int stripe = piece.unit / SPAN;
                 const int place = piece.sequence * 16 + piece.unit % SPAN * int(sizeof(Element));
                 Elements sent = stored[0];
+                if constexpr (ROUNDS) {
 #pragma unroll
-                for (unsigned& word : sent.words) word = operand_word(word);
+                    for (unsigned& word : sent.words) word = round_to_tf32(word);
+                }
                 store(to_h + stripe * H_STRIPE + place, sent, piece.width);
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
