@@ -16,154 +16,17 @@
 //
 // CTAs wait for each other, so the launch is a cooperative one.
 
-#include "streamed/exchange.cuh"
+#include "streamed/numbers.cuh"
+#include "streamed/product.cuh"
+#include "streamed/stripes.cuh"
 
 namespace streamed {
 
 // The barrier of the computing warps.
 constexpr int COMPUTED = 1;
 
-// Whether operands are rounded: float32 elements, of which wgmma reads 19 bits.
-constexpr bool ROUNDS = sizeof(Element) == 4;
-
-__device__ inline void round_words(uint4& words) {
-    words = {round_to_tf32(words.x), round_to_tf32(words.y), round_to_tf32(words.z), round_to_tf32(words.w)};
-}
-
-// Writes R and the initial h as stripes: all CTAs of the launch together. Zeros stand for what does not exist and
-// would be multiplied by what does.
-__device__ inline void write_stripes(const Exchange& exchange, const Element* R, const float* initial,
-                                    long long initial_b, long long initial_n, long long initial_d, long long B,
-                                    int N, int ctas) {
-    const long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    const long long stride = static_cast<long long>(ctas) * THREADS;
-    const long long of_R = static_cast<long long>(N) * UNIT_TILES * STRIPES * COLUMNS;
-    for (long long i = first; i < of_R; i += stride) {
-        const int stripe = i / COLUMNS % STRIPES, tile = i / COLUMNS / STRIPES;
-        const Column column(i % COLUMNS);
-        const int n = tile / UNIT_TILES, d = tile % UNIT_TILES * UNITS + column.unit;
-        uint4 found = {};
-        if (d < D && stripe * SPAN < D) {
-            const long long row = (static_cast<long long>(column.gate) * N + n) * D + d;
-            found = *reinterpret_cast<const uint4*>(R + row * D + stripe * SPAN);
-            if constexpr (ROUNDS) round_words(found);
-        }
-        reinterpret_cast<uint4*>(exchange.of_R)[i] = found;
-    }
-    const long long of_h = static_cast<long long>(N) * exchange.row_tiles * STRIPES * SEQUENCES;
-    for (long long i = first; i < of_h; i += stride) {
-        const int stripe = i / SEQUENCES % STRIPES, tile = i / SEQUENCES / STRIPES;
-        const int n = tile / exchange.row_tiles;
-        const long long b = tile % exchange.row_tiles * SEQUENCES + i % SEQUENCES;
-        uint4 found = {};
-        if (b < B && stripe * SPAN < D) {
-            const float* const from = initial + b * initial_b + n * initial_n + stripe * SPAN * initial_d;
-            Element rounded[SPAN];
-#pragma unroll
-            for (int k = 0; k < SPAN; ++k) round_to(rounded[k], from[k * initial_d]);
-            memcpy(&found, rounded, sizeof(found));
-            if constexpr (ROUNDS) round_words(found);
-        }
-        uint4* const to = reinterpret_cast<uint4*>(exchange.of_h) + i;
-        *to = found;
-        // Nobody writes there later.
-        if (stripe * SPAN >= D) to[of_h] = uint4{};
-    }
-}
-
-template <int STEPS>
-__device__ inline void multiply_chunk(float (&sums)[COLUMNS / 2], const Exchange& exchange, int slot,
-                                      bool add) {
-    const int warpgroup = threadIdx.x / 128;
-    unsigned of_h = shared_address(exchange.h_slot(slot)) + warpgroup * 64 * 16;
-    unsigned of_R = shared_address(exchange.R_slot(slot));
-    // The same for all lanes, as the compiler must know.
-    const unsigned long long left = operand(__shfl_sync(~0u, of_h, 0), H_STRIPE, 128);
-    const unsigned long long right = operand(__shfl_sync(~0u, of_R, 0), R_STRIPE, 128);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        wgmma(sums, left + step * 2 * H_STRIPE / 16, right + step * 2 * R_STRIPE / 16, add || step > 0,
-              Operand{});
-    }
-    wgmma_commit();
-}
-
-// The tile's sums over all units of h.
-__device__ inline void multiply(float (&sums)[COLUMNS / 2], const Exchange& exchange, Slot& slot) {
-    int before = 0;
-#pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS - 1; ++chunk) {
-        exchange.wait_for_chunk(slot);
-        multiply_chunk<CHUNK_STRIPES / 2>(sums, exchange, slot.number, chunk > 0);
-        wgmma_wait<1>();
-        if (chunk > 0) exchange.signal_multiplied(before);
-        before = slot.number;
-        slot.advance();
-    }
-    exchange.wait_for_chunk(slot);
-    multiply_chunk<LAST_STRIPES / 2>(sums, exchange, slot.number, CHUNKS > 1);
-    wgmma_wait<0>();
-    materialize_all(sums);
-    if (CHUNKS > 1) exchange.signal_multiplied(before);
-    exchange.signal_multiplied(slot.number);
-    slot.advance();
-}
-
 // The chunks for which the ring has room before any is multiplied.
 constexpr int FIRST_CHUNKS = CHUNKS < STAGES ? CHUNKS : STAGES;
-
-// The numbers of a piece's units, as elements of the tensors and in float32.
-template <typename Number>
-struct Numbers {
-    static constexpr int IN_WORD = 4 / sizeof(Number);
-    unsigned words[WIDTH / IN_WORD];
-
-    __device__ float of(int v) const {
-        if constexpr (IN_WORD == 2) return element_of_pair(words[v / 2], v % 2, Number{});
-        else return __uint_as_float(words[v]);
-    }
-    // Sets two neighbouring ones, from an even one on.
-    __device__ void round(int v, float first, float second) {
-        if constexpr (IN_WORD == 2) words[v / 2] = round_pair(first, second, Number{});
-        else words[v] = __float_as_uint(first), words[v + 1] = __float_as_uint(second);
-    }
-};
-using Elements = Numbers<Element>;
-
-struct Floats {
-    float of[WIDTH];
-};
-
-// They are loaded and stored 16 or 8 bytes at a time.
-template <int BYTES>
-__device__ inline void load_bytes(void* to, const void* from) {
-    const auto words = load_words(static_cast<const WordVector<BYTES / 4>*>(from));
-    memcpy(to, &words, BYTES);
-}
-template <int BYTES>
-__device__ inline void store_bytes(void* to, const void* from) {
-    WordVector<BYTES / 4> words;
-    memcpy(&words, from, BYTES);
-    store_words(static_cast<WordVector<BYTES / 4>*>(to), words);
-}
-
-__device__ inline void load(Elements& elements, const Element* from, int width) {
-    if (width * sizeof(Element) == 16) load_bytes<16>(elements.words, from);
-    else load_bytes<8>(elements.words, from);
-}
-__device__ inline void store(void* to, const Elements& elements, int width) {
-    if (width * sizeof(Element) == 16) store_bytes<16>(to, elements.words);
-    else store_bytes<8>(to, elements.words);
-}
-__device__ inline void load(Floats& floats, const float* from, int width) {
-#pragma unroll
-    for (int v = 0; v < width; v += 4) load_bytes<16>(floats.of + v, from + v);
-}
-__device__ inline void store(float* to, const Floats& floats, int width) {
-#pragma unroll
-    for (int v = 0; v < width; v += 4) store_bytes<16>(to + v, floats.of + v);
-}
 
 // A piece's inputs of a step.
 struct Inputs {
