@@ -23,12 +23,14 @@ class Plan(ABC):
     Attributes:
         ROW_ALIGNMENT: bytes to whose multiples rows of D elements of the given tensors are aligned,
             or of a divisor of it where D does not allow that. If more than 1, they are contiguous.
+        KEEPS_R: whether R, or a part of it, stays on chip from step to step.
         D: head dimension.
         shared_memory: a CTA's dynamic shared memory in bytes.
         estimated_cycles: of a step of all sequences; an estimate that plans are compared by.
     """
 
     ROW_ALIGNMENT: ClassVar[int] = 1
+    KEEPS_R: ClassVar[bool] = True
 
     D: int
     shared_memory: int

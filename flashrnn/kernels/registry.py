@@ -44,7 +44,11 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     regimes = SMALL_HEADS if is_small(problem.D) else LARGE_HEADS
     plans = [regime(problem, gpu, backward) for regime in regimes]
     possible = [plan for plan in plans if isinstance(plan, Plan)]
-    return min(possible, key=lambda plan: plan.estimated_cycles, default=plans[0])
+    # Whether there is a plan must not depend on the number of sequences. Where R fits nowhere,
+    # backend `cuda` is faster for few of them.
+    if not any(plan.KEEPS_R for plan in possible):
+        return plans[0]
+    return min(possible, key=lambda plan: plan.estimated_cycles)
 
 
 # What a step by a persistent kernel takes on an H200, as a multiple of its estimate. The estimates

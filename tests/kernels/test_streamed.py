@@ -106,3 +106,11 @@ def test_tf32(take, kind, sizes):  # noqa: F811
     inputs = replace(inputs, Wx=inputs.Wx[:, :1], **exact)
     given, truth = call(kind, inputs, **options), call(kind, inputs, backend="vanilla")
     torch.testing.assert_close(given[0], truth[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("B", [1, 4096])
+def test_takes_no_head_that_no_other_regime_has(B):
+    """For few sequences of such a head backend `cuda` is faster, and B must not decide."""
+    problem = planned("lstm", B, 1, 4096, torch.bfloat16, needs_gradient=False)
+    assert isinstance(streamed.plan_forward(problem, H200, False), StreamedPlan)
+    assert isinstance(registry.best_plan(problem, H200, False), str)

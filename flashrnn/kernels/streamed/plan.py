@@ -56,6 +56,7 @@ class StreamedPlan(Plan):
     """
 
     ROW_ALIGNMENT: ClassVar = 16
+    KEEPS_R: ClassVar = False
     PRODUCERS: ClassVar = 128
     PRODUCER_REGISTERS: ClassVar = 24
     registers: ClassVar = 240
