@@ -26,6 +26,8 @@ def contiguous(x: Tensor) -> Tensor:
         return x.contiguous()
     if (torch.is_grad_enabled() and x.requires_grad) or not backends.is_direct(x):
         return x.contiguous()
+    if x.device.type not in ("cuda", "cpu"):  # Others may lack the types.
+        return x.contiguous()
     (wide,) = widened(x)
     return wide.contiguous().view(x.dtype)
 

@@ -269,6 +269,8 @@ static bool __any_sync(unsigned, bool mine) {
     return any;
 }
 
+static void __syncwarp() { current->warp_meetings[threadIdx.x / 32].wait_for(32); }
+
 template <typename T>
 static T __ldg(const T* address) {
     return *address;

@@ -1,5 +1,7 @@
 """Copies by wide elements: the bits of PyTorch's own, whatever the layout."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,8 @@ def test_any_layout_keeps_its_bits(layout):
     pitch = width + gap
     memory = any_bits(offset + A * B * pitch, dtype)
     x = memory.as_strided((B, A, width), (pitch, B * pitch, 1), offset)
-    found = rows.contiguous(x)
+    with patch.object(rows, "FEWEST", 1):
+        found = rows.contiguous(x)
     wide = rows.widened(x)[0].contiguous().view(dtype)
     for each in (found, wide):
         assert each.is_contiguous() and each.shape == x.shape and each.dtype == dtype

@@ -14,7 +14,7 @@ from functools import lru_cache
 from flashrnn.kernels import cluster, grid, single_cta, streamed
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import cell_plan
-from flashrnn.kernels.plan import Plan
+from flashrnn.kernels.plan import TAKEN, TAKEN_WITH_TF32, Plan
 from flashrnn.problem import Problem
 
 Regime = Callable[[Problem, GPU, bool], Plan | str]
@@ -47,15 +47,8 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     # Whether there is a plan must not depend on the number of sequences. Where R fits nowhere,
     # backend `cuda` is faster for few of them.
     if not any(plan.KEEPS_R for plan in possible):
-        return plans[0]
+        return next((plan for plan in plans if isinstance(plan, str)), plans[0])
     return min(possible, key=lambda plan: plan.estimated_cycles)
-
-
-# What a step by a persistent kernel takes on an H200, as a multiple of its estimate. The estimates
-# compare with one another, but are all too low by about as much (docs/cost-model.md). With TF32 a
-# step takes less than estimated, since the estimate of float32 is for three products: 0.8 was
-# measured.
-_TAKEN, _TAKEN_WITH_TF32 = 1.18, 0.75
 
 
 @lru_cache(maxsize=1024)
@@ -76,5 +69,5 @@ def plan_steps(
     best = best_plan(problem._replace(needs_gradient=True), gpu, backward)
     if isinstance(best, str):
         return None
-    cycles = best.estimated_cycles * (_TAKEN_WITH_TF32 if precision == "tf32" else _TAKEN)
+    cycles = best.estimated_cycles * (TAKEN_WITH_TF32 if precision == "tf32" else TAKEN)
     return cell_plan.plan_steps(problem, precision, gpu, backward, cycles)

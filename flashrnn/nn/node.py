@@ -251,8 +251,8 @@ class _Node(torch.autograd.Function):
         d_start = found.states if needs_start else None
         if d_x is not None and form.x_by_time:
             d_x = d_x.transpose(0, 1)
-            if d_x.numel() >= FEWEST:
-                # Whoever gets it would copy it, and take longer.
+            if d_x.numel() >= FEWEST and x.is_contiguous():
+                # Whoever gets it would copy it into x's layout, and take longer.
                 d_x = contiguous(d_x)
         of_recurrence = recurrence_gradients(
             form.mode, d_R, d_b, weight_hh.shape, len(needs_b), copy

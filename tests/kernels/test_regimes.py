@@ -217,6 +217,13 @@ def test_steps_in_place(take, regime):  # noqa: F811
         assert torch.equal(carried.to(dtype), every[:, :, t])
         assert carried._version == version + 1
     assert torch.equal(carried, last.squeeze(2))
+    # In memory that begins anywhere, in place and not.
+    expected = stepper(Wx[:, 0], carried)
+    moved = carried.new_empty(carried.numel() + 1)[1:].view(carried.shape).copy_(carried)
+    other = carried.new_empty(carried.numel() + 3)[3:].view(carried.shape)
+    assert torch.equal(stepper(Wx[:, 0], moved, out=other), expected)
+    assert stepper(Wx[:, 0], moved, out=moved) is moved
+    assert torch.equal(moved, expected)
 
 
 @pytest.mark.parametrize(

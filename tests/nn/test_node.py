@@ -100,7 +100,9 @@ def test_many_rows(fused_emulation, made, monkeypatch, trains):  # noqa: F811
     by_sequence = ours.LSTM(16, 32, backend="cuda_fused", batch_first=True).bfloat16()
     by_sequence.load_state_dict(by_time.state_dict())
     x = torch.randn(7, 3, 16).bfloat16()
-    given = [x.clone().requires_grad_(trains), x.transpose(0, 1).clone().requires_grad_(trains)]
+    given = [x.clone(), x.transpose(0, 1).contiguous()]
+    for each in given:
+        each.requires_grad_(trains)
     with torch.set_grad_enabled(trains):
         found, expected = by_time(given[0])[0], by_sequence(given[1])[0]
     assert found.is_contiguous()
@@ -108,11 +110,15 @@ def test_many_rows(fused_emulation, made, monkeypatch, trains):  # noqa: F811
     if trains:
         found.square().sum().backward()
         expected.square().sum().backward()
-        assert given[0].grad.is_contiguous()
-        torch.testing.assert_close(given[0].grad, given[1].grad.transpose(0, 1))
         for one, other in zip(by_time.parameters(), by_sequence.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2)
-    assert len(made) == 2
+        assert given[0].grad.is_contiguous()
+        torch.testing.assert_close(given[0].grad, given[1].grad.transpose(0, 1))
+        # A transposed input's gradient goes back as it is.
+        by_time(turned := given[1].transpose(0, 1))[0].square().sum().backward()
+        assert not turned.is_contiguous()
+        torch.testing.assert_close(given[1].grad, 2 * given[0].grad.transpose(0, 1))
+    assert len(made) == 2 + trains
 
 
 def test_without_gradients(fused_emulation, made):  # noqa: F811

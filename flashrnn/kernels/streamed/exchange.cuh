@@ -107,6 +107,8 @@ struct Exchange {
 
     __device__ void wait_until_free(const Slot& slot) const {
         if (slot.round > 0) mbarrier_wait(barrier(FREE + slot.number), (slot.round - 1) % 2);
+        // No lane falls behind by a phase while another one copies.
+        __syncwarp();
     }
 
     // Copies the chunk of R from `from` on: this CTA's part of its stripes, to all CTAs of the cluster.

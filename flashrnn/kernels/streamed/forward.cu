@@ -49,8 +49,8 @@ streamed_forward(CALL) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp >= WARPS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
-        // Prefetches a tile's Wx: of each row and gate the lines that its units begin and end in, and those
-        // between.
+        // Prefetches a tile's Wx: of each row and gate the line that its first unit lies in, and as many behind it
+        // as its units fill.
         const auto prefetch = [&](const Block& block, long long t) {
             const int first_unit = block.unit_tile * UNITS, units = D - first_unit < UNITS ? D - first_unit : UNITS;
             constexpr int LINE = 128 / sizeof(Element), LINES = UNITS / LINE + 1;
@@ -140,7 +140,11 @@ streamed_forward(CALL) {
                     for (int s = 0; s < S; ++s) {
                         if (!(READ >> s & 1)) continue;
                         float* const to = carried(s, i);
-                        for (int v = 0; v < piece.width; ++v) to[v] = from[s * initial_s + v * initial_d];
+                        for (int v = 0; v < piece.width; ++v) {
+                            const float state = from[s * initial_s + v * initial_d];
+                            // It is loaded by assembly, behind which the compiler may move an ordinary store.
+                            store_bytes<4>(to + v, &state);
+                        }
                     }
                 }
             }

@@ -11,7 +11,15 @@ from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Counts, Plan, Scratch, best_of, read_states
+from flashrnn.kernels.plan import (
+    TAKEN,
+    TAKEN_WITH_TF32,
+    Counts,
+    Plan,
+    Scratch,
+    best_of,
+    read_states,
+)
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
@@ -35,9 +43,6 @@ _CYCLES_A_VALUE, _CYCLES_A_SAVED_GATE = {2: 11, 4: 19}, {2: 15, 4: 26}
 _CYCLES_A_CARRIED_STATE = 64
 # Where a tile's rows do not fill whole lines of the cache, and its neighbours are computed later.
 _BROKEN_LINES = 1.25
-# They are divided by what steps take as multiples of other regimes' estimates, by bytes of an
-# element (registry.py), so that they compare with those.
-_TAKEN = {2: 1.18, 4: 0.75}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,4 +229,6 @@ def estimated_cycles(
     chunks = tiles_of(plan.stripes, _CHUNK_STRIPES)
     block = _CYCLES_OF_A_BLOCK + chunks * chunk + plan.units * of_a_unit
     broken = _BROKEN_LINES if rounds > 1 and plan.units * size % 64 else 1.0
-    return rounds * block * broken / _TAKEN[size]
+    # Times of an H200, as others' estimates are beside them.
+    taken = TAKEN if size == 2 else TAKEN_WITH_TF32
+    return rounds * block * broken / taken
