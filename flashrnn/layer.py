@@ -158,9 +158,12 @@ def factors_gradients(
     # Not by flatten(), which gradients of a batch (is_grads_batched) do not have.
     B, T, Gw, N, D = d_Wx.shape
     rows = d_Wx.reshape(B * T, Gw * N * D)
+    if needs_W and _is_time_major(x):
+        # Other inputs' rows mostly lie so that they need no copy.
+        x = contiguous(x)
     return (
         torch.mm(rows, W).view(x.shape) if needs_x else None,
-        over_rows(rows, contiguous(x).flatten(0, 1)) if needs_W else None,
+        over_rows(rows, x.flatten(0, 1)) if needs_W else None,
     )
 
 

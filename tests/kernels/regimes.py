@@ -296,7 +296,7 @@ STREAMED = [
             (2, 1, 1, 136),
             # All exist. More chunks than the ring has room for.
             (128, 3, 1, 192),
-            # More blocks than clusters, of several heads, and an odd number of octets.
+            # More work tiles than clusters, of several heads, and an odd number of stripes.
             (257, 2, 2, 152),
         ),
     )

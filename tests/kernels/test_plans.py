@@ -57,7 +57,7 @@ def check(plan, gpu, B, N, D, given):
         return
     if isinstance(plan, StreamedPlan):
         assert (plan.unit_tiles - 1) * plan.units < D <= plan.unit_tiles * plan.units, given
-        assert plan.blocks(B, N) >= plan.groups(B, N, gpu) >= 1 and plan.stages >= 3, given
+        assert plan.work_tiles(B, N) >= plan.groups(B, N, gpu) >= 1 and plan.stages >= 3, given
         # What the plan's warps have at their launch.
         assert 2 * plan.registers + plan.PRODUCER_REGISTERS <= 3 * 168, given
         return

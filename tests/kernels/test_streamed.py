@@ -89,7 +89,7 @@ def test_float32_needs_tf32():
 @needs_compiler
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    # Several blocks a cluster, and tiles that lack sequences, units and a stripe.
+    # Several work tiles a cluster, and tiles that lack sequences, units and a stripe.
     [("lstm", (130, 3, 1, 140)), ("gru", (257, 2, 2, 132))],
     ids=str,
 )

@@ -47,7 +47,7 @@ constexpr int BARRIERS = BIAS + BIAS_BYTES, FREE = STAGES;
 static_assert(BARRIERS + 2 * STAGES * 8 == SHARED_MEMORY, "streamed/plan.py computes the same size");
 
 // A slot and how often it was used before, which tell what its barriers' phases are. Chunks are numbered over
-// all steps and blocks.
+// all steps and work tiles.
 struct Slot {
     int number = 0;
     unsigned round = 0;
@@ -72,7 +72,7 @@ struct Exchange {
           counters(static_cast<unsigned*>(packets)),
           rank(rank),
           N(N),
-          row_tiles(Block::row_tiles(B)) {
+          row_tiles(WorkTile::row_tiles(B)) {
         if (threadIdx.x < STAGES) {
             mbarrier_init(barrier(threadIdx.x), 2);
             mbarrier_init(barrier(FREE + threadIdx.x), CLUSTER_SIZE * WARPS);
@@ -129,9 +129,9 @@ struct Exchange {
     }
 
     // Until all units of the tile's sequences are there for a step.
-    __device__ void wait_for_h(const Block& block, long long t) const {
+    __device__ void wait_for_h(const WorkTile& work, long long t) const {
         const unsigned complete = static_cast<unsigned>(t) * UNIT_TILES;
-        const unsigned* const counted = counter(block.n, block.row_tile);
+        const unsigned* const counted = counter(work.n, work.row_tile);
         while (static_cast<int>(load_acquire(counted) - complete) < 0) {
         }
         fence_proxy_async_global();
@@ -150,8 +150,8 @@ struct Exchange {
     }
 
     // Behind a barrier of the computing warps, which have written h.
-    __device__ void send(const Block& block) const {
-        if (threadIdx.x == 0) add_release(counter(block.n, block.row_tile), 1);
+    __device__ void send(const WorkTile& work) const {
+        if (threadIdx.x == 0) add_release(counter(work.n, work.row_tile), 1);
     }
 };
 

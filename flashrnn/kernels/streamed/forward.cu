@@ -39,7 +39,7 @@ streamed_forward(CALL) {
     const int rank = blockIdx.x % CLUSTER_SIZE, cluster = blockIdx.x / CLUSTER_SIZE, clusters = groups;
     const Exchange exchange(shared_memory(), packets, R_in_memory, rank, B, N);
     const long long width = static_cast<long long>(N) * D;
-    const int blocks = Block::count(B, N), ctas = clusters * CLUSTER_SIZE;
+    const int work_tiles = WorkTile::count(B, N), ctas = clusters * CLUSTER_SIZE;
 
     write_stripes(exchange, R, initial, initial_b, initial_n, initial_d, B, N, ctas);
     __syncthreads();
@@ -51,15 +51,15 @@ streamed_forward(CALL) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         // Prefetches a tile's Wx: of each row and gate the line that its first unit lies in, and as many behind it
         // as its units fill.
-        const auto prefetch = [&](const Block& block, long long t) {
-            const int first_unit = block.unit_tile * UNITS, units = D - first_unit < UNITS ? D - first_unit : UNITS;
+        const auto prefetch = [&](const WorkTile& work, long long t) {
+            const int first_unit = work.unit_tile * UNITS, units = D - first_unit < UNITS ? D - first_unit : UNITS;
             constexpr int LINE = 128 / sizeof(Element), LINES = UNITS / LINE + 1;
 #pragma unroll 1
             for (int i = threadIdx.x % 32; i < SEQUENCES * LINES; i += 32) {
-                const long long row = static_cast<long long>(block.row_tile) * SEQUENCES + i / LINES;
+                const long long row = static_cast<long long>(work.row_tile) * SEQUENCES + i / LINES;
                 if (row >= B) break;
                 const int unit = i % LINES * LINE < units ? i % LINES * LINE : units - 1;
-                const Element* const from = Wx + row * Wx_b + t * Wx_t + block.n * Wx_n + first_unit + unit;
+                const Element* const from = Wx + row * Wx_b + t * Wx_t + work.n * Wx_n + first_unit + unit;
 #pragma unroll
                 for (int k = 0; k < GW; ++k) prefetch_l2(from + k * Wx_g);
             }
@@ -68,9 +68,9 @@ streamed_forward(CALL) {
         if (warp == WARPS) {
             exchange.wait_for_all(ctas);
             for (long long t = 0; t < T; ++t) {
-                for (int index = cluster; index < blocks; index += clusters) {
-                    const Block block(index, rank, N);
-                    const unsigned char* const from = exchange.stripes_of_R(block.n, block.unit_tile);
+                for (int index = cluster; index < work_tiles; index += clusters) {
+                    const WorkTile work(index, rank, N);
+                    const unsigned char* const from = exchange.stripes_of_R(work.n, work.unit_tile);
                     for (int chunk = 0; chunk < CHUNKS; ++chunk, slot.advance()) {
                         const int stripes = chunk < CHUNKS - 1 ? CHUNK_STRIPES : LAST_STRIPES;
                         exchange.copy_R(slot, from + chunk * R_CHUNK, stripes);
@@ -80,14 +80,14 @@ streamed_forward(CALL) {
         } else if (warp == WARPS + 1) {
             exchange.wait_for_all(ctas);
             for (long long t = 0; t < T; ++t) {
-                for (int index = cluster; index < blocks; index += clusters) {
-                    const Block block(index, rank, N);
-                    exchange.wait_for_h(block, t);
-                    const unsigned char* const from = exchange.stripes_of_h(t, block.n, block.row_tile);
+                for (int index = cluster; index < work_tiles; index += clusters) {
+                    const WorkTile work(index, rank, N);
+                    exchange.wait_for_h(work, t);
+                    const unsigned char* const from = exchange.stripes_of_h(t, work.n, work.row_tile);
                     for (int chunk = 0; chunk < CHUNKS; ++chunk, slot.advance()) {
                         const int stripes = chunk < CHUNKS - 1 ? CHUNK_STRIPES : LAST_STRIPES;
                         exchange.copy_h(slot, from + chunk * H_CHUNK, stripes);
-                        if (chunk == FIRST_CHUNKS - 1) prefetch(block, t);
+                        if (chunk == FIRST_CHUNKS - 1) prefetch(work, t);
                     }
                 }
             }
@@ -101,16 +101,16 @@ streamed_forward(CALL) {
     Slot slot;
     int biased = -1;
     for (long long t = 0; t < T; ++t) {
-        for (int index = cluster; index < blocks; index += clusters) {
-            const Block block(index, rank, N);
-            const int first_unit = block.unit_tile * UNITS, place = block.n * UNIT_TILES + block.unit_tile;
-            const long long first_b = static_cast<long long>(block.row_tile) * SEQUENCES;
+        for (int index = cluster; index < work_tiles; index += clusters) {
+            const WorkTile work(index, rank, N);
+            const int first_unit = work.unit_tile * UNITS, place = work.n * UNIT_TILES + work.unit_tile;
+            const long long first_b = static_cast<long long>(work.row_tile) * SEQUENCES;
             if (place != biased) {
                 // All have read what it replaces.
                 named_barrier_of<COMPUTING>(COMPUTED);
                 for (int i = threadIdx.x; i < G * UNITS; i += COMPUTING) {
                     const int k = i / UNITS, unit = first_unit + i % UNITS;
-                    const long long row = static_cast<long long>(FED_B[k]) * N + block.n;
+                    const long long row = static_cast<long long>(FED_B[k]) * N + work.n;
                     bias[i] = FED_B[k] >= 0 && unit < D ? to_float(b[row * D + unit]) : 0.0f;
                 }
                 named_barrier_of<COMPUTING>(COMPUTED);
@@ -124,10 +124,10 @@ streamed_forward(CALL) {
             };
             // Where the tile's first unit of the thread's first sequence lies, and how far from there a piece is.
             const long long first_row = first_b + Piece(0).sequence;
-            const int place_in_row = block.n * D + first_unit;
+            const int place_in_row = work.n * D + first_unit;
             const auto to_piece = [](int i, long long of_row) { return i % 2 * 8 * of_row + Piece(i).unit; };
             const Element* const inputs_of_step =
-                Wx + first_row * Wx_b + t * Wx_t + block.n * Wx_n + first_unit;
+                Wx + first_row * Wx_b + t * Wx_t + work.n * Wx_n + first_unit;
             float* const of_states = last_states + first_row * width + place_in_row;
             const auto carried = [&](int s, int i) { return of_states + s * B * width + to_piece(i, width); };
             if (t == 0) {
@@ -136,7 +136,7 @@ streamed_forward(CALL) {
                     const Piece piece(i);
                     if (!exists(i)) continue;
                     const float* const from = initial + (first_b + piece.sequence) * initial_b +
-                                              block.n * initial_n + (first_unit + piece.unit) * initial_d;
+                                              work.n * initial_n + (first_unit + piece.unit) * initial_d;
                     for (int s = 0; s < S; ++s) {
                         if (!(READ >> s & 1)) continue;
                         float* const to = carried(s, i);
@@ -167,7 +167,7 @@ streamed_forward(CALL) {
             float sums[COLUMNS / 2];
             multiply(sums, exchange, slot);
             unsigned char* const to_h =
-                exchange.stripes_of_h(t + 1, block.n, block.row_tile) + first_unit / SPAN * H_STRIPE;
+                exchange.stripes_of_h(t + 1, work.n, work.row_tile) + first_unit / SPAN * H_STRIPE;
             const long long row = first_row * T + t;
             Element* const to_states = states + row * width + place_in_row;
             Element* const to_gates = gates + row * G * width + place_in_row;
@@ -227,7 +227,7 @@ streamed_forward(CALL) {
                 }
             }
             named_barrier_of<COMPUTING>(COMPUTED);
-            exchange.send(block);
+            exchange.send(work);
         }
     }
     cluster_barrier();

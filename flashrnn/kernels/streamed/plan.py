@@ -27,18 +27,16 @@ _SEQUENCES = 128
 """Of a tile: 64 for each warpgroup that computes."""
 
 _CHUNK_STRIPES = 8
-_SIZE = 2
-"""CTAs of a cluster, which share what they read of R."""
 
 _MOST_READ = 2
 """Carried states that a step may read. Numbers of more do not fit into registers: the compiler
 spills, and with three a step is no faster than by other regimes."""
 
-# Cycles of a step, fitted to times of an H200 (docs/cost-model.md). Of each block; for each chunk,
+# Cycles of a step, fitted to times of an H200 (docs/cost-model.md). Of a work tile; for each chunk,
 # at least and for each column; for each unit: for each gate and state, for each gate that is saved,
 # and for each carried state that a step reads. Where it is given by bytes of an element, float32 is
 # by TF32.
-_CYCLES_OF_A_BLOCK, _CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN = 3350, 500, {2: 4.9, 4: 5.6}
+_CYCLES_OF_A_WORK_TILE, _CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN = 3350, 500, {2: 4.9, 4: 5.6}
 _CYCLES_A_VALUE, _CYCLES_A_SAVED_GATE = {2: 11, 4: 19}, {2: 15, 4: 26}
 _CYCLES_A_CARRIED_STATE = 64
 # Where a tile's rows do not fill whole lines of the cache, and its neighbours are computed later.
@@ -53,7 +51,7 @@ class StreamedPlan(Plan):
         PRODUCERS: threads of a CTA that copy R and h.
         PRODUCER_REGISTERS: registers that each of them keeps.
         registers: registers of each computing thread.
-        size: CTAs of a cluster.
+        cluster_size: CTAs of a cluster, which share what they read of R.
         units: units of a tile.
         recurrent: gates that R feeds.
         itemsize: bytes of an element.
@@ -65,8 +63,8 @@ class StreamedPlan(Plan):
     PRODUCERS: ClassVar = 128
     PRODUCER_REGISTERS: ClassVar = 24
     registers: ClassVar = 240
+    cluster_size: ClassVar = 2
 
-    size: int
     units: int
     recurrent: int
     itemsize: int
@@ -88,11 +86,6 @@ class StreamedPlan(Plan):
         return 2 * _SEQUENCES + self.PRODUCERS
 
     @property
-    def cluster_size(self) -> int:
-        """CTAs of a cluster."""
-        return self.size
-
-    @property
     def unit_tiles(self) -> int:
         """Tiles side by side that a head takes."""
         return tiles_of(self.D, self.units)
@@ -104,19 +97,19 @@ class StreamedPlan(Plan):
 
     def row_tiles(self, B: int) -> int:
         """Tiles one above the other: as many as whole clusters have."""
-        return self.size * tiles_of(B, self.size * _SEQUENCES)
+        return self.cluster_size * tiles_of(B, self.cluster_size * _SEQUENCES)
 
-    def blocks(self, B: int, N: int) -> int:
+    def work_tiles(self, B: int, N: int) -> int:
         """What clusters compute at a time."""
-        return N * self.unit_tiles * self.row_tiles(B) // self.size
+        return N * self.unit_tiles * self.row_tiles(B) // self.cluster_size
 
     def groups(self, B: int, N: int, gpu: GPU) -> int:
         """Clusters of a launch, as many as run at once."""
-        return min(self.blocks(B, N), clusters_at_once(self.size, gpu))
+        return min(self.work_tiles(B, N), clusters_at_once(self.cluster_size, gpu))
 
     def grid(self, B: int, N: int, gpu: GPU) -> int:
         """CTAs of a launch."""
-        return self.groups(B, N, gpu) * self.size
+        return self.groups(B, N, gpu) * self.cluster_size
 
     def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
         """See :meth:`flashrnn.kernels.plan.Plan.scratch`."""
@@ -132,7 +125,7 @@ class StreamedPlan(Plan):
         """See :meth:`flashrnn.kernels.plan.Plan.source`."""
         constants = {
             "D": self.D,
-            "CLUSTER_SIZE": self.size,
+            "CLUSTER_SIZE": self.cluster_size,
             "UNITS": self.units,
             "STAGES": self.stages,
             "PRODUCERS": self.PRODUCERS,
@@ -179,7 +172,7 @@ def best_plan(
 
 def possible_plans(counts: Counts, D: int, itemsize: int, gpu: GPU) -> Iterator[StreamedPlan]:
     """All plans for heads of D units, of elements of so many bytes."""
-    if not clusters_at_once(_SIZE, gpu):
+    if not clusters_at_once(StreamedPlan.cluster_size, gpu):
         return
     for units in (16, 32, 48, 64):
         columns = units * counts.recurrent
@@ -189,7 +182,6 @@ def possible_plans(counts: Counts, D: int, itemsize: int, gpu: GPU) -> Iterator[
         for stages in (4, 3) if columns > 128 else (6, 5, 4):
             plan = StreamedPlan(
                 D=D,
-                size=_SIZE,
                 units=units,
                 recurrent=counts.recurrent,
                 itemsize=itemsize,
@@ -221,14 +213,14 @@ def estimated_cycles(
         N: heads.
         gpu: the GPU.
     """
-    rounds = tiles_of(plan.blocks(B, N), plan.groups(B, N, gpu))
+    rounds = tiles_of(plan.work_tiles(B, N), plan.groups(B, N, gpu))
     size, columns = plan.itemsize, plan.units * plan.recurrent
     chunk = max(_CYCLES_OF_A_CHUNK, _CYCLES_A_COLUMN[size] * columns)
     of_a_unit = _CYCLES_A_VALUE[size] * (counts.gates + counts.states)
     of_a_unit += _CYCLES_A_SAVED_GATE[size] * counts.saved + _CYCLES_A_CARRIED_STATE * read
     chunks = tiles_of(plan.stripes, _CHUNK_STRIPES)
-    block = _CYCLES_OF_A_BLOCK + chunks * chunk + plan.units * of_a_unit
+    cycles = _CYCLES_OF_A_WORK_TILE + chunks * chunk + plan.units * of_a_unit
     broken = _BROKEN_LINES if rounds > 1 and plan.units * size % 64 else 1.0
     # Times of an H200, as others' estimates are beside them.
     taken = TAKEN if size == 2 else TAKEN_WITH_TF32
-    return rounds * block * broken / taken
+    return rounds * cycles * broken / taken

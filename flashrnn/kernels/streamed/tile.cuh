@@ -7,9 +7,9 @@
 //     sequences 0 ..     CTA 0        CTA 2                     The CTAs of a cluster have the same units,
 //     sequences 128 ..   CTA 1        CTA 3                     and share what they read of R.
 //
-// A cluster has a tile for each of its CTAs, one above the other: a block. If there are more blocks than
-// clusters, each cluster computes several blocks of each step, always the same ones. So one thread has an
-// element in all steps, and alone reads and writes its carried states.
+// A cluster has a tile for each of its CTAs, one above the other: a work tile. If there are more of these than
+// clusters, each cluster computes several in each step, always the same ones. So one thread has an element in
+// all steps, and alone reads and writes its carried states.
 //
 // The columns of a tile are such that a thread's sums (common/wgmma.cuh) are all gates of neighbouring units: of
 // each group as many as fill 16 bytes, 8 of 32 units in 16 bits and 4 of 16 in float32; in 16 bits 4 of a last group of
@@ -88,19 +88,19 @@ struct Column {
 };
 
 // What a cluster computes at a time, and the CTA's tile of it.
-struct Block {
+struct WorkTile {
     int n, unit_tile, row_tile;
 
     // Rows of tiles of a head, a multiple of CLUSTER_SIZE: of the last ones no sequence may exist.
     __device__ static int row_tiles(long long B) {
-        constexpr int OF_BLOCK = SEQUENCES * CLUSTER_SIZE;
-        return static_cast<int>((B + OF_BLOCK - 1) / OF_BLOCK) * CLUSTER_SIZE;
+        constexpr int OF_WORK_TILE = SEQUENCES * CLUSTER_SIZE;
+        return static_cast<int>((B + OF_WORK_TILE - 1) / OF_WORK_TILE) * CLUSTER_SIZE;
     }
     __device__ static int count(long long B, int N) {
         return N * UNIT_TILES * (row_tiles(B) / CLUSTER_SIZE);
     }
 
-    __device__ Block(int index, int rank, int N)
+    __device__ WorkTile(int index, int rank, int N)
         : n(index / UNIT_TILES % N),
           unit_tile(index % UNIT_TILES),
           row_tile(index / UNIT_TILES / N * CLUSTER_SIZE + rank) {}
