@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from flashrnn import FlashRNNConfig, flashrnn, recurrent_layer
+from flashrnn import FlashRNNConfig, flashrnn, layer, recurrent_layer
 from tests.kernels.test_triton import interpreter, needs_triton  # noqa: F401
 from tests.layers import NAMES, and_gradients, layer_inputs, results, two_nodes
 from tests.problems import BUILT_IN, random_weights, relative_error, sparse
@@ -326,3 +326,22 @@ def test_refused(replaced, error, words):
     arguments = dict(zip(NAMES, layer_inputs("lstm", 3, 4, 5, 2, 8), strict=True))
     with pytest.raises(error, match=re.escape(words)):
         recurrent_layer(**{**arguments, **replaced})
+
+
+def test_an_input_whose_rows_lie_evenly_is_not_copied(monkeypatch):
+    """A slice of features is multiplied as it lies; one that is turned by time is copied first."""
+    copied = []
+
+    def contiguous(x):
+        copied.append(x)
+        return x.contiguous()
+
+    monkeypatch.setattr(layer, "contiguous", contiguous)
+    d_Wx, W = torch.randn(3, 4, 2, 1, 5), torch.randn(10, 6)
+    sliced = torch.randn(3, 4, 9)[..., :6]
+    turned = sliced.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = torch.einsum("btgnd,bti->gndi", d_Wx, sliced).view(10, 6)
+    for x, copies in ((sliced, 0), (turned, 1)):
+        _, d_W = layer.factors_gradients(d_Wx, x, W, needs_x=False, needs_W=True)
+        torch.testing.assert_close(d_W, expected)
+        assert len(copied) == copies
