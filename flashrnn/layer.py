@@ -41,9 +41,9 @@ def recurrent_layer(
 
     It computes what ``flashrnn(linear(x, W), R, b, ...)`` does as one node of autograd: the step of
     a short sequence is mostly what nodes cost. ``Wx`` is not kept for the backward pass. Only the
-    gradients of x and W that are asked for are computed. Where the product is small (B · T · I · Gw
-    · N · D up to 2²⁷) it is a kernel of this package on a GPU, and so are the gradients where B · T
-    is. Those sum in another order than the library: results differ by rounding.
+    gradients of x and W that are asked for are computed. Where the product is small (the GPU has some
+    microseconds to do) it is a kernel of this package on a GPU, and so are the gradients. Those sum
+    in another order than the library: results differ by rounding.
 
     Where one node cannot be (with ``vanilla``, under ``torch.compile`` and ``torch.export``, for
     tensors that are no plain ones), the product and the scan are two, so that a compiler sees both.

@@ -652,6 +652,14 @@ static unsigned load_acquire(const unsigned* from) {
     return *from;
 }
 
+static unsigned add_acquire_release(unsigned* counter, unsigned number) {
+    *counter += number;
+    return *counter - number;
+}
+
+static void store_relaxed(float* to, float number) { *to = number; }
+static float load_relaxed(const float* from) { return *from; }
+
 static void cluster_barrier() { meet_cluster(); }
 
 static unsigned opaque_zero() { return 0; }

@@ -43,6 +43,9 @@ WORKLOAD = [
     ("lstm", (16, 2, 1, 1536), torch.bfloat16),
     ("gru", (16, 2, 1, 2048), torch.bfloat16),
     (sparse, (2, 3, 1, 200), torch.float32),
+    # CTAs share the tiles of gradients over so many rows.
+    ("lstm", (60, 20, 2, 40), torch.float16),
+    ("gru", (60, 20, 1, 136), torch.float32),
 ]
 # Resets of rows that are not looked up; lengths and packed rows with resets, in both directions,
 # and sequences without a step.

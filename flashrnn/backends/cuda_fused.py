@@ -347,13 +347,10 @@ def _record(problem: Problem, backward: bool) -> call.Record:
 
 def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
     """The memory that launches need for themselves, in the order of its addresses."""
-    packets, *others = prepared.scratch
-    found = []
-    if packets:
-        # Flags and counters count from 1, and h that nobody sends is zero.
-        found.append(like.new_zeros(packets, 4, dtype=torch.int32))
-    found += [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
-    return found
+    packets, counters, *others = prepared.scratch
+    # Flags and counters count from 1, and h that nobody sends is zero.
+    zeros = [like.new_zeros(size, 4, dtype=torch.int32) for size in (packets, counters) if size]
+    return zeros + [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
 
 
 def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
@@ -456,7 +453,7 @@ class _Steps:
         return _Step(
             kernel.kept(shape, packing(addresses)),
             packing.places(3, len(addresses)),
-            scratch[0] if prepared.scratch[0] else None,
+            scratch[0] if prepared.scratch.packets else None,
             (kernel, every_state, *scratch),
         )
 
@@ -499,13 +496,12 @@ class _Prepared(NamedTuple):
 
     Attributes:
         launches: in order.
-        scratch: global memory that they need for themselves, in units of 16 bytes: packets, R in
-            memory, and the parts of R's gradient.
+        scratch: global memory that they need for themselves.
         copied: the tensors that are to be copied first, since the kernel cannot read their rows.
     """
 
     launches: tuple[LaunchTemplate, ...]
-    scratch: tuple[int, int, int] = (0, 0, 0)
+    scratch: call.Scratch = call.Scratch()
     copied: tuple[str, ...] = ()
 
 
@@ -550,7 +546,13 @@ def _prepared(
     of_R = None
     if backward and registry.is_small(D) and not (asked is not None and asked.of_R):
         of_R = _plan_of_R(problem, gpu)
-    scratch = *plan.scratch(B, N, gpu), 0 if of_R is None else _units_of_parts(problem, of_R)
+    scratch = plan.scratch(B, N, gpu)
+    if of_R is not None:
+        scratch = scratch._replace(parts=_units_of_parts(problem, of_R))
+    if asked is not None:
+        tiles = few_rows.tiles_of(problem, asked)
+        counters, sums = tiles.scratch
+        scratch = scratch._replace(counters=counters, sums=sums)
     layout = layout.with_scratch(scratch)
     groups = plan.groups(B, N, gpu)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
@@ -561,7 +563,7 @@ def _prepared(
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
         if asked is not None:
-            launches.append(few_rows.gradients(problem, asked, layout))
+            launches.append(few_rows.gradients(problem, asked, tiles, layout))
     else:
         launches += copies.behind_scan(problem, layout)
     return _Prepared((*launches,), scratch, copied)

@@ -104,7 +104,13 @@ def _taken(problem: Problem, I: int) -> tuple[bool, bool]:  # noqa: E741
     (B, T), fed = problem.rows, problem.cell.fed_by("Wx")
     if not fed or fed != tuple(range(fed[0], fed[0] + len(fed))):
         return False, False
-    sizes = B * T, len(fed) * problem.N * problem.D, I, problem.dtype.itemsize
+    sizes = (
+        B * T,
+        len(fed) * problem.N * problem.D,
+        I,
+        problem.dtype.itemsize,
+        whole(problem.device),
+    )
     return few_rows.takes_product(*sizes), few_rows.takes(*sizes)
 
 
@@ -119,7 +125,8 @@ def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
     if problem.is_sequenced or (registry.is_small(problem.D) and not in_layer):
         return False
     rows, D, itemsize = problem.B * problem.T, problem.D, problem.dtype.itemsize
-    return few_rows.takes(rows, len(problem.cell.fed_by("R")) * problem.N * D, D, itemsize)
+    columns = len(problem.cell.fed_by("R")) * problem.N * D
+    return few_rows.takes(rows, columns, D, itemsize, whole(problem.device))
 
 
 def asked(problem: Problem, factors: Factors | None) -> Asked | None:
@@ -212,17 +219,46 @@ def product(problem: Problem, given: Product, layout: call.Layout) -> LaunchTemp
     kernel = _product_kernel(precision, piece_bytes, problem.device)
     numbers = {"x_pitch": pitch, "rows": B * T, "columns": columns, "I": I}
     packing = record.packing(layout, **numbers)
-    grid = few_rows.product_ctas(B * T, columns)
+    grid = few_rows.product_tiles(B * T, columns)
     return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)
 
 
-def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> LaunchTemplate:
+class Tiles(NamedTuple):
+    """Those of the gradients' products: of x, of W, and of R."""
+
+    x: few_rows.Tiles
+    W: few_rows.Tiles
+    R: few_rows.Tiles
+
+    @property
+    def scratch(self) -> tuple[int, int]:
+        """Of which sizes their ``counters`` and ``sums`` are, in units of 16 bytes."""
+        return few_rows.scratch(self)
+
+
+def tiles_of(problem: Problem, asked: Asked) -> Tiles:
+    """The tiles of the gradients that are asked for, and how many CTAs share each."""
+    cell, (B, T), (N, D), I = problem.cell, problem.rows, (problem.N, problem.D), asked.I  # noqa: E741
+    rows, columns, heads = B * T, len(cell.fed_by("Wx")) * N * D, len(cell.fed_by("R")) * N
+    products = (
+        (few_rows.product_tiles(rows, I) if asked.of_x else 0, columns),
+        (few_rows.product_tiles(columns, I) if asked.of_W else 0, rows),
+        (heads * few_rows.product_tiles(D, D) if asked.of_R else 0, rows),
+    )
+    gpu = whole(problem.device)
+    summed = [few_rows.Summed(*product) for product in products]
+    return Tiles(*few_rows.shared(summed, problem.dtype.itemsize, gpu))
+
+
+def gradients(problem: Problem, asked: Asked, tiles: Tiles, layout: call.Layout) -> LaunchTemplate:
     """The launch of the gradients.
 
     Args:
         problem: the problem.
         asked: what is computed.
-        layout: of the backward scan's tensors, with ``x``, ``W`` and the gradients among them.
+        tiles: those of :func:`tiles_of`.
+        layout: of the backward scan's tensors, with ``x``, ``W``, the gradients and any scratch
+            memory among them.
     """
     record, cell, (B, T) = call.FEW_ROWS_GRADIENTS, problem.cell, problem.rows
     (N, D), size, I = (problem.N, problem.D), problem.dtype.itemsize, asked.I  # noqa: E741
@@ -231,20 +267,17 @@ def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> LaunchTemp
     # Of the initial h, which may be of another dtype, single elements are read.
     piece_bytes = record.piece_bytes(("d_gates", "h"), layout, D, size)
     numbers = {"rows": rows, "T": T, "B": problem.B, "N": N, "D": D}
-    grid = 0
+    for name, of_kind in zip("xWR", tiles, strict=True):
+        numbers |= {f"{name}_ctas": of_kind.ctas, f"{name}_shares": of_kind.shares}
+    grid = sum(of_kind.ctas for of_kind in tiles)
     if asked.of_x or asked.of_W:
         piece_bytes = min(piece_bytes, record.piece_bytes(("x", "W"), layout, I, size))
-        grid_x = few_rows.product_ctas(rows, I) if asked.of_x else 0
-        grid_W = few_rows.product_ctas(columns, I) if asked.of_W else 0
-        numbers |= {"columns": columns, "I": I, "x_ctas": grid_x, "W_ctas": grid_W}
-        numbers["W_gate"] = cell.fed_by("Wx")[0]
-        grid = grid_x + grid_W
+        numbers |= {"columns": columns, "I": I, "W_gate": cell.fed_by("Wx")[0]}
     if asked.of_R:
-        grid_R = len(cell.fed_by("R")) * N * few_rows.product_ctas(D, D)
         b_columns = len(cell.fed_by("b")) * N * D
         b_shares, b_ctas = gradient_sums.plan_shares(problem.B, b_columns, few_rows.THREADS)
-        numbers |= {"R_ctas": grid_R, "b_columns": b_columns, "b_shares": b_shares}
-        grid += grid_R + b_ctas
+        numbers |= {"b_columns": b_columns, "b_shares": b_shares}
+        grid += b_ctas
     kernel = _gradients_kernel(cell, asked.precision, piece_bytes, problem.device)
     packing = record.packing(layout, **numbers)
     return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)

@@ -10,7 +10,7 @@ The kernels of a step (:mod:`flashrnn.kernels.per_step`) read the struct from de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, reduce
 from math import gcd
@@ -60,14 +60,29 @@ class Layout(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]
 
-    def with_scratch(self, sizes: Sequence[int]) -> Layout:
+    def with_scratch(self, scratch: Scratch) -> Layout:
         """The same, and behind the operands the scratch memory that is not of size 0."""
-        found = [name for name, size in zip(SCRATCH, sizes, strict=True) if size]
+        found = [name for name, size in zip(scratch._fields, scratch, strict=True) if size]
         return self._replace(names=(*self.names, *found))
 
 
-SCRATCH = ("packets", "R_in_memory", "parts")
-"""The operands that are memory which launches need for themselves."""
+class Scratch(NamedTuple):
+    """Global memory that launches need for themselves, in units of 16 bytes, by operands' names.
+
+    Attributes:
+        packets: packets, or buffers and counters, by which CTAs of a scan send each other values;
+            all zeros at first.
+        counters: those of tiles that CTAs share; all zeros at first.
+        R_in_memory: fragments of R for which registers and shared memory have no room.
+        parts: those of R's gradient.
+        sums: those of tiles that CTAs share.
+    """
+
+    packets: int = 0
+    counters: int = 0
+    R_in_memory: int = 0
+    parts: int = 0
+    sums: int = 0
 
 
 class Packing(NamedTuple):
@@ -407,6 +422,8 @@ FEW_ROWS_GRADIENTS = Record(
         Operand("d_W", "Element"),
         Operand("d_R", "Element"),
         Operand("d_b", "Element"),
+        Operand("counters", "unsigned"),
+        Operand("sums", "float"),
     ),
     {
         "rows": "int",
@@ -415,6 +432,9 @@ FEW_ROWS_GRADIENTS = Record(
         "x_ctas": "int",
         "W_ctas": "int",
         "R_ctas": "int",
+        "x_shares": "int",
+        "W_shares": "int",
+        "R_shares": "int",
         "b_columns": "long long",
         "b_shares": "int",
         "T": "unsigned",
@@ -426,7 +446,8 @@ FEW_ROWS_GRADIENTS = Record(
 )
 """Of the gradients that follow from the gates' of a call over few rows.
 
-What is not asked for is not given, and has no CTAs.
+What is not asked for is not given, and has no CTAs. ``counters`` and ``sums`` are of tiles that
+several CTAs share.
 """
 
 SEQUENCE_TABLES = Record(

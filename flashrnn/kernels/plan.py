@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import source
+from flashrnn.kernels.call import Scratch
 from flashrnn.kernels.gpu import GPU
 from flashrnn.problem import Problem
 
@@ -85,7 +86,7 @@ class Plan(ABC):
 
     def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
         """Global memory that a launch needs for itself."""
-        return Scratch(0, 0)
+        return Scratch()
 
 
 # What a step by a persistent kernel takes on an H200, as a multiple of its estimate. The estimates
@@ -93,19 +94,6 @@ class Plan(ABC):
 # step takes less than estimated, since the estimate of float32 is for three products: 0.8 was
 # measured.
 TAKEN, TAKEN_WITH_TF32 = 1.18, 0.75
-
-
-class Scratch(NamedTuple):
-    """Global memory of a launch, in units of 16 bytes.
-
-    Attributes:
-        packets: packets, or buffers and counters, by which CTAs send each other values; all zeros
-            at first.
-        R_in_memory: fragments of R for which registers and shared memory have no room.
-    """
-
-    packets: int
-    R_in_memory: int
 
 
 P = TypeVar("P", bound=Plan)

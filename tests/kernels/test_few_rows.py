@@ -30,6 +30,7 @@ SIZES = [
     (67, 1, 12, 3, 20),
     (1, 70, 16, 1, 136),
 ]
+CHOICES = few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
 
 
@@ -100,11 +101,24 @@ def tolerance(dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("kind", ["lstm", "gru", sparse], ids=["lstm", "gru", "sparse"])
 @pytest.mark.parametrize(("dtype", "tf32"), PRODUCTS, indirect=["tf32"], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_gradients(fused_emulation, poisoned, sizes, dtype, tf32, kind):  # noqa: F811
-    """All that follow from the gates' in one launch, of given gradients of these."""
+def test_gradients(
+    fused_emulation,  # noqa: F811
+    poisoned,  # noqa: F811
+    monkeypatch,
+    sizes,
+    dtype,
+    tf32,  # noqa: F811
+    kind,
+    shared,
+):
+    """All that follow from the gates' in one launch, of given gradients of these. Where CTAs share
+    tiles, each sums over a chunk or two."""
+    monkeypatch.setattr(kernels.plan, "_LEAST_CHUNKS", 1 if shared else 100)
+    monkeypatch.setattr(kernels.plan, "_MOST_SHARES", 3)
     B, T, I, N, D = sizes  # noqa: E741
     problem = problem_of(kind, B, T, N, D, dtype)
     cell, S, G = problem.cell, len(problem.cell.states), len(problem.cell.gates)
@@ -129,8 +143,17 @@ def test_gradients(fused_emulation, poisoned, sizes, dtype, tf32, kind):  # noqa
     asked = few_rows.asked(problem, factors)
     if asked is None:
         asked = few_rows.Asked(True, False, False, (), 0, few_rows._precision(problem))
+    tiles = few_rows.tiles_of(problem, asked)
+    assert {of_kind.shares for of_kind in tiles} <= ({1, 2, 3} if shared else {1})
+    counters, sums = tiles.scratch
+    assert bool(counters) == any(of_kind.shares > 1 for of_kind in tiles)
+    scratch = {
+        "counters": torch.zeros(counters, 4, dtype=torch.int32),
+        "sums": torch.full((sums, 4), torch.nan),
+    }
+    given |= {name: memory for name, memory in scratch.items() if len(memory)}
     addresses, layout = cuda_fused.call.BACKWARD.read({**given, **found})
-    kernel, shape, packing = few_rows.gradients(problem, asked, layout)
+    kernel, shape, packing = few_rows.gradients(problem, asked, tiles, layout)
     one_by_one([(kernel, shape, packing(addresses))])
 
     of_gates = d_gates.double()
@@ -240,19 +263,17 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
     factors = autograd.Factors(x, W, True, True)
 
     def taken(problem):
-        caches = few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R
-        for kept in caches:
+        for kept in CHOICES:
             kept.cache_clear()
         return cuda_fused.multiplies(problem, x, W), few_rows.asked(problem, factors) is not None
 
     assert taken(problem) == (True, True)
-    monkeypatch.setattr(kernels.plan, "_MOST_ROWS", 11)
+    monkeypatch.setitem(kernels.plan._MOST_OF_GRADIENTS, 2, 3.0)
     assert taken(problem) == (True, False)
-    assert taken(problem._replace(B=2)) == (True, True)
-    monkeypatch.setattr(kernels.plan, "_MOST_PRODUCTS", 12 * 160 * 8 - 1)
+    monkeypatch.setitem(kernels.plan._MOST_OF_PRODUCT, 2, 2.5)
     assert taken(problem) == (False, False)
-    monkeypatch.undo()
-    taken(problem)
+    for kept in CHOICES:
+        kept.cache_clear()
 
 
 @needs_nvrtc

@@ -73,7 +73,7 @@ def test_gradients_of_R_and_b(fused_emulation, poisoned, rows, kind, dtype):  # 
     precision = source.precision_of(problem)
     of_R = cuda_fused._plan_of_R(problem, GPUS["sm_90a"])
     units = cuda_fused._units_of_parts(problem, of_R)
-    layout = layout.with_scratch((0, 0, units))
+    layout = layout.with_scratch(call.Scratch(parts=units))
     launches = cuda_fused._after_scan(problem, of_R, precision, layout)
     assert (len(launches) == 1) == (units == 0)
     parts = torch.full((units, 4), torch.nan)

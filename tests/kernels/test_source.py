@@ -221,14 +221,16 @@ def test_what_is_not_given_is_0(record):
 @pytest.mark.parametrize("record", RECORDS[:2], ids=lambda record: record.name)
 def test_addresses_of_scratch_memory_follow_those_of_the_tensors(record):
     names = [part.split()[-1].lstrip("*") for part in record.parameters.split(", ")]
-    for sizes in ((5, 0, 0), (5, 5, 0), (0, 5, 0), (5, 0, 5)):
+    sizes = (("packets",), ("packets", "R_in_memory"), ("R_in_memory",), ("packets", "parts"))
+    for given in sizes:
+        scratch = call.Scratch(**dict.fromkeys(given, 5))
         tensors = {"R": torch.empty(1), "initial": torch.empty(2, 3, 1, 4, 5)}
         # Of what the record lacks, nothing is passed: "d_R" and, among scratch memory, "parts".
         addresses, layout = record.read({**tensors, "d_R": torch.empty(1)})
-        behind = [*range(-1, -1 - sum(map(bool, sizes)), -1)]
-        layout = layout.with_scratch(sizes)
+        behind = [*range(-1, -1 - len(given), -1)]
+        layout = layout.with_scratch(scratch)
         packed = record.packing(layout, B=7)([*addresses, *behind])
-        others = [name for name, size in zip(call.SCRATCH[:2], sizes, strict=False) if size]
+        others = [name for name in given if name != "parts"]
         behind = behind[: len(others)]
         found = {name: value for name, value in zip(names, packed, strict=True) if value}
         strides = dict(zip(("s", "b", "1", "n", "d"), tensors["initial"].stride(), strict=True))

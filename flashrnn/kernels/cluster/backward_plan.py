@@ -9,9 +9,10 @@ from itertools import product
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
+from flashrnn.kernels.call import Scratch
 from flashrnn.kernels.cluster.plan import ClusterPlan, time_of_rounds
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Scratch, Values
+from flashrnn.kernels.plan import Values
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
@@ -85,7 +86,7 @@ class ClusterBackwardPlan(ClusterPlan):
 
     def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
         """See :meth:`flashrnn.kernels.plan.Plan.scratch`."""
-        return Scratch(0, 32 * self.grid(B, N, gpu) * self.warps * self.in_memory)
+        return Scratch(R_in_memory=32 * self.grid(B, N, gpu) * self.warps * self.in_memory)
 
     def source(
         self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int

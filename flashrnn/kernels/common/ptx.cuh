@@ -550,6 +550,29 @@ __device__ inline unsigned load_acquire(const unsigned* from) {
     return number;
 }
 
+// Adds to a counter in global memory, and returns what it was. Who finds that others have added also sees
+// what they wrote before, and passes that on at a barrier, as add_release() and load_acquire() do.
+__device__ inline unsigned add_acquire_release(unsigned* counter, unsigned number) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(number)
+                 : "memory");
+    return before;
+}
+
+// Numbers in global memory that CTAs exchange, in an order that a counter establishes. The compiler moves
+// none of these past a barrier, as it may move others by an address that is `__restrict__`.
+__device__ inline void store_relaxed(float* to, float number) {
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(number) : "memory");
+}
+
+__device__ inline float load_relaxed(const float* from) {
+    float number;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(number) : "l"(from) : "memory");
+    return number;
+}
+
 // A barrier of all threads of a cluster.
 __device__ inline void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::

@@ -7,11 +7,27 @@ they are the library's, or the kernels' of the regimes.
 from flashrnn.kernels.few_rows.plan import (
     THREADS,
     Program,
+    Summed,
+    Tiles,
     gradients,
     product,
-    product_ctas,
+    product_tiles,
+    scratch,
+    shared,
     takes,
     takes_product,
 )
 
-__all__ = ["THREADS", "Program", "gradients", "product", "product_ctas", "takes", "takes_product"]
+__all__ = [
+    "THREADS",
+    "Program",
+    "Summed",
+    "Tiles",
+    "gradients",
+    "product",
+    "product_tiles",
+    "scratch",
+    "shared",
+    "takes",
+    "takes_product",
+]

@@ -10,8 +10,9 @@
 // on, one behind another in each row: c is a unit of a gate, (g, n, d), of which there are `columns`. g is the
 // gate that s or k stands for, and h_before the h of the step before, or the initial one.
 //
-// The CTAs come in this order, each with a tile of a product but for the last: x_ctas, W_ctas, R_ctas, and
-// those of the bias. Where a gradient is not asked for there are none.
+// The CTAs come in this order: W_ctas, R_ctas and x_ctas, of which W_shares, R_shares and x_shares each share a
+// tile of a product, and those of the bias. Those that sum over many rows, and take longest, start first.
+// Where a gradient is not asked for there are none.
 
 #include "few_rows/tile.cuh"
 #include "common/row_sums.cuh"
@@ -31,7 +32,15 @@ struct StepRows {
     }
     template <typename Position>
     __device__ void fetch(int to, const Position& at, int place, bool exists) const {
-        copy_piece(to, first + at.sequence * of_sequence + at.step * of_step + place, exists);
+        copy_piece(to, from(at, place), exists);
+    }
+    template <typename Position>
+    __device__ Element single(const Position& at, int place) const {
+        return *from(at, place);
+    }
+    template <typename Position>
+    __device__ const Element* from(const Position& at, int place) const {
+        return first + at.sequence * of_sequence + at.step * of_step + place;
     }
 };
 
@@ -62,6 +71,10 @@ struct RowsBefore {
             for (int j = 0; j < PIECE; ++j) ring()[to + j] = rounded(at.sequence, place + j);
         }
     }
+    template <typename Position>
+    __device__ Element single(const Position& at, int place) const {
+        return at.step ? h[(at.row - 1ll) * pitch + place] : rounded(at.sequence, place);
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -69,25 +82,33 @@ few_rows_gradients(CALL) {
     const long long width = static_cast<long long>(N) * D, gates_pitch = G * width;
     const Rows d_Wx = {d_gates + W_gate * width, gates_pitch};
     const StepRows of_x = {x, x_b, x_t, T};
-    int cta = blockIdx.x;
-    if (cta < x_ctas) {
-        const int tiles = tiles_of(I);
-        multiply_tile<false, true>(d_Wx, Rows{W, I}, rows, I, columns, cta / tiles * TILE, cta % tiles * TILE,
-                                   [&](long long r, int i) { return d_x + r * I + i; });
-        return;
-    }
-    cta -= x_ctas;
+    int cta = blockIdx.x, tile;
+    // Counts the CTAs so far that share tiles: these tiles' memory lies in their order.
+    long long shared_ctas = 0;
+    // This CTA's share, where so many share a tile of the product at hand, and sets `tile`.
+    const auto take = [&](int count) {
+        tile = cta / count;
+        const long long first = shared_ctas + tile * count;
+        return Share{cta - tile * count, count, sums + first * (TILE * TILE), counters + first};
+    };
+    // Leaves a product's CTAs behind.
+    const auto pass = [&](int ctas, int count) {
+        cta -= ctas;
+        if (count > 1) shared_ctas += ctas;
+    };
     if (cta < W_ctas) {
+        const Share share = take(W_shares);
         const int tiles = tiles_of(I);
-        multiply_tile<true, true>(d_Wx, of_x, columns, I, rows, cta / tiles * TILE, cta % tiles * TILE,
-                                  [&](long long c, int i) { return d_W + c * I + i; });
+        multiply_tile<true, true>(d_Wx, of_x, columns, I, rows, tile / tiles * TILE, tile % tiles * TILE,
+                                  [&](long long c, int i) { return d_W + c * I + i; }, share);
         return;
     }
-    cta -= W_ctas;
+    pass(W_ctas, W_shares);
     if (cta < R_ctas) {
+        const Share share = take(R_shares);
         const int tiles = tiles_of(D);
-        const int n = cta / (tiles * tiles) % N, s = cta / (tiles * tiles) / N;
-        cta %= tiles * tiles;
+        const int n = tile / (tiles * tiles) % N, s = tile / (tiles * tiles) / N;
+        tile %= tiles * tiles;
         int gate = 0;
 #pragma unroll
         for (int k = 0; k < GR; ++k) {
@@ -96,12 +117,21 @@ few_rows_gradients(CALL) {
         const Rows of_gate = {d_gates + gate * width + n * D, gates_pitch};
         const RowsBefore before = {h + n * D, width, h_initial + n * h_initial_n, h_initial_b, h_initial_d, T};
         Element* d_R_of_head = d_R + (static_cast<long long>(s) * N + n) * D * D;
-        multiply_tile<true, true>(of_gate, before, D, D, rows, cta / tiles * TILE, cta % tiles * TILE,
-                                  [&](int d, int p) { return d_R_of_head + d * D + p; });
+        multiply_tile<true, true>(of_gate, before, D, D, rows, tile / tiles * TILE, tile % tiles * TILE,
+                                  [&](int d, int p) { return d_R_of_head + d * D + p; }, share);
         return;
     }
-    float* sums = reinterpret_cast<float*>(shared_memory());
-    sum_bias<THREADS>(d_b, d_bias, B, width, b_columns, b_shares, cta - R_ctas, sums);
+    pass(R_ctas, R_shares);
+    if (cta < x_ctas) {
+        const Share share = take(x_shares);
+        const int tiles = tiles_of(I);
+        multiply_tile<false, true>(d_Wx, Rows{W, I}, rows, I, columns, tile / tiles * TILE, tile % tiles * TILE,
+                                   [&](long long r, int i) { return d_x + r * I + i; }, share);
+        return;
+    }
+    cta -= x_ctas;
+    float* const of_threads = reinterpret_cast<float*>(shared_memory());
+    sum_bias<THREADS>(d_b, d_bias, B, width, b_columns, b_shares, cta, of_threads);
 }
 
 }  // namespace few_rows

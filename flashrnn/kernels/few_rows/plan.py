@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from operator import mul
 from typing import NamedTuple
 
 from flashrnn.cells.traced import TracedCell
@@ -11,16 +13,25 @@ from flashrnn.kernels.sizes import tiles_of
 
 THREADS = 512
 _TILE = 64
-# Bytes of a chunk of both matrices, with its padding, and the most chunks of a ring.
-_SLOT_BYTES = 2 * 256 * (_TILE + 8)
+# Bytes of a chunk of the summed dimension, those of a chunk of both matrices, with its padding, and
+# the most chunks of a ring.
+_CHUNK_BYTES = 256
+_SLOT_BYTES = 2 * _CHUNK_BYTES * (_TILE + 8)
 _MOST_STAGES = 4
 
-# Up to so many rows, columns and products of two elements these kernels take the GPU at most a few
-# microseconds longer than the library's, whose calls take the host more than that. Elements of 16
-# bits in odd numbers are copied one by one.
-_MOST_ROWS, _MOST_ODD_ROWS = 1024, 128
-_MOST_COLUMNS = 4096
-_MOST_PRODUCTS = 2**27
+# Chunks of a tile's sum that are worth a CTA of their own, and the most CTAs that share a tile.
+_LEAST_CHUNKS = 4
+_MOST_SHARES = 32
+
+# What these kernels take an H200, in microseconds: a launch, a CTA, and each of its chunks, by the
+# bytes of an element. A product of float32 is three; by TF32 it takes less.
+_LAUNCH, _CTA = 2.0, 2.2
+_CHUNK_OF_PRODUCT = {2: 0.7, 4: 1.4}
+_CHUNK_OF_GRADIENTS = {2: 1.1, 4: 2.2}
+# Up to so many microseconds the host is spared more than the GPU may lose beside the library's
+# kernels: in 16 bits some 10 in the product, and 20 in the gradients; in float32 next to nothing.
+_MOST_OF_PRODUCT = {2: 16.0, 4: 32.0}
+_MOST_OF_GRADIENTS = {2: 55.0, 4: 90.0}
 
 
 class Program(NamedTuple):
@@ -37,7 +48,7 @@ class Program(NamedTuple):
     shared_memory: int
 
 
-def takes(rows: int, columns: int, summed: int, itemsize: int) -> bool:
+def takes(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool:
     """Whether the product of ``[rows, summed]`` and ``[summed, columns]``, and the gradients of
     both factors, which sum over columns and rows, are computed here.
 
@@ -46,20 +57,25 @@ def takes(rows: int, columns: int, summed: int, itemsize: int) -> bool:
         columns: units of all gates.
         summed: features.
         itemsize: bytes of an element.
+        gpu: the device.
     """
-    is_odd = itemsize == 2 and (columns % 2 or summed % 2)
-    return (
-        takes_product(rows, columns, summed, itemsize)
-        and rows <= (_MOST_ODD_ROWS if is_odd else _MOST_ROWS)
-        and columns <= _MOST_COLUMNS
-    )
+    if not takes_product(rows, columns, summed, itemsize, gpu):
+        return False
+    # R's gradient is about as large as W's.
+    of_W = Summed(product_tiles(columns, summed), rows)
+    products = (of_W, of_W, Summed(product_tiles(rows, summed), columns))
+    tiles = shared(products, itemsize, gpu)
+    time = _microseconds(tiles, products, itemsize, _CHUNK_OF_GRADIENTS, gpu)
+    return time <= _MOST_OF_GRADIENTS[itemsize]
 
 
-def takes_product(rows: int, columns: int, summed: int, itemsize: int) -> bool:
+def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool:
     """The same of the product alone."""
-    is_odd = itemsize == 2 and summed % 2
-    most = _MOST_PRODUCTS // 8 if is_odd else _MOST_PRODUCTS
-    return rows > 0 and rows * columns * summed <= most
+    if rows == 0:
+        return False
+    only = Summed(product_tiles(rows, columns), summed)
+    time = _microseconds((Tiles(only.tiles, 1),), (only,), itemsize, _CHUNK_OF_PRODUCT, gpu)
+    return time <= _MOST_OF_PRODUCT[itemsize]
 
 
 def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
@@ -94,6 +110,79 @@ def _program(
     return Program(f"few_rows_{name}", text, shared_memory)
 
 
-def product_ctas(rows: int, columns: int) -> int:
-    """CTAs of a product ``[rows, columns]``."""
+def product_tiles(rows: int, columns: int) -> int:
+    """Tiles of a product ``[rows, columns]``."""
     return tiles_of(rows, _TILE) * tiles_of(columns, _TILE)
+
+
+class Tiles(NamedTuple):
+    """Those of the products of one kind in a launch.
+
+    Attributes:
+        number: how many.
+        shares: CTAs that share each, which sum over equally many chunks.
+    """
+
+    number: int
+    shares: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of all of them."""
+        return self.number * self.shares
+
+
+class Summed(NamedTuple):
+    """Products of one kind.
+
+    Attributes:
+        tiles: of all of them.
+        summed: over how many numbers each element sums.
+    """
+
+    tiles: int
+    summed: int
+
+
+def shared(products: Sequence[Summed], itemsize: int, gpu: GPU) -> list[Tiles]:
+    """How the CTAs of a launch share products, so that none has more to do than the others.
+
+    Args:
+        products: what is computed.
+        itemsize: bytes of an element.
+        gpu: the device, each of whose multiprocessors has a CTA at a time.
+    """
+    chunks = [_chunks(product, itemsize) for product in products]
+    all_chunks = sum(map(mul, (product.tiles for product in products), chunks))
+    most = max(_LEAST_CHUNKS, tiles_of(all_chunks, gpu.multiprocessors))
+    return [
+        Tiles(product.tiles, min(_MOST_SHARES, tiles_of(count, most)) if product.tiles else 1)
+        for product, count in zip(products, chunks, strict=True)
+    ]
+
+
+def _chunks(product: Summed, itemsize: int) -> int:
+    """Of a tile's sum."""
+    return tiles_of(product.summed * itemsize, _CHUNK_BYTES)
+
+
+def _microseconds(
+    tiles: Sequence[Tiles],
+    products: Sequence[Summed],
+    itemsize: int,
+    of_chunk: Mapping[int, float],
+    gpu: GPU,
+) -> float:
+    """What a launch takes: all its CTAs on all multiprocessors, or the longest one."""
+    of_cta = [
+        _CTA + of_chunk[itemsize] * tiles_of(_chunks(product, itemsize), each.shares)
+        for each, product in zip(tiles, products, strict=True)
+    ]
+    of_all = sum(map(mul, (each.ctas for each in tiles), of_cta)) / gpu.multiprocessors
+    return _LAUNCH + max(of_all, *of_cta)
+
+
+def scratch(tiles: Sequence[Tiles]) -> tuple[int, int]:
+    """The counters and sums of tiles that several CTAs share, in units of 16 bytes."""
+    ctas = sum(each.ctas for each in tiles if each.shares > 1)
+    return tiles_of(ctas, 4), ctas * _TILE**2 // 4

@@ -16,7 +16,7 @@ few_rows_product(CALL) {
     const int tiles = tiles_of(columns);
     const int m = blockIdx.x / tiles * TILE, n = blockIdx.x % tiles * TILE;
     multiply_tile<false, false>(Rows{x, x_pitch}, Rows{W, I}, rows, columns, I, m, n,
-                                [&](long long r, int c) { return Wx + r * columns + c; },
+                                [&](long long r, int c) { return Wx + r * columns + c; }, Share{},
                                 [&](int c) { return bias ? to_float(bias[c]) : 0.0f; });
 }
 

@@ -1,4 +1,5 @@
 // A product's tile, for a CTA: C[m, n] is the sum over k of A(m, k) B(n, k), for TILE values of m and n each.
+// Several CTAs may share a tile: each sums over some of the chunks of k.
 //
 // A and B are matrices in global memory whose rows are contiguous. A row is that of an m (or n), and the
 // summed dimension runs along it; or, BY_K, it is that of a k, and the summed dimension runs over the rows.
@@ -8,10 +9,14 @@
 // - registers: the sums. The 16 warps are GROUPS of four, which take a quarter of each chunk each. A warp of
 //   a group has a quarter of the tile, 32 times 32 elements;
 // - shared memory: a ring of STAGES chunks of CHUNK values of k, of both matrices as they lie in global
-//   memory. All threads copy them there. At the end the groups' sums take its place, and are added.
+//   memory. All threads copy them there. At the end the groups' sums take its place, and are added;
+// - global memory: of a tile that CTAs share, each one's sums, and a counter.
 //
 // One barrier orders each chunk: before it each thread has waited for its own copies of the chunk, and has
 // read the one before, into whose slot the copies issued after the barrier go.
+//
+// A CTA that has written its sums of a shared tile adds one to the tile's counter, which releases them and
+// acquires those of the others. The CTA that comes last adds all of them up, in the order of the chunks.
 
 #include "problem.cuh"
 #include "common/mma.cuh"
@@ -45,16 +50,10 @@ __device__ inline unsigned ring_address(int place) {
     return shared_address(shared_memory()) + place * sizeof(Element);
 }
 
-// Copies a piece to a place of the ring; zeros unless it exists. The copy belongs to the group that the
-// thread commits next.
+// Copies a piece, of 4 bytes and more, to a place of the ring; zeros unless it exists. The copy belongs to the
+// group that the thread commits next.
 __device__ inline void copy_piece(int to, const Element* from, bool exists) {
-    if constexpr (PIECE_BYTES >= 4) {
-        cp_async_piece<PIECE_BYTES>(ring_address(to), from, exists);
-    } else if (exists) {
-        ring()[to] = *from;
-    } else {
-        round_to(ring()[to], 0.0f);
-    }
+    cp_async_piece<PIECE_BYTES>(ring_address(to), from, exists);
 }
 
 // A matrix whose rows lie equally far from each other.
@@ -111,19 +110,43 @@ struct Part {
         to = (row - first_row) * PITCH<BY_K> + in_row;
         if constexpr (Matrix::EVEN) from = matrix.row(row) + place;
     }
+    __device__ bool exists(int round) const { return round * STEP < rows && places > 0; }
     __device__ static int own_row(int first_row) { return first_row + threadIdx.x / THREADS_A_ROW; }
 
     // Starts copying the next chunk to a place of the ring.
     __device__ void fetch(int slot) {
+        if constexpr (PIECE_BYTES >= 4) {
 #pragma unroll 4
-        for (int round = 0; round < ROUNDS; ++round) {
-            const bool exists = round * STEP < rows && places > 0;
-            const int own = slot + to + round * STEP * PITCH<BY_K>;
-            if constexpr (Matrix::EVEN) {
-                copy_piece(own, from + round * STEP * matrix.pitch, exists);
-            } else {
-                matrix.fetch(own, position, place, exists);
-                position.advance();
+            for (int round = 0; round < ROUNDS; ++round) {
+                const int own = slot + to + round * STEP * PITCH<BY_K>;
+                if constexpr (Matrix::EVEN) {
+                    copy_piece(own, from + round * STEP * matrix.pitch, exists(round));
+                } else {
+                    matrix.fetch(own, position, place, exists(round));
+                    position.advance();
+                }
+            }
+        } else {
+            // Single elements go through registers. The loads of several are issued before the first arrives.
+            constexpr int AT_ONCE = 16;
+            static_assert(ROUNDS % AT_ONCE == 0);
+#pragma unroll 1
+            for (int round = 0; round < ROUNDS; round += AT_ONCE) {
+                Element taken[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    round_to(taken[i], 0.0f);
+                    if constexpr (Matrix::EVEN) {
+                        if (exists(round + i)) taken[i] = from[(round + i) * STEP * matrix.pitch];
+                    } else {
+                        if (exists(round + i)) taken[i] = matrix.single(position, place);
+                        position.advance();
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    ring()[slot + to + (round + i) * STEP * PITCH<BY_K>] = taken[i];
+                }
             }
         }
         if constexpr (BY_K) {
@@ -183,16 +206,52 @@ struct Zero {
     __device__ float operator()(int) const { return 0.0f; }
 };
 
-// Computes a tile of C and writes it.
+// A CTA's share of a tile: which of so many it is, and the tile's global memory, room for TILE * TILE sums of
+// each and a counter.
+struct Share {
+    int index = 0, count = 1;
+    float* sums = nullptr;
+    unsigned* counter = nullptr;
+
+    __device__ float* of_cta(int other) const { return sums + other * (TILE * TILE); }
+};
+
+// Hands on a CTA's sums of a tile, of every THREADS-th element for each thread. In the CTA that comes last the
+// sums of all take their place, and the answer is true.
+template <int ROUNDS>
+__device__ inline bool add_shares(const Share& share, float (&sums)[ROUNDS]) {
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
+        store_relaxed(share.of_cta(share.index) + threadIdx.x + round * THREADS, sums[round]);
+    }
+    __syncthreads();
+    bool is_last = false;
+    if (threadIdx.x == 0) is_last = add_acquire_release(share.counter, 1) == share.count - 1u;
+    if (!__syncthreads_or(is_last)) return false;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) sums[round] = 0.0f;
+#pragma unroll 4
+    for (int other = 0; other < share.count; ++other) {
+#pragma unroll
+        for (int round = 0; round < ROUNDS; ++round) {
+            sums[round] += load_relaxed(share.of_cta(other) + threadIdx.x + round * THREADS);
+        }
+    }
+    return true;
+}
+
+// Computes a tile of C and writes it, or a share of it, which the last CTA of the tile completes and writes.
 //
 // M, N and K are the sizes of the product, and `m` and `n` where the tile begins. `to(m, n)` is the place of
 // an element of C, and `plus(n)` what is added to all sums of an n.
 template <bool A_BY_K, bool B_BY_K, typename Left, typename Right, typename To, typename Plus = Zero>
 __device__ inline void multiply_tile(const Left& a, const Right& b, int M, int N, int K, int m, int n,
-                                     const To& to, const Plus& plus = {}) {
-    const int chunks = (K + CHUNK - 1) / CHUNK;
-    Part<A_BY_K, Left> of_a(a, A_BY_K ? 0 : m, A_BY_K ? m : 0, A_BY_K ? K : M, A_BY_K ? M : K);
-    Part<B_BY_K, Right> of_b(b, B_BY_K ? 0 : n, B_BY_K ? n : 0, B_BY_K ? K : N, B_BY_K ? N : K);
+                                     const To& to, const Share& share = {}, const Plus& plus = {}) {
+    const int all_chunks = (K + CHUNK - 1) / CHUNK, most = (all_chunks + share.count - 1) / share.count;
+    const int first = share.index * most, rest = all_chunks - first, chunks = rest < most ? rest : most;
+    const int k_first = first * CHUNK;
+    Part<A_BY_K, Left> of_a(a, A_BY_K ? k_first : m, A_BY_K ? m : k_first, A_BY_K ? K : M, A_BY_K ? M : K);
+    Part<B_BY_K, Right> of_b(b, B_BY_K ? k_first : n, B_BY_K ? n : k_first, B_BY_K ? K : N, B_BY_K ? N : K);
     const auto fetch = [&](int chunk) {
         const int slot = chunk % STAGES * SLOT;
         of_a.fetch(slot);
@@ -266,17 +325,25 @@ __device__ inline void multiply_tile(const Left& a, const Right& b, int M, int N
         }
     }
     __syncthreads();
+    constexpr int ROUNDS = TILE * TILE / THREADS;
+    float whole[ROUNDS];
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
+        const int i = threadIdx.x + round * THREADS;
+        whole[round] = share.index == 0 && n + i % TILE < N ? plus(n + i % TILE) : 0.0f;
+#pragma unroll
+        for (int of = 0; of < GROUPS; ++of) {
+            whole[round] += of_groups[of * OF_GROUP + i / TILE * SUMS_PITCH + i % TILE];
+        }
+    }
+    if (share.count > 1 && !add_shares(share, whole)) return;
     bool any_nan = false;
 #pragma unroll
-    for (int round = 0; round < TILE * TILE / THREADS; ++round) {
+    for (int round = 0; round < ROUNDS; ++round) {
         const int i = threadIdx.x + round * THREADS;
-        const int row = i / TILE, column = i % TILE;
-        const bool exists = m + row < M && n + column < N;
-        float sum = exists ? plus(n + column) : 0.0f;
-#pragma unroll
-        for (int of = 0; of < GROUPS; ++of) sum += of_groups[of * OF_GROUP + row * SUMS_PITCH + column];
-        if (exists) round_to(*to(m + row, n + column), sum);
-        any_nan |= sum != sum;
+        if (m + i / TILE >= M || n + i % TILE >= N) continue;
+        round_to(*to(m + i / TILE, n + i % TILE), whole[round]);
+        any_nan |= whole[round] != whole[round];
     }
     // Sums that came out as NaN or infinite are computed once more, in scalar float32 (NEEDS_CARE).
     if (!NEEDS_CARE<Operand> || !__syncthreads_or(any_nan)) return;

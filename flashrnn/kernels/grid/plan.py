@@ -9,8 +9,9 @@ from itertools import product
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
+from flashrnn.kernels.call import Scratch
 from flashrnn.kernels.gpu import GPU
-from flashrnn.kernels.plan import Plan, Scratch, Values
+from flashrnn.kernels.plan import Plan, Values
 from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 

@@ -9,10 +9,11 @@ from typing import ClassVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
+from flashrnn.kernels.call import Scratch
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.common.gates_in_warp import padded
 from flashrnn.kernels.gpu import GPU, clusters_at_once
-from flashrnn.kernels.plan import Counts, Plan, Scratch, best_of
+from flashrnn.kernels.plan import Counts, Plan, best_of
 from flashrnn.kernels.sizes import one_of_few, tiles_of
 from flashrnn.problem import Problem
 
@@ -130,7 +131,7 @@ class GridWgmmaPlan(Plan):
 
     def scratch(self, B: int, N: int, gpu: GPU) -> Scratch:
         """See :meth:`flashrnn.kernels.plan.Plan.scratch`."""
-        return Scratch(packets=self.groups(B, N, gpu) * self.packets, R_in_memory=0)
+        return Scratch(packets=self.groups(B, N, gpu) * self.packets)
 
     def source(
         self, cell: TracedCell, precision: str, options: source.Options, piece_bytes: int

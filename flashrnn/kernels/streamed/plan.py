@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import call, source
+from flashrnn.kernels.call import Scratch
 from flashrnn.kernels.common import wgmma
 from flashrnn.kernels.gpu import GPU, clusters_at_once
 from flashrnn.kernels.plan import (
@@ -16,7 +17,6 @@ from flashrnn.kernels.plan import (
     TAKEN_WITH_TF32,
     Counts,
     Plan,
-    Scratch,
     best_of,
     read_states,
 )
