@@ -152,10 +152,19 @@ def _programs(
         if not forward_only:
             purposes += [(training, False, ", training"), (training, True, "")]
         for each, backward, purpose in purposes:
-            for parts in module.programs(each, gpu, precision, backward):
-                yield list(parts)[-1] + purpose + returned, parts
+            for units in _units(module, each, gpu, precision):
+                wide = each._replace(D=units)
+                for parts in module.programs(wide, gpu, precision, backward):
+                    yield list(parts)[-1] + purpose + returned, parts
     if backend == "cuda_fused" and not registry.is_small(problem.D):
         yield "a question to the driver", launch.PROBE
+
+
+def _units(module: Any, problem: Problem, gpu: GPU | None, precision: str) -> list[int]:
+    """With how many units heads are computed: of few steps, and of many."""
+    if not hasattr(module, "most_units"):
+        return [problem.D]
+    return sorted({problem.D, module.most_units(problem, gpu, precision)})
 
 
 def _parsed(shape: str, config: FlashRNNConfig) -> tuple[Problem, str]:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flashrnn import backends, calls, checks, sequences
-from flashrnn.backends import autograd
+from flashrnn import backends, calls, checks, padded, sequences
+from flashrnn.backends import Backend, autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.compat.order import by_position
 from flashrnn.config import FlashRNNConfig
-from flashrnn.problem import without_autocast
-from flashrnn.sequences import Given
+from flashrnn.problem import Problem, without_autocast
+from flashrnn.sequences import Given, Sequences
 
 
 def flashrnn(
@@ -140,6 +140,10 @@ def flashrnn(
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
+    units = padded.units(chosen, problem, of_layer=False) if direct else problem.D
+    if units != problem.D:
+        found, last_states = _padded(chosen, problem, units, Wx, R, b, states, of_options)
+        return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
     arguments = calls.as_computed(problem, Wx, R, b, states)
     if direct and of_options is None and autograd.is_fused(chosen):
         # None of its operations depends on autocast.
@@ -147,6 +151,26 @@ def flashrnn(
     with without_autocast(problem.device.type):
         found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
     return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
+
+
+def _padded(
+    backend: Backend,
+    problem: Problem,
+    units: int,
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    options: Sequences | None,
+) -> tuple[Tensor, Tensor]:
+    """The results of heads that are computed with more units; see :mod:`flashrnn.padded`."""
+    R = padded.widened(R, units, dims=2)
+    Wx, b, states = (padded.widened(tensor, units) for tensor in (Wx, b, states))
+    wide, options = problem._replace(D=units), padded.widened_options(options, units)
+    arguments = calls.as_computed(wide, Wx, R, b, states)
+    with without_autocast(problem.device.type):
+        found, last = autograd.run(backend, wide, *arguments, options, direct=True)
+    return padded.narrowed(found, problem.D), padded.narrowed(last, problem.D)
 
 
 def _whole_bias(cell: Cell, b: Tensor) -> Tensor:

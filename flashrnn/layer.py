@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashrnn import backends, calls, checks, sequences
-from flashrnn.backends import autograd
+from flashrnn import backends, calls, checks, padded, sequences
+from flashrnn.backends import Backend, autograd
 from flashrnn.backends.gradients import Gradients, over_rows, select
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
@@ -41,9 +41,9 @@ def recurrent_layer(
 
     It computes what ``flashrnn(linear(x, W), R, b, ...)`` does as one node of autograd: the step of
     a short sequence is mostly what nodes cost. ``Wx`` is not kept for the backward pass. Only the
-    gradients of x and W that are asked for are computed. Where the product is small (the GPU has some
-    microseconds to do) it is a kernel of this package on a GPU, and so are the gradients. Those sum
-    in another order than the library: results differ by rounding.
+    gradients of x and W that are asked for are computed. Where the product is small (some
+    microseconds of a GPU) it is a kernel of this package, and so are the gradients. Those sum in
+    another order than the library: results differ by rounding.
 
     Where one node cannot be (with ``vanilla``, under ``torch.compile`` and ``torch.export``, for
     tensors that are no plain ones), the product and the scan are two, so that a compiler sees both.
@@ -113,22 +113,47 @@ def recurrent_layer(
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
+    arguments = x, W, R, b, states, of_options
+    D, units = problem.D, padded.units(chosen, problem, of_layer=True) if direct else problem.D
+    if units == D:
+        found, last_states = _computed(chosen, problem, *arguments, direct)
+    else:
+        arguments = (
+            *(x, padded.widened(W.mT, units).mT, padded.widened(R, units, dims=2)),
+            *(padded.widened(b, units), padded.widened(states, units)),
+            padded.widened_options(of_options, units),
+        )
+        outputs = _computed(chosen, problem._replace(D=units), *arguments, direct)
+        found, last_states = (padded.narrowed(output, D) for output in outputs)
+    return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
+
+
+def _computed(
+    backend: Backend,
+    problem: Problem,
+    x: Tensor,
+    W: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor,
+    options: Sequences | None,
+    direct: bool,
+) -> tuple[Tensor, Tensor]:
+    """A layer's results; see :func:`flashrnn.backends.autograd.run`."""
     with without_autocast(problem.device.type):
-        if not (direct and autograd.is_fused(chosen)):
+        if not (direct and autograd.is_fused(backend)):
             x, W = factors_as_computed(problem, x, W)
             Wx = input_product(problem, x, W.flatten(0, 2))
             arguments = calls.as_computed(problem, Wx, R, b, states)
-            found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
-        elif problem.needs_gradient:
-            found, last_states = autograd.apply(
-                Layer, x, W, R, b, states, chosen, problem, *(of_options or ())
+            return autograd.run(backend, problem, *arguments, options, direct)
+        if problem.needs_gradient:
+            found: tuple[Tensor, Tensor] = autograd.apply(
+                Layer, x, W, R, b, states, backend, problem, *(options or ())
             )
-        else:
-            x, W = factors_as_computed(problem, x, W)
-            weights = calls.weights_as_computed(problem, R, b, states)
-            outputs = forward_of_layer(chosen, problem, x, W, *weights, of_options or ())
-            found, last_states, _ = outputs
-    return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
+            return found
+        x, W = factors_as_computed(problem, x, W)
+        weights = calls.weights_as_computed(problem, R, b, states)
+        return forward_of_layer(backend, problem, x, W, *weights, options or ())[:2]
 
 
 def factors_as_computed(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:

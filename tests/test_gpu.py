@@ -329,6 +329,25 @@ def test_streamed(streamed, kind, sizes, dtype):
     hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
 
 
+@pytest.mark.parametrize("sizes", [(300, 6, 1, 430), (70, 9, 2, 333), (700, 5, 1, 1150)], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "elman"])
+def test_padded_heads(monkeypatch, kind, sizes):
+    """Of a call and of a layer, by the kernels of heads whose rows are whole pieces of 16 bytes."""
+    monkeypatch.setattr(registry, "_HOST_OF_PADDING", -(10**9))
+    registry.padded_units.cache_clear()
+    B, T, N, D = sizes
+    problem = Problem(resolve(kind).traced, *sizes, torch.bfloat16, torch.device("cuda"), True)
+    assert cuda_fused.padded_units(problem, of_layer=False) == -(-D // 8) * 8
+    hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
+    leaves = layer_inputs(kind, B, T, 40, N, D, torch.bfloat16, device="cuda")
+    given = results(recurrent_layer, leaves, NAMES, kind, "cuda_fused")
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = results(two_nodes, exact, NAMES, kind, "vanilla")
+    for name, one, other in zip(OF_LAYERS, given, truth, strict=True):
+        assert one.is_contiguous() and relative_error(one, other) <= 1e-2, name
+    registry.padded_units.cache_clear()
+
+
 @pytest.mark.parametrize("tf32", [True], indirect=True)
 @pytest.mark.parametrize(
     "sizes", [(130, 20, 1, 768), (300, 9, 3, 260), (1000, 5, 1, 1000)], ids=str

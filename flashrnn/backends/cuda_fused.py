@@ -52,6 +52,24 @@ def unavailable(device: torch.device) -> str | None:
     return unavailable_cuda(device)
 
 
+def padded_units(problem: Problem, of_layer: bool) -> int:
+    """See :func:`flashrnn.padded.units`."""
+    steps = problem.longest or problem.T
+    if steps < 2 or problem.B < registry.FEWEST or registry.is_small(problem.D):
+        return problem.D  # Without a question to the GPU.
+    planned, precision = _planned(problem, problem.B), source.precision_of(problem)
+    return registry.padded_units(planned, steps, precision, _gpu(problem), of_layer)
+
+
+def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
+    """With how many units heads are computed where there are very many steps.
+
+    See :func:`programs` for the arguments.
+    """
+    planned = _planned(problem, problem.B)
+    return registry.padded_units(planned, 2**31, precision, gpu or _gpu(problem), of_layer=True)
+
+
 def unsupported(problem: Problem) -> str | None:
     """Why it cannot do this problem."""
     return _refused(problem, _gpu(problem))

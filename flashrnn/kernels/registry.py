@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import inf
 
+from flashrnn.cells.graph import evaluate
+from flashrnn.cells.traced import TracedCell
 from flashrnn.kernels import cluster, grid, single_cta, streamed
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.plan import TAKEN, TAKEN_WITH_TF32, Plan
+from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 
 Regime = Callable[[Problem, GPU, bool], Plan | str]
@@ -49,6 +53,66 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     if not any(plan.KEEPS_R for plan in possible):
         return next((plan for plan in plans if isinstance(plan, str)), plans[0])
     return min(possible, key=lambda plan: plan.estimated_cycles)
+
+
+# What heads are padded for, as measured (docs/cost-model.md): sequences below which a step has too
+# little to gain; what persistent kernels take whose rows begin anywhere, as a multiple of their
+# estimate; cycles of 1.98 GHz that the host may take for what else it does in a direction, and for
+# a step that is launched by itself; bytes of such rows that a multiprocessor copies in a cycle.
+FEWEST = 64
+_ROWS_ANYWHERE = 1.4
+_HOST_OF_PADDING, _HOST_OF_A_STEP = 1_200_000, 100_000
+_COPY_RATE = 6
+
+
+@lru_cache(maxsize=1024)
+def padded_units(problem: Problem, steps: int, precision: str, gpu: GPU, of_layer: bool) -> int:
+    """With how many units heads are best computed: D, or a multiple of 16 bytes.
+
+    Args:
+        problem: as for :func:`best_plan`.
+        steps: how many there are.
+        precision: how products are computed.
+        gpu: on which GPU.
+        of_layer: whether Wx is a product with weights, to which the units are added.
+    """
+    D, size, cell = problem.D, problem.dtype.itemsize, problem.cell
+    wide = tiles_of(D * size, 16) * 16 // size
+    if wide == D or is_small(D) or problem.B < FEWEST or not stays_zero(cell):
+        return D
+    # Wx and the states that are returned, or the gradients of both.
+    numbers = 0 if of_layer else len(cell.fed_by("Wx"))
+    numbers += len(cell.states) if problem.returned is None else 1
+    copied = 2 * size * problem.B * problem.N * D * numbers
+    gain = 0.0
+    for backward in (False, True) if problem.needs_gradient else (False,):
+        now, then = (
+            _estimated_cycles(problem._replace(D=units), precision, gpu, backward)
+            for units in (D, wide)
+        )
+        then += copied / (_COPY_RATE * gpu.multiprocessors)
+        gain += steps * (_ROWS_ANYWHERE * now - then) - _HOST_OF_PADDING
+    return wide if gain > 0 else D
+
+
+def _estimated_cycles(problem: Problem, precision: str, gpu: GPU, backward: bool) -> float:
+    """What a step of all sequences is estimated to take; infinite where there is no plan."""
+    best = best_plan(problem, gpu, backward)
+    if isinstance(best, str):
+        return inf
+    if plan_steps(problem, precision, gpu, backward):
+        cycles = cell_plan.estimated_cycles(problem, precision, gpu, backward)
+        return max(cycles, _HOST_OF_A_STEP)
+    return best.estimated_cycles * (TAKEN_WITH_TF32 if precision == "tf32" else TAKEN)
+
+
+@lru_cache(maxsize=256)
+def stays_zero(cell: TracedCell) -> bool:
+    """Whether states of zero stay zero where all gates are, and so do gradients of zero."""
+    return all(
+        not any(evaluate(graph, [0.0] * len(graph.inputs)))
+        for graph in (cell.graphs.forward, cell.graphs.derivative)
+    )
 
 
 @lru_cache(maxsize=1024)

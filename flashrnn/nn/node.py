@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn import backends, calls
+from flashrnn import backends, calls, padded
 from flashrnn.backends import autograd
 from flashrnn.config import DEFAULT
 from flashrnn.initial import initial_states
@@ -142,6 +142,8 @@ def _layer(
         calls.remember(key, problem)
     chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
+        return None
+    if padded.units(chosen, problem, of_layer=True) != problem.D:
         return None
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)

@@ -1,0 +1,171 @@
+"""Heads computed with more units than they have, whose rows are then whole pieces of 16 bytes."""
+
+import pytest
+import torch
+
+from flashrnn import Stepper, ahead, cell, flashrnn, nn, recurrent_layer
+from flashrnn.backends import cuda_fused
+from flashrnn.cells import resolve
+from flashrnn.kernels import registry
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.gpus import H200, planned
+from tests.layers import NAMES, layer_inputs, results
+from tests.nn.against import tensors
+from tests.problems import call, gradients, random_inputs, relative_error
+from tests.sequences import KINDS, gradients_of, random_ragged
+
+EPSILON = {torch.bfloat16: 2**-8, torch.float32: 2**-20}
+
+
+@pytest.fixture
+def padding(monkeypatch, fused_emulation):  # noqa: F811
+    """Heads are computed with units in eights. Says with how many calls were."""
+    computed = []
+    forward = cuda_fused.forward
+
+    def noting(problem, *arguments, **further):
+        computed.append(problem.D)
+        return forward(problem, *arguments, **further)
+
+    def units_for(problem, steps, precision, gpu, of_layer):
+        return -(-problem.D // 8) * 8
+
+    monkeypatch.setattr(registry, "FEWEST", 3)
+    monkeypatch.setattr(registry, "is_small", lambda D: D <= 20)
+    monkeypatch.setattr(registry, "padded_units", units_for)
+    monkeypatch.setattr(cuda_fused, "forward", noting)
+    return computed
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru", "elman"])
+@pytest.mark.parametrize("D", [21, 26])
+def test_a_call(padding, kind, dtype, D):
+    """Results and gradients, by the sizes that were asked for."""
+    inputs = random_inputs(kind, 5, 4, 2, D, dtype)
+    exact = inputs.to(torch.float64)
+    outputs = call(kind, inputs, backend="cuda_fused")
+    truth, plain = call(kind, exact, backend="vanilla"), call(kind, inputs, backend="vanilla")
+    assert set(padding) == {-(-D // 8) * 8}
+    assert all(output.is_contiguous() for output in outputs)
+    found, right, near = (
+        [*results, *gradients(results, of).values()]
+        for results, of in ((outputs, inputs), (truth, exact), (plain, inputs))
+    )
+    for one, other, third in zip(found, right, near, strict=True):
+        assert one.shape == other.shape
+        allowed = 2 * relative_error(third, other) + EPSILON[dtype]
+        assert relative_error(one, other) <= allowed
+
+
+@needs_compiler
+@pytest.mark.parametrize("asked", [("x",), ("W", "b"), NAMES], ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_layer(padding, kind, asked):
+    inputs = layer_inputs(kind, 5, 3, 9, 2, 21)
+    for leaf, name in zip(inputs, NAMES, strict=True):
+        leaf.requires_grad_(name in asked)
+    given = results(recurrent_layer, inputs, asked, kind, "cuda_fused")
+    exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in inputs]
+    truth = results(recurrent_layer, exact, asked, kind, "vanilla")
+    assert set(padding) == {24}
+    for one, other in zip(given, truth, strict=True):
+        assert one.shape == other.shape and relative_error(one, other) <= 1e-5
+
+
+@needs_compiler
+def test_a_layer_without_gradients(padding):
+    inputs = [leaf.detach() for leaf in layer_inputs("lstm", 5, 3, 9, 2, 21)]
+    given = recurrent_layer(*inputs, "lstm", "cuda_fused", return_states="h")
+    truth = recurrent_layer(*inputs, "lstm", "vanilla", return_states="h")
+    assert padding == [24]
+    for one, other in zip(given, truth, strict=True):
+        assert one.shape == other.shape and relative_error(one, other) <= 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_options_of_sequences(padding, kinds):
+    """What resets go back to has units, too."""
+    case = random_ragged("lstm", 5, 6, 2, 21, dtype=torch.float32, **kinds)
+    outputs, truth = case.call("cuda_fused"), case.call("vanilla")
+    assert set(padding) == {24}
+    for one, other in zip(outputs, truth, strict=True):
+        assert relative_error(one, other) <= 1e-5
+    found, right = gradients_of(case, outputs), gradients_of(case, truth)
+    for name, other in right.items():
+        assert relative_error(found[name], other) <= 1e-5, name
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_module(padding, layers, batch_first):
+    torch.manual_seed(0)
+    ours = nn.LSTM(9, 21, layers, batch_first=batch_first, backend="cuda_fused")
+    theirs = torch.nn.LSTM(9, 21, layers, batch_first=batch_first)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 5, 9)
+    given, truth = tensors(ours(x)), tensors(theirs(x))
+    assert padding == [24] * layers
+    for one, other in zip(given, truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    given[0].sum().backward()
+    truth[0].sum().backward()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_step_has_the_bits_of_a_call(padding):
+    """A single step is never padded."""
+    inputs = random_inputs("gru", 5, 1, 2, 21, torch.bfloat16)
+    Wx, R, b, states = (x.detach() for x in inputs.tensors().values())
+    _, last = flashrnn(Wx, R, b, states, "gru", "cuda_fused")
+    assert padding == [21]
+    stepped = Stepper(R, b, "gru", "cuda_fused")(Wx[:, 0], states.squeeze(2))
+    assert torch.equal(stepped, last.squeeze(2))
+
+
+@cell(states=("h",), gates={"g": ("Wx", "R", "b")})
+def halves(states, gates):
+    """Its h is 1/2 where its gate is 0."""
+    return (torch.sigmoid(gates[0]),)
+
+
+def test_cells_whose_states_stay_zero():
+    zero = {
+        kind: registry.stays_zero(resolve(kind).traced)
+        for kind in ("lstm", "gru", "elman", "slstm")
+    }
+    assert zero == {"lstm": True, "gru": True, "elman": True, "slstm": False}
+    assert not registry.stays_zero(halves.traced)
+
+
+def units(kind, B, T, D, dtype=torch.bfloat16, precision="bfloat16", of_layer=True):
+    problem = planned(kind, B, 1, D, dtype)
+    return registry.padded_units(problem, T, precision, H200, of_layer)
+
+
+def test_heads_that_are_padded():
+    """Of many sequences, where there are faster kernels for rows of whole pieces, and enough steps
+    to gain what copies cost."""
+    assert units("lstm", 1024, 64, 650) == 656 and units("lstm", 1024, 6, 650) == 650
+    assert units("gru", 4096, 64, 650) == 656
+    assert units("lstm", 1024, 64, 650, torch.float32, "tf32") == 652
+    # So many as there are; few sequences; small heads; a copy of Wx that costs as much.
+    assert units("lstm", 1024, 64, 1152) == 1152
+    assert units("lstm", 32, 10_000, 1150) == 1150
+    assert units("lstm", 4096, 64, 100) == 100
+    assert units(halves, 1024, 64, 1150) == units("slstm", 1024, 64, 1150) == 1150
+    assert units("lstm", 512, 200, 430) == 432 != units("lstm", 512, 200, 430, of_layer=False)
+
+
+def test_programs_compiled_ahead_are_those_of_calls():
+    """Of few steps and of many."""
+    shape = "lstm,B=512,N=1,D=430,bfloat16"
+    found = ahead._programs(shape, H200, "cuda_fused", False, None)
+    texts = ["".join(parts.values()) for _, parts in found]
+    for D in (430, 432):
+        assert any(f"constexpr int D = {D};" in text for text in texts)
