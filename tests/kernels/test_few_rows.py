@@ -268,9 +268,10 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
         return cuda_fused.multiplies(problem, x, W), few_rows.asked(problem, factors) is not None
 
     assert taken(problem) == (True, True)
-    monkeypatch.setitem(kernels.plan._MOST_OF_GRADIENTS, 2, 3.0)
+    of_gradients, of_product = kernels.plan._OF_GRADIENTS, kernels.plan._OF_PRODUCT
+    monkeypatch.setitem(of_gradients, 2, of_gradients[2]._replace(most=3.0))
     assert taken(problem) == (True, False)
-    monkeypatch.setitem(kernels.plan._MOST_OF_PRODUCT, 2, 2.5)
+    monkeypatch.setitem(of_product, 2, of_product[2]._replace(most=2.5))
     assert taken(problem) == (False, False)
     for kept in CHOICES:
         kept.cache_clear()

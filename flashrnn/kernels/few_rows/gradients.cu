@@ -77,7 +77,7 @@ struct RowsBefore {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 few_rows_gradients(CALL) {
     const long long width = static_cast<long long>(N) * D, gates_pitch = G * width;
     const Rows d_Wx = {d_gates + W_gate * width, gates_pitch};

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import mul
 from typing import NamedTuple
 
@@ -14,24 +14,36 @@ from flashrnn.kernels.sizes import tiles_of
 THREADS = 512
 _TILE = 64
 # Bytes of a chunk of the summed dimension, those of a chunk of both matrices, with its padding, and
-# the most chunks of a ring.
+# the most chunks of a ring, and the fewest where CTAs share a multiprocessor.
 _CHUNK_BYTES = 256
 _SLOT_BYTES = 2 * _CHUNK_BYTES * (_TILE + 8)
-_MOST_STAGES = 4
+_MOST_STAGES, _FEWEST_STAGES = 4, 3
 
 # Chunks of a tile's sum that are worth a CTA of their own, and the most CTAs that share a tile.
 _LEAST_CHUNKS = 4
 _MOST_SHARES = 32
 
-# What these kernels take an H200, in microseconds: a launch, a CTA, and each of its chunks, by the
-# bytes of an element. A product of float32 is three; by TF32 it takes less.
-_LAUNCH, _CTA = 2.0, 2.2
-_CHUNK_OF_PRODUCT = {2: 0.7, 4: 1.4}
-_CHUNK_OF_GRADIENTS = {2: 1.1, 4: 2.2}
-# Up to so many microseconds the host is spared more than the GPU may lose beside the library's
-# kernels: in 16 bits some 10 in the product, and 20 in the gradients; in float32 next to nothing.
-_MOST_OF_PRODUCT = {2: 16.0, 4: 32.0}
-_MOST_OF_GRADIENTS = {2: 55.0, 4: 90.0}
+
+class _Times(NamedTuple):
+    """Of a kernel on an H200, in microseconds.
+
+    Attributes:
+        cta: of a multiprocessor for a CTA.
+        chunk: of a chunk of its sum.
+        most: for all of it. Up to then the host is spared more than the GPU may lose beside the
+            library's kernels: in 16 bits 13 in the product and 20 in the gradients, in float32 next
+            to nothing.
+    """
+
+    cta: float
+    chunk: float
+    most: float
+
+
+# By the bytes of an element. A product of float32 is three; by TF32 it takes less.
+_OF_PRODUCT = {2: _Times(1.4, 0.7, 18.0), 4: _Times(2.2, 1.4, 32.0)}
+_OF_GRADIENTS = {2: _Times(2.2, 1.1, 55.0), 4: _Times(2.2, 2.2, 90.0)}
+_LAUNCH = 2.0
 
 
 class Program(NamedTuple):
@@ -65,8 +77,7 @@ def takes(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool
     of_W = Summed(product_tiles(columns, summed), rows)
     products = (of_W, of_W, Summed(product_tiles(rows, summed), columns))
     tiles = shared(products, itemsize, gpu)
-    time = _microseconds(tiles, products, itemsize, _CHUNK_OF_GRADIENTS, gpu)
-    return time <= _MOST_OF_GRADIENTS[itemsize]
+    return _is_fast(tiles, products, itemsize, _OF_GRADIENTS[itemsize], gpu)
 
 
 def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool:
@@ -74,8 +85,7 @@ def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU)
     if rows == 0:
         return False
     only = Summed(product_tiles(rows, columns), summed)
-    time = _microseconds((Tiles(only.tiles, 1),), (only,), itemsize, _CHUNK_OF_PRODUCT, gpu)
-    return time <= _MOST_OF_PRODUCT[itemsize]
+    return _is_fast([Tiles(only.tiles, 1)], [only], itemsize, _OF_PRODUCT[itemsize], gpu)
 
 
 def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
@@ -87,12 +97,15 @@ def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
             operands consist of.
         gpu: the device.
     """
-    return _program("product", None, precision, piece_bytes, gpu, call.FEW_ROWS_PRODUCT)
+    # In float32 a thread has more sums than so many registers hold.
+    resident = 1 if precision == "float32" else 2
+    record = call.FEW_ROWS_PRODUCT
+    return _program("product", None, precision, piece_bytes, gpu, record, resident)
 
 
 def gradients(cell: TracedCell, precision: str, piece_bytes: int, gpu: GPU) -> Program:
     """The program of the gradients; see :func:`product`."""
-    return _program("gradients", cell, precision, piece_bytes, gpu, call.FEW_ROWS_GRADIENTS)
+    return _program("gradients", cell, precision, piece_bytes, gpu, call.FEW_ROWS_GRADIENTS, 1)
 
 
 def _program(
@@ -102,10 +115,19 @@ def _program(
     piece_bytes: int,
     gpu: GPU,
     record: call.Record,
+    resident: int,
 ) -> Program:
-    stages = min(_MOST_STAGES, gpu.shared_memory // _SLOT_BYTES)
+    """See :func:`product`; ``resident`` is how many CTAs a multiprocessor is to have."""
+    if gpu.shared_memory // _SLOT_BYTES < resident * _FEWEST_STAGES:
+        resident = 1
+    stages = min(_MOST_STAGES, gpu.shared_memory // resident // _SLOT_BYTES)
     shared_memory = stages * _SLOT_BYTES
-    constants = {"STAGES": stages, "SHARED_MEMORY": shared_memory, "PIECE_BYTES": piece_bytes}
+    constants = {
+        "STAGES": stages,
+        "RESIDENT": resident,
+        "SHARED_MEMORY": shared_memory,
+        "PIECE_BYTES": piece_bytes,
+    }
     text = source.program(f"few_rows/{name}.cu", cell, precision, constants, record)
     return Program(f"few_rows_{name}", text, shared_memory)
 
@@ -166,20 +188,16 @@ def _chunks(product: Summed, itemsize: int) -> int:
     return tiles_of(product.summed * itemsize, _CHUNK_BYTES)
 
 
-def _microseconds(
-    tiles: Sequence[Tiles],
-    products: Sequence[Summed],
-    itemsize: int,
-    of_chunk: Mapping[int, float],
-    gpu: GPU,
-) -> float:
-    """What a launch takes: all its CTAs on all multiprocessors, or the longest one."""
+def _is_fast(
+    tiles: Sequence[Tiles], products: Sequence[Summed], itemsize: int, times: _Times, gpu: GPU
+) -> bool:
+    """Whether a launch is: all its CTAs on all multiprocessors, and the longest one."""
     of_cta = [
-        _CTA + of_chunk[itemsize] * tiles_of(_chunks(product, itemsize), each.shares)
+        times.cta + times.chunk * tiles_of(_chunks(product, itemsize), each.shares)
         for each, product in zip(tiles, products, strict=True)
     ]
     of_all = sum(map(mul, (each.ctas for each in tiles), of_cta)) / gpu.multiprocessors
-    return _LAUNCH + max(of_all, *of_cta)
+    return _LAUNCH + max(of_all, *of_cta) <= times.most
 
 
 def scratch(tiles: Sequence[Tiles]) -> tuple[int, int]:

@@ -11,7 +11,7 @@
 
 namespace few_rows {
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 few_rows_product(CALL) {
     const int tiles = tiles_of(columns);
     const int m = blockIdx.x / tiles * TILE, n = blockIdx.x % tiles * TILE;
