@@ -164,10 +164,9 @@ def _padded(
     options: Sequences | None,
 ) -> tuple[Tensor, Tensor]:
     """The results of heads that are computed with more units; see :mod:`flashrnn.padded`."""
-    R = padded.widened(R, units, dims=2)
-    Wx, b, states = (padded.widened(tensor, units) for tensor in (Wx, b, states))
-    wide, options = problem._replace(D=units), padded.widened_options(options, units)
-    arguments = calls.as_computed(wide, Wx, R, b, states)
+    wide, options = problem._replace(D=units), padded.options(options, units)
+    Wx, R, b = padded.repeated(Wx, units), padded.recurrent(R, units), padded.repeated(b, units)
+    arguments = calls.as_computed(wide, Wx, R, b, padded.with_zeros(states, units))
     with without_autocast(problem.device.type):
         found, last = autograd.run(backend, wide, *arguments, options, direct=True)
     return padded.narrowed(found, problem.D), padded.narrowed(last, problem.D)

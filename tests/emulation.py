@@ -241,8 +241,9 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
 
     def forget() -> None:
-        plans = (registry.best_plan, registry.plan_steps)
-        for cached in (*plans, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
+        plans = (registry.best_plan, registry.plan_steps, registry.padded_units)
+        of_rows = (few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R)
+        for cached in (*plans, *of_rows, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
             cached.cache_clear()
 
     forget()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 
 import pytest
 import torch
@@ -332,12 +333,17 @@ def test_streamed(streamed, kind, sizes, dtype):
 @pytest.mark.parametrize("sizes", [(300, 6, 1, 430), (70, 9, 2, 333), (700, 5, 1, 1150)], ids=str)
 @pytest.mark.parametrize("kind", ["lstm", "gru", "elman"])
 def test_padded_heads(monkeypatch, kind, sizes):
-    """Of a call and of a layer, by the kernels of heads whose rows are whole pieces of 16 bytes."""
+    """Of a call and of a layer, by the kernels of heads whose rows are multiples of 16 bytes."""
+    computed, forward = [], cuda_fused.forward
+
+    def noting(problem, *arguments, **further):
+        computed.append(problem.D)
+        return forward(problem, *arguments, **further)
+
+    monkeypatch.setattr(cuda_fused, "forward", noting)
     monkeypatch.setattr(registry, "_HOST_OF_PADDING", -(10**9))
-    registry.padded_units.cache_clear()
+    monkeypatch.setattr(registry, "padded_units", lru_cache(registry.padded_units.__wrapped__))
     B, T, N, D = sizes
-    problem = Problem(resolve(kind).traced, *sizes, torch.bfloat16, torch.device("cuda"), True)
-    assert cuda_fused.padded_units(problem, of_layer=False) == -(-D // 8) * 8
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
     leaves = layer_inputs(kind, B, T, 40, N, D, torch.bfloat16, device="cuda")
     given = results(recurrent_layer, leaves, NAMES, kind, "cuda_fused")
@@ -345,7 +351,7 @@ def test_padded_heads(monkeypatch, kind, sizes):
     truth = results(two_nodes, exact, NAMES, kind, "vanilla")
     for name, one, other in zip(OF_LAYERS, given, truth, strict=True):
         assert one.is_contiguous() and relative_error(one, other) <= 1e-2, name
-    registry.padded_units.cache_clear()
+    assert set(computed) == {-(-D // 8) * 8}
 
 
 @pytest.mark.parametrize("tf32", [True], indirect=True)

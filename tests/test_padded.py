@@ -1,16 +1,21 @@
 """Heads computed with more units than they have, whose rows are then whole pieces of 16 bytes."""
 
+import math
+from functools import cache
+
 import pytest
 import torch
 
 from flashrnn import Stepper, ahead, cell, flashrnn, nn, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
+from flashrnn.cells.bounds import stays_finite
 from flashrnn.kernels import registry
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.gpus import H200, planned
 from tests.layers import NAMES, layer_inputs, results
 from tests.nn.against import tensors
+from tests.patterns import bounded_follows_vanilla
 from tests.problems import call, gradients, random_inputs, relative_error
 from tests.sequences import KINDS, gradients_of, random_ragged
 
@@ -27,10 +32,11 @@ def padding(monkeypatch, fused_emulation):  # noqa: F811
         computed.append(problem.D)
         return forward(problem, *arguments, **further)
 
+    @cache
     def units_for(problem, steps, precision, gpu, of_layer):
         return -(-problem.D // 8) * 8
 
-    monkeypatch.setattr(registry, "FEWEST", 3)
+    monkeypatch.setattr(registry, "_FEWEST", 3)
     monkeypatch.setattr(registry, "is_small", lambda D: D <= 20)
     monkeypatch.setattr(registry, "padded_units", units_for)
     monkeypatch.setattr(cuda_fused, "forward", noting)
@@ -128,19 +134,61 @@ def test_a_step_has_the_bits_of_a_call(padding):
     assert torch.equal(stepped, last.squeeze(2))
 
 
+@needs_compiler
+@pytest.mark.parametrize("kind", ["lstm", "gru", "elman"])
+def test_finite_infinite_and_nan_where_vanilla_has_them(padding, kind):
+    """The additional units make nothing NaN that is not."""
+    bounded_follows_vanilla("cuda_fused", kind, 4, 3, 2, 21)
+    assert set(padding) == {24}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["lstm", "gru", "elman"])
+def test_an_infinite_input_of_a_layer(padding, kind):
+    """It makes gates infinite, which these cells bound."""
+    inputs = [leaf.detach() for leaf in layer_inputs(kind, 5, 4, 9, 2, 21)]
+    inputs[0][1, 1, 3] = math.inf
+    given = recurrent_layer(*inputs, kind, "cuda_fused")
+    truth = recurrent_layer(*inputs, kind, "vanilla")
+    assert padding == [24]
+    for one, other in zip(given, truth, strict=True):
+        assert torch.equal(one.isnan(), other.isnan()) and not other.isnan().all()
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 @cell(states=("h",), gates={"g": ("Wx", "R", "b")})
 def halves(states, gates):
     """Its h is 1/2 where its gate is 0."""
     return (torch.sigmoid(gates[0]),)
 
 
-def test_cells_whose_states_stay_zero():
-    zero = {
-        kind: registry.stays_zero(resolve(kind).traced)
-        for kind in ("lstm", "gru", "elman", "slstm")
-    }
-    assert zero == {"lstm": True, "gru": True, "elman": True, "slstm": False}
-    assert not registry.stays_zero(halves.traced)
+@cell(states=("h",), gates={"g": ("Wx", "R", "b")})
+def unbounded(states, gates):
+    """Its h may be as large as its gate."""
+    return (torch.relu(gates[0]),)
+
+
+@cell(states=("h", "c"), gates={"g": ("Wx", "R", "b")})
+def doubling(states, gates):
+    """A state that is infinite after some steps."""
+    c = 2 * states[1] + torch.tanh(gates[0])
+    return torch.tanh(c), c
+
+
+@cell(states=("h", "c"), gates={"g": ("Wx", "R", "b")})
+def steep_at_zero(states, gates):
+    """A slope that is infinite where a state is 0."""
+    c = torch.sqrt(states[1]) + torch.sigmoid(gates[0])
+    return torch.tanh(c), c
+
+
+def test_cells_whose_states_and_slopes_stay_finite():
+    kinds = ("lstm", "gru", "elman", "slstm", halves, unbounded, doubling, steep_at_zero)
+    finite = [stays_finite(resolve(kind).traced, 512) for kind in kinds]
+    assert finite == [True, True, True, False, True, False, False, False]
+    assert stays_finite(doubling.traced, 32)
+    assert stays_finite(resolve("lstm").traced, 4096)
+    assert not stays_finite(resolve("lstm").traced, 4097)
 
 
 def units(kind, B, T, D, dtype=torch.bfloat16, precision="bfloat16", of_layer=True):
@@ -158,14 +206,34 @@ def test_heads_that_are_padded():
     assert units("lstm", 1024, 64, 1152) == 1152
     assert units("lstm", 32, 10_000, 1150) == 1150
     assert units("lstm", 4096, 64, 100) == 100
-    assert units(halves, 1024, 64, 1150) == units("slstm", 1024, 64, 1150) == 1150
+    assert units(unbounded, 1024, 64, 1150) == units("slstm", 1024, 64, 1150) == 1150
+    assert units(halves, 1024, 640, 1150) == 1152
     assert units("lstm", 512, 200, 430) == 432 != units("lstm", 512, 200, 430, of_layer=False)
 
 
-def test_programs_compiled_ahead_are_those_of_calls():
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [("lstm,B=512,N=1,D=430,bfloat16", (430, 432)), ("elman,B=1230,N=1,D=843,tf32", (843, 844))],
+)
+def test_programs_compiled_ahead_are_those_of_calls(shape, sizes):
     """Of few steps and of many."""
-    shape = "lstm,B=512,N=1,D=430,bfloat16"
     found = ahead._programs(shape, H200, "cuda_fused", False, None)
     texts = ["".join(parts.values()) for _, parts in found]
-    for D in (430, 432):
+    for D in sizes:
         assert any(f"constexpr int D = {D};" in text for text in texts)
+
+
+def test_steps_of_packed_sequences(monkeypatch):
+    """Of lengths that only the GPU knows: the rows, shared equally."""
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    asked = []
+
+    def noting(problem, steps, *others):
+        asked.append(steps)
+        return problem.D
+
+    monkeypatch.setattr(registry, "padded_units", noting)
+    problem = planned("lstm", 1024, 1, 650, torch.bfloat16)._replace(ragged=True, packed=True)
+    for T, longest in ((2048, None), (2048, 9), (1024, None), (2048, 0)):
+        cuda_fused.padded_units(problem._replace(T=T, longest=longest), of_layer=True)
+    assert asked == [2, 9]

@@ -30,6 +30,7 @@ from flashrnn.backends.requirements import (
     too_many_numbered_rows,
     unavailable_cuda,
 )
+from flashrnn.cells.bounds import MOST_STEPS
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
@@ -54,9 +55,12 @@ def unavailable(device: torch.device) -> str | None:
 
 def padded_units(problem: Problem, of_layer: bool) -> int:
     """See :func:`flashrnn.padded.units`."""
-    steps = problem.longest or problem.T
-    if steps < 2 or problem.B < registry.FEWEST or registry.is_small(problem.D):
-        return problem.D  # Without a question to the GPU.
+    steps = problem.steps
+    if problem.packed and problem.longest is None:
+        # Lengths that only the GPU knows: about as many rows for each sequence.
+        steps = tiles_of(problem.T, max(1, problem.B))
+    if not registry.may_be_padded(problem, steps):
+        return problem.D
     planned, precision = _planned(problem, problem.B), source.precision_of(problem)
     return registry.padded_units(planned, steps, precision, _gpu(problem), of_layer)
 
@@ -66,8 +70,10 @@ def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
 
     See :func:`programs` for the arguments.
     """
-    planned = _planned(problem, problem.B)
-    return registry.padded_units(planned, 2**31, precision, gpu or _gpu(problem), of_layer=True)
+    planned = _planned(problem, problem.B)._replace(allow_tf32=precision == "tf32")
+    return registry.padded_units(
+        planned, MOST_STEPS, precision, gpu or _gpu(problem), of_layer=True
+    )
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -366,9 +372,13 @@ def _record(problem: Problem, backward: bool) -> call.Record:
 def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
     """The memory that launches need for themselves, in the order of its addresses."""
     packets, counters, *others = prepared.scratch
-    # Flags and counters count from 1, and h that nobody sends is zero.
-    zeros = [like.new_zeros(size, 4, dtype=torch.int32) for size in (packets, counters) if size]
-    return zeros + [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
+    found: list[Tensor] = []
+    if packets or counters:
+        # Flags and counters count from 1, and h that nobody sends is zero.
+        zeros = like.new_zeros(packets + counters, 4, dtype=torch.int32)
+        found += zeros.split([packets, counters]) if packets and counters else [zeros]
+    found += [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
+    return found
 
 
 def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:

@@ -100,18 +100,14 @@ def _input(problem: Problem, sizes: tuple[int, ...], strides: tuple[int, ...]) -
 
 @lru_cache(maxsize=1024)
 def _taken(problem: Problem, I: int) -> tuple[bool, bool]:  # noqa: E741
-    """Whether an input product of I features and its gradients are computed here."""
+    """Whether an input product of I features is computed here, and whether its gradients are."""
     (B, T), fed = problem.rows, problem.cell.fed_by("Wx")
     if not fed or fed != tuple(range(fed[0], fed[0] + len(fed))):
         return False, False
-    sizes = (
-        B * T,
-        len(fed) * problem.N * problem.D,
-        I,
-        problem.dtype.itemsize,
-        whole(problem.device),
-    )
-    return few_rows.takes_product(*sizes), few_rows.takes(*sizes)
+    columns, gpu = len(fed) * problem.N * problem.D, whole(problem.device)
+    if not few_rows.takes_product(B * T, columns, I, problem.dtype.itemsize, gpu):
+        return False, False
+    return True, _takes(problem, I, of_R=not problem.is_sequenced)
 
 
 @lru_cache(maxsize=1024)
@@ -121,12 +117,37 @@ def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
     Those of small heads are one launch anyway. A layer, of I features, has one for its other
     gradients; without a layer I is 0.
     """
-    in_layer = I > 0 and _taken(problem, I)[1]
-    if problem.is_sequenced or (registry.is_small(problem.D) and not in_layer):
+    if problem.is_sequenced:
         return False
-    rows, D, itemsize = problem.B * problem.T, problem.D, problem.dtype.itemsize
-    columns = len(problem.cell.fed_by("R")) * problem.N * D
-    return few_rows.takes(rows, columns, D, itemsize, whole(problem.device))
+    if I > 0 and _taken(problem, I)[1]:
+        return True
+    return not registry.is_small(problem.D) and _takes(problem, 0, of_R=True)
+
+
+def _takes(problem: Problem, I: int, of_R: bool) -> bool:  # noqa: E741
+    """Whether gradients are computed here: of a layer of I features, if it is one, and of R."""
+    if not problem.B * problem.T:
+        return False
+    are_odd = problem.D % 2 + I % 2 > 0
+    products = _products(problem, I, of_x=I > 0, of_W=I > 0, of_R=of_R)
+    return few_rows.takes(products, problem.dtype.itemsize, are_odd, whole(problem.device))
+
+
+def _products(
+    problem: Problem,
+    I: int,  # noqa: E741
+    of_x: bool,
+    of_W: bool,
+    of_R: bool,
+) -> list[few_rows.Summed]:
+    """Those of the gradients that are asked for: of x, of W, and of R."""
+    cell, (B, T), (N, D) = problem.cell, problem.rows, (problem.N, problem.D)
+    rows, columns, heads = B * T, len(cell.fed_by("Wx")) * N * D, len(cell.fed_by("R")) * N
+    return [
+        few_rows.Summed(few_rows.product_tiles(rows, I) if of_x else 0, columns),
+        few_rows.Summed(few_rows.product_tiles(columns, I) if of_W else 0, rows),
+        few_rows.Summed(heads * few_rows.product_tiles(D, D) if of_R else 0, rows),
+    ]
 
 
 def asked(problem: Problem, factors: Factors | None) -> Asked | None:
@@ -238,16 +259,8 @@ class Tiles(NamedTuple):
 
 def tiles_of(problem: Problem, asked: Asked) -> Tiles:
     """The tiles of the gradients that are asked for, and how many CTAs share each."""
-    cell, (B, T), (N, D), I = problem.cell, problem.rows, (problem.N, problem.D), asked.I  # noqa: E741
-    rows, columns, heads = B * T, len(cell.fed_by("Wx")) * N * D, len(cell.fed_by("R")) * N
-    products = (
-        (few_rows.product_tiles(rows, I) if asked.of_x else 0, columns),
-        (few_rows.product_tiles(columns, I) if asked.of_W else 0, rows),
-        (heads * few_rows.product_tiles(D, D) if asked.of_R else 0, rows),
-    )
-    gpu = whole(problem.device)
-    summed = [few_rows.Summed(*product) for product in products]
-    return Tiles(*few_rows.shared(summed, problem.dtype.itemsize, gpu))
+    products = _products(problem, asked.I, asked.of_x, asked.of_W, asked.of_R)
+    return Tiles(*few_rows.shared(products, problem.dtype.itemsize, whole(problem.device)))
 
 
 def gradients(problem: Problem, asked: Asked, tiles: Tiles, layout: call.Layout) -> LaunchTemplate:

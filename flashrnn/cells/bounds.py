@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from flashrnn.cells.graph import Argument, Graph
 from flashrnn.cells.operations import LARGEST_FLOAT32, OPERATIONS
-from flashrnn.cells.traced import FORWARD_CLIPVAL
+from flashrnn.cells.traced import FORWARD_CLIPVAL, TracedCell
 
 Interval = tuple[float, float]
 """The least and the largest number, each of which may be infinite."""
 
 ANYTHING: Interval = (-math.inf, math.inf)
+
+# That :func:`stays_finite` takes a gate for finite.
+LARGEST_GATE = 2.0**20
 
 # An upper limit of the relative error of any operation: that of tanh for 16-bit operands is 2^-11.
 _RELATIVE_SLACK = 2.0**-10
@@ -39,15 +43,53 @@ def bound_of_h(forward: Graph) -> float | None:
     return bound if math.isfinite(bound) else None
 
 
-def intervals(graph: Graph) -> dict[str, Interval]:
+MOST_STEPS = 2**12
+"""Up to so many steps :func:`stays_finite` follows."""
+
+
+@lru_cache(maxsize=256)
+def stays_finite(cell: TracedCell, steps: int) -> bool:
+    """Whether a unit whose states begin at zero keeps finite states, whatever its gates are, and
+    finite slopes where these are finite.
+
+    ``False`` may be said of one that does. Where a gate is infinite or NaN, states may be NaN.
+
+    Args:
+        cell: the cell.
+        steps: how many there are; of more than :data:`MOST_STEPS` the answer is ``False``.
+    """
+    if steps > MOST_STEPS:
+        return False
+    forward, derivative = cell.graphs.forward, cell.graphs.derivative
+    states, gates = len(cell.states), len(cell.gates)
+    reached = [(0.0, 0.0)] * states
+    for _ in range(steps):
+        known = intervals(forward, dict(zip(forward.inputs, reached, strict=False)))
+        after = [_of(output, known) for output in forward.outputs]
+        hull = [(min(x[0], y[0]), max(x[1], y[1])) for x, y in zip(reached, after, strict=True)]
+        if hull == reached:
+            break
+        reached = hull
+    # Gradients are factors, so ±1 stand for all.
+    of_inputs = [*reached, *[(-LARGEST_GATE, LARGEST_GATE)] * gates, *[(-1.0, 1.0)] * states]
+    known = intervals(derivative, dict(zip(derivative.inputs, of_inputs, strict=False)))
+    return all(math.isfinite(bound) for interval in known.values() for bound in interval)
+
+
+def intervals(graph: Graph, given: Mapping[str, Interval] | None = None) -> dict[str, Interval]:
     """Where every named value of a cell's step, or of its derivative, lies.
 
     States, gates and gradients may be anything: a call begins with states of the caller's. A value
     that clips is positive, and infinite where float32 does not hold it.
+
+    Args:
+        graph: the step's or the derivative's.
+        given: where some of its inputs lie instead.
     """
     known = dict.fromkeys(graph.inputs, ANYTHING)
     if FORWARD_CLIPVAL in known:
         known[FORWARD_CLIPVAL] = (0.0, math.inf)
+    known |= given or {}
     for x in graph.body:
         known[x.name] = _widened(_applied(x.operation, [_of(y, known) for y in x.arguments]))
     return known

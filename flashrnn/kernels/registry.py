@@ -12,13 +12,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 
-from flashrnn.cells.graph import evaluate
-from flashrnn.cells.traced import TracedCell
+from flashrnn.cells.bounds import stays_finite
 from flashrnn.kernels import cluster, grid, single_cta, streamed
 from flashrnn.kernels.gpu import GPU
 from flashrnn.kernels.per_step import cell_plan
 from flashrnn.kernels.plan import TAKEN, TAKEN_WITH_TF32, Plan
-from flashrnn.kernels.sizes import tiles_of
+from flashrnn.kernels.sizes import power_of_two, tiles_of
 from flashrnn.problem import Problem
 
 Regime = Callable[[Problem, GPU, bool], Plan | str]
@@ -59,10 +58,16 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
 # little to gain; what persistent kernels take whose rows begin anywhere, as a multiple of their
 # estimate; cycles of 1.98 GHz that the host may take for what else it does in a direction, and for
 # a step that is launched by itself; bytes of such rows that a multiprocessor copies in a cycle.
-FEWEST = 64
+_FEWEST = 64
 _ROWS_ANYWHERE = 1.4
 _HOST_OF_PADDING, _HOST_OF_A_STEP = 1_200_000, 100_000
 _COPY_RATE = 6
+
+
+def may_be_padded(problem: Problem, steps: int) -> bool:
+    """Whether that is to be asked at all: a quick question. A single step is computed as a Stepper
+    does."""
+    return steps > 1 and problem.B >= _FEWEST and not is_small(problem.D)
 
 
 @lru_cache(maxsize=1024)
@@ -78,9 +83,14 @@ def padded_units(problem: Problem, steps: int, precision: str, gpu: GPU, of_laye
     """
     D, size, cell = problem.D, problem.dtype.itemsize, problem.cell
     wide = tiles_of(D * size, 16) * 16 // size
-    if wide == D or is_small(D) or problem.B < FEWEST or not stays_zero(cell):
+    # The additional units must not become infinite: 0 times that is NaN.
+    if (
+        wide == D
+        or not may_be_padded(problem, steps)
+        or not stays_finite(cell, power_of_two(steps))
+    ):
         return D
-    # Wx and the states that are returned, or the gradients of both.
+    # Wx, and h of what is returned, or the gradients of both.
     numbers = 0 if of_layer else len(cell.fed_by("Wx"))
     numbers += len(cell.states) if problem.returned is None else 1
     copied = 2 * size * problem.B * problem.N * D * numbers
@@ -104,15 +114,6 @@ def _estimated_cycles(problem: Problem, precision: str, gpu: GPU, backward: bool
         cycles = cell_plan.estimated_cycles(problem, precision, gpu, backward)
         return max(cycles, _HOST_OF_A_STEP)
     return best.estimated_cycles * (TAKEN_WITH_TF32 if precision == "tf32" else TAKEN)
-
-
-@lru_cache(maxsize=256)
-def stays_zero(cell: TracedCell) -> bool:
-    """Whether states of zero stay zero where all gates are, and so do gradients of zero."""
-    return all(
-        not any(evaluate(graph, [0.0] * len(graph.inputs)))
-        for graph in (cell.graphs.forward, cell.graphs.derivative)
-    )
 
 
 @lru_cache(maxsize=1024)

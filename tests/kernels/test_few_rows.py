@@ -29,6 +29,8 @@ SIZES = [
     (3, 4, 66, 1, 70),
     (67, 1, 12, 3, 20),
     (1, 70, 16, 1, 136),
+    # Sums over several chunks of rows.
+    (9, 47, 33, 2, 21),
 ]
 CHOICES = few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
@@ -144,7 +146,10 @@ def test_gradients(
     if asked is None:
         asked = few_rows.Asked(True, False, False, (), 0, few_rows._precision(problem))
     tiles = few_rows.tiles_of(problem, asked)
-    assert {of_kind.shares for of_kind in tiles} <= ({1, 2, 3} if shared else {1})
+    shares = {of_kind.shares for of_kind in tiles if of_kind.number}
+    assert shares <= ({1, 2, 3} if shared else {1})
+    if shared and B * T > 400:
+        assert tiles.R.shares == 3
     counters, sums = tiles.scratch
     assert bool(counters) == any(of_kind.shares > 1 for of_kind in tiles)
     scratch = {
@@ -282,7 +287,7 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32", "float32"])
 def test_compiles_nearly_without_spills(precision, arch):
     """A thread keeps a few constants in local memory on some architectures, and no sums."""
-    for piece_bytes in (16, 4):
+    for piece_bytes in (16, 4) if precision != "bfloat16" else (16, 4, 2):
         for program in (
             kernels.product(precision, piece_bytes, GPUS[arch]),
             kernels.gradients(resolve("lstm").traced, precision, piece_bytes, GPUS[arch]),

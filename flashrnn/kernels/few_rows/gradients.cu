@@ -85,7 +85,7 @@ few_rows_gradients(CALL) {
     int cta = blockIdx.x, tile;
     // Counts the CTAs so far that share tiles: these tiles' memory lies in their order.
     long long shared_ctas = 0;
-    // This CTA's share, where so many share a tile of the product at hand, and sets `tile`.
+    // Sets `tile`, and returns this CTA's share of it, where so many CTAs share a tile of the product at hand.
     const auto take = [&](int count) {
         tile = cta / count;
         const long long first = shared_ctas + tile * count;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import mul
 from typing import NamedTuple
 
@@ -31,8 +31,8 @@ class _Times(NamedTuple):
         cta: of a multiprocessor for a CTA.
         chunk: of a chunk of its sum.
         most: for all of it. Up to then the host is spared more than the GPU may lose beside the
-            library's kernels: in 16 bits 13 in the product and 20 in the gradients, in float32 next
-            to nothing.
+            library's kernels: in 16 bits some 13 in the product and mostly 20 in the gradients, in
+            float32 next to nothing.
     """
 
     cta: float
@@ -41,8 +41,8 @@ class _Times(NamedTuple):
 
 
 # By the bytes of an element. A product of float32 is three; by TF32 it takes less.
-_OF_PRODUCT = {2: _Times(1.4, 0.7, 18.0), 4: _Times(2.2, 1.4, 32.0)}
-_OF_GRADIENTS = {2: _Times(2.2, 1.1, 55.0), 4: _Times(2.2, 2.2, 90.0)}
+_OF_PRODUCT = {2: _Times(1.4, 0.7, 19.0), 4: _Times(2.2, 1.4, 32.0)}
+_OF_GRADIENTS = {2: _Times(2.2, 1.1, 60.0), 4: _Times(2.2, 2.2, 90.0)}
 _LAUNCH = 2.0
 
 
@@ -60,32 +60,36 @@ class Program(NamedTuple):
     shared_memory: int
 
 
-def takes(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool:
-    """Whether the product of ``[rows, summed]`` and ``[summed, columns]``, and the gradients of
-    both factors, which sum over columns and rows, are computed here.
+def takes(products: Sequence[Summed], itemsize: int, are_odd: bool, gpu: GPU) -> bool:
+    """Whether gradients are computed here, all in one launch.
 
     Args:
-        rows: steps of all sequences.
-        columns: units of all gates.
-        summed: features.
+        products: those of the gradients.
         itemsize: bytes of an element.
+        are_odd: whether some rows have an odd number of elements.
         gpu: the device.
     """
-    if not takes_product(rows, columns, summed, itemsize, gpu):
-        return False
-    # R's gradient is about as large as W's.
-    of_W = Summed(product_tiles(columns, summed), rows)
-    products = (of_W, of_W, Summed(product_tiles(rows, summed), columns))
-    tiles = shared(products, itemsize, gpu)
-    return _is_fast(tiles, products, itemsize, _OF_GRADIENTS[itemsize], gpu)
+    times = _times(_OF_GRADIENTS, itemsize, are_odd)
+    return _is_fast(shared(products, itemsize, gpu), products, itemsize, times, gpu)
 
 
 def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool:
-    """The same of the product alone."""
+    """Whether the product of ``[rows, summed]`` and ``[summed, columns]`` is; see :func:`takes`."""
     if rows == 0:
         return False
-    only = Summed(product_tiles(rows, columns), summed)
-    return _is_fast([Tiles(only.tiles, 1)], [only], itemsize, _OF_PRODUCT[itemsize], gpu)
+    only, times = (
+        Summed(product_tiles(rows, columns), summed),
+        _times(_OF_PRODUCT, itemsize, summed % 2 > 0),
+    )
+    # Its tiles are not shared.
+    return _is_fast([Tiles(only.tiles, 1)], [only], itemsize, times, gpu)
+
+
+def _times(of_kernel: Mapping[int, _Times], itemsize: int, are_odd: bool) -> _Times:
+    """A kernel's times for elements of so many bytes."""
+    times = of_kernel[itemsize]
+    # Of 16 bits these go through registers.
+    return times._replace(chunk=2 * times.chunk) if are_odd and itemsize == 2 else times
 
 
 def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
@@ -167,7 +171,8 @@ class Summed(NamedTuple):
 
 
 def shared(products: Sequence[Summed], itemsize: int, gpu: GPU) -> list[Tiles]:
-    """How the CTAs of a launch share products, so that none has more to do than the others.
+    """How the CTAs of a launch share products, so that none sums over more chunks than a
+    multiprocessor's part of all.
 
     Args:
         products: what is computed.

@@ -124,7 +124,8 @@ def plan_steps(
 ) -> CellPlan | None:
     """The plan, where a step is estimated to take less time by it than by another way.
 
-    T does not matter, so that a sequence in parts has the bits of the whole: a persistent kernel's
+    T does not matter, so that a sequence in parts has the bits of the whole (of heads that are not
+    padded; see :mod:`flashrnn.padded`): a persistent kernel's
     start, 17,000 cycles on an H200, is less than a step of the calls that this is for. What steps
     take is estimated as if they saved pre-activations in any case.
 
