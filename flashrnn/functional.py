@@ -82,7 +82,7 @@ def flashrnn(
         ``states`` ``[S, B, T, N, D]``, the states after every step, ``states[0]`` being ``h``,
         contiguous, in the dtype of the computation; and ``last_states`` ``[S, B, 1, N, D]``,
         those after the last step as they are carried from step to step (float32 where the
-        computation has 16 bits), so that ``states=last_states`` continues the sequence exactly.
+        computation has 16 bits), so that ``states=last_states`` continues the sequence unrounded.
         Gradients flow from both to ``Wx``, ``R``, ``b``, ``states`` and ``reset_states``. With
         ``return_states`` the first has S = 1 or 0; of a packed batch it is ``[S, 1, total, N, D]``,
         or ``[S, total, N, D]`` where ``Wx`` has four dimensions.

@@ -1,11 +1,17 @@
 """Heads computed with more units than they have, so that their rows are multiples of 16 bytes.
 
-Kernels that move rows in pieces of 16 bytes are the faster ones, of many sequences by far. Each
-additional unit computes what a head's first unit would from the same gates and states of zero. R
-has zeros where it would multiply their h, so that they add nothing to the others' sums: 0 times
-what is finite. They are not finite only where the first unit's gates are not, so that NaN and
-infinity are where the definition has them (but an infinite R of the first unit, which gradients of
-0 of the additional ones are multiplied by, may give NaN in place of infinity).
+Kernels that move rows in pieces of 16 bytes are faster, and much faster for many sequences.
+
+Each additional unit has the gates of its head's first unit; its own states start at 0. R's columns
+for these units are 0, so each adds 0 · h to the other units' sums, which is 0 as long as h is
+finite. It is for cells that :func:`flashrnn.cells.bounds.stays_finite` accepts, unless what follows
+from gates alone is NaN. Then the first unit's h is NaN too, and so are all h of the next step, with
+and without such units.
+
+Backward, an infinite gradient times these zeros is NaN, and so are an infinite R of the first unit
+times a gradient of 0 and what follows from infinite gates. So gradients that are infinite without
+additional units, or where R or a gate is, may be NaN. Calls with a ``gradient_recurrent_clipval``,
+which contains such, have no additional units.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ def units(backend: Backend, problem: Problem, of_layer: bool) -> int:
 
     Args:
         backend: by which backend.
-        problem: what is computed. Of one step they have D: so do those of a Stepper.
+        problem: what is computed. A call of one step is never padded, like a Stepper's.
         of_layer: whether Wx is a product with weights, to which the units are added; else Wx is
             copied.
     """
@@ -44,7 +50,7 @@ def repeated(gates: Tensor, D: int, dim: int = -1) -> Tensor:
 
 
 def recurrent(R: Tensor, D: int) -> Tensor:
-    """R ``[Gr, N, D, D]``, of which nothing multiplies the additional units' h."""
+    """R ``[Gr, N, D, D]``, whose columns for the additional units are 0."""
     return with_zeros(repeated(R, D, dim=2), D)
 
 

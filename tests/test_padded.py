@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from flashrnn import Stepper, ahead, cell, flashrnn, nn, recurrent_layer
+from flashrnn import FlashRNNConfig, Stepper, ahead, cell, flashrnn, nn, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.cells import resolve
 from flashrnn.cells.bounds import stays_finite
@@ -16,7 +16,7 @@ from tests.gpus import H200, planned
 from tests.layers import NAMES, layer_inputs, results
 from tests.nn.against import tensors
 from tests.patterns import bounded_follows_vanilla
-from tests.problems import call, gradients, random_inputs, relative_error
+from tests.problems import call, gradients, random_inputs, random_weights, relative_error
 from tests.sequences import KINDS, gradients_of, random_ragged
 
 EPSILON = {torch.bfloat16: 2**-8, torch.float32: 2**-20}
@@ -33,7 +33,7 @@ def padding(monkeypatch, fused_emulation):  # noqa: F811
         return forward(problem, *arguments, **further)
 
     @cache
-    def units_for(problem, steps, precision, gpu, of_layer):
+    def units_for(problem, steps, most_steps, precision, gpu, of_layer):
         return -(-problem.D // 8) * 8
 
     monkeypatch.setattr(registry, "_FEWEST", 3)
@@ -86,6 +86,36 @@ def test_a_layer_without_gradients(padding):
     given = recurrent_layer(*inputs, "lstm", "cuda_fused", return_states="h")
     truth = recurrent_layer(*inputs, "lstm", "vanilla", return_states="h")
     assert padding == [24]
+    for one, other in zip(given, truth, strict=True):
+        assert one.shape == other.shape and relative_error(one, other) <= 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_recurrent_cut": True},
+        {"gradient_recurrent_clipval": 0.01},
+        {"forward_clipval": 0.3},
+        {"initial_val": (0.5, -0.25)},
+    ],
+    ids=str,
+)
+def test_config(padding, options):
+    """Clips and initial values also hold with additional units, of which a gradient's clip has
+    none."""
+    inputs, config = random_inputs("lstm", 5, 4, 2, 21, torch.float32), FlashRNNConfig(**options)
+    if "initial_val" in options:
+        inputs.states = None
+    given = call("lstm", inputs, backend="cuda_fused", config=config)
+    truth = call("lstm", inputs, backend="vanilla", config=config)
+    leaves = [x for x in (inputs.Wx, inputs.R, inputs.b, inputs.states) if x is not None]
+    weights = random_weights(given, seed=1)
+    given, truth = (
+        [*outputs, *torch.autograd.grad(outputs, leaves, weights, materialize_grads=True)]
+        for outputs in (given, truth)
+    )
+    assert set(padding) == ({21} if "gradient_recurrent_clipval" in options else {24})
     for one, other in zip(given, truth, strict=True):
         assert one.shape == other.shape and relative_error(one, other) <= 1e-5
 
@@ -182,18 +212,43 @@ def steep_at_zero(states, gates):
     return torch.tanh(c), c
 
 
+@cell(states=("h", "c"), gates={"g": ("Wx", "R", "b")})
+def undefined_below_zero(states, gates):
+    """NaN where a state is negative."""
+    c = 0.5 * states[1] + torch.tanh(gates[0])
+    return torch.tanh(c**1.5), c
+
+
+@cell(states=("h", "c"), gates={"g": ("Wx", "R", "b")})
+def undefined_at_zero(states, gates):
+    """NaN where a state is 0."""
+    c = 0.5 * states[1] + torch.sigmoid(gates[0])
+    return torch.remainder(torch.tanh(gates[0]), torch.sign(states[1])), c
+
+
+@cell(states=("h",), gates={"g": ("Wx", "R", "b")})
+def multiplied(states, gates):
+    """NaN where h is 0 and its gate is infinite."""
+    return (torch.tanh(states[0] * gates[0]),)
+
+
+REFUSED = (undefined_below_zero, undefined_at_zero, multiplied)
+
+
 def test_cells_whose_states_and_slopes_stay_finite():
     kinds = ("lstm", "gru", "elman", "slstm", halves, unbounded, doubling, steep_at_zero)
-    finite = [stays_finite(resolve(kind).traced, 512) for kind in kinds]
+    finite = [stays_finite(resolve(kind).traced, 512, 3e38) for kind in kinds]
     assert finite == [True, True, True, False, True, False, False, False]
-    assert stays_finite(doubling.traced, 32)
-    assert stays_finite(resolve("lstm").traced, 4096)
-    assert not stays_finite(resolve("lstm").traced, 4097)
+    assert not any(stays_finite(kind.traced, 1, 3e38) for kind in REFUSED)
+    # As many steps as a state takes to the largest number.
+    assert stays_finite(doubling.traced, 32, 3e38) and not stays_finite(doubling.traced, 32, 65504)
+    assert stays_finite(resolve("lstm").traced, 4096, 3e38)
+    assert not stays_finite(resolve("lstm").traced, 4097, 3e38)
 
 
 def units(kind, B, T, D, dtype=torch.bfloat16, precision="bfloat16", of_layer=True):
     problem = planned(kind, B, 1, D, dtype)
-    return registry.padded_units(problem, T, precision, H200, of_layer)
+    return registry.padded_units(problem, T, T, precision, H200, of_layer)
 
 
 def test_heads_that_are_padded():
@@ -206,7 +261,7 @@ def test_heads_that_are_padded():
     assert units("lstm", 1024, 64, 1152) == 1152
     assert units("lstm", 32, 10_000, 1150) == 1150
     assert units("lstm", 4096, 64, 100) == 100
-    assert units(unbounded, 1024, 64, 1150) == units("slstm", 1024, 64, 1150) == 1150
+    assert units(unbounded, 1024, 640, 1150) == units("slstm", 1024, 64, 1150) == 1150
     assert units(halves, 1024, 640, 1150) == 1152
     assert units("lstm", 512, 200, 430) == 432 != units("lstm", 512, 200, 430, of_layer=False)
 
@@ -228,12 +283,12 @@ def test_steps_of_packed_sequences(monkeypatch):
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
     asked = []
 
-    def noting(problem, steps, *others):
-        asked.append(steps)
+    def noting(problem, steps, most_steps, *others):
+        asked.append((steps, most_steps))
         return problem.D
 
     monkeypatch.setattr(registry, "padded_units", noting)
     problem = planned("lstm", 1024, 1, 650, torch.bfloat16)._replace(ragged=True, packed=True)
     for T, longest in ((2048, None), (2048, 9), (1024, None), (2048, 0)):
         cuda_fused.padded_units(problem._replace(T=T, longest=longest), of_layer=True)
-    assert asked == [2, 9]
+    assert asked == [(2, 2048), (9, 9)]

@@ -55,25 +55,29 @@ def unavailable(device: torch.device) -> str | None:
 
 def padded_units(problem: Problem, of_layer: bool) -> int:
     """See :func:`flashrnn.padded.units`."""
-    steps = problem.steps
+    steps = most_steps = problem.steps
     if problem.packed and problem.longest is None:
-        # Lengths that only the GPU knows: about as many rows for each sequence.
+        # Lengths that only the GPU knows: assume the mean.
         steps = tiles_of(problem.T, max(1, problem.B))
-    if not registry.may_be_padded(problem, steps):
+    # A clip contains an infinite gradient, and 0 times that would be NaN before it is clipped.
+    if problem.gradient_recurrent_clipval is not None or not registry.may_be_padded(problem, steps):
         return problem.D
     planned, precision = _planned(problem, problem.B), source.precision_of(problem)
-    return registry.padded_units(planned, steps, precision, _gpu(problem), of_layer)
+    return registry.padded_units(planned, steps, most_steps, precision, _gpu(problem), of_layer)
 
 
 def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
     """With how many units heads are computed where there are very many steps.
 
+    A cell whose states are known to stay finite for fewer steps alone is not told.
     See :func:`programs` for the arguments.
     """
+    if problem.gradient_recurrent_clipval is not None:
+        return problem.D
     planned = _planned(problem, problem.B)._replace(allow_tf32=precision == "tf32")
-    return registry.padded_units(
-        planned, MOST_STEPS, precision, gpu or _gpu(problem), of_layer=True
-    )
+    steps = MOST_STEPS if problem.dtype == torch.float32 else 1024
+    given = steps, steps, precision, gpu or _gpu(problem)
+    return registry.padded_units(planned, *given, of_layer=True)
 
 
 def unsupported(problem: Problem) -> str | None:

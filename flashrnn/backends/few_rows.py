@@ -125,7 +125,7 @@ def gives_R(problem: Problem, I: int) -> bool:  # noqa: E741
 
 
 def _takes(problem: Problem, I: int, of_R: bool) -> bool:  # noqa: E741
-    """Whether gradients are computed here: of a layer of I features, if it is one, and of R."""
+    """Whether gradients are computed here: those of a layer's x and W if I > 0, and R's."""
     if not problem.B * problem.T:
         return False
     are_odd = problem.D % 2 + I % 2 > 0

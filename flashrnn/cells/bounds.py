@@ -8,7 +8,7 @@ is a little wider than exact arithmetic would make it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 from flashrnn.cells.graph import Argument, Graph
@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 ANYTHING: Interval = (-math.inf, math.inf)
 
-# That :func:`stays_finite` takes a gate for finite.
+# :func:`stays_finite` takes gates to be within ± this when it bounds slopes.
 LARGEST_GATE = 2.0**20
 
 # An upper limit of the relative error of any operation: that of tanh for 16-bit operands is 2^-11.
@@ -48,15 +48,17 @@ MOST_STEPS = 2**12
 
 
 @lru_cache(maxsize=256)
-def stays_finite(cell: TracedCell, steps: int) -> bool:
-    """Whether a unit whose states begin at zero keeps finite states, whatever its gates are, and
-    finite slopes where these are finite.
+def stays_finite(cell: TracedCell, steps: int, largest: float) -> bool:
+    """Whether states that begin at zero stay finite for any gates, and slopes are finite for gates
+    within ±``LARGEST_GATE``.
 
-    ``False`` may be said of one that does. Where a gate is infinite or NaN, states may be NaN.
+    A value that follows from gates alone may be NaN where a gate is not finite. The answer may be
+    ``False`` for a cell whose states do stay finite.
 
     Args:
         cell: the cell.
-        steps: how many there are; of more than :data:`MOST_STEPS` the answer is ``False``.
+        steps: how many there are; for more than :data:`MOST_STEPS` the answer is ``False``.
+        largest: the largest number of the dtype that states are stored in.
     """
     if steps > MOST_STEPS:
         return False
@@ -70,10 +72,39 @@ def stays_finite(cell: TracedCell, steps: int) -> bool:
         if hull == reached:
             break
         reached = hull
-    # Gradients are factors, so ±1 stand for all.
+    known = intervals(forward, dict(zip(forward.inputs, reached, strict=False)))
+    if not _are_finite(forward, known, forward.inputs[:states]):
+        return False
+    # The derivative is linear in the gradients, so ±1 is enough.
     of_inputs = [*reached, *[(-LARGEST_GATE, LARGEST_GATE)] * gates, *[(-1.0, 1.0)] * states]
     known = intervals(derivative, dict(zip(derivative.inputs, of_inputs, strict=False)))
-    return all(math.isfinite(bound) for interval in known.values() for bound in interval)
+    own = (*derivative.inputs[:states], *derivative.inputs[states + gates :])
+    return (
+        all(-largest <= least and most <= largest for least, most in reached)
+        and all(map(_is_finite, known.values()))
+        and _are_finite(derivative, known, own)
+    )
+
+
+# Intervals do not tell where these are NaN.
+_UNDEFINED_SOMEWHERE = {"sqrt", "log", "log2", "log1p", "pow", "fmod"}
+
+
+def _are_finite(graph: Graph, known: Mapping[str, Interval], inputs: Iterable[str]) -> bool:
+    """Whether all that follows from some inputs is finite, and what it is computed of."""
+    following = set(inputs)
+    for x in graph.body:
+        if following.isdisjoint(x.arguments):
+            continue
+        following.add(x.name)
+        values = [known[x.name], *(_of(argument, known) for argument in x.arguments)]
+        if x.operation in _UNDEFINED_SOMEWHERE or not all(map(_is_finite, values)):
+            return False
+    return True
+
+
+def _is_finite(interval: Interval) -> bool:
+    return all(map(math.isfinite, interval))
 
 
 def intervals(graph: Graph, given: Mapping[str, Interval] | None = None) -> dict[str, Interval]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import inf
 
+import torch
+
 from flashrnn.cells.bounds import stays_finite
 from flashrnn.kernels import cluster, grid, single_cta, streamed
 from flashrnn.kernels.gpu import GPU
@@ -54,43 +56,47 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     return min(possible, key=lambda plan: plan.estimated_cycles)
 
 
-# What heads are padded for, as measured (docs/cost-model.md): sequences below which a step has too
-# little to gain; what persistent kernels take whose rows begin anywhere, as a multiple of their
-# estimate; cycles of 1.98 GHz that the host may take for what else it does in a direction, and for
-# a step that is launched by itself; bytes of such rows that a multiprocessor copies in a cycle.
+# Of fewer sequences a step has too little to gain from additional units.
 _FEWEST = 64
+# Kernels of rows that begin anywhere take so many times their estimate (docs/cost-model.md).
 _ROWS_ANYWHERE = 1.4
+# Cycles of 1.98 GHz that the slowest host took: for what padding adds to a direction, and for a
+# step that is launched by itself.
 _HOST_OF_PADDING, _HOST_OF_A_STEP = 1_200_000, 100_000
+# Bytes of rows that begin anywhere which a multiprocessor copies in a cycle.
 _COPY_RATE = 6
 
 
 def may_be_padded(problem: Problem, steps: int) -> bool:
-    """Whether that is to be asked at all: a quick question. A single step is computed as a Stepper
-    does."""
+    """A cheap check made before :func:`padded_units`.
+
+    One step is never padded, so that it has the bits of a Stepper's.
+    """
     return steps > 1 and problem.B >= _FEWEST and not is_small(problem.D)
 
 
 @lru_cache(maxsize=1024)
-def padded_units(problem: Problem, steps: int, precision: str, gpu: GPU, of_layer: bool) -> int:
+def padded_units(
+    problem: Problem, steps: int, most_steps: int, precision: str, gpu: GPU, of_layer: bool
+) -> int:
     """With how many units heads are best computed: D, or a multiple of 16 bytes.
 
     Args:
         problem: as for :func:`best_plan`.
-        steps: how many there are.
+        steps: how many steps there are, about.
+        most_steps: how many a sequence has at most.
         precision: how products are computed.
         gpu: on which GPU.
         of_layer: whether Wx is a product with weights, to which the units are added.
     """
     D, size, cell = problem.D, problem.dtype.itemsize, problem.cell
     wide = tiles_of(D * size, 16) * 16 // size
-    # The additional units must not become infinite: 0 times that is NaN.
-    if (
-        wide == D
-        or not may_be_padded(problem, steps)
-        or not stays_finite(cell, power_of_two(steps))
-    ):
+    if wide == D or not may_be_padded(problem, steps):
         return D
-    # Wx, and h of what is returned, or the gradients of both.
+    # R has zeros for the additional units' h, and 0 times what is infinite or NaN is NaN.
+    if not stays_finite(cell, power_of_two(most_steps), torch.finfo(problem.dtype).max):
+        return D
+    # Copied are Wx and the returned states, or their gradients.
     numbers = 0 if of_layer else len(cell.fed_by("Wx"))
     numbers += len(cell.states) if problem.returned is None else 1
     copied = 2 * size * problem.B * problem.N * D * numbers

@@ -31,8 +31,8 @@ class _Times(NamedTuple):
         cta: of a multiprocessor for a CTA.
         chunk: of a chunk of its sum.
         most: for all of it. Up to then the host is spared more than the GPU may lose beside the
-            library's kernels: in 16 bits some 13 in the product and mostly 20 in the gradients, in
-            float32 next to nothing.
+            library's kernels: in 16 bits about 13 in the product and usually up to 20 in the
+            gradients, in float32 next to nothing.
     """
 
     cta: float
@@ -74,7 +74,7 @@ def takes(products: Sequence[Summed], itemsize: int, are_odd: bool, gpu: GPU) ->
 
 
 def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU) -> bool:
-    """Whether the product of ``[rows, summed]`` and ``[summed, columns]`` is; see :func:`takes`."""
+    """Whether the product of ``[rows, summed]`` and ``[summed, columns]`` is computed here."""
     if rows == 0:
         return False
     only, times = (
@@ -88,7 +88,7 @@ def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU)
 def _times(of_kernel: Mapping[int, _Times], itemsize: int, are_odd: bool) -> _Times:
     """A kernel's times for elements of so many bytes."""
     times = of_kernel[itemsize]
-    # Of 16 bits these go through registers.
+    # 16-bit rows of odd length are loaded element by element, through registers.
     return times._replace(chunk=2 * times.chunk) if are_odd and itemsize == 2 else times
 
 
@@ -171,8 +171,8 @@ class Summed(NamedTuple):
 
 
 def shared(products: Sequence[Summed], itemsize: int, gpu: GPU) -> list[Tiles]:
-    """How the CTAs of a launch share products, so that none sums over more chunks than a
-    multiprocessor's part of all.
+    """How the CTAs of a launch share products, so that none sums over more than an equal share of
+    all chunks, or four.
 
     Args:
         products: what is computed.
