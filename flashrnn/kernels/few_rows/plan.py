@@ -183,9 +183,16 @@ def shared(products: Sequence[Summed], itemsize: int, gpu: GPU) -> list[Tiles]:
     all_chunks = sum(map(mul, (product.tiles for product in products), chunks))
     most = max(_LEAST_CHUNKS, tiles_of(all_chunks, gpu.multiprocessors))
     return [
-        Tiles(product.tiles, min(_MOST_SHARES, tiles_of(count, most)) if product.tiles else 1)
+        Tiles(product.tiles, _shares(count, most) if product.tiles else 1)
         for product, count in zip(products, chunks, strict=True)
     ]
+
+
+def _shares(chunks: int, most: int) -> int:
+    """How many CTAs share a tile of so many chunks, such that each has some, and few more than
+    ``most``."""
+    of_each = tiles_of(chunks, min(_MOST_SHARES, tiles_of(chunks, most)))
+    return tiles_of(chunks, of_each)
 
 
 def _chunks(product: Summed, itemsize: int) -> int:
