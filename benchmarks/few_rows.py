@@ -112,13 +112,12 @@ def products(size: Size) -> None:
     tensors = {"initial": initial, "states": states, "d_gates": d_gates, "x": x, "W": W, **found}
     tensors["d_bias"] = random(B, gates, N, D, of=torch.float32)
     asked = few_rows.Asked(True, True, True, x.stride(), D, few_rows._precision(problem))
-    tiles = few_rows.tiles_of(problem, asked)
-    counters, sums = tiles.scratch
+    _, counters, _, _, sums = few_rows.scratch(problem, asked)
     if counters:
         tensors["counters"] = torch.zeros(counters, 4, dtype=torch.int32, **on)
         tensors["sums"] = torch.empty(sums, 4, **on)
     addresses, layout = call.BACKWARD.read(tensors)
-    kernel, shape, packing = few_rows.gradients(problem, asked, tiles, layout)
+    kernel, shape, packing = few_rows.gradients(problem, asked, layout)
 
     def product() -> Tensor:
         return few_rows.multiply(problem, Factors(x, W))

@@ -41,8 +41,8 @@ def recurrent_layer(
 
     It computes what ``flashrnn(linear(x, W), R, b, ...)`` does as one node of autograd: the step of
     a short sequence is mostly what nodes cost. ``Wx`` is not kept for the backward pass. Only the
-    gradients of x and W that are asked for are computed. Where the product is small (tens
-    of microseconds of a GPU) it is a kernel of this package, and so are the gradients. Those sum in
+    gradients of x and W that are asked for are computed. Where the product is small (up to tens of
+    microseconds on a GPU) it is a kernel of this package, and so are the gradients. Those sum in
     another order than the library: results differ by rounding.
 
     Where one node cannot be (with ``vanilla``, under ``torch.compile`` and ``torch.export``, for
@@ -119,8 +119,11 @@ def recurrent_layer(
         found, last_states = _computed(chosen, problem, *arguments, direct)
     else:
         arguments = (
-            *(x, padded.repeated(W, units, dim=2), padded.recurrent(R, units)),
-            *(padded.repeated(b, units), padded.with_zeros(states, units)),
+            x,
+            padded.repeated(W, units, dim=2),
+            padded.recurrent(R, units),
+            padded.repeated(b, units),
+            padded.with_zeros(states, units),
             padded.options(of_options, units),
         )
         outputs = _computed(chosen, problem._replace(D=units), *arguments, direct)

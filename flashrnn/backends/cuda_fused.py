@@ -30,7 +30,7 @@ from flashrnn.backends.requirements import (
     too_many_numbered_rows,
     unavailable_cuda,
 )
-from flashrnn.cells.bounds import MOST_STEPS
+from flashrnn.cells.bounds import MOST_STEPS, stays_finite
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
@@ -67,15 +67,16 @@ def padded_units(problem: Problem, of_layer: bool) -> int:
 
 
 def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
-    """With how many units heads are computed where there are very many steps.
+    """With how many units heads are computed where there are as many steps as they may have.
 
-    A cell whose states are known to stay finite for fewer steps alone is not told.
     See :func:`programs` for the arguments.
     """
     if problem.gradient_recurrent_clipval is not None:
         return problem.D
     planned = _planned(problem, problem.B)._replace(allow_tf32=precision == "tf32")
-    steps = MOST_STEPS if problem.dtype == torch.float32 else 1024
+    steps, largest = MOST_STEPS, torch.finfo(problem.dtype).max
+    while steps > 1 and not stays_finite(problem.cell, steps, largest):
+        steps //= 2
     given = steps, steps, precision, gpu or _gpu(problem)
     return registry.padded_units(planned, *given, of_layer=True)
 
@@ -582,9 +583,8 @@ def _prepared(
     if of_R is not None:
         scratch = scratch._replace(parts=_units_of_parts(problem, of_R))
     if asked is not None:
-        tiles = few_rows.tiles_of(problem, asked)
-        counters, sums = tiles.scratch
-        scratch = scratch._replace(counters=counters, sums=sums)
+        of_gradients = few_rows.scratch(problem, asked)
+        scratch = scratch._replace(counters=of_gradients.counters, sums=of_gradients.sums)
     layout = layout.with_scratch(scratch)
     groups = plan.groups(B, N, gpu)
     packing = record.packing(layout, T=T, B=B, N=N, clips=clips, groups=groups)
@@ -595,7 +595,7 @@ def _prepared(
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
         if asked is not None:
-            launches.append(few_rows.gradients(problem, asked, tiles, layout))
+            launches.append(few_rows.gradients(problem, asked, layout))
     else:
         launches += copies.behind_scan(problem, layout)
     return _Prepared((*launches,), scratch, copied)

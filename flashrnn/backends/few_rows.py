@@ -244,36 +244,30 @@ def product(problem: Problem, given: Product, layout: call.Layout) -> LaunchTemp
     return LaunchTemplate(kernel, kernel.shape._replace(grid=grid), packing)
 
 
-class Tiles(NamedTuple):
-    """Those of the gradients' products: of x, of W, and of R."""
-
-    x: few_rows.Tiles
-    W: few_rows.Tiles
-    R: few_rows.Tiles
-
-    @property
-    def scratch(self) -> tuple[int, int]:
-        """Of which sizes their ``counters`` and ``sums`` are, in units of 16 bytes."""
-        return few_rows.scratch(self)
-
-
-def tiles_of(problem: Problem, asked: Asked) -> Tiles:
-    """The tiles of the gradients that are asked for, and how many CTAs share each."""
+def tiles_of(problem: Problem, asked: Asked) -> list[few_rows.Tiles]:
+    """The tiles of the gradients that are asked for, of x, of W and of R, and how many CTAs share
+    each."""
     products = _products(problem, asked.I, asked.of_x, asked.of_W, asked.of_R)
-    return Tiles(*few_rows.shared(products, problem.dtype.itemsize, whole(problem.device)))
+    return few_rows.shared(products, problem.dtype.itemsize, whole(problem.device))
 
 
-def gradients(problem: Problem, asked: Asked, tiles: Tiles, layout: call.Layout) -> LaunchTemplate:
+def scratch(problem: Problem, asked: Asked) -> call.Scratch:
+    """The memory that the launch of the gradients needs for itself."""
+    counters, sums = few_rows.scratch(tiles_of(problem, asked))
+    return call.Scratch(counters=counters, sums=sums)
+
+
+def gradients(problem: Problem, asked: Asked, layout: call.Layout) -> LaunchTemplate:
     """The launch of the gradients.
 
     Args:
         problem: the problem.
         asked: what is computed.
-        tiles: those of :func:`tiles_of`.
         layout: of the backward scan's tensors, with ``x``, ``W``, the gradients and any scratch
             memory among them.
     """
     record, cell, (B, T) = call.FEW_ROWS_GRADIENTS, problem.cell, problem.rows
+    tiles = tiles_of(problem, asked)
     (N, D), size, I = (problem.N, problem.D), problem.dtype.itemsize, asked.I  # noqa: E741
     layout = _as_read(layout, asked)
     rows, columns = B * T, len(cell.fed_by("Wx")) * N * D

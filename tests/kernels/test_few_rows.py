@@ -148,11 +148,12 @@ def test_gradients(
     if asked is None:
         asked = few_rows.Asked(True, False, False, (), 0, few_rows._precision(problem))
     tiles = few_rows.tiles_of(problem, asked)
+    *_, of_R = tiles
     shares = {of_kind.shares for of_kind in tiles if of_kind.number}
     assert shares <= ({1, 2, 3} if shared else {1})
     if shared and B * T > 400:
-        assert tiles.R.shares > 1
-    counters, sums = tiles.scratch
+        assert of_R.shares > 1
+    _, counters, _, _, sums = few_rows.scratch(problem, asked)
     assert bool(counters) == any(of_kind.shares > 1 for of_kind in tiles)
     scratch = {
         "counters": torch.zeros(counters, 4, dtype=torch.int32),
@@ -160,7 +161,7 @@ def test_gradients(
     }
     given |= {name: memory for name, memory in scratch.items() if len(memory)}
     addresses, layout = cuda_fused.call.BACKWARD.read({**given, **found})
-    kernel, shape, packing = few_rows.gradients(problem, asked, tiles, layout)
+    kernel, shape, packing = few_rows.gradients(problem, asked, layout)
     one_by_one([(kernel, shape, packing(addresses))])
 
     of_gates = d_gates.double()

@@ -13,8 +13,8 @@ from flashrnn.kernels.sizes import tiles_of
 
 THREADS = 512
 _TILE = 64
-# Bytes of a chunk of the summed dimension, those of a chunk of both matrices, with its padding, and
-# the most chunks of a ring, and the fewest where CTAs share a multiprocessor.
+# Bytes of a chunk of the summed dimension; of a chunk of both matrices, with its padding; the most
+# chunks of a ring; and the fewest where two CTAs share a multiprocessor.
 _CHUNK_BYTES = 256
 _SLOT_BYTES = 2 * _CHUNK_BYTES * (_TILE + 8)
 _MOST_STAGES, _FEWEST_STAGES = 4, 3
@@ -77,10 +77,8 @@ def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU)
     """Whether the product of ``[rows, summed]`` and ``[summed, columns]`` is computed here."""
     if rows == 0:
         return False
-    only, times = (
-        Summed(product_tiles(rows, columns), summed),
-        _times(_OF_PRODUCT, itemsize, summed % 2 > 0),
-    )
+    only = Summed(product_tiles(rows, columns), summed)
+    times = _times(_OF_PRODUCT, itemsize, summed % 2 > 0)
     # Its tiles are not shared.
     return _is_fast([Tiles(only.tiles, 1)], [only], itemsize, times, gpu)
 
@@ -101,7 +99,7 @@ def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
             operands consist of.
         gpu: the device.
     """
-    # In float32 a thread has more sums than so many registers hold.
+    # Two CTAs have 64 registers for each thread, of which a thread's sums in float32 take more.
     resident = 1 if precision == "float32" else 2
     record = call.FEW_ROWS_PRODUCT
     return _program("product", None, precision, piece_bytes, gpu, record, resident)
@@ -203,7 +201,8 @@ def _chunks(product: Summed, itemsize: int) -> int:
 def _is_fast(
     tiles: Sequence[Tiles], products: Sequence[Summed], itemsize: int, times: _Times, gpu: GPU
 ) -> bool:
-    """Whether a launch is: all its CTAs on all multiprocessors, and the longest one."""
+    """Whether a launch takes at most ``times.most``, estimated by all its CTAs on all
+    multiprocessors or, if that takes longer, by the longest CTA."""
     of_cta = [
         times.cta + times.chunk * tiles_of(_chunks(product, itemsize), each.shares)
         for each, product in zip(tiles, products, strict=True)
