@@ -140,7 +140,7 @@ def _programs(
     """The programs of a shape, each under the name of its file and what it is for."""
     from flashrnn import backends
     from flashrnn.jit import launch
-    from flashrnn.kernels import registry
+    from flashrnn.kernels import padding, registry
 
     problem, precision = _parsed(shape, config or FlashRNNConfig())
     module: Any = backends.load(backend)
@@ -154,6 +154,8 @@ def _programs(
         for each, backward, purpose in purposes:
             for units in _units(module, each, gpu, precision):
                 wide = each._replace(D=units)
+                if units != problem.D:
+                    yield "padding/padding.cu" + purpose + returned, padding.program()
                 for parts in module.programs(wide, gpu, precision, backward):
                     yield list(parts)[-1] + purpose + returned, parts
     if backend == "cuda_fused" and not registry.is_small(problem.D):

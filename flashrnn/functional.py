@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends, calls, checks, padded, sequences
-from flashrnn.backends import Backend, autograd
+from flashrnn.backends import autograd
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.compat.order import by_position
 from flashrnn.config import FlashRNNConfig
-from flashrnn.problem import Problem, without_autocast
-from flashrnn.sequences import Given, Sequences
+from flashrnn.problem import without_autocast
+from flashrnn.sequences import Given
 
 
 def flashrnn(
@@ -140,10 +140,8 @@ def flashrnn(
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
-    units = padded.units(chosen, problem, of_layer=False) if direct else problem.D
-    if units != problem.D:
-        found, last_states = _padded(chosen, problem, units, Wx, R, b, states, of_options)
-        return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
+    if direct:
+        chosen = padded.backend_for(chosen, problem)
     arguments = calls.as_computed(problem, Wx, R, b, states)
     if direct and of_options is None and autograd.is_fused(chosen):
         # None of its operations depends on autocast.
@@ -151,25 +149,6 @@ def flashrnn(
     with without_autocast(problem.device.type):
         found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)
     return (found if Wx.ndim == of_Wx.ndim else found.squeeze(1)), last_states
-
-
-def _padded(
-    backend: Backend,
-    problem: Problem,
-    units: int,
-    Wx: Tensor,
-    R: Tensor,
-    b: Tensor,
-    states: Tensor,
-    options: Sequences | None,
-) -> tuple[Tensor, Tensor]:
-    """The results of heads that are computed with more units; see :mod:`flashrnn.padded`."""
-    wide, options = problem._replace(D=units), padded.options(options, units)
-    Wx, R, b = padded.repeated(Wx, units), padded.recurrent(R, units), padded.repeated(b, units)
-    arguments = calls.as_computed(wide, Wx, R, b, padded.with_zeros(states, units))
-    with without_autocast(problem.device.type):
-        found, last = autograd.run(backend, wide, *arguments, options, direct=True)
-    return padded.narrowed(found, problem.D), padded.narrowed(last, problem.D)
 
 
 def _whole_bias(cell: Cell, b: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from flashrnn import backends, calls, checks, padded, sequences
 from flashrnn.backends import Backend, autograd
-from flashrnn.backends.gradients import Gradients, over_rows, select
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, without_autocast
-from flashrnn.rows import contiguous
+from flashrnn.products import (
+    factors_as_computed,
+    forward_of_layer,
+    gradients_of_layer,
+    input_product,
+)
 from flashrnn.sequences import Given, Sequences
 
 
@@ -113,21 +116,9 @@ def recurrent_layer(
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
-    arguments = x, W, R, b, states, of_options
-    D, units = problem.D, padded.units(chosen, problem, of_layer=True) if direct else problem.D
-    if units == D:
-        found, last_states = _computed(chosen, problem, *arguments, direct)
-    else:
-        arguments = (
-            x,
-            padded.repeated(W, units, dim=2),
-            padded.recurrent(R, units),
-            padded.repeated(b, units),
-            padded.with_zeros(states, units),
-            padded.options(of_options, units),
-        )
-        outputs = _computed(chosen, problem._replace(D=units), *arguments, direct)
-        found, last_states = (padded.narrowed(output, D) for output in outputs)
+    if direct:
+        chosen = padded.backend_for(chosen, problem, features=x.shape[-1])
+    found, last_states = _computed(chosen, problem, x, W, R, b, states, of_options, direct)
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
 
 
@@ -157,93 +148,6 @@ def _computed(
         x, W = factors_as_computed(problem, x, W)
         weights = calls.weights_as_computed(problem, R, b, states)
         return forward_of_layer(backend, problem, x, W, *weights, options or ())[:2]
-
-
-def factors_as_computed(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """x and W in the dtype of the computation."""
-    return calls.cast_to(x, problem.dtype), calls.cast_to(W, problem.dtype)
-
-
-def input_product(problem: Problem, x: Tensor, W: Tensor) -> Tensor:
-    """``Wx`` ``[B, T, Gw, N, D]``: one product for all steps and gates.
-
-    ``x`` is ``[B, T, I]``, ``W`` ``[Gw * N * D, I]``.
-    """
-    (rows, T), N, D = problem.rows, problem.N, problem.D
-    Gw = W.shape[0] // (N * D)
-    if torch.compiler.is_compiling() or x.is_contiguous() or not _is_time_major(x):
-        return linear(x, W).view(rows, T, Gw, N, D)
-    # The rows in the order in which they lie in memory. Kernels take Wx of any strides.
-    return linear(x.transpose(0, 1), W).view(T, rows, Gw, N, D).transpose(0, 1)
-
-
-def factors_gradients(
-    d_Wx: Tensor, x: Tensor, W: Tensor, needs_x: bool, needs_W: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what :func:`input_product` multiplies, of those that are needed."""
-    if not (needs_x or needs_W):
-        return None, None
-    # Not by flatten(), which gradients of a batch (is_grads_batched) do not have.
-    B, T, Gw, N, D = d_Wx.shape
-    rows = d_Wx.reshape(B * T, Gw * N * D)
-    if needs_W and _is_time_major(x):
-        # Other inputs' rows mostly lie so that they need no copy.
-        x = contiguous(x)
-    return (
-        torch.mm(rows, W).view(x.shape) if needs_x else None,
-        over_rows(rows, x.flatten(0, 1)) if needs_W else None,
-    )
-
-
-def _is_time_major(x: Tensor) -> bool:
-    """Whether ``[B, T, I]`` is a view of a ``[T, B, I]``."""
-    (B, T, _), (of_B, of_T, _) = x.shape, x.stride()
-    return B > 1 and T > 1 and of_T == B * of_B > 0
-
-
-def forward_of_layer(
-    backend: autograd.FusedBackend,
-    problem: Problem,
-    x: Tensor,
-    W: Tensor,
-    R: Tensor,
-    b: Tensor,
-    states: Tensor,
-    options: Sequence[Tensor | None] = (),
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A fused backend's forward of a layer: the backend computes the product too, where it can.
-
-    All tensors are of the dtypes of the computation.
-    """
-    of_scan = R, b, states, Sequences(*options) if options else None
-    if autograd.multiplies(backend, problem, x, W):
-        return backend.forward(problem, None, *of_scan, autograd.Factors(x, W))
-    Wx = input_product(problem, x, W.flatten(0, -2))
-    return backend.forward(problem, Wx, *of_scan)
-
-
-def gradients_of_layer(
-    backend: autograd.FusedBackend,
-    problem: Problem,
-    factors: autograd.Factors,
-    residuals: Sequence[Any],
-    given: int,
-    d_states: Tensor | None,
-    d_last: Tensor | None,
-) -> Gradients:
-    """The same backward, from what a node has kept; see :func:`autograd.gradients_of`."""
-    arguments = backend, problem, residuals, given, d_states, d_last
-    x, W, needs_x, needs_W, _ = factors
-    # A hook on saved tensors may have changed these, too.
-    if backends.are_plain((x, W)) and autograd.multiplies(backend, problem, x, W):
-        found = autograd.gradients_of(*arguments, factors=factors)
-    else:
-        found = autograd.gradients_of(*arguments)
-    if (found.x is None and needs_x) or (found.W is None and needs_W):
-        d_Wx = select(found.gates, 2, problem.cell.fed_by("Wx"))
-        d_x, d_W = factors_gradients(d_Wx, x, W.flatten(0, -2), needs_x, needs_W)
-        found = found._replace(x=d_x, W=None if d_W is None else d_W.view(W.shape))
-    return found
 
 
 class Layer(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """Heads computed with more units than they have, so that their rows are multiples of 16 bytes.
 
-Kernels that move rows in pieces of 16 bytes are faster, and much faster for many sequences.
+Kernels that move rows in pieces of 16 bytes are faster, and much faster for many sequences. A
+layer's input has features of zeros then, where it needs them for the same: the library multiplies
+such rows several times as fast.
 
 Each additional unit has the gates of its head's first unit; its own states start at 0. R's columns
 for these units are 0, so each adds 0 · h to the other units' sums, which is 0 as long as h is
@@ -16,56 +18,232 @@ which contains such, have no additional units.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashrnn.backends import Backend
+from flashrnn.backends import Backend, is_direct
+from flashrnn.backends.autograd import (
+    Factors,
+    Kind,
+    PaddingBackend,
+    Resized,
+    Results,
+    gradients_of,
+    own_units,
+    pads,
+)
+from flashrnn.backends.gradients import Gradients
+from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
+from flashrnn.products import forward_of_layer, gradients_of_layer
 from flashrnn.sequences import Sequences
 
+AnyBackend = TypeVar("AnyBackend", bound=Backend)
 
-def units(backend: Backend, problem: Problem, of_layer: bool) -> int:
-    """How many units the heads of a problem are computed with: D, or more.
+
+def backend_for(backend: AnyBackend, problem: Problem, features: int = 0) -> AnyBackend:
+    """A backend as a problem is best computed by it: as it is, or with additional units.
 
     Args:
-        backend: by which backend.
+        backend: the backend.
         problem: what is computed. A call of one step is never padded, like a Stepper's.
-        of_layer: whether Wx is a product with weights, to which the units are added; else Wx is
-            copied.
+        features: of a layer's input, whose product with weights Wx is. The units are added to the
+            weights; without a layer Wx is copied.
     """
     if problem.D * problem.dtype.itemsize % 16 == 0:
-        return problem.D
-    asked = getattr(backend, "padded_units", None)
-    return problem.D if asked is None else asked(problem, of_layer)
+        return backend
+    units = backend.padded_units(problem, features) if pads(backend) else problem.D
+    return backend if units == problem.D else _with_units(cast(Any, backend), units)
 
 
-def repeated(gates: Tensor, D: int, dim: int = -1) -> Tensor:
-    """Gates' weights or gates with D units along a dimension: the first one's again, behind the
-    others."""
-    first = gates.detach().narrow(dim, 0, 1)
-    sizes = list(gates.shape)
-    sizes[dim] = D - gates.shape[dim]
-    return torch.cat([gates, first.expand(sizes)], dim)
+class _Padded:
+    """A fused backend for problems of heads with fewer units than those it computes.
+
+    It takes and gives what a :class:`flashrnn.backends.autograd.MultiplyingBackend` does, but for
+    the states and gates of a forward that backward needs: these have all units.
+    """
+
+    def __init__(self, backend: PaddingBackend, units: int) -> None:
+        """See :func:`backend_for`.
+
+        Args:
+            backend: what computes.
+            units: with how many units.
+        """
+        self._backend, self.units, self.copy = backend, units, backend.copy
+
+    def multiplies(self, problem: Problem, x: Tensor, W: Tensor) -> bool:
+        """Always: W is padded in the place of Wx."""
+        return True
+
+    def results(self, problem: Problem, like: Tensor, by_time: bool) -> Results:
+        """None: they would have all units."""
+        return Results()
+
+    def forward(
+        self,
+        problem: Problem,
+        Wx: Tensor | None,
+        R: Tensor,
+        b: Tensor,
+        states: Tensor,
+        sequences: Sequences | None = None,
+        factors: Factors | None = None,
+        results: Results | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
+        N, D = problem.N, problem.D
+        starts = None if sequences is None else sequences.reset_states
+        given = {"R": R.view(-1, N, D, D), "b": b.view(-1, N, D), "states": states}
+        given |= _present(Wx=Wx, reset_states=starts, **_factors(problem, factors))
+        found = self._resized(self._padded(given), self.units, launches=True)
+        weights, options = (found["R"], found["b"]), _options(sequences, found)
+        wide, start = problem._replace(D=self.units), found["states"]
+        if factors is None:
+            outputs = self._backend.forward(wide, found["Wx"], *weights, start, options)
+        else:
+            x, W = found.get("x", factors.x), found["W"]
+            outputs = forward_of_layer(
+                *(self._backend, wide, x, W, *weights, start), options or (), found.get("bias")
+            )
+        every_state, last_states, gates = outputs
+        if not problem.needs_gradient:
+            every_state = own_units(problem, every_state).contiguous()
+        return every_state, own_units(problem, last_states).contiguous(), gates
+
+    def backward(
+        self,
+        problem: Problem,
+        R: Tensor,
+        states_initial: Tensor,
+        states: Tensor,
+        gates: Tensor,
+        d_states: Tensor | None,
+        d_last_states: Tensor | None,
+        sequences: Sequences | None = None,
+        factors: Factors | None = None,
+    ) -> Gradients:
+        """See :class:`flashrnn.backends.autograd.MultiplyingBackend`.
+
+        It may be called where nothing can be launched, as for a graph of the gradient.
+        """
+        starts = None if sequences is None else sequences.reset_states
+        given = {"R": R, "states": states_initial}
+        given |= _present(d_states=d_states, d_last=d_last_states, reset_states=starts)
+        given |= _factors(problem, factors)
+        launches = not torch.is_grad_enabled() and is_direct(*given.values())
+        found = self._resized(self._padded(given), self.units, launches)
+        wide, options = problem._replace(D=self.units), _options(sequences, found) or ()
+        residuals = found["R"], found["states"], states, gates, *options
+        upstream = len(options), found.get("d_states"), found.get("d_last")
+        if factors is None:
+            gradients = gradients_of(self._backend, wide, residuals, *upstream)
+        else:
+            padded = factors._replace(x=found.get("x", factors.x), W=found["W"])
+            gradients = gradients_of_layer(self._backend, wide, padded, residuals, *upstream)
+        D, (of_gates, of_states, d_R, d_b, of_resets, d_x, d_W) = problem.D, gradients
+        wanted = {"R": (d_R, Kind.WEIGHTS, D), "b": (d_b, Kind.STATES, D)}
+        if factors is not None:
+            features = factors.x.shape[-1]
+            d_x = None if d_x is None else _first(d_x, features)
+            if d_W is not None:
+                wanted["W"] = d_W, Kind.WEIGHTS, features
+        weights = self._resized(wanted, D, launches)
+        if factors is not None and d_W is not None:
+            d_W = weights["W"].reshape(factors.W.shape)
+        if of_resets is not None and starts is not None:
+            of_resets = _first(of_resets, D)
+        of_gates, of_states = _first(of_gates, D), _first(of_states, D)
+        return Gradients(of_gates, of_states, weights["R"], weights["b"], of_resets, d_x, d_W)
+
+    def _padded(self, given: dict[str, Tensor]) -> dict[str, Resized]:
+        """How tensors are to have all units."""
+        return {
+            name: (
+                x,
+                _KINDS.get(name, Kind.STATES),
+                _aligned(x) if name in _OF_FEATURES else self.units,
+            )
+            for name, x in given.items()
+        }
+
+    def _resized(self, wanted: dict[str, Resized], rows: int, launches: bool) -> dict[str, Tensor]:
+        """Tensors with more units or fewer, by a launch, or by operations of PyTorch's."""
+        if launches:
+            found = self._backend.resize([*wanted.values()], rows)
+        else:
+            found = [_by_operations(*each, rows).contiguous() for each in wanted.values()]
+        return dict(zip(wanted, found, strict=True))
 
 
-def recurrent(R: Tensor, D: int) -> Tensor:
-    """R ``[Gr, N, D, D]``, whose columns for the additional units are 0."""
-    return with_zeros(repeated(R, D, dim=2), D)
+@lru_cache(maxsize=256)
+def _with_units(backend: Any, units: int) -> Any:
+    return _Padded(backend, units)
 
 
-def with_zeros(states: Tensor, D: int) -> Tensor:
-    """States of D units, of which the additional ones' are 0."""
-    return pad(states, (0, D - states.shape[-1]))
+_OF_FEATURES = {"x", "W"}
+# All others are states or their gradients, or x.
+_KINDS = {
+    "Wx": Kind.GATES,
+    "b": Kind.GATES,
+    "bias": Kind.GATES,
+    "W": Kind.WEIGHTS,
+    "R": Kind.WEIGHTS,
+}
 
 
-def options(given: Sequences | None, D: int) -> Sequences | None:
-    """Options of sequences whose states have D units."""
-    if given is None or given.reset_states is None:
-        return given
-    return given._replace(reset_states=with_zeros(given.reset_states, D))
+def _aligned(x: Tensor) -> int:
+    """The length of rows of features that are whole pieces of 16 bytes."""
+    return tiles_of(x.shape[-1] * x.itemsize, 16) * 16 // x.itemsize
 
 
-def narrowed(tensor: Tensor, D: int) -> Tensor:
-    """The first D units, contiguous."""
-    return tensor[..., :D].contiguous()
+def _first(x: Tensor, columns: int) -> Tensor:
+    return x if x.shape[-1] == columns else x.narrow(-1, 0, columns)
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: x for name, x in tensors.items() if x is not None}
+
+
+def _factors(problem: Problem, factors: Factors | None) -> dict[str, Tensor]:
+    """``W`` ``[Gw, N, D, I]``, any ``bias`` ``[Gw, N, D]``, and an x that needs more features."""
+    if factors is None:
+        return {}
+    N, D, (x, W, _, _, bias) = problem.N, problem.D, factors
+    found = {"W": W.view(-1, N, D, W.shape[-1])}
+    if bias is not None:
+        found["bias"] = bias.view(-1, N, D)
+    if _aligned(x) != x.shape[-1]:
+        found["x"] = x
+    return found
+
+
+def _options(sequences: Sequences | None, padded: dict[str, Tensor]) -> Sequences | None:
+    """Options of sequences whose states have all units."""
+    if sequences is None or sequences.reset_states is None:
+        return sequences
+    return sequences._replace(reset_states=padded["reset_states"])
+
+
+def _by_operations(x: Tensor, kind: Kind, width: int, rows: int) -> Tensor:
+    """Differentiably."""
+    if kind is Kind.WEIGHTS:
+        x = _repeated(x, rows, dim=-2)
+    if kind is Kind.GATES:
+        return _repeated(x, width, dim=-1)
+    return pad(x, (0, width - x.shape[-1]))
+
+
+def _repeated(x: Tensor, size: int, dim: int) -> Tensor:
+    """With the first index along a dimension again behind the last, or with fewer of them."""
+    missing = size - x.shape[dim]
+    if missing <= 0:
+        return x.narrow(dim, 0, size)
+    first = x.detach().narrow(dim, 0, 1)
+    sizes = list(x.shape)
+    sizes[dim] = missing
+    return torch.cat([x, first.expand(sizes)], dim)

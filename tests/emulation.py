@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashrnn.backends import copies, cuda, cuda_fused, few_rows, steps, tables
+from flashrnn.backends import copies, cuda, cuda_fused, few_rows, padding, steps, tables
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -219,9 +219,9 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) ->
 
 def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
-    for module in (copies, cuda_fused, few_rows, steps, tables):
+    for module in (copies, cuda_fused, few_rows, padding, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
-    for module in (copies, cuda_fused, few_rows):
+    for module in (copies, cuda_fused, few_rows, padding):
         monkeypatch.setattr(module, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
 

@@ -33,10 +33,10 @@ def padding(monkeypatch, fused_emulation):  # noqa: F811
         return forward(problem, *arguments, **further)
 
     @cache
-    def units_for(problem, steps, most_steps, precision, gpu, of_layer):
+    def units_for(problem, steps, most_steps, precision, gpu, features):
         return -(-problem.D // 8) * 8
 
-    monkeypatch.setattr(registry, "_FEWEST", 3)
+    monkeypatch.setattr(registry, "_FEWEST_SEQUENCES", 3)
     monkeypatch.setattr(registry, "is_small", lambda D: D <= 20)
     monkeypatch.setattr(registry, "padded_units", units_for)
     monkeypatch.setattr(cuda_fused, "forward", noting)
@@ -153,6 +153,60 @@ def test_a_module(padding, layers, batch_first):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
+def called(how):
+    """States of a call, of a layer, or of torch.nn's kind of layer, and the leaves."""
+    if how == "call":
+        Wx, R, b = (torch.randn(size, requires_grad=True) for size in CALL)
+        return flashrnn(Wx, R, b, backend="cuda_fused")[0], [Wx, R, b]
+    if how == "layer":
+        leaves = layer_inputs("lstm", 5, 4, 9, 1, 21)
+        return recurrent_layer(*leaves, backend="cuda_fused", return_states="h")[0], leaves
+    module, x = nn.LSTM(9, 21, backend="cuda_fused"), torch.randn(4, 5, 9, requires_grad=True)
+    return module(x)[0], [x, *module.parameters()]
+
+
+CALL = (5, 4, 4, 1, 21), (4, 1, 21, 21), (4, 1, 21)
+HOW = ("call", "layer", "module")
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", HOW)
+def test_graphs_of_gradients_and_gradients_of_a_batch(padding, how):
+    """Where nothing can be launched PyTorch's operations pad; a second derivative is refused."""
+    output, leaves = called(how)
+    upstream = torch.randn(3, *output.shape)
+    plain = [torch.autograd.grad(output, leaves, one, retain_graph=True) for one in upstream]
+    graph = torch.autograd.grad(output, leaves, upstream[0], create_graph=True)
+    batch = torch.autograd.grad(output, leaves, upstream, retain_graph=True, is_grads_batched=True)
+    assert set(padding) == {24}
+    for k, found in enumerate(batch):
+        torch.testing.assert_close(graph[k], plain[0][k])
+        torch.testing.assert_close(found, torch.stack([one[k] for one in plain]))
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        graph[0].sum().backward()
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_kept_may_lie_elsewhere(padding, how):
+    """Hooks on saved tensors may copy them, and change their strides."""
+    torch.manual_seed(0)
+    output, leaves = called(how)
+    weights = torch.randn(output.shape)
+    expected = torch.autograd.grad(output, leaves, weights)
+
+    def turned(x):
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x.clone()
+
+    torch.manual_seed(0)
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda x: x):
+        output, leaves = called(how)
+    found = torch.autograd.grad(output, leaves, weights)
+    assert padding == [24, 24]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @needs_compiler
 def test_a_step_has_the_bits_of_a_call(padding):
     """A single step is never padded."""
@@ -246,24 +300,31 @@ def test_cells_whose_states_and_slopes_stay_finite():
     assert not stays_finite(resolve("lstm").traced, 4097, 3e38)
 
 
-def units(kind, B, T, D, dtype=torch.bfloat16, precision="bfloat16", of_layer=True):
+def units(kind, B, T, D, dtype=torch.bfloat16, precision="bfloat16", features=640):
     problem = planned(kind, B, 1, D, dtype)
-    return registry.padded_units(problem, T, T, precision, H200, of_layer)
+    return registry.padded_units(problem, T, T, precision, H200, features)
 
 
 def test_heads_that_are_padded():
-    """Of many sequences, where there are faster kernels for rows of whole pieces, and enough steps
-    to gain what copies cost."""
-    assert units("lstm", 1024, 64, 650) == 656 and units("lstm", 1024, 6, 650) == 650
+    """Those whose calls take the GPU longer than the host, and less time with more units."""
+    assert units("lstm", 1024, 64, 650) == 656 and units("lstm", 128, 4, 650) == 650
     assert units("gru", 4096, 64, 650) == 656
     assert units("lstm", 1024, 64, 650, torch.float32, "tf32") == 652
-    # So many as there are; few sequences; small heads; a copy of Wx that costs as much.
+    # Few sequences of many steps.
+    assert units("elman", 9, 988, 157) == 160 and units("elman", 9, 150, 157) == 157
+    assert units("lstm", 8, 400, 1150) == 1152
+    # So many as there are; small heads; states that may become infinite.
     assert units("lstm", 1024, 64, 1152) == 1152
-    assert units("lstm", 32, 10_000, 1150) == 1150
     assert units("lstm", 4096, 64, 100) == 100
     assert units(unbounded, 1024, 640, 1150) == units("slstm", 1024, 64, 1150) == 1150
     assert units(halves, 1024, 640, 1150) == 1152
-    assert units("lstm", 512, 200, 430) == 432 != units("lstm", 512, 200, 430, of_layer=False)
+
+
+def test_without_gradients_there_is_less_to_compute_and_less_to_copy():
+    problem = planned("elman", 9, 1, 157, torch.bfloat16, needs_gradient=False)
+    given = "bfloat16", H200, 157
+    assert registry.padded_units(problem, 350, 350, *given) == 160
+    assert units("elman", 9, 350, 157) == 157
 
 
 @pytest.mark.parametrize(
@@ -295,5 +356,5 @@ def test_steps_of_packed_sequences(monkeypatch):
     monkeypatch.setattr(registry, "padded_units", noting)
     problem = planned("lstm", 1024, 1, 650, torch.bfloat16)._replace(ragged=True, packed=True)
     for T, longest in ((2048, None), (2048, 9), (1024, None), (2048, 0)):
-        cuda_fused.padded_units(problem._replace(T=T, longest=longest), of_layer=True)
+        cuda_fused.padded_units(problem._replace(T=T, longest=longest), 650)
     assert asked == [(2, 2048), (9, 9)]

@@ -13,6 +13,7 @@ alone: each takes a fraction of the host time of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
@@ -154,6 +155,39 @@ def multiplies(
 def copies(backend: FusedBackend) -> TypeGuard[MultiplyingBackend]:
     """Whether a backend has copies of its own."""
     return hasattr(backend, "copy")
+
+
+class Kind(Enum):
+    """What a tensor has for units, or features, that it is given in addition.
+
+    ``GATES``: ``[..., D]``, the first unit's again. ``STATES``: ``[..., D]``, zeros. ``WEIGHTS``:
+    ``[..., D, I]``, rows of the first unit again, and columns of zeros.
+    """
+
+    GATES = 0
+    STATES = 1
+    WEIGHTS = 2
+
+
+Resized = tuple[Tensor, Kind, int]
+"""A tensor, what it is, and how long its rows are to be."""
+
+
+class PaddingBackend(MultiplyingBackend, Protocol):
+    """A backend that computes some heads faster with more units than they have; see
+    :mod:`flashrnn.padded`."""
+
+    def padded_units(self, problem: Problem, features: int) -> int:
+        """With how many units heads are computed, by the arguments of
+        :func:`flashrnn.padded.backend_for`; D: with their own."""
+
+    def resize(self, given: Sequence[Resized], rows: int) -> list[Tensor]:
+        """Tensors with more units, or fewer; see :func:`flashrnn.backends.padding.resized`."""
+
+
+def pads(backend: Backend) -> TypeGuard[PaddingBackend]:
+    """Whether a backend computes some heads with more units."""
+    return hasattr(backend, "padded_units")
 
 
 class DifferentiableBackend(Backend, Protocol):
@@ -604,10 +638,18 @@ def residuals_of(
     options: Sequence[Tensor | None],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The states that a node returns of a backend's forward, and what it keeps."""
-    if problem.returned is None or problem.returned == states.shape[0]:
-        return states, (R, states_initial, states, gates, *options)
-    output = states[: problem.returned]
-    return output, (R, states_initial, states, gates, *options, output)
+    output = states
+    if problem.returned is not None and problem.returned != states.shape[0]:
+        output = states[: problem.returned]
+    if states.shape[-1] != problem.D:
+        output = own_units(problem, output).contiguous()
+    kept = R, states_initial, states, gates, *options
+    return output, (kept if output is states else (*kept, output))
+
+
+def own_units(problem: Problem, x: Tensor) -> Tensor:
+    """Without the units that :mod:`flashrnn.padded` adds, if it has."""
+    return x if x.shape[-1] == problem.D else x[..., : problem.D]
 
 
 def gradients_of(
@@ -640,7 +682,9 @@ def gradients_of(
         gates = _Followed.apply(gates, *part)
     sequences = Sequences(*options) if options else None
     tensors = R, states_initial, states.contiguous(), gates.contiguous(), d_states, d_last
-    if not (with_graph or recorded()) and are_plain(x for x in tensors if x is not None):
+    is_direct = not (with_graph or recorded()) and are_plain(x for x in tensors if x is not None)
+    # That with more units asks the same of the backend that it is for.
+    if is_direct or hasattr(backend, "units"):
         return backend.backward(problem, *tensors, sequences, **further)
     # With a graph of the gradient the operator's own derivative raises an error, which says that
     # there is none.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import Run, Runs, autograd, copies, few_rows, steps, tables
+from flashrnn.backends import Run, Runs, autograd, copies, few_rows, padding, steps, tables
 from flashrnn.backends.autograd import Factors, Results
 from flashrnn.backends.gradients import (
     Gradients,
@@ -44,8 +44,8 @@ from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem, as_compiled, tf32_allowed
 from flashrnn.sequences import Sequences, zeros_like_starts
 
-# See `autograd.MultiplyingBackend`.
-multiplies, copy = few_rows.multiplies, copies.enqueue
+# See `autograd.PaddingBackend`.
+multiplies, copy, resize = few_rows.multiplies, copies.enqueue, padding.resized
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -53,8 +53,8 @@ def unavailable(device: torch.device) -> str | None:
     return unavailable_cuda(device)
 
 
-def padded_units(problem: Problem, of_layer: bool) -> int:
-    """See :func:`flashrnn.padded.units`."""
+def padded_units(problem: Problem, features: int) -> int:
+    """See :class:`flashrnn.backends.autograd.PaddingBackend`."""
     steps = most_steps = problem.steps
     if problem.packed and problem.longest is None:
         # Lengths that only the GPU knows: assume the mean.
@@ -62,8 +62,10 @@ def padded_units(problem: Problem, of_layer: bool) -> int:
     # A clip contains an infinite gradient, and 0 times that would be NaN before it is clipped.
     if problem.gradient_recurrent_clipval is not None or not registry.may_be_padded(problem, steps):
         return problem.D
+    if padding.too_large(problem):
+        return problem.D
     planned, precision = _planned(problem, problem.B), source.precision_of(problem)
-    return registry.padded_units(planned, steps, most_steps, precision, _gpu(problem), of_layer)
+    return registry.padded_units(planned, steps, most_steps, precision, _gpu(problem), features)
 
 
 def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
@@ -78,7 +80,7 @@ def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
     while steps > 1 and not stays_finite(problem.cell, steps, largest):
         steps //= 2
     given = steps, steps, precision, gpu or _gpu(problem)
-    return registry.padded_units(planned, *given, of_layer=True)
+    return registry.padded_units(planned, *given, features=problem.D)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -831,5 +833,6 @@ KERNELS = (
     *(_scan_kernel, _gradient_kernel, _sums_kernel),
     *few_rows.KERNELS,
     *copies.KERNELS,
+    *padding.KERNELS,
 )
 """The caches that hold kernels."""

@@ -56,14 +56,17 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     return min(possible, key=lambda plan: plan.estimated_cycles)
 
 
-# Of fewer sequences a step has too little to gain from additional units.
-_FEWEST = 64
-# Kernels of rows that begin anywhere take so many times their estimate (docs/cost-model.md).
-_ROWS_ANYWHERE = 1.4
-# Cycles of 1.98 GHz that the slowest host took: for what padding adds to a direction, and for a
-# step that is launched by itself.
-_HOST_OF_PADDING, _HOST_OF_A_STEP = 1_200_000, 100_000
-# Bytes of rows that begin anywhere which a multiprocessor copies in a cycle.
+# Of so few steps of so few sequences there is nothing to gain from additional units.
+_FEWEST_STEPS, _FEWEST_SEQUENCES = 64, 64
+# Cycles of 1.98 GHz, forward and backward. Of the host: for a call, and beyond that for padding.
+_HOST, _HOST_OF_PADDING = (240_000, 1_160_000), (160_000, 280_000)
+# Of the GPU, besides steps and products: starts, sums, and the time between launches.
+_START = 80_000, 160_000
+# What a slow host takes for a step that is launched by itself.
+_HOST_OF_A_STEP = 100_000
+# What a library's product of rows that begin anywhere reaches of the rate of tensor cores.
+_REACHED_ANYWHERE = 0.15
+# Bytes of such rows which a multiprocessor copies in a cycle.
 _COPY_RATE = 6
 
 
@@ -72,12 +75,13 @@ def may_be_padded(problem: Problem, steps: int) -> bool:
 
     One step is never padded, so that it has the bits of a Stepper's.
     """
-    return steps > 1 and problem.B >= _FEWEST and not is_small(problem.D)
+    enough = steps >= _FEWEST_STEPS or problem.B >= _FEWEST_SEQUENCES
+    return steps > 1 and problem.B > 0 and enough and not is_small(problem.D)
 
 
 @lru_cache(maxsize=1024)
 def padded_units(
-    problem: Problem, steps: int, most_steps: int, precision: str, gpu: GPU, of_layer: bool
+    problem: Problem, steps: int, most_steps: int, precision: str, gpu: GPU, features: int
 ) -> int:
     """With how many units heads are best computed: D, or a multiple of 16 bytes.
 
@@ -87,7 +91,8 @@ def padded_units(
         most_steps: how many a sequence has at most.
         precision: how products are computed.
         gpu: on which GPU.
-        of_layer: whether Wx is a product with weights, to which the units are added.
+        features: of a layer's input, whose product with weights Wx is, to which the units are
+            added; 0: Wx is copied.
     """
     D, size, cell = problem.D, problem.dtype.itemsize, problem.cell
     wide = tiles_of(D * size, 16) * 16 // size
@@ -96,19 +101,49 @@ def padded_units(
     # R has zeros for the additional units' h, and 0 times what is infinite or NaN is NaN.
     if not stays_finite(cell, power_of_two(most_steps), torch.finfo(problem.dtype).max):
         return D
-    # Copied are Wx and the returned states, or their gradients.
-    numbers = 0 if of_layer else len(cell.fed_by("Wx"))
-    numbers += len(cell.states) if problem.returned is None else 1
-    copied = 2 * size * problem.B * problem.N * D * numbers
-    gain = 0.0
-    for backward in (False, True) if problem.needs_gradient else (False,):
-        now, then = (
-            _estimated_cycles(problem._replace(D=units), precision, gpu, backward)
-            for units in (D, wide)
+    directions = (False, True) if problem.needs_gradient else (False,)
+    own, more = (
+        sum(
+            _cycles_of_call(problem, units, steps, precision, gpu, features, backward)
+            for backward in directions
         )
-        then += copied / (_COPY_RATE * gpu.multiprocessors)
-        gain += steps * (_ROWS_ANYWHERE * now - then) - _HOST_OF_PADDING
-    return wide if gain > 0 else D
+        for units in (D, wide)
+    )
+    host, of_padding = (sum(each[: len(directions)]) for each in (_HOST, _HOST_OF_PADDING))
+    return wide if max(more, host + of_padding) < max(own, host) else D
+
+
+def _cycles_of_call(
+    problem: Problem,
+    units: int,
+    steps: int,
+    precision: str,
+    gpu: GPU,
+    features: int,
+    backward: bool,
+) -> float:
+    """What a direction of a call is estimated to take the GPU, with so many units a head.
+
+    See :func:`padded_units` for the other arguments.
+    """
+    cell, B, N, D = problem.cell, problem.B, problem.N, problem.D
+    by_tensor_cores = cell_plan.matrix_rate(precision, gpu) * gpu.multiprocessors
+    reached, copied = _REACHED_ANYWHERE, 0
+    if units > D:
+        reached = cell_plan.REACHED
+        # Wx or the input, and the returned states, or their gradients.
+        inputs = features or len(cell.fed_by("Wx")) * N * D
+        states = N * D * (len(cell.states) if problem.returned is None else 1)
+        copied = 2 * problem.dtype.itemsize * B * (inputs + states)
+    # Products over all steps: of the input, and for the gradients of both factors and of R.
+    factors = len(cell.fed_by("Wx")) * N * D * features
+    operations = 2 * B * factors
+    if backward:
+        operations = 2 * operations + 2 * B * len(cell.fed_by("R")) * N * D * D
+    of_a_step = _estimated_cycles(problem._replace(D=units), precision, gpu, backward)
+    of_a_step += operations / (reached * by_tensor_cores)
+    of_a_step += copied / (_COPY_RATE * gpu.multiprocessors)
+    return steps * of_a_step + _START[backward]
 
 
 def _estimated_cycles(problem: Problem, precision: str, gpu: GPU, backward: bool) -> float:

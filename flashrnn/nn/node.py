@@ -21,7 +21,6 @@ from flashrnn import backends, calls, padded
 from flashrnn.backends import autograd
 from flashrnn.config import DEFAULT
 from flashrnn.initial import initial_states
-from flashrnn.layer import gradients_of_layer, input_product
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
@@ -39,6 +38,7 @@ from flashrnn.nn.weights import (
     recurrent_matrix,
 )
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
+from flashrnn.products import gradients_of_layer, input_product
 from flashrnn.rows import FEWEST, contiguous
 from flashrnn.sequences import Given
 
@@ -143,8 +143,7 @@ def _layer(
     chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
         return None
-    if padded.units(chosen, problem, of_layer=True) != problem.D:
-        return None
+    chosen = padded.backend_for(chosen, problem, features=x.shape[-1])
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
     if problem.needs_gradient:
@@ -190,9 +189,9 @@ def _forward(
         states, last_states, gates = found
     h, last = results
     if h is None:
-        h = (states[0] if len(states) > 1 else states).view(*rows.shape[:2], N * D)
-        if form.h_by_time:
-            h = contiguous(h.transpose(0, 1))
+        h = autograd.own_units(problem, states[0] if len(states) > 1 else states)
+        h = h.reshape(*rows.shape[:2], N * D)
+        h = contiguous(h.transpose(0, 1) if form.h_by_time else h)
     if last is None:
         last = calls.cast_to(last_states, dtype).view(S, B, N * D)
     # No views of one another: callers change them in place, each by itself.

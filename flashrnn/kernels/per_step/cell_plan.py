@@ -31,8 +31,8 @@ _HELD = 64
 # without wgmma, where the GPUs differ: a cautious rate.
 _MATRIX_RATES = {"float16": 4096, "bfloat16": 4096, "tf32": 2048, "float32": 256}
 _WITHOUT_WGMMA = 4
-# The part of it that a library's product reaches.
-_REACHED = 0.5
+REACHED = 0.5
+"""The part of it that a library's product reaches."""
 # Bytes of a multiprocessor and cycle, as a copy on an H200 reaches from main memory.
 _MEMORY_RATE = 16
 # From a launch to the next, beyond what the kernels take.
@@ -144,14 +144,17 @@ def plan_steps(
     return CellPlan(backward, problem.D) if estimated < cycles else None
 
 
+def matrix_rate(precision: str, gpu: GPU) -> float:
+    """Operations of a multiprocessor and cycle, two a product, at most."""
+    return _MATRIX_RATES[precision] / (1 if gpu.multiplies_by_groups else _WITHOUT_WGMMA)
+
+
 def estimated_cycles(problem: Problem, precision: str, gpu: GPU, backward: bool) -> float:
     """Of a step of all sequences: its product, its cell and what their launches take."""
     counts, N, D, size = Counts.of(problem.cell), problem.N, problem.D, problem.dtype.itemsize
     fed = counts.recurrent * D
     columns, depth = (D, fed) if backward else (fed, D)
-    matrix, memory = _MATRIX_RATES[precision] * _REACHED, _MEMORY_RATE * gpu.multiprocessors
-    if not gpu.multiplies_by_groups:
-        matrix /= _WITHOUT_WGMMA
+    matrix, memory = matrix_rate(precision, gpu) * REACHED, _MEMORY_RATE * gpu.multiprocessors
     # The library is taken to compute tiles of 64 sequences and 128 columns, and to cut the sums
     # where there are fewer of them than multiprocessors.
     tiles = N * tiles_of(problem.B, 64) * tiles_of(columns, 128)

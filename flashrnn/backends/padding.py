@@ -1,0 +1,92 @@
+"""Tensors with more units or features, or without them again, several in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends.autograd import Kind, Resized
+from flashrnn.jit import launch
+from flashrnn.jit.kernel import Kernel, launch_in_turn
+from flashrnn.jit.kernel import load as _kernel
+from flashrnn.kernels import padding
+from flashrnn.problem import Problem
+
+
+class Resizing(NamedTuple):
+    """The launch that copies tensors of some sizes and strides to others.
+
+    Attributes:
+        kernel: the kernel.
+        shape: the launch's.
+        sizes: those of the new tensors.
+        numbers: the launch's arguments behind the addresses.
+    """
+
+    kernel: Kernel
+    shape: launch.Shape
+    sizes: tuple[tuple[int, ...], ...]
+    numbers: tuple[int, ...]
+
+
+def too_large(problem: Problem) -> bool:
+    """Whether Wx has too many elements for a launch."""
+    (rows, T), gates = problem.rows, len(problem.cell.fed_by("Wx"))
+    # The additional units take less than another half.
+    elements = 2 * rows * T * max(gates, len(problem.cell.states)) * problem.N * problem.D
+    return elements * problem.dtype.itemsize // 16 > padding.MOST_PIECES
+
+
+def resized(given: Sequence[Resized], rows: int) -> list[Tensor]:
+    """New contiguous tensors.
+
+    Args:
+        given: up to ``padding.MOST`` tensors of up to five dimensions, of one device, of 16 or 32
+            bits an element; what each is, and how long its rows are to be.
+        rows: how many rows a head's weights are to have.
+    """
+    of = tuple([(x.shape, x.stride(), x.dtype, kind, width) for x, kind, width in given])
+    kernel, shape, sizes, numbers = _prepared(of, rows, given[0][0].device)
+    found: list[Tensor] = []
+    addresses: list[int] = []
+    for (x, *_), size in zip(given, sizes, strict=True):
+        to = x.new_empty(size)
+        found.append(to)
+        addresses += x.data_ptr(), to.data_ptr()
+    absent = (0,) * (len(padding.RECORD.operands) - len(addresses))
+    launch_in_turn([(kernel, shape, (*addresses, *absent, *numbers))])
+    return found
+
+
+@lru_cache(maxsize=512)
+def _prepared(
+    given: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, Kind, int], ...],
+    rows: int,
+    device: torch.device,
+) -> Resizing:
+    copies, sizes = [], []
+    for shape, strides, dtype, kind, width in given:
+        missing = 5 - len(shape)
+        *outer, of_rows, columns = (1,) * missing + shape
+        new = *outer, (rows if kind is Kind.WEIGHTS else of_rows), width
+        strides = (0,) * missing + strides
+        repeats = kind is Kind.GATES
+        copies.append(padding.Copy(new, strides, of_rows, columns, repeats, dtype.itemsize))
+        sizes.append(new[missing:])
+    numbers, ctas = padding.share(copies)
+    kernel = _loaded(device)
+    return Resizing(kernel, kernel.shape._replace(grid=ctas), tuple(sizes), numbers)
+
+
+@lru_cache(maxsize=16)
+def _loaded(device: torch.device) -> Kernel:
+    shape = launch.Shape(grid=0, threads=padding.THREADS)
+    return _kernel(padding.ENTRY, padding.program(), shape, device)
+
+
+KERNELS = (_prepared, _loaded)
+"""The caches that hold kernels."""
