@@ -97,7 +97,7 @@ def hold_to_pytorch(problem: Problem, sequences: Sequences, initial: Tensor) -> 
     assert made.before is not None
     assert torch.equal(made.before.rows, before.rows)
     assert torch.equal(made.before.starts, before.starts)
-    found = tables.h_before(problem, made.before, h)
+    found = tables.h_before(problem, made.before, initial, h)
     assert torch.equal(found, gathered(problem, before, h))
     if problem.packed:
         first, each = bounds(sequences, problem.T)

@@ -61,7 +61,7 @@ def programs(
     if reason := unsupported(problem):
         raise ValueError(f"backend 'cuda' cannot do this call: {reason}")
     if of_cell := _planned_steps(problem, precision, gpu or _gpu(problem), backward):
-        return [steps.program(problem, of_cell, precision)]
+        return steps.programs(problem, of_cell, precision)
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     plan = per_step.plan_step(
         cell, problem.B, problem.N, problem.D, precision, backward, problem.is_sequenced
@@ -69,7 +69,7 @@ def programs(
     return [
         *tables.programs(problem, with_before=True),
         plan.source(cell, precision, options_of(problem, backward)),
-        *(tables.programs_of_h(problem) if backward else []),
+        *([tables.program_of_h(problem)] if backward else []),
     ]
 
 
@@ -186,7 +186,7 @@ def backward(
     # The last launch adds what reaches the initial h through R, and what is due to resets.
     count = problem.steps if cut and not problem.resets else problem.steps + 1
     runs.run(_stepper(*_key(problem), True, options), fields, count)
-    every_h = None if before is None else tables.h_before(problem, before, states[0])
+    every_h = tables.h_before(problem, before, states_initial, states)
     found = complete(problem, d_gates, d_initial, states_initial, states, every_h)
     return found._replace(reset_states=d_resets)
 

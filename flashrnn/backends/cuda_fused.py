@@ -139,7 +139,7 @@ def programs(
         of_layers.append(few_rows.program(problem, precision, piece_bytes, gpu, backward))
         of_layers.append(copies.program(problem.dtype))
     if by_steps := _planned_steps(problem, precision, gpu, backward):
-        return [steps.program(problem, by_steps, precision), *of_layers]
+        return [*steps.programs(problem, by_steps, precision), *of_layers]
     cell = problem.cell if problem.forward_clipval is None else clipped(problem.cell)
     options = source.options_of(problem, backward, autograd.stored(problem))
     plans = [plan]
@@ -164,7 +164,7 @@ def programs(
     if backward:
         found.append(gradient_sums.program(problem.cell, precision))
         if not registry.is_small(D):
-            found += tables.programs_of_h(problem)
+            found.append(tables.program_of_h(problem))
     return found
 
 
@@ -318,9 +318,8 @@ def backward(
     tensors["d_b"] = d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
     _launch(problem, gpu, True, tensors, options, asked=asked)
     if d_R is None:
-        before = of_options.before
-        every_h = None if before is None else tables.h_before(problem, before, states[0])
-        d_R = recurrent_gradient(cell, d_gates, states_initial[0], states[0], every_h)
+        before = tables.h_before(problem, of_options.before, states_initial, states)
+        d_R = recurrent_gradient(cell, d_gates, before)
     return Gradients(d_gates, d_initial, d_R, d_b, d_resets, d_x, d_W)
 
 

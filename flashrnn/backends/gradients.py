@@ -70,9 +70,12 @@ def complete(
 ) -> Gradients:
     """A backward scan's gradients, completed by those of R and b.
 
-    ``before`` is h before each step, ``[rows, N, D]``, where that is not h of the row before.
+    ``before`` is h before each step, as :func:`recurrent_gradient` takes it; ``None``: it is that
+    of the row before.
     """
-    d_R = recurrent_gradient(problem.cell, d_gates, states_initial[0], states[0], before)
+    if before is None:
+        before = _shifted(states_initial[0], states[0], repeats(problem.cell, problem.N))
+    d_R = recurrent_gradient(problem.cell, d_gates, before)
     return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
 
 
@@ -88,33 +91,31 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
-def recurrent_gradient(
-    cell: TracedCell, d_gates: Tensor, h_initial: Tensor, h: Tensor, before: Tensor | None = None
-) -> Tensor:
+def repeats(cell: TracedCell, N: int) -> int:
+    """How many times :func:`recurrent_gradient` reads h before each step.
+
+    A single head takes one product for all its gates. The gates of one of several heads are apart
+    in memory, so each takes a product of its own, and reads an h of its own: to repeat h takes half
+    the traffic of bringing a head's gates together, and d_R comes out in its layout.
+    """
+    return 1 if N == 1 else len(cell.fed_by("R"))
+
+
+def recurrent_gradient(cell: TracedCell, d_gates: Tensor, before: Tensor) -> Tensor:
     """``dR[g, n, d, p] = Σ d_gates[b, t, g, n, d] · h[b, t − 1, n, p]`` over b and t.
 
     Args:
         cell: the cell.
         d_gates: ``[B, T, G, N, D]``.
-        h_initial: ``[B, 1, N, D]``.
-        h: ``[B, T, N, D]``.
-        before: ``[B · T, N, D]``, h before each step where it is not that of the row before.
+        before: h before each step, ``[B · T, repeats, N, D]``.
     """
     B, T, _, N, D = d_gates.shape
     fed = select(d_gates, 2, cell.fed_by("R"))
     Gr = fed.shape[2]
-    # A single head takes one product for all its gates. The gates of one of several heads are
-    # apart in memory, so each takes a product of its own, and reads an h of its own: to repeat h
-    # takes half the traffic of bringing a head's gates together, and d_R comes out in its layout.
-    repeated, width = (1, Gr * D) if N == 1 else (Gr, D)
-    if before is None:
-        before = _shifted(h_initial, h, repeated)
-    else:
-        before = _repeated(before.view(B * T, 1, N * D), repeated)
-    rows = fed.reshape(B * T, repeated * N, width)
-    columns = before.reshape(B * T, repeated * N, D)
     if N == 1:
-        return over_rows(rows.squeeze(1), columns.squeeze(1)).view(Gr, N, D, D)
+        rows = fed.reshape(B * T, Gr * D)
+        return over_rows(rows, before.view(B * T, D)).view(Gr, N, D, D)
+    rows, columns = fed.reshape(B * T, Gr * N, D), before.view(B * T, Gr * N, D)
     return torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1)).view(Gr, N, D, D)
 
 
@@ -143,7 +144,7 @@ def _parts(a: Tensor, b: Tensor) -> int:
 
 
 def _shifted(h_initial: Tensor, h: Tensor, repeated: int) -> Tensor:
-    """``[B, T, repeated, N, D]``, h before each step, so many times."""
+    """``[B · T, repeated, N, D]``, h before each step, so many times."""
     B, T, N, D = h.shape
     # h as the forward product read it: rounded, one step earlier. One copy shifts all steps, from
     # sequence to sequence too, and the first step of each is then overwritten. To concatenate the
@@ -154,16 +155,7 @@ def _shifted(h_initial: Tensor, h: Tensor, repeated: int) -> Tensor:
         _copy_rows(to[1:], of[:-1])
     if T:
         before[:, 0] = h_initial
-    return before
-
-
-def _repeated(rows: Tensor, count: int) -> Tensor:
-    """``[rows, count, width]``, each of ``[rows, 1, width]`` so many times."""
-    if count == 1:
-        return rows
-    found = rows.new_empty(rows.shape[0], count, rows.shape[2])
-    _copy_rows(found, rows)
-    return found
+    return before.flatten(0, 1)
 
 
 def _copy_rows(to: Tensor, of: Tensor) -> None:
@@ -263,15 +255,16 @@ def _start_of_each_row(
 
 
 def gathered(problem: Problem, before: Before, h: Tensor) -> Tensor:
-    """``[rows, N, D]``, h before each step of a call with options."""
+    """h before each step of a call with options, as :func:`recurrent_gradient` takes it."""
     rows, starts = before
     # One after another: starts count from the end, −1 the first.
     every = torch.cat([h.flatten(0, 1), starts.flip(0)])
-    forward = every[rows[0].long() % len(every)]
-    if len(rows) == 1:
-        return forward
-    backwards = runs_backwards(problem)[:, None] > 0
-    return torch.where(backwards, every[rows[1].long() % len(every)], forward)
+    found = every[rows[0].long() % len(every)]
+    if len(rows) > 1:
+        backwards = runs_backwards(problem)[:, None] > 0
+        found = torch.where(backwards, every[rows[1].long() % len(every)], found)
+    count = repeats(problem.cell, problem.N)
+    return found.unsqueeze(1).expand(-1, count, -1, -1).contiguous()
 
 
 def bias_gradient(cell: TracedCell, d_gates: Tensor) -> Tensor:

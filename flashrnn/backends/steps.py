@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends import autograd
+from flashrnn.backends import autograd, tables
 from flashrnn.backends.gradients import Gradients, complete, number_of
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch
@@ -44,11 +44,13 @@ def _sums_in_float16() -> bool:
     return bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
-def program(problem: Problem, plan: CellPlan, precision: str) -> dict[str, str]:
-    """The program of a plan, if rows are aligned."""
+def programs(problem: Problem, plan: CellPlan, precision: str) -> list[dict[str, str]]:
+    """The programs of a plan, if rows are aligned."""
     backward = plan.backward
     options = source.options_of(problem, backward, _stored(problem))
-    return plan.source(_cell(problem), precision, (*options, *_further(problem, backward)), True)
+    options = (*options, *_further(problem, backward))
+    found = [plan.source(_cell(problem), precision, options, True)]
+    return [*found, tables.program_of_h(problem)] if backward else found
 
 
 def forward(
@@ -135,7 +137,8 @@ def backward(
             limit = as_dtype_has_it(clipval, torch.float32)
             d_h = d_h.clamp(-limit, limit)
         d_initial[0].squeeze(1).add_(d_h)
-    return complete(problem, d_gates, d_initial, states_initial, states)
+    before = tables.h_before(problem, None, states_initial, states)
+    return complete(problem, d_gates, d_initial, states_initial, states, before)
 
 
 def multiply(left: Tensor, right: Tensor, product: Tensor) -> None:

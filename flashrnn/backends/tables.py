@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends.gradients import Before, before_steps
+from flashrnn.backends.gradients import Before, before_steps, repeats
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel
 from flashrnn.jit.kernel import load as _kernel
@@ -157,32 +157,44 @@ def _prepared(
     return kernel, kernel.shape._replace(grid=sum(tiles)), packing
 
 
-def h_before(problem: Problem, before: Before, h: Tensor) -> Tensor:
-    """``[rows, N, D]``, h before each step, in one launch.
+def h_before(problem: Problem, before: Before | None, h_initial: Tensor, h: Tensor) -> Tensor:
+    """h before each step, in one launch, as :func:`flashrnn.backends.gradients.complete` takes it.
 
     Args:
         problem: what was computed; B and T are not 0.
-        before: where h before each step is.
-        h: ``[B, T, N, D]``, contiguous.
+        before: where h before each step is; ``None``: in the row before.
+        h_initial: ``[..., B, 1, N, D]``, of ``problem.carry_dtype``, of which h is the first.
+        h: ``[..., B, T, N, D]``, contiguous, likewise.
     """
-    found = h.new_empty(math.prod(problem.rows), problem.N, problem.D)
-    tensors = {"h": h, "before_rows": before.rows, "h_starts": before.starts, "before": found}
-    if problem.reverse is not False:
-        tensors["runs_backwards"] = runs_backwards(problem)
+    repeated = repeats(problem.cell, problem.N)
+    found = h.new_empty(math.prod(problem.rows), repeated, problem.N, problem.D)
+    tensors = {"h": h, "before": found}
+    if before is None:
+        tensors["h_initial"] = h_initial
+    else:
+        tensors |= {"before_rows": before.rows, "h_starts": before.starts}
+        if problem.reverse is not False:
+            tensors["runs_backwards"] = runs_backwards(problem)
     addresses, layout = call.H_BEFORE.read(tensors)
-    kernel, shape, packing = _prepared_h_before(problem._replace(longest=None), layout)
+    kernel, shape, packing = _prepared_h_before(problem._replace(longest=None), repeated, layout)
     kernel.launch(shape, packing(addresses))
     return found
 
 
+# Whose rows it copies in pieces.
+_IN_PIECES = ("h", "h_starts", "before")
+
+
 @lru_cache(maxsize=256)
 def _prepared_h_before(
-    problem: Problem, layout: call.Layout
+    problem: Problem, repeated: int, layout: call.Layout
 ) -> tuple[Kernel, launch.Shape, call.Packing]:
-    rows, N, D = math.prod(problem.rows), problem.N, problem.D
+    rows, T, N, D = math.prod(problem.rows), problem.T, problem.N, problem.D
     kernel = _loaded(sequence_tables.H_BEFORE, problem.dtype, problem.device)
-    pieces = D * problem.dtype.itemsize % 16 == 0 and not any(layout.offsets)
-    packing = call.H_BEFORE.packing(layout, rows=rows, N=N, D=D, in_pieces=pieces)
+    size = problem.dtype.itemsize
+    numbers = {"rows": rows, "T": T, "N": N, "D": D, "repeated": repeated}
+    numbers["piece_bytes"] = call.H_BEFORE.piece_bytes(_IN_PIECES, layout, D, size)
+    packing = call.H_BEFORE.packing(layout, **numbers)
     shape = kernel.shape._replace(grid=sequence_tables.h_before_grid(rows, N))
     return kernel, shape, packing
 
@@ -203,8 +215,6 @@ def programs(problem: Problem, with_before: bool) -> list[dict[str, str]]:
     return [sequence_tables.program(sequence_tables.TABLES, problem.dtype)] if makes else []
 
 
-def programs_of_h(problem: Problem) -> list[dict[str, str]]:
-    """That of :func:`h_before`, if a problem's gradients need it."""
-    if not problem.is_sequenced:
-        return []
-    return [sequence_tables.program(sequence_tables.H_BEFORE, problem.dtype)]
+def program_of_h(problem: Problem) -> dict[str, str]:
+    """That of :func:`h_before`."""
+    return sequence_tables.program(sequence_tables.H_BEFORE, problem.dtype)

@@ -495,11 +495,19 @@ H_BEFORE = Record(
     "HBeforeCall",
     (
         Operand("h", "const Element"),
+        Operand("h_initial", "const float", "b1nd"),
         Operand("before_rows", "const int"),
         Operand("h_starts", "const Element"),
         Operand("runs_backwards", "const int"),
         Operand("before", "Element"),
     ),
-    {"rows": "long long", "N": "int", "D": "int", "in_pieces": "int"},
+    {
+        "rows": "long long",
+        "T": "long long",
+        "N": "int",
+        "D": "int",
+        "repeated": "int",
+        "piece_bytes": "int",
+    },
 )
-"""Of the copy of h before each step."""
+"""Of the copy of h before each step. ``h_initial`` is given where no ``before_rows`` are."""

@@ -15,12 +15,14 @@ def test_products_in_parts_are_those_of_the_whole(monkeypatch, parts, strided):
     torch.testing.assert_close(gradients.over_rows(a, b), a.t() @ b, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_are_copied_to_each_place_by_words_or_elements():
-    """Rows of a whole number of words of 8 bytes that begin at one, and others."""
+def test_h_before_each_step_is_copied_to_each_place():
+    """By words of 8 bytes, where rows are a whole number of them and begin at one, or elements."""
     for width, offset in ((4, 0), (4, 1), (3, 0)):
-        rows = torch.arange(offset + 5 * width).bfloat16()[offset:].view(5, 1, width)
-        found = gradients._repeated(rows, 3)
-        assert torch.equal(found, rows.expand(-1, 3, -1))
+        h = torch.randn(offset + 2 * 3 * width).bfloat16()[offset:].view(2, 3, 1, width)
+        initial = torch.randn(2, 1, 1, width)
+        found = gradients._shifted(initial, h, 3)
+        before = torch.cat([initial.bfloat16(), h[:, :-1]], 1).view(6, 1, 1, width)
+        assert torch.equal(found, before.expand(-1, 3, -1, -1))
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashrnn.backends import tables
+from flashrnn.backends.gradients import repeats
 from flashrnn.kernels import sequence_tables
 from tests.emulation import emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
@@ -40,6 +41,23 @@ def test_equal_what_pytorch_makes(emulation, poisoned, call):  # noqa: F811
     problem, sequences, initial = random_options(**call)
     if problem.is_sequenced:
         hold_to_pytorch(problem, sequences, initial)
+
+
+@needs_compiler
+@given(CALLS.map(lambda call: call | {"ragged": "none", "resets": "none", "reverse": "none"}))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_h_before_steps_of_a_call_without_options(emulation, poisoned, call):  # noqa: F811
+    problem, _, initial = random_options(**call)
+    sizes = len(problem.cell.states), problem.B, problem.T, problem.N, problem.D
+    states = torch.randn(sizes).to(problem.dtype)
+    found = tables.h_before(problem, None, initial, states)
+    rounded = initial[0].to(problem.dtype)
+    before = torch.cat([rounded, states[0]], 1)[:, :-1].flatten(0, 1)
+    assert found.shape[1] == repeats(problem.cell, problem.N)
+    for k in range(found.shape[1]):
+        assert torch.equal(found[:, k], before)
 
 
 @needs_compiler

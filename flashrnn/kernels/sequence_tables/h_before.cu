@@ -1,30 +1,55 @@
-// h before each step, where tables.cu has found that it is: [rows, N, D]. A warp copies a head's row.
+// h before each step, as the product that gives R's gradient reads it: [rows, repeated, N, D]. With
+// `before_rows` it is where tables.cu has found that it is; else h of the row before or, at the first of a
+// sequence's T rows, the initial h, which is rounded as h is. A warp copies a head's row.
 
 #include "problem.cuh"
 
 namespace sequence_tables {
 
-struct alignas(16) Piece {
+struct alignas(16) Piece16 {
     unsigned words[4];
 };
+
+struct alignas(8) Piece8 {
+    unsigned words[2];
+};
+
+// Copies a row in pieces, each to as many places, which lie `apart` elements from each other.
+template <typename Piece>
+__device__ inline void copy_row(Element* to, const Element* from, int D, int repeated, long long apart) {
+    constexpr int ELEMENTS = sizeof(Piece) / sizeof(Element);
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < D / ELEMENTS; i += 32) {
+        const Piece piece = reinterpret_cast<const Piece*>(from)[i];
+        for (int k = 0; k < repeated; ++k) reinterpret_cast<Piece*>(to + k * apart)[i] = piece;
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 h_before(CALL) {
     const long long width = static_cast<long long>(N) * D;
     const long long warp = static_cast<long long>(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
     const long long row = warp / N;
-    const int n = warp % N, lane = threadIdx.x % 32;
+    const int n = warp % N;
     if (row >= rows) return;
-    const long long of_h = before_rows[(runs_backwards && runs_backwards[n] ? rows : 0) + row];
-    const Element* from = (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
-    Element* to = before + row * width + n * D;
-    if (in_pieces) {
-        constexpr int VECTOR = 16 / sizeof(Element);
-        for (int i = lane; i < D / VECTOR; i += 32) {
-            reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(from)[i];
+    Element* to = before + row * repeated * width + n * D;
+    const Element* from = h + (row - 1) * width + n * D;
+    if (before_rows) {
+        const long long of_h = before_rows[(runs_backwards && runs_backwards[n] ? rows : 0) + row];
+        from = (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
+    } else if (row % T == 0) {
+        const float* first = h_initial + row / T * h_initial_b + n * h_initial_n;
+        for (int i = threadIdx.x % 32; i < D; i += 32) {
+            for (int k = 0; k < repeated; ++k) round_to(to[k * width + i], first[i * h_initial_d]);
         }
+        return;
+    }
+    if (piece_bytes == 16) {
+        copy_row<Piece16>(to, from, D, repeated, width);
+    } else if (piece_bytes == 8) {
+        copy_row<Piece8>(to, from, D, repeated, width);
     } else {
-        for (int i = lane; i < D; i += 32) to[i] = from[i];
+        copy_row<Element>(to, from, D, repeated, width);
     }
 }
 
