@@ -181,9 +181,15 @@ class EmulatedKernel:
         sizes = shape.grid, shape.threads, shape.shared_memory, at_once, shape.cluster_size
         self.library.emulate(call, *sizes)
 
-    def kept(self, shape: launch.Shape, fields: tuple[int, ...]) -> SimpleNamespace:
+    def kept(
+        self, shape: launch.Shape, fields: tuple[int, ...], zeros: launch.Zeros | None = None
+    ) -> SimpleNamespace:
         arguments = list(fields)
-        return SimpleNamespace(arguments=arguments, enqueue=lambda: self.launch(shape, arguments))
+
+        def enqueue() -> None:
+            one_by_one([(self, shape, arguments)], zeros)
+
+        return SimpleNamespace(arguments=arguments, enqueue=enqueue)
 
 
 def plan_taken(problem: Problem, backward: bool) -> Plan:
@@ -230,8 +236,10 @@ def begin_nothing(problem, gpu, precision, of_few_rows) -> None:
     """Stands in for ``cuda_fused._begin_backward``."""
 
 
-def one_by_one(launches) -> None:
+def one_by_one(launches, zeros=None) -> None:
     """Stands in for :func:`flashrnn.jit.kernel.launch_in_turn`."""
+    if zeros is not None:
+        ctypes.memset(zeros.address, 0, 4 * zeros.words)
     for kernel, shape, fields in launches:
         kernel.launch(shape, fields)
 

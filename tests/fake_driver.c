@@ -25,7 +25,7 @@ static __thread Context* current;
 /* What tests read and set. */
 int fake_version = 13000, fake_capturing, fake_relaxed = 1;
 int loads, unloads, launches, synchronizations, recordings, graph_launches, loads_of_functions;
-int bad_launches;
+int bad_launches, memsets;
 int replies_of_clusters = 1;
 /* Of the last launch: grid, threads, shared memory, a bit for each attribute, CTAs of a cluster; and of
    its first arguments, as many as a test wants, two words each. */
@@ -158,6 +158,11 @@ static int capture_info(void* stream, int* status, u64* id, void** graph) {
 }
 static int instantiate(void** out, void* graph, void* parameters) { *out = malloc(1); return OK; }
 static int graph_launch(void* graph, void* stream) { ++graph_launches; return OK; }
+static int set_words(unsigned* to, unsigned value, size_t count, void* stream) {
+    ++memsets;
+    for (size_t i = 0; i < count; ++i) to[i] = value;
+    return OK;
+}
 static int anything(void) { return OK; }
 
 static const struct { const char* name; void* function; } known[] = {
@@ -172,6 +177,7 @@ static const struct { const char* name; void* function; } known[] = {
     {"cuLibraryLoadData", load}, {"cuLibraryUnload", unload}, {"cuLibraryGetKernel", get_kernel},
     {"cuKernelGetLibrary", kernel_library}, {"cuKernelGetFunction", kernel_function},
     {"cuKernelSetAttribute", kernel_set}, {"cuLaunchKernelEx", launch},
+    {"cuMemsetD32Async", set_words},
     {"cuOccupancyMaxActiveBlocksPerMultiprocessor", blocks_a_multiprocessor},
     {"cuOccupancyMaxActiveClusters", active_clusters}, {"cuStreamBeginCapture", begin_capture},
     {"cuStreamEndCapture", end_capture}, {"cuStreamGetCaptureInfo", capture_info},

@@ -402,23 +402,17 @@ def steps_in_a_graph_have_its_memory(driver):
     assert given == step_arguments(driver, run, *tensors)
 
 
-def steps_in_a_graph_find_packets_that_it_has_set_to_zero(driver):
-    """Made of zeros within the graph; others set them to zero before each launch.
-
-    A step that is not in place sends no packets.
-    """
+def packets_of_steps_are_set_to_zero(driver):
+    """Before each launch, within a graph too. A step that is not in place sends none."""
     run, wx, states, out = steps(D=768)
-    with pytest.MonkeyPatch.context() as patch:
-        zero, counted = torch.Tensor.zero_, []
-        patch.setattr(torch.Tensor, "zero_", lambda self: counted.append(self) or zero(self))
-        for _ in range(2):
-            run(wx, states, states)
-        assert len(counted) == 2
-        driver.capturing = True
+    for capturing in (False, True, False):
+        driver.capturing = capturing
+        before = driver.count("memsets")
         run(wx, states, states)
-        driver.capturing = False
+        assert driver.count("memsets") == before + 1
         run(wx, states, out)
-        assert len(counted) == 2
+        assert driver.count("memsets") == before + 1
+    driver.capturing = False
 
 
 def steps_begin_within_inference_mode(driver):
@@ -469,7 +463,7 @@ TESTS = [
     steps_are_prepared_once,
     steps_on_two_streams_share_no_memory,
     steps_in_a_graph_have_its_memory,
-    steps_in_a_graph_find_packets_that_it_has_set_to_zero,
+    packets_of_steps_are_set_to_zero,
     steps_begin_within_inference_mode,
     steps_on_many_streams_level_off,
     unaligned_steps_are_copied_where_they_must_be,

@@ -356,10 +356,13 @@ def _launch(
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
         prepared = _prepared(*given, layout, product, asked, ahead)
+    zeros = None
     if any(prepared.scratch):
-        scratch = _scratch(prepared, tensors["R"])
-        addresses += [memory.data_ptr() for memory in scratch]
-    launch_in_turn([(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches])
+        # Held until all is enqueued.
+        _held, of_scratch, zeros = _scratch(prepared, tensors["R"])
+        addresses += of_scratch
+    launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches]
+    launch_in_turn(launches, zeros)
 
 
 def _may_be_one_step(problem: Problem, backward: bool) -> bool:
@@ -375,16 +378,24 @@ def _record(problem: Problem, backward: bool) -> call.Record:
     return record.complete if problem.is_sequenced else record
 
 
-def _scratch(prepared: _Prepared, like: Tensor) -> list[Tensor]:
-    """The memory that launches need for themselves, in the order of its addresses."""
+def _scratch(
+    prepared: _Prepared, like: Tensor
+) -> tuple[list[Tensor], list[int], launch.Zeros | None]:
+    """The memory that launches need for themselves, its addresses, and what of it is to be zero."""
     packets, counters, *others = prepared.scratch
-    found: list[Tensor] = []
+    memory, addresses, zeros = [], [], None
     if packets or counters:
         # Flags and counters count from 1, and h that nobody sends is zero.
-        zeros = like.new_zeros(packets + counters, 4, dtype=torch.int32)
-        found += zeros.split([packets, counters]) if packets and counters else [zeros]
-    found += [like.new_empty(size, 4, dtype=torch.int32) for size in others if size]
-    return found
+        memory.append(like.new_empty(packets + counters, 4, dtype=torch.int32))
+        first = memory[0].data_ptr()
+        zeros = launch.Zeros(first, 4 * (packets + counters))
+        addresses += [first] if packets else []
+        addresses += [first + 16 * packets] if counters else []
+    for size in others:
+        if size:
+            memory.append(like.new_empty(size, 4, dtype=torch.int32))
+            addresses.append(memory[-1].data_ptr())
+    return memory, addresses, zeros
 
 
 def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
@@ -435,8 +446,8 @@ class _Steps:
         where = _where(self._problem)
         in_place = out.data_ptr() == states.data_ptr()
         if where is None:
-            # The scratch memory of a launch in a graph is the graph's, which sets packets to zero.
-            found = self._prepare(precision, wx, states, out, in_place)._replace(packets=None)
+            # The scratch memory of a launch in a graph is the graph's.
+            found = self._prepare(precision, wx, states, out, in_place)
         else:
             # Launches on two streams may overlap, so each stream has scratch memory of its own.
             key = wx.data_ptr() % 16, precision, where, in_place
@@ -481,14 +492,13 @@ class _Steps:
             return self._prepare(precision, copy, states, out, in_place)._replace(copies_wx=True)
         with torch.inference_mode(False):
             # Later steps write it too, within inference mode or not.
-            scratch = _scratch(prepared, wx)
-        addresses += [memory.data_ptr() for memory in scratch]
+            memory, of_scratch, zeros = _scratch(prepared, wx)
+        addresses += of_scratch
         ((kernel, shape, packing),) = prepared.launches
         return _Step(
-            kernel.kept(shape, packing(addresses)),
+            kernel.kept(shape, packing(addresses), zeros),
             packing.places(3, len(addresses)),
-            scratch[0] if prepared.scratch.packets else None,
-            (kernel, every_state, *scratch),
+            (kernel, every_state, *memory),
         )
 
 
@@ -501,8 +511,6 @@ class _Step(NamedTuple):
     Attributes:
         kept: the launch, on the stream that it was prepared for.
         places: which of its arguments are the addresses of wx, states and out.
-        packets: where CTAs send each other packets, if they do and each launch has to set it to
-            zero.
         held: what must be there for as long as the launch: its kernel, and memory that is its own,
             packets and the states in the problem's dtype.
         copies_wx: whether the kernel needs a copy of wx, whose rows are aligned.
@@ -510,14 +518,11 @@ class _Step(NamedTuple):
 
     kept: launch.Kept
     places: tuple[int, ...]
-    packets: Tensor | None
     held: tuple[object, ...]
     copies_wx: bool = False
 
     def launch(self, wx: Tensor, states: Tensor, out: Tensor) -> None:
         """Enqueue it; one thread at a time."""
-        if self.packets is not None:
-            self.packets.zero_()
         arguments, (of_wx, of_states, of_out) = self.kept.arguments, self.places
         arguments[of_wx] = wx.data_ptr()
         arguments[of_states] = states.data_ptr()

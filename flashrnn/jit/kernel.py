@@ -17,27 +17,38 @@ class Kernel:
     program: launch.Program
     shape: launch.Shape
 
-    def kept(self, shape: launch.Shape, fields: Sequence[int]) -> launch.Kept:
-        """A launch that stays, on PyTorch's current stream of the program's device."""
+    def kept(
+        self, shape: launch.Shape, fields: Sequence[int], zeros: launch.Zeros | None = None
+    ) -> launch.Kept:
+        """A launch that stays, on PyTorch's current stream of the program's device.
+
+        ``zeros`` is set to zero before it each time.
+        """
         device, (kernel,) = self.program.device, self.program.kernels
         with context.on_device(device):
             stream = _stream_for([self], device)
-            return launch.Kept(launch.Launch(kernel, shape, fields), stream, device)
+            return launch.Kept(launch.Launch(kernel, shape, fields), stream, device, zeros)
 
     def launch(self, shape: launch.Shape, fields: Sequence[int]) -> None:
         """Enqueue a launch on PyTorch's current stream of the program's device."""
         launch_in_turn([(self, shape, fields)])
 
 
-def launch_in_turn(launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]]) -> None:
-    """Enqueue launches of kernels of one device on PyTorch's current stream, in order."""
+def launch_in_turn(
+    launches: Sequence[tuple[Kernel, launch.Shape, Sequence[int]]],
+    zeros: launch.Zeros | None = None,
+) -> None:
+    """Enqueue launches of kernels of one device on PyTorch's current stream, in order.
+
+    ``zeros`` is set to zero before.
+    """
     device = launches[0][0].program.device
     with context.on_device(device):
         stream = _stream_for((kernel for kernel, _, _ in launches), device)
         of_driver = [
             (kernel.program.kernels[0], shape, fields) for kernel, shape, fields in launches
         ]
-        launch.enqueue(of_driver, stream, device)
+        launch.enqueue(of_driver, stream, device, zeros)
 
 
 def _stream_for(kernels: Iterable[Kernel], device: int) -> int:

@@ -85,9 +85,9 @@ def test_a_ring_of_fewer_chunks(fused_emulation, poisoned, monkeypatch, dtype): 
     few_rows._product_kernel.cache_clear()
     launched = []
 
-    def keep(launches):
+    def keep(launches, zeros=None):
         launched.extend(launches)
-        one_by_one(launches)
+        one_by_one(launches, zeros)
 
     monkeypatch.setattr(few_rows, "launch_in_turn", keep)
     problem = problem_of("lstm", 3, 2, 1, 17, dtype)
@@ -234,9 +234,9 @@ def test_launches(fused_emulation, monkeypatch, N, D):  # noqa: F811
     inputs = layer_inputs("lstm", 3, 4, 9, N, D, torch.bfloat16)
     launched = []
 
-    def count(launches):
+    def count(launches, zeros=None):
         launched.append(len(launches))
-        one_by_one(launches)
+        one_by_one(launches, zeros)
 
     monkeypatch.setattr(cuda_fused, "launch_in_turn", count)
     with torch.profiler.profile() as profile:

@@ -298,9 +298,9 @@ def test_a_single_step_has_the_bits_of_a_sequences_first(prefer, monkeypatch, in
     assert plan.interleaved == interleaved and plan.units % 12 == 0
     cooperative = []
 
-    def launched(launches):
+    def launched(launches, zeros=None):
         cooperative.extend(shape.cooperative for _, shape, _ in launches)
-        one_by_one(launches)
+        one_by_one(launches, zeros)
 
     monkeypatch.setattr(cuda_fused, "launch_in_turn", launched)
     inputs = random_inputs("lstm", 19, 2, 2, 140, dtype)

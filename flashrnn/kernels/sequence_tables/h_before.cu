@@ -14,15 +14,32 @@ struct alignas(8) Piece8 {
     unsigned words[2];
 };
 
-// Copies a row in pieces, each to as many places, which lie `apart` elements from each other.
+// Writes a row to as many places as asked, which lie `apart` elements from each other: of each piece of it
+// what `load` gives. Several loads are on their way before the first is stored.
+template <typename Piece, typename Load>
+__device__ inline void write_row(Element* to, int D, int repeated, long long apart, const Load& load) {
+    constexpr int ELEMENTS = sizeof(Piece) / sizeof(Element), AHEAD = 4;
+    const int count = D / ELEMENTS;
+    for (int first = threadIdx.x % 32; first < count; first += 32 * AHEAD) {
+        Piece pieces[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            if (first + 32 * k < count) pieces[k] = load(first + 32 * k);
+        }
+        for (int place = 0; place < repeated; ++place) {
+            Piece* row = reinterpret_cast<Piece*>(to + place * apart);
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+                if (first + 32 * k < count) row[first + 32 * k] = pieces[k];
+            }
+        }
+    }
+}
+
 template <typename Piece>
 __device__ inline void copy_row(Element* to, const Element* from, int D, int repeated, long long apart) {
-    constexpr int ELEMENTS = sizeof(Piece) / sizeof(Element);
-#pragma unroll 4
-    for (int i = threadIdx.x % 32; i < D / ELEMENTS; i += 32) {
-        const Piece piece = reinterpret_cast<const Piece*>(from)[i];
-        for (int k = 0; k < repeated; ++k) reinterpret_cast<Piece*>(to + k * apart)[i] = piece;
-    }
+    const Piece* pieces = reinterpret_cast<const Piece*>(from);
+    write_row<Piece>(to, D, repeated, apart, [&](int i) { return pieces[i]; });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -39,9 +56,11 @@ h_before(CALL) {
         from = (of_h >= 0 ? h + of_h * width : h_starts + (-1 - of_h) * width) + n * D;
     } else if (row % T == 0) {
         const float* first = h_initial + row / T * h_initial_b + n * h_initial_n;
-        for (int i = threadIdx.x % 32; i < D; i += 32) {
-            for (int k = 0; k < repeated; ++k) round_to(to[k * width + i], first[i * h_initial_d]);
-        }
+        write_row<Element>(to, D, repeated, width, [&](int i) {
+            Element rounded;
+            round_to(rounded, first[i * h_initial_d]);
+            return rounded;
+        });
         return;
     }
     if (piece_bytes == 16) {
