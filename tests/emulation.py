@@ -250,6 +250,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def forget() -> None:
         plans = (registry.best_plan, registry.plan_steps, registry.padded_units)
+        plans += (cuda_fused._padded_units,)
         of_rows = (few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R)
         for cached in (*plans, *of_rows, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
             cached.cache_clear()

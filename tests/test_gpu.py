@@ -330,7 +330,11 @@ def test_streamed(streamed, kind, sizes, dtype):
     hold_to_vanilla("cuda_fused", kind, *sizes, dtype, "cuda")
 
 
-@pytest.mark.parametrize("sizes", [(300, 6, 1, 430), (70, 9, 2, 333), (700, 5, 1, 1150)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(300, 6, 1, 430), (70, 9, 2, 333), (700, 5, 1, 1150), (3, 70, 1, 157), (9, 64, 2, 430)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["lstm", "gru", "elman"])
 def test_padded_heads(monkeypatch, kind, sizes):
     """Of a call and of a layer, by the kernels of heads whose rows are multiples of 16 bytes."""
@@ -341,11 +345,12 @@ def test_padded_heads(monkeypatch, kind, sizes):
         return forward(problem, *arguments, **further)
 
     monkeypatch.setattr(cuda_fused, "forward", noting)
-    monkeypatch.setattr(registry, "_HOST_OF_PADDING", -(10**9))
-    monkeypatch.setattr(registry, "padded_units", lru_cache(registry.padded_units.__wrapped__))
+    monkeypatch.setattr(registry, "_HOST_OF_PADDING", (-(10**9),) * 2)
+    for module, name in ((registry, "padded_units"), (cuda_fused, "_padded_units")):
+        monkeypatch.setattr(module, name, lru_cache(getattr(module, name).__wrapped__))
     B, T, N, D = sizes
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
-    leaves = layer_inputs(kind, B, T, 40, N, D, torch.bfloat16, device="cuda")
+    leaves = layer_inputs(kind, B, T, 41, N, D, torch.bfloat16, device="cuda")
     given = results(recurrent_layer, leaves, NAMES, kind, "cuda_fused")
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     truth = results(two_nodes, exact, NAMES, kind, "vanilla")

@@ -13,7 +13,7 @@ alone: each takes a fraction of the host time of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
@@ -157,7 +157,7 @@ def copies(backend: FusedBackend) -> TypeGuard[MultiplyingBackend]:
     return hasattr(backend, "copy")
 
 
-class Kind(Enum):
+class Kind(IntEnum):
     """What a tensor has for units, or features, that it is given in addition.
 
     ``GATES``: ``[..., D]``, the first unit's again. ``STATES``: ``[..., D]``, zeros. ``WEIGHTS``:

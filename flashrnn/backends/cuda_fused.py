@@ -55,17 +55,23 @@ def unavailable(device: torch.device) -> str | None:
 
 def padded_units(problem: Problem, features: int) -> int:
     """See :class:`flashrnn.backends.autograd.PaddingBackend`."""
+    if registry.is_small(problem.D):
+        return problem.D
+    return _padded_units(problem, features, source.precision_of(problem), _gpu(problem))
+
+
+@lru_cache(maxsize=1024)
+def _padded_units(problem: Problem, features: int, precision: str, gpu: GPU) -> int:
     steps = most_steps = problem.steps
     if problem.packed and problem.longest is None:
         # Lengths that only the GPU knows: assume the mean.
         steps = tiles_of(problem.T, max(1, problem.B))
     # A clip contains an infinite gradient, and 0 times that would be NaN before it is clipped.
-    if problem.gradient_recurrent_clipval is not None or not registry.may_be_padded(problem, steps):
+    clips = problem.gradient_recurrent_clipval is not None
+    if clips or padding.too_large(problem) or not registry.may_be_padded(problem, steps):
         return problem.D
-    if padding.too_large(problem):
-        return problem.D
-    planned, precision = _planned(problem, problem.B), source.precision_of(problem)
-    return registry.padded_units(planned, steps, most_steps, precision, _gpu(problem), features)
+    planned = _planned(problem, problem.B)
+    return registry.padded_units(planned, steps, most_steps, precision, gpu, features)
 
 
 def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,10 @@ def resized(given: Sequence[Resized], rows: int) -> list[Tensor]:
             bits an element; what each is, and how long its rows are to be.
         rows: how many rows a head's weights are to have.
     """
-    of = tuple([(x.shape, x.stride(), x.dtype, kind, width) for x, kind, width in given])
-    kernel, shape, sizes, numbers = _prepared(of, rows, given[0][0].device)
+    of: list[Any] = []
+    for x, kind, width in given:
+        of += x.shape, x.stride(), x.dtype, kind, width
+    kernel, shape, sizes, numbers = _prepared(rows, given[0][0].device, *of)
     found: list[Tensor] = []
     addresses: list[int] = []
     for (x, *_), size in zip(given, sizes, strict=True):
@@ -63,13 +65,10 @@ def resized(given: Sequence[Resized], rows: int) -> list[Tensor]:
 
 
 @lru_cache(maxsize=512)
-def _prepared(
-    given: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, Kind, int], ...],
-    rows: int,
-    device: torch.device,
-) -> Resizing:
+def _prepared(rows: int, device: torch.device, *of: Any) -> Resizing:
+    """The launch, by each tensor's sizes, strides and dtype, what it is and its new width."""
     copies, sizes = [], []
-    for shape, strides, dtype, kind, width in given:
+    for shape, strides, dtype, kind, width in zip(*[iter(of)] * 5, strict=True):
         missing = 5 - len(shape)
         *outer, of_rows, columns = (1,) * missing + shape
         new = *outer, (rows if kind is Kind.WEIGHTS else of_rows), width
