@@ -128,9 +128,9 @@ def _takes(problem: Problem, I: int, of_R: bool) -> bool:  # noqa: E741
     """Whether gradients are computed here: those of a layer's x and W if I > 0, and R's."""
     if not problem.B * problem.T:
         return False
-    are_odd = problem.D % 2 + I % 2 > 0
     products = _products(problem, I, of_x=I > 0, of_W=I > 0, of_R=of_R)
-    return few_rows.takes(products, problem.dtype.itemsize, are_odd, whole(problem.device))
+    size, row = problem.dtype.itemsize, gcd(problem.D, I)
+    return few_rows.takes(products, size, row, whole(problem.device))
 
 
 def _products(

@@ -277,7 +277,7 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
 
     assert taken(problem) == (True, True)
     of_gradients, of_product = kernels.plan._OF_GRADIENTS, kernels.plan._OF_PRODUCT
-    monkeypatch.setitem(of_gradients, 2, of_gradients[2]._replace(most=3.0))
+    monkeypatch.setitem(of_gradients, 2, of_gradients[2]._replace(most_of_pieces=3.0))
     assert taken(problem) == (True, False)
     monkeypatch.setitem(of_product, 2, of_product[2]._replace(most=2.5))
     assert taken(problem) == (False, False)

@@ -33,16 +33,19 @@ class _Times(NamedTuple):
         most: for all of it. Up to then the host is spared more than the GPU may lose beside the
             library's kernels: in 16 bits about 13 in the product and usually up to 20 in the
             gradients, in float32 next to nothing.
+        most_of_pieces: the same where rows are no whole pieces of 16 bytes, which take the
+            library's kernels longer too.
     """
 
     cta: float
     chunk: float
     most: float
+    most_of_pieces: float
 
 
 # By the bytes of an element. A product of float32 is three; by TF32 it takes less.
-_OF_PRODUCT = {2: _Times(1.4, 0.7, 19.0), 4: _Times(2.2, 1.4, 32.0)}
-_OF_GRADIENTS = {2: _Times(2.2, 1.1, 60.0), 4: _Times(2.2, 2.2, 90.0)}
+_OF_PRODUCT = {2: _Times(1.4, 0.7, 19.0, 32.0), 4: _Times(2.2, 1.4, 32.0, 32.0)}
+_OF_GRADIENTS = {2: _Times(2.2, 1.1, 60.0, 85.0), 4: _Times(2.2, 2.2, 90.0, 90.0)}
 _LAUNCH = 2.0
 
 
@@ -60,16 +63,16 @@ class Program(NamedTuple):
     shared_memory: int
 
 
-def takes(products: Sequence[Summed], itemsize: int, are_odd: bool, gpu: GPU) -> bool:
+def takes(products: Sequence[Summed], itemsize: int, row: int, gpu: GPU) -> bool:
     """Whether gradients are computed here, all in one launch.
 
     Args:
         products: those of the gradients.
         itemsize: bytes of an element.
-        are_odd: whether some rows have an odd number of elements.
+        row: elements of a row, or a divisor of those of all rows.
         gpu: the device.
     """
-    times = _times(_OF_GRADIENTS, itemsize, are_odd)
+    times = _times(_OF_GRADIENTS, itemsize, row)
     return _is_fast(shared(products, itemsize, gpu), products, itemsize, times, gpu)
 
 
@@ -78,16 +81,18 @@ def takes_product(rows: int, columns: int, summed: int, itemsize: int, gpu: GPU)
     if rows == 0:
         return False
     only = Summed(product_tiles(rows, columns), summed)
-    times = _times(_OF_PRODUCT, itemsize, summed % 2 > 0)
+    times = _times(_OF_PRODUCT, itemsize, summed)
     # Its tiles are not shared.
     return _is_fast([Tiles(only.tiles, 1)], [only], itemsize, times, gpu)
 
 
-def _times(of_kernel: Mapping[int, _Times], itemsize: int, are_odd: bool) -> _Times:
-    """A kernel's times for elements of so many bytes."""
+def _times(of_kernel: Mapping[int, _Times], itemsize: int, row: int) -> _Times:
+    """A kernel's times for elements of so many bytes, and rows of so many elements."""
     times = of_kernel[itemsize]
+    if row * itemsize % 16:
+        times = times._replace(most=times.most_of_pieces)
     # 16-bit rows of odd length are loaded element by element, through registers.
-    return times._replace(chunk=2 * times.chunk) if are_odd and itemsize == 2 else times
+    return times._replace(chunk=2 * times.chunk) if row % 2 and itemsize == 2 else times
 
 
 def product(precision: str, piece_bytes: int, gpu: GPU) -> Program:
