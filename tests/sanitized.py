@@ -1,8 +1,9 @@
-"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND [steps] [K/N]``.
+"""A small workload for compute-sanitizer: ``python -m tests.sanitized BACKEND [WORD ...] [K/N]``.
 
 It covers every tiling of the kernels, without and with options of sequences, at sizes that a
 sanitizer can finish. With ``steps`` the backend computes step by step, with the library's product,
-wherever it can. ``2/4`` is the second of four parts, which may run at once.
+wherever it can; with ``padded`` heads have additional units, wherever they can. ``2/4`` is the
+second of four parts, which may run at once.
 """
 
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from flashrnn import nn, recurrent_layer
 from tests.layers import NAMES, layer_inputs, results
+from tests.padding import with_additional_units
 from tests.problems import call, gradients, random_inputs, sparse
 from tests.sequences import KINDS, gradients_of, random_ragged
 from tests.steps import by_steps
@@ -46,6 +48,9 @@ WORKLOAD = [
     # CTAs share the tiles of gradients over so many rows.
     ("lstm", (60, 20, 2, 40), torch.float16),
     ("gru", (60, 20, 1, 136), torch.float32),
+    # Rows that are no whole pieces of 16 bytes.
+    ("lstm", (3, 5, 2, 133), torch.bfloat16),
+    ("gru", (70, 3, 1, 139), torch.float32),
 ]
 # Resets of rows that are not looked up; lengths and packed rows with resets, in both directions,
 # and sequences without a step.
@@ -55,6 +60,8 @@ if __name__ == "__main__":
     backend, *further = sys.argv[1:]
     if "steps" in further:
         by_steps(pytest.MonkeyPatch())
+    if "padded" in further:
+        with_additional_units(pytest.MonkeyPatch())
     part, parts = next((map(int, x.split("/")) for x in further if "/" in x), (1, 1))
     mine = WORKLOAD[part - 1 :: parts]
     for kind, sizes, dtype in mine:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 
 import pytest
 import torch
@@ -39,6 +38,7 @@ from tests.fused import (  # noqa: F401
 )
 from tests.gpus import alone
 from tests.layers import NAMES, layer_inputs, results, two_nodes
+from tests.padding import with_additional_units
 from tests.problems import (
     BUILT_IN,
     Inputs,
@@ -345,9 +345,7 @@ def test_padded_heads(monkeypatch, kind, sizes):
         return forward(problem, *arguments, **further)
 
     monkeypatch.setattr(cuda_fused, "forward", noting)
-    monkeypatch.setattr(registry, "_HOST_OF_PADDING", (-(10**9),) * 2)
-    for module, name in ((registry, "padded_units"), (cuda_fused, "_padded_units")):
-        monkeypatch.setattr(module, name, lru_cache(getattr(module, name).__wrapped__))
+    with_additional_units(monkeypatch)
     B, T, N, D = sizes
     hold_to_vanilla("cuda_fused", kind, *sizes, torch.bfloat16, "cuda")
     leaves = layer_inputs(kind, B, T, 41, N, D, torch.bfloat16, device="cuda")
