@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,3 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _names_in_examples(doctest_namespace: dict[str, object]) -> None:
     doctest_namespace["torch"] = torch
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept_of_other_tests() -> Iterator[None]:
+    """What is kept of calls was prepared by the kernels and the plans of that test."""
+    yield
+    if calls := sys.modules.get("flashrnn.calls"):
+        calls.kept.clear()

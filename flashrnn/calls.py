@@ -6,7 +6,8 @@ call is found to fit.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,10 +21,92 @@ from flashrnn.initial import initial_states
 from flashrnn.problem import Problem, autocast_dtype, autocast_enabled, carry_dtype
 from flashrnn.sequences import Given, Sequences
 
+if TYPE_CHECKING:
+    from flashrnn.backends.repeated import Repeated
+
 # The problems of calls that have been found to fit, by all that they follow from. To check a call
 # takes longer than to launch its kernel.
 problems: dict[tuple[object, ...], Problem] = {}
 _MOST_PROBLEMS = 1024
+
+
+class Kept(NamedTuple):
+    """What is kept of a call without gradients.
+
+    Attributes:
+        repeated: what its backend keeps.
+        start: the initial states, if the call was given none.
+    """
+
+    repeated: Repeated
+    start: Tensor | None
+
+
+# By what a call's problem follows from and the tensors' strides; None: its backend keeps nothing.
+kept: dict[tuple[object, ...], Kept | None] = {}
+
+
+def again(
+    key: tuple[object, ...] | None,
+    problem: Problem | None,
+    tensors: Sequence[Tensor],
+    states: Tensor | None,
+) -> tuple[tuple[object, ...] | None, dict[str, Tensor] | None]:
+    """A key for :func:`keep`, and the results of a call of which something has been kept.
+
+    Args:
+        key: what the problem and its backend follow from.
+        problem: that of a call before that had this key.
+        tensors: those given, without the initial states.
+        states: the initial states, if any are given.
+    """
+    if key is None or problem is None or problem.needs_gradient or problem.is_sequenced:
+        return None, None
+    given = [*tensors] if states is None else [*tensors, states]
+    key = *key, *[tensor.stride() for tensor in given]
+    found = kept.get(key)
+    if found is None:
+        return key, None
+    if found.start is not None:
+        given.append(found.start)
+    return key, found.repeated.run(given)
+
+
+def keep(
+    key: tuple[object, ...],
+    backend: Backend,
+    problem: Problem,
+    tensors: dict[str, Tensor],
+    states: Tensor,
+    given_states: bool,
+    by_time: bool | None = None,
+) -> None:
+    """Keep what a backend prepares for a call.
+
+    Args:
+        key: of :func:`again`.
+        backend: the backend that computed it.
+        problem: ...
+        tensors: by the names of :class:`flashrnn.backends.autograd.RepeatingBackend`, without
+            the initial states.
+        states: the initial states as computed with.
+        given_states: whether they were given.
+        by_time: see there.
+    """
+    if key in kept or not autograd.repeats(backend):
+        return
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of this time is the graph's.
+        return
+    found = None
+    of_computation = all(tensor.dtype == problem.dtype for tensor in tensors.values())
+    if of_computation and states.dtype == problem.carry_dtype:
+        repeated = backend.repeated(problem, {**tensors, "initial": states}, by_time)
+        if repeated is not None:
+            found = Kept(repeated, None if given_states else states)
+    if len(kept) >= _MOST_PROBLEMS:
+        kept.clear()
+    kept[key] = found
 
 
 def key_of(

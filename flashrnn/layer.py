@@ -105,6 +105,10 @@ def recurrent_layer(
             requires_grad = W.requires_grad and torch.is_grad_enabled()
             key = *key, W.shape, W.dtype, W.device, requires_grad
     problem, of_x = None if key is None else calls.problems.get(key), x
+    of_backend = None if key is None else (backend, *key)
+    again, repeated = calls.again(of_backend, problem, (x, W, R, b), states)
+    if repeated is not None:
+        return repeated["states"], repeated["last_states"]
     if options is not None:
         x = sequences.in_rows("x", x, "I", options)
     if problem is None:
@@ -112,13 +116,16 @@ def recurrent_layer(
         problem = calls.accepted(cell, tensors, states, config, dtype, options)
         if key is not None:
             calls.remember(key, problem)
-    direct = key is not None
+    direct, given_states = key is not None, states is not None
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
     if direct:
         chosen = padded.backend_for(chosen, problem, features=x.shape[-1])
     found, last_states = _computed(chosen, problem, x, W, R, b, states, of_options, direct)
+    if again is not None:
+        tensors = {"x": x, "W": W, "R": R, "b": b}
+        calls.keep(again, chosen, problem, tensors, states, given_states)
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
 
 

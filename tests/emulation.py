@@ -20,7 +20,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashrnn.backends import copies, cuda, cuda_fused, few_rows, padding, steps, tables
+from flashrnn import calls
+from flashrnn.backends import (
+    copies,
+    cuda,
+    cuda_fused,
+    few_rows,
+    padding,
+    repeated,
+    steps,
+    tables,
+)
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -227,7 +237,7 @@ def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
     for module in (copies, cuda_fused, few_rows, padding, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
-    for module in (copies, cuda_fused, few_rows, padding):
+    for module in (copies, cuda_fused, few_rows, padding, repeated):
         monkeypatch.setattr(module, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
 
@@ -254,6 +264,7 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         of_rows = (few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R)
         for cached in (*plans, *of_rows, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
             cached.cache_clear()
+        calls.kept.clear()
 
     forget()
     _emulate_kernels(monkeypatch)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
-from flashrnn.backends import autograd, copies, cuda_fused, few_rows, steps, tables
+from flashrnn.backends import autograd, copies, cuda_fused, few_rows, repeated, steps, tables
 from flashrnn.kernels import call, registry
 from flashrnn.kernels import copies as copies_of_a_launch
 from tests.emulation import begin_nothing, one_by_one
@@ -75,6 +75,7 @@ def forget():
     for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused, registry.best_plan):
         cached.cache_clear()
     calls.problems.clear()
+    calls.kept.clear()
     initial._expanded_zeros.clear()
 
 
@@ -91,6 +92,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(few_rows, "launch_in_turn", one_by_one)
     monkeypatch.setattr(copies, "_kernel", found.kernel)
     monkeypatch.setattr(copies, "launch_in_turn", one_by_one)
+    monkeypatch.setattr(repeated, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(cuda_fused, "_begin_backward", begin_nothing)
@@ -587,7 +589,9 @@ def test_caches_have_a_bound(launches, monkeypatch):
     monkeypatch.setattr(initial, "_MOST_EXPANDED", 5)
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))
+        launched_by(launches, *inputs(B=B))
         assert len(calls.problems) <= 5 and len(initial._expanded_zeros) <= 5
+        assert len(calls.kept) <= 5
     for cached in (*cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS, cuda_fused._refused):
         assert cached.cache_info().maxsize is not None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
 from flashrnn.problem import Problem, without_autocast
 from flashrnn.sequences import Sequences
+
+if TYPE_CHECKING:
+    from flashrnn.backends.repeated import Repeated
 
 
 class FusedBackend(Backend, Protocol):
@@ -188,6 +191,31 @@ class PaddingBackend(MultiplyingBackend, Protocol):
 def pads(backend: Backend) -> TypeGuard[PaddingBackend]:
     """Whether a backend computes some heads with more units."""
     return hasattr(backend, "padded_units")
+
+
+class RepeatingBackend(MultiplyingBackend, Protocol):
+    """A backend that keeps what it prepares for a call."""
+
+    def repeated(
+        self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
+    ) -> Repeated | None:
+        """What it keeps of a call without gradients and without options of sequences.
+
+        Args:
+            problem: the call's.
+            given: ``Wx``, or a layer's ``x``, ``W`` and any ``bias``, then ``R``, ``b`` and
+                ``initial``, all of the dtypes of the computation.
+            by_time: as of ``results`` above, where those are wanted.
+
+        Returns:
+            What allocates ``states``, ``last_states`` and any ``h_by_time`` and ``last_rounded``;
+            ``None``: it keeps nothing.
+        """
+
+
+def repeats(backend: Backend) -> TypeGuard[RepeatingBackend]:
+    """Whether a backend keeps what it prepares."""
+    return hasattr(backend, "repeated")
 
 
 class DifferentiableBackend(Backend, Protocol):

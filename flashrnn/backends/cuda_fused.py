@@ -24,6 +24,7 @@ from flashrnn.backends.gradients import (
     recurrent_gradient,
 )
 from flashrnn.backends.launches import LaunchTemplate
+from flashrnn.backends.repeated import New, Repeated, scratch_memory
 from flashrnn.backends.requirements import (
     refusal,
     too_large,
@@ -41,7 +42,7 @@ from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.sizes import tiles_of
-from flashrnn.problem import Problem, as_compiled, tf32_allowed
+from flashrnn.problem import Problem, as_compiled, matmul_tf32_allowed, tf32_allowed
 from flashrnn.sequences import Sequences, zeros_like_starts
 
 # See `autograd.PaddingBackend`.
@@ -230,6 +231,59 @@ def forward(
     return autograd.kept(problem, every_state), last_states, gates
 
 
+def repeated(
+    problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
+) -> Repeated | None:
+    """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
+    gpu, settings, is_small = _gpu(problem), _settings(problem), registry.is_small(problem.D)
+    if not (problem.B and problem.T) or (steps.may_be_faster(problem) and not is_small):
+        return None
+    tensors, product, Wx = dict(given), None, given.get("Wx")
+    if Wx is None:
+        if not multiplies(problem, given["x"], given["W"]):
+            return None
+        Wx, product = few_rows.begun(problem, given["x"])
+    every_state, last_states, _ = autograd.new_outputs(problem, Wx)
+    new = {"states": every_state, "last_states": last_states}
+    if product is not None:
+        new["Wx"] = Wx
+    if by_time is not None:
+        new |= copies.operands(copies.results(problem, Wx, by_time))
+    tensors |= new
+    if not (tensors["R"].is_contiguous() and tensors["b"].is_contiguous()):
+        return None
+    options = source.forward_options(False)
+    if problem.returned is not None:
+        options += source.options_of_storing(problem, every_state.shape[0])
+    _, layout = _record(problem, backward=False).read(tensors)
+    precision = source.precision_of(problem)
+    # Tensors that begin elsewhere take another way.
+    layout = layout._replace(offsets=())
+    prepared = _prepared(problem, gpu, False, precision, options, layout, product)
+    if prepared.copied:
+        return None
+
+    def is_current() -> bool:
+        if not is_small and (_gpu(problem) != gpu or steps.may_be_faster(problem)):
+            return False
+        return _settings(problem) == settings
+
+    rests_on_nothing = is_small and settings is None
+    allocated = tuple(
+        (name, New(x.shape, None if x.is_contiguous() else x.stride(), x.dtype))
+        for name, x in new.items()
+    )
+    launches, scratch = prepared.launches, prepared.scratch
+    return Repeated(allocated, launches, scratch, None if rests_on_nothing else is_current)
+
+
+def _settings(problem: Problem) -> tuple[str, bool] | None:
+    """What products of float32 depend on."""
+    if problem.dtype != torch.float32:
+        return None
+    return source.precision_of(problem), matmul_tf32_allowed()
+
+
 def results(problem: Problem, like: Tensor, by_time: bool) -> Results:
     """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
     # The first question spares the second what it asks of the GPU.
@@ -365,7 +419,7 @@ def _launch(
     zeros = None
     if any(prepared.scratch):
         # Held until all is enqueued.
-        _held, of_scratch, zeros = _scratch(prepared, tensors["R"])
+        _held, of_scratch, zeros = scratch_memory(prepared.scratch, tensors["R"])
         addresses += of_scratch
     launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches]
     launch_in_turn(launches, zeros)
@@ -382,26 +436,6 @@ def _may_be_one_step(problem: Problem, backward: bool) -> bool:
 def _record(problem: Problem, backward: bool) -> call.Record:
     record = call.BACKWARD if backward else call.FORWARD
     return record.complete if problem.is_sequenced else record
-
-
-def _scratch(
-    prepared: _Prepared, like: Tensor
-) -> tuple[list[Tensor], list[int], launch.Zeros | None]:
-    """The memory that launches need for themselves, its addresses, and what of it is to be zero."""
-    packets, counters, *others = prepared.scratch
-    memory, addresses, zeros = [], [], None
-    if packets or counters:
-        # Flags and counters count from 1, and h that nobody sends is zero.
-        memory.append(like.new_empty(packets + counters, 4, dtype=torch.int32))
-        first = memory[0].data_ptr()
-        zeros = launch.Zeros(first, 4 * (packets + counters))
-        addresses += [first] if packets else []
-        addresses += [first + 16 * packets] if counters else []
-    for size in others:
-        if size:
-            memory.append(like.new_empty(size, 4, dtype=torch.int32))
-            addresses.append(memory[-1].data_ptr())
-    return memory, addresses, zeros
 
 
 def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
@@ -498,7 +532,7 @@ class _Steps:
             return self._prepare(precision, copy, states, out, in_place)._replace(copies_wx=True)
         with torch.inference_mode(False):
             # Later steps write it too, within inference mode or not.
-            memory, of_scratch, zeros = _scratch(prepared, wx)
+            memory, of_scratch, zeros = scratch_memory(prepared.scratch, wx)
         addresses += of_scratch
         ((kernel, shape, packing),) = prepared.launches
         return _Step(

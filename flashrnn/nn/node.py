@@ -21,6 +21,7 @@ from flashrnn import backends, calls, padded
 from flashrnn.backends import autograd
 from flashrnn.config import DEFAULT
 from flashrnn.initial import initial_states
+from flashrnn.nn.modes import MODES
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
@@ -140,16 +141,42 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
+    tensors = _as_scans_have_them(form.mode, x, weights)
+    again, repeated = None, None
+    if tensors:
+        of_backend = layers.backend, form.h_by_time, *key
+        again, repeated = calls.again(of_backend, problem, [*tensors.values()], start)
+        if repeated is not None:
+            results = autograd.Results(repeated.get("h_by_time"), repeated.get("last_rounded"))
+            states, last_states = repeated["states"], repeated["last_states"]
+            return _in_forms(problem, form, states, last_states, results)
     chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
         return None
     chosen = padded.backend_for(chosen, problem, features=x.shape[-1])
+    given_start = start is not None
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
     if problem.needs_gradient:
         found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, chosen, problem, form, *weights)
         return found
-    return _forward(x, start, chosen, problem, form, *weights)[0]
+    outputs, _ = _forward(x, start, chosen, problem, form, *weights)
+    if again is not None:
+        tensors["x"] = x.transpose(0, 1) if form.x_by_time else x
+        calls.keep(again, chosen, problem, tensors, start, given_start, form.h_by_time)
+    return outputs
+
+
+def _as_scans_have_them(mode: str, x: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
+    """Input and weights by the names of a scan with its input's product, where those are the
+    layer's own; else nothing."""
+    if len(weights) == 4 and mode in MODES and mode != "GRU":
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        return {"x": x, "W": weight_ih, "bias": bias_ih, "R": weight_hh, "b": bias_hh}
+    if len(weights) == 3 and mode not in MODES:
+        weight_ih, weight_hh, bias = weights
+        return {"x": x, "W": weight_ih, "R": weight_hh, "b": bias}
+    return {}
 
 
 _KIND, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
@@ -171,7 +198,7 @@ def _forward(
     x, weight_ih = calls.cast_to(x, dtype), calls.cast_to(weight_ih, dtype)
     weight_hh = calls.cast_to(weight_hh, dtype)
     rows = x.transpose(0, 1) if form.x_by_time else x
-    S, B, _, N, D = start.shape
+    N, D = problem.N, problem.D
     own, bias, results = None, None, autograd.Results()
     if autograd.multiplies(backend, problem, rows, weight_ih):
         own, (bias, biases) = backend, of_input(form.mode, biases)
@@ -187,18 +214,26 @@ def _forward(
         factors = autograd.Factors(rows, weight_ih, bias=bias)
         found = own.forward(problem, None, R, b, start, factors=factors, results=results)
         states, last_states, gates = found
+    outputs = _in_forms(problem, form, states, last_states, results)
+    # The weights themselves: views of them would not be found changed where these are. And h, which
+    # the node returns: by it a graph of the gradient finds the node.
+    return outputs, (x, weight_ih, weight_hh, start, states, gates, outputs[0])
+
+
+def _in_forms(
+    problem: Problem, form: Form, states: Tensor, last_states: Tensor, results: autograd.Results
+) -> tuple[Tensor, ...]:
+    """h and each last state in torch.nn's forms, out of a scan's results."""
+    (B, T), S, N, D = problem.rows, len(problem.cell.states), problem.N, problem.D
     h, last = results
     if h is None:
         h = autograd.own_units(problem, states[0] if len(states) > 1 else states)
-        h = h.reshape(*rows.shape[:2], N * D)
+        h = h.reshape(B, T, N * D)
         h = contiguous(h.transpose(0, 1) if form.h_by_time else h)
     if last is None:
-        last = calls.cast_to(last_states, dtype).view(S, B, N * D)
+        last = calls.cast_to(last_states, problem.dtype).view(S, B, N * D)
     # No views of one another: callers change them in place, each by itself.
-    ended = last.unsafe_split(1)
-    # The weights themselves: views of them would not be found changed where these are. And h, which
-    # the node returns: by it a graph of the gradient finds the node.
-    return (h, *ended), (x, weight_ih, weight_hh, start, states, gates, h)
+    return h, *last.unsafe_split(1)
 
 
 def _copy(backend: autograd.FusedBackend) -> Copies | None:

@@ -1,0 +1,94 @@
+"""Forward calls without gradients like one before, by what was prepared for that one.
+
+A short call takes the host longer than the GPU. So all that follows from the tensors' sizes,
+strides and dtypes is kept: what to allocate, and launches that lack addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashrnn.backends.launches import LaunchTemplate
+from flashrnn.jit import launch
+from flashrnn.jit.kernel import launch_in_turn
+from flashrnn.kernels import call
+
+
+class New(NamedTuple):
+    """A tensor that a call allocates.
+
+    Attributes:
+        sizes: ...
+        strides: ``None``: it is contiguous.
+        dtype: ...
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+
+
+class Repeated(NamedTuple):
+    """What is kept of a call.
+
+    Attributes:
+        new: what it allocates, by the names that its launches have for it.
+        launches: in order; their tensors are the given ones, then the new ones.
+        scratch: global memory that they need besides.
+        is_current: whether what it rests on is as it was; ``None``: it rests on nothing else.
+    """
+
+    new: tuple[tuple[str, New], ...]
+    launches: tuple[LaunchTemplate, ...]
+    scratch: call.Scratch
+    is_current: Callable[[], bool] | None
+
+    def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """What it allocates, written; ``None`` where all has to be worked out anew."""
+        if self.is_current is not None and not self.is_current():
+            return None
+        addresses = [tensor.data_ptr() for tensor in given]
+        if reduce(or_, addresses) % 16:
+            return None
+        like, made = given[0], {}
+        for name, (sizes, strides, dtype) in self.new:
+            if strides is None:
+                one = like.new_empty(sizes, dtype=dtype)
+            else:
+                one = like.new_empty_strided(sizes, strides, dtype=dtype)
+            made[name] = one
+            addresses.append(one.data_ptr())
+        zeros = None
+        if any(self.scratch):
+            # Held until all is enqueued.
+            _held, of_scratch, zeros = scratch_memory(self.scratch, like)
+            addresses += of_scratch
+        launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in self.launches]
+        launch_in_turn(launches, zeros)
+        return made
+
+
+def scratch_memory(
+    scratch: call.Scratch, like: Tensor
+) -> tuple[list[Tensor], list[int], launch.Zeros | None]:
+    """The memory that launches need for themselves, its addresses, and what of it is to be zero."""
+    packets, counters, *others = scratch
+    memory, addresses, zeros = [], [], None
+    if packets or counters:
+        # Flags and counters count from 1, and h that nobody sends is zero.
+        memory.append(like.new_empty(packets + counters, 4, dtype=torch.int32))
+        first = memory[0].data_ptr()
+        zeros = launch.Zeros(first, 4 * (packets + counters))
+        addresses += [first] if packets else []
+        addresses += [first + 16 * packets] if counters else []
+    for size in others:
+        if size:
+            memory.append(like.new_empty(size, 4, dtype=torch.int32))
+            addresses.append(memory[-1].data_ptr())
+    return memory, addresses, zeros

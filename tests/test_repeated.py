@@ -1,0 +1,151 @@
+"""Calls without gradients like one before, by what their backend has kept of that one."""
+
+import pytest
+import torch
+
+from flashrnn import calls, flashrnn, nn, recurrent_layer
+from flashrnn.backends import cuda_fused, repeated, steps
+from flashrnn.kernels import source
+from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.fused import poisoned  # noqa: F401
+from tests.layers import layer_inputs
+from tests.problems import random_inputs
+
+pytestmark = needs_compiler
+DTYPES = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def runs(monkeypatch, fused_emulation, poisoned):  # noqa: F811
+    """Which calls were repeated: whether each had its results."""
+    found, run = [], repeated.Repeated.run
+
+    def noting(self, given):
+        made = run(self, given)
+        found.append(made is not None)
+        return made
+
+    monkeypatch.setattr(repeated.Repeated, "run", noting)
+    return found
+
+
+def thrice(call, runs, repeats=True):
+    """Its results the first time, which later ones have to equal. The first call is found to fit;
+    of the second something is kept."""
+    first, second, third = call(), call(), call()
+    assert (runs and all(runs)) if repeats else not runs
+    for others in (second, third):
+        for one, other in zip(first, others, strict=True):
+            assert torch.equal(one, other) and one.stride() == other.stride()
+            assert one.dtype == other.dtype and (
+                one.data_ptr() != other.data_ptr() or not one.numel()
+            )
+    return first
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 2, 24), (2, 3, 1, 136)], ids=str)
+@pytest.mark.parametrize("returned", ["all", "h", "last"])
+@pytest.mark.parametrize("start", ["none", "given", "one"])
+def test_a_call(runs, dtype, sizes, returned, start):
+    given = random_inputs("lstm", *sizes, dtype)
+    Wx, R, b, states = (x.detach() for x in given.tensors().values())
+    states = {"none": None, "given": states, "one": states[:, :1]}[start]
+    options = {"backend": "cuda_fused", "return_states": returned}
+    thrice(lambda: flashrnn(Wx, R, b, states, **options), runs)
+    # Another start is another call, with the same launches.
+    if states is not None:
+        found, right = (
+            flashrnn(Wx, R, b, x, **options)[1] for x in (states + 1, (states + 1).clone())
+        )
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("D", [20, 136])
+def test_a_layer(runs, dtype, kind, D):
+    leaves = [x.detach() for x in layer_inputs(kind, 3, 4, 9, 1, D, dtype)]
+    by_time = leaves[0].transpose(0, 1).contiguous().transpose(0, 1)
+    for x in (leaves[0], by_time):
+        runs.clear()
+        thrice(lambda x=x: recurrent_layer(x, *leaves[1:], kind, "cuda_fused"), runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "RNN", "GRU"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_module(runs, dtype, kind, batch_first, bias):
+    """Of a GRU's weights, and of no bias, others are made first."""
+    layer = getattr(nn, kind)(9, 24, batch_first=batch_first, bias=bias, backend="cuda_fused")
+    layer, x = layer.to(dtype), torch.randn(5, 4, 9, dtype=dtype)
+
+    def call(x=x):
+        with torch.no_grad():
+            h, last = layer(x)
+            return [h, *(last if kind == "LSTM" else [last])]
+
+    thrice(call, runs, repeats=bias and kind != "GRU")
+    # In place, each by itself.
+    first = call()
+    copies = [x.clone() for x in first]
+    first[0].zero_()
+    assert torch.equal(first[1], copies[1])
+    with torch.no_grad():
+        layer.weight_hh_l0 += 1
+    assert not torch.equal(call()[0], copies[0])
+
+
+def test_each_call_asks_for_its_settings(runs, monkeypatch):
+    """A kept call of float32 is not that of another precision."""
+    given = random_inputs("lstm", 3, 4, 1, 24, torch.float32)
+    Wx, R, b, _ = (x.detach() for x in given.tensors().values())
+
+    def call():
+        return flashrnn(Wx, R, b, backend="cuda_fused")
+
+    first, _ = thrice(call, runs)
+    monkeypatch.setattr(source, "precision_of", lambda problem: "tf32")
+    rounded = call()[0]
+    assert runs[-1] is False and not torch.equal(rounded, first)
+
+
+def test_a_part_of_the_gpu_is_another(runs, monkeypatch):
+    given = random_inputs("lstm", 2, 3, 1, 136, torch.bfloat16)
+    Wx, R, b, _ = (x.detach() for x in given.tensors().values())
+    thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
+    part = cuda_fused._gpu(None)._replace(multiprocessors=40)
+    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: part)
+    flashrnn(Wx, R, b, backend="cuda_fused")
+    assert runs[-1] is False
+
+
+def test_what_is_not_kept(runs, monkeypatch):
+    """Calls with gradients, of tensors that are copied or cast first, or computed by steps."""
+    given = random_inputs("lstm", 3, 4, 1, 136, torch.bfloat16)
+    leaves = [*given.tensors().values()]
+    Wx, R, b, states = (x.detach() for x in leaves)
+    turned = R.transpose(2, 3).contiguous().transpose(2, 3)
+    cast = Wx.float(), R.float(), b.float(), states
+    for arguments in (leaves, (Wx, turned, b), cast):
+
+        def call(arguments=arguments):
+            return flashrnn(*arguments, backend="cuda_fused", dtype=torch.bfloat16)
+
+        thrice(call, runs, False)
+    monkeypatch.setattr(steps, "may_be_faster", lambda problem: True)
+    monkeypatch.setattr(cuda_fused, "_steps", lambda *_, **__: None)
+    thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs, False)
+    assert set(calls.kept.values()) <= {None}
+
+
+def test_a_tensor_that_begins_elsewhere(runs):
+    given = random_inputs("lstm", 3, 4, 2, 24, torch.bfloat16)
+    Wx, R, b, _ = (x.detach() for x in given.tensors().values())
+    expected = thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
+    shifted = torch.empty(Wx.numel() + 1, dtype=Wx.dtype)[1:].view(Wx.shape).copy_(Wx)
+    found = flashrnn(shifted, R, b, backend="cuda_fused")
+    assert runs[-1] is False
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
