@@ -152,7 +152,7 @@ def _programs(
         if not forward_only:
             purposes += [(training, False, ", training"), (training, True, "")]
         for each, backward, purpose in purposes:
-            for units in _units(module, each, gpu, precision):
+            for units in _units(module, each):
                 wide = each._replace(D=units)
                 if units != problem.D:
                     yield "padding/padding.cu" + purpose + returned, padding.program()
@@ -162,11 +162,11 @@ def _programs(
         yield "a question to the driver", launch.PROBE
 
 
-def _units(module: Any, problem: Problem, gpu: GPU | None, precision: str) -> list[int]:
+def _units(module: Any, problem: Problem) -> list[int]:
     """With how many units heads are computed: of few steps, and of many."""
     if not hasattr(module, "most_units"):
         return [problem.D]
-    return sorted({problem.D, module.most_units(problem, gpu, precision)})
+    return sorted({problem.D, module.most_units(problem)})
 
 
 def _parsed(shape: str, config: FlashRNNConfig) -> tuple[Problem, str]:

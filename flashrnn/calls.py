@@ -7,13 +7,14 @@ call is found to fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flashrnn import backends, checks, sequences
 from flashrnn.backends import Backend, autograd
+from flashrnn.backends.autograd import Kept
 from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import TracedCell
 from flashrnn.config import DEFAULT, FlashRNNConfig
@@ -21,28 +22,13 @@ from flashrnn.initial import initial_states
 from flashrnn.problem import Problem, autocast_dtype, autocast_enabled, carry_dtype
 from flashrnn.sequences import Given, Sequences
 
-if TYPE_CHECKING:
-    from flashrnn.backends.repeated import Repeated
-
 # The problems of calls that have been found to fit, by all that they follow from. To check a call
 # takes longer than to launch its kernel.
 problems: dict[tuple[object, ...], Problem] = {}
 _MOST_PROBLEMS = 1024
 
 
-class Kept(NamedTuple):
-    """What is kept of a call without gradients.
-
-    Attributes:
-        repeated: what its backend keeps.
-        start: the initial states, if the call was given none.
-    """
-
-    repeated: Repeated
-    start: Tensor | None
-
-
-# By what a call's problem follows from and the tensors' strides; None: its backend keeps nothing.
+# By what a call's problem and backend follow from, and the tensors' strides. None: nothing is kept.
 kept: dict[tuple[object, ...], Kept | None] = {}
 
 
@@ -51,8 +37,8 @@ def again(
     problem: Problem | None,
     tensors: Sequence[Tensor],
     states: Tensor | None,
-) -> tuple[tuple[object, ...] | None, dict[str, Tensor] | None]:
-    """A key for :func:`keep`, and the results of a call of which something has been kept.
+) -> tuple[tuple[object, ...] | None, Kept | None]:
+    """A key for :func:`keep`, and what has been kept of a call like this one.
 
     Args:
         key: what the problem and its backend follow from.
@@ -60,16 +46,40 @@ def again(
         tensors: those given, without the initial states.
         states: the initial states, if any are given.
     """
-    if key is None or problem is None or problem.needs_gradient or problem.is_sequenced:
+    if key is None or problem is None or problem.is_sequenced:
         return None, None
-    given = [*tensors] if states is None else [*tensors, states]
-    key = *key, *[tensor.stride() for tensor in given]
-    found = kept.get(key)
-    if found is None:
-        return key, None
-    if found.start is not None:
-        given.append(found.start)
-    return key, found.repeated.run(given)
+    of_states = None if states is None else states.stride()
+    key = *key, *[tensor.stride() for tensor in tensors], of_states
+    return key, kept.get(key)
+
+
+def repeat(
+    found: Kept,
+    node: type[torch.autograd.Function],
+    tensors: Sequence[Tensor],
+    states: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The results of a call of which that was kept; ``None``: they are to be worked out.
+
+    Args:
+        found: ...
+        node: what computes it where a gradient is needed.
+        tensors: as in :func:`again`.
+        states: ...
+    """
+    problem = found.problem
+    if states is None:
+        states = found.start
+        assert states is not None
+    elif states.size(1) != problem.B:
+        states = states.expand(-1, problem.B, -1, -1, -1)
+    if problem.needs_gradient:
+        results: tuple[Tensor, Tensor] = autograd.apply(
+            node, *tensors, states, found.backend, problem, found
+        )
+        return results
+    made = autograd.forward_again(found, (*tensors, states))
+    return None if made is None else made[:2]
 
 
 def keep(
@@ -101,9 +111,12 @@ def keep(
     found = None
     of_computation = all(tensor.dtype == problem.dtype for tensor in tensors.values())
     if of_computation and states.dtype == problem.carry_dtype:
-        repeated = backend.repeated(problem, {**tensors, "initial": states}, by_time)
-        if repeated is not None:
-            found = Kept(repeated, None if given_states else states)
+        given = {name: tensor.detach() for name, tensor in tensors.items()}
+        given["initial"] = states.detach()
+        forward = backend.repeated(problem, given, by_time)
+        if forward is not None:
+            start = None if given_states else states
+            found = Kept(backend, problem, forward, start, {})
     if len(kept) >= _MOST_PROBLEMS:
         kept.clear()
     kept[key] = found

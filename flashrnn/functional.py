@@ -116,9 +116,11 @@ def flashrnn(
         key = calls.key_of(cell, Wx, R, b, states, config, dtype, options)
     problem, of_Wx = None if key is None else calls.problems.get(key), Wx
     of_backend = None if key is None else (backend, *key)
-    again, repeated = calls.again(of_backend, problem, (Wx, R, b), states)
-    if repeated is not None:
-        return repeated["states"], repeated["last_states"]
+    again, kept = calls.again(of_backend, problem, (Wx, R, b), states)
+    if kept is not None:
+        repeated = calls.repeat(kept, autograd.Scan, (Wx, R, b), states)
+        if repeated is not None:
+            return repeated
     if options is not None:
         Wx = sequences.in_rows("Wx", Wx, "Gw, N, D", options)
     if problem is None:

@@ -106,9 +106,11 @@ def recurrent_layer(
             key = *key, W.shape, W.dtype, W.device, requires_grad
     problem, of_x = None if key is None else calls.problems.get(key), x
     of_backend = None if key is None else (backend, *key)
-    again, repeated = calls.again(of_backend, problem, (x, W, R, b), states)
-    if repeated is not None:
-        return repeated["states"], repeated["last_states"]
+    again, kept = calls.again(of_backend, problem, (x, W, R, b), states)
+    if kept is not None:
+        repeated = calls.repeat(kept, Layer, (x, W, R, b), states)
+        if repeated is not None:
+            return repeated
     if options is not None:
         x = sequences.in_rows("x", x, "I", options)
     if problem is None:
@@ -149,7 +151,7 @@ def _computed(
             return autograd.run(backend, problem, *arguments, options, direct)
         if problem.needs_gradient:
             found: tuple[Tensor, Tensor] = autograd.apply(
-                Layer, x, W, R, b, states, backend, problem, *(options or ())
+                Layer, x, W, R, b, states, backend, problem, None, *(options or ())
             )
             return found
         x, W = factors_as_computed(problem, x, W)
@@ -177,17 +179,20 @@ class Layer(torch.autograd.Function):
         states: Tensor,
         backend: autograd.FusedBackend,
         problem: Problem,
+        kept: autograd.Kept | None,
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # Autograd casts the gradients back to the dtypes of what is given here.
         x, W = factors_as_computed(problem, x, W)
         R, b, states = calls.weights_as_computed(problem, R, b, states)
-        found = forward_of_layer(backend, problem, x, W, R, b, states, options)
+        given = x, W, R, b, states
+        found = autograd.forward_again(kept, given)
+        found = found or forward_of_layer(backend, problem, *given, options)
         every_state, last_states, gates = found
         output, residuals = autograd.residuals_of(problem, R, states, every_state, gates, options)
         ctx.save_for_backward(x, W, *residuals)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
+        ctx.backend, ctx.problem, ctx.kept, ctx.given = backend, problem, kept, len(options)
         return output, last_states
 
     @staticmethod
@@ -200,7 +205,7 @@ class Layer(torch.autograd.Function):
         factors = autograd.Factors(x, W, needs_x, needs_W)
         with without_autocast(problem.device.type):
             arguments = ctx.backend, problem, factors, residuals, given, d_states, d_last
-            found = gradients_of_layer(*arguments)
+            found = gradients_of_layer(*arguments, ctx.kept)
         needed = (
             *(found.x, found.W),
             found.R if needs_R else None,
@@ -208,6 +213,6 @@ class Layer(torch.autograd.Function):
             found.states if needs_states else None,
         )
         if not given:
-            return *needed, None, None
-        of_resets = found.reset_states if further[3] else None
-        return *needed, None, None, None, of_resets, None, None
+            return *needed, None, None, None
+        of_resets = found.reset_states if further[4] else None
+        return *needed, None, None, None, None, of_resets, None, None

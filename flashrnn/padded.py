@@ -10,10 +10,10 @@ finite. It is for cells that :func:`flashrnn.cells.bounds.stays_finite` accepts,
 from gates alone is NaN. Then the first unit's h is NaN too, and so are all h of the next step, with
 and without such units.
 
-Backward, an infinite gradient times these zeros is NaN, and so are an infinite R of the first unit
-times a gradient of 0 and what follows from infinite gates. So gradients that are infinite without
-additional units, or where R or a gate is, may be NaN. Calls with a ``gradient_recurrent_clipval``,
-which contains such, have no additional units.
+Backward, an infinite gradient times these zeros is NaN, and so are an infinite R or W of the first
+unit times a gradient of 0, and what follows from infinite gates. So gradients that are infinite
+without additional units, or where R, W or a gate is, may be NaN. Calls with a
+``gradient_recurrent_clipval``, which contains such, have no additional units.
 """
 
 from __future__ import annotations
@@ -149,16 +149,18 @@ class _Padded:
         wanted = {"R": (d_R, Kind.WEIGHTS, D), "b": (d_b, Kind.STATES, D)}
         if factors is not None:
             features = factors.x.shape[-1]
-            d_x = None if d_x is None else _first(d_x, features)
             if d_W is not None:
                 wanted["W"] = d_W, Kind.WEIGHTS, features
-        weights = self._resized(wanted, D, launches)
+            if d_x is not None and d_x.shape[-1] != features:
+                wanted["x"] = d_x, Kind.STATES, features
+        own = self._resized(wanted, D, launches)
+        d_x = own.get("x", d_x)
         if factors is not None and d_W is not None:
-            d_W = weights["W"].reshape(factors.W.shape)
+            d_W = own["W"].view(factors.W.shape)
         if of_resets is not None and starts is not None:
             of_resets = _first(of_resets, D)
         of_gates, of_states = _first(of_gates, D), _first(of_states, D)
-        return Gradients(of_gates, of_states, weights["R"], weights["b"], of_resets, d_x, d_W)
+        return Gradients(of_gates, of_states, own["R"], own["b"], of_resets, d_x, d_W)
 
     def _padded(self, given: dict[str, Tensor]) -> dict[str, Resized]:
         """How tensors are to have all units."""
@@ -213,10 +215,11 @@ def _factors(problem: Problem, factors: Factors | None) -> dict[str, Tensor]:
     """``W`` ``[Gw, N, D, I]``, any ``bias`` ``[Gw, N, D]``, and an x that needs more features."""
     if factors is None:
         return {}
-    N, D, (x, W, _, _, bias) = problem.N, problem.D, factors
-    found = {"W": W.view(-1, N, D, W.shape[-1])}
+    x, W, _, _, bias = factors
+    of_gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
+    found = {"W": W.view(*of_gates, W.shape[-1])}
     if bias is not None:
-        found["bias"] = bias.view(-1, N, D)
+        found["bias"] = bias.view(of_gates)
     if _aligned(x) != x.shape[-1]:
         found["x"] = x
     return found

@@ -91,8 +91,13 @@ def gradients_of_layer(
     given: int,
     d_states: Tensor | None,
     d_last: Tensor | None,
+    kept: autograd.Kept | None = None,
 ) -> Gradients:
     """The same backward, from what a node has kept; see :func:`autograd.gradients_of`."""
+    if kept is not None:
+        again = autograd.gradients_again(kept, residuals, d_states, d_last, factors)
+        if again is not None:
+            return again
     arguments = backend, problem, residuals, given, d_states, d_last
     x, W, needs_x, needs_W, _ = factors
     # A hook on saved tensors may have changed these, too.

@@ -415,6 +415,15 @@ def packets_of_steps_are_set_to_zero(driver):
     driver.capturing = False
 
 
+def packets_of_scans_are_set_to_zero(driver):
+    """Before each launch of CTAs that wait for each other; others have none."""
+    for D, count in ((64, 0), (768, 1)):
+        for _ in range(2):
+            before = driver.count("memsets")
+            call(cuda_fused, D=D, T=3)
+            assert driver.count("memsets") == before + count
+
+
 def steps_begin_within_inference_mode(driver):
     """And go on outside of it, where PyTorch refuses to write what was made within."""
     for D in (64, 256, 768):
@@ -464,6 +473,7 @@ TESTS = [
     steps_on_two_streams_share_no_memory,
     steps_in_a_graph_have_its_memory,
     packets_of_steps_are_set_to_zero,
+    packets_of_scans_are_set_to_zero,
     steps_begin_within_inference_mode,
     steps_on_many_streams_level_off,
     unaligned_steps_are_copied_where_they_must_be,

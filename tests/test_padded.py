@@ -8,6 +8,7 @@ import torch
 
 from flashrnn import FlashRNNConfig, Stepper, ahead, cell, flashrnn, nn, recurrent_layer
 from flashrnn.backends import cuda_fused
+from flashrnn.backends import padding as padding_launches
 from flashrnn.cells import resolve
 from flashrnn.cells.bounds import stays_finite
 from flashrnn.kernels import registry
@@ -34,9 +35,8 @@ def padding(monkeypatch, fused_emulation):  # noqa: F811
 
     @cache
     def units_for(problem, steps, most_steps, precision, gpu, features):
-        return -(-problem.D // 8) * 8
+        return -(-problem.D // 8) * 8 if steps > 1 else problem.D
 
-    monkeypatch.setattr(registry, "_FEWEST_SEQUENCES", 3)
     monkeypatch.setattr(registry, "is_small", lambda D: D <= 20)
     monkeypatch.setattr(registry, "padded_units", units_for)
     monkeypatch.setattr(cuda_fused, "forward", noting)
@@ -88,6 +88,37 @@ def test_a_layer_without_gradients(padding):
     assert padding == [24]
     for one, other in zip(given, truth, strict=True):
         assert one.shape == other.shape and relative_error(one, other) <= 1e-5
+        assert one.is_contiguous()
+
+
+@needs_compiler
+@pytest.mark.parametrize("asked", [(), NAMES], ids=str)
+def test_a_layer_without_features(padding, asked):
+    leaves = layer_inputs("lstm", 5, 4, 0, 2, 21)
+    for leaf, name in zip(leaves, NAMES, strict=True):
+        leaf.requires_grad_(name in asked)
+    found, right = (
+        recurrent_layer(*leaves, "lstm", backend) for backend in ("cuda_fused", "vanilla")
+    )
+    assert padding == [24]
+    for one, other in zip(found, right, strict=True):
+        assert relative_error(one, other) <= 1e-5
+    if asked:
+        gradients = (torch.autograd.grad(outputs[0].sum(), leaves) for outputs in (found, right))
+        for one, other in zip(*gradients, strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_results_changed_in_place_are_found_changed(padding):
+    """Backward needs them, as a graph does to find the call."""
+    inputs = random_inputs("lstm", 5, 4, 2, 21, torch.float32)
+    states, _ = call("lstm", inputs, backend="cuda_fused")
+    states.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        states.sum().backward()
+    assert padding == [24]
 
 
 @needs_compiler
@@ -313,11 +344,28 @@ def test_heads_that_are_padded():
     # Few sequences of many steps.
     assert units("elman", 9, 988, 157) == 160 and units("elman", 9, 150, 157) == 157
     assert units("lstm", 8, 400, 1150) == 1152
+    # A layer whose input's rows are whole pieces has less to gain by its products, and more weights
+    # to copy; a call has Wx to copy.
+    assert units("lstm", 64, 64, 1150, features=1151) == 1152
+    assert units("lstm", 64, 64, 1150, features=16384) == 1150
+    assert units("lstm", 256, 24, 650, features=651) == 656
+    assert (
+        units("lstm", 256, 24, 650, features=640) == units("lstm", 256, 24, 650, features=0) == 650
+    )
     # So many as there are; small heads; states that may become infinite.
     assert units("lstm", 1024, 64, 1152) == 1152
     assert units("lstm", 4096, 64, 100) == 100
     assert units(unbounded, 1024, 640, 1150) == units("slstm", 1024, 64, 1150) == 1150
     assert units(halves, 1024, 640, 1150) == 1152
+
+
+def test_calls_of_too_many_elements_are_not_padded(monkeypatch):
+    problem = planned("lstm", 1024, 1, 650, torch.bfloat16)
+    given = 650, "bfloat16", H200
+    padded_units = cuda_fused._padded_units.__wrapped__
+    assert padded_units(problem, *given) == 656
+    monkeypatch.setattr(padding_launches, "too_large", lambda problem, features: True)
+    assert padded_units(problem, *given) == 650
 
 
 def test_without_gradients_there_is_less_to_compute_and_less_to_copy():
@@ -342,6 +390,8 @@ def test_programs_compiled_ahead_are_those_of_calls(shape, sizes):
     texts = ["".join(parts.values()) for _, parts in found]
     for D in sizes:
         assert any(f"constexpr int D = {D};" in text for text in texts)
+    # What tensors get their sizes by.
+    assert sum("pad(CALL)" in text for text in texts) > 0
 
 
 def test_steps_of_packed_sequences(monkeypatch):
@@ -357,4 +407,4 @@ def test_steps_of_packed_sequences(monkeypatch):
     problem = planned("lstm", 1024, 1, 650, torch.bfloat16)._replace(ragged=True, packed=True)
     for T, longest in ((2048, None), (2048, 9), (1024, None), (2048, 0)):
         cuda_fused.padded_units(problem._replace(T=T, longest=longest), 650)
-    assert asked == [(2, 2048), (9, 9)]
+    assert asked == [(2, 2048), (9, 9), (1, 1024), (0, 0)]

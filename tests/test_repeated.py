@@ -8,7 +8,7 @@ from flashrnn.backends import cuda_fused, repeated, steps
 from flashrnn.kernels import source
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
-from tests.layers import layer_inputs
+from tests.layers import NAMES, layer_inputs
 from tests.problems import random_inputs
 
 pytestmark = needs_compiler
@@ -97,6 +97,78 @@ def test_a_module(runs, dtype, kind, batch_first, bias):
     assert not torch.equal(call()[0], copies[0])
 
 
+def differentiated(call, leaves):
+    """What a call returns, and the gradients of its first result and of all of them."""
+
+    def both():
+        outputs = call()
+        weights = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype) for x in outputs]
+        found = [*outputs]
+        for k in (1, len(outputs)):
+            given = outputs[:k], leaves, weights[:k]
+            found += torch.autograd.grad(*given, retain_graph=True, materialize_grads=True)
+        return [x.detach() for x in found]
+
+    return both
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [24, 136])
+@pytest.mark.parametrize("start", ["none", "given", "one"])
+def test_gradients_of_a_call(runs, dtype, D, start):
+    """Of one start for all sequences, too. Where a product follows the launches, forward alone is
+    kept."""
+    leaves = [*random_inputs("lstm", 3, 4, 2, D, dtype).tensors().values()]
+    states = {"none": None, "given": leaves[3], "one": leaves[3][:, :1]}[start]
+    leaves = leaves if start != "none" else leaves[:3]
+    options = {"backend": "cuda_fused"}
+    thrice(differentiated(lambda: flashrnn(*leaves[:3], states, **options), leaves), runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("D", [20, 136])
+@pytest.mark.parametrize("needed", [NAMES, ("W", "b"), ("x",), ("R",)], ids=str)
+def test_gradients_of_a_layer(runs, dtype, kind, D, needed):
+    leaves = layer_inputs(kind, 3, 4, 9, 1, D, dtype)
+    for leaf, name in zip(leaves, NAMES, strict=True):
+        leaf.requires_grad_(name in needed)
+    asked = [leaf for leaf in leaves if leaf.requires_grad]
+    options = {"function": kind, "backend": "cuda_fused", "return_states": "h"}
+    thrice(differentiated(lambda: recurrent_layer(*leaves, **options), asked), runs)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "RNN"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gradients_of_a_module(runs, kind, batch_first):
+    layer = getattr(nn, kind)(9, 24, batch_first=batch_first, backend="cuda_fused").bfloat16()
+    x = torch.randn(5, 4, 9, dtype=torch.bfloat16, requires_grad=True)
+
+    def call():
+        h, last = layer(x)
+        return [h, *(last if kind == "LSTM" else [last])]
+
+    thrice(differentiated(call, [x, *layer.parameters()]), runs)
+
+
+def test_a_graph_of_the_gradient_and_a_hook_are_none_of_it(runs):
+    """What is kept is for launches alone."""
+    leaves = layer_inputs("lstm", 3, 4, 9, 1, 20, torch.float32)
+
+    def call():
+        return recurrent_layer(*leaves, backend="cuda_fused", return_states="h")[0]
+
+    plain = [torch.autograd.grad(call().sum(), leaves) for _ in range(3)][-1]
+    graph = torch.autograd.grad(call().sum(), leaves, create_graph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        hooked = torch.autograd.grad(call().sum(), leaves)
+    for one, other, third in zip(plain, graph, hooked, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert torch.equal(one, third)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        graph[0].sum().backward()
+
+
 def test_each_call_asks_for_its_settings(runs, monkeypatch):
     """A kept call of float32 is not that of another precision."""
     given = random_inputs("lstm", 3, 4, 1, 24, torch.float32)
@@ -122,13 +194,12 @@ def test_a_part_of_the_gpu_is_another(runs, monkeypatch):
 
 
 def test_what_is_not_kept(runs, monkeypatch):
-    """Calls with gradients, of tensors that are copied or cast first, or computed by steps."""
+    """Calls of tensors that are copied or cast first, or that may be computed by steps."""
     given = random_inputs("lstm", 3, 4, 1, 136, torch.bfloat16)
-    leaves = [*given.tensors().values()]
-    Wx, R, b, states = (x.detach() for x in leaves)
+    Wx, R, b, states = (x.detach() for x in given.tensors().values())
     turned = R.transpose(2, 3).contiguous().transpose(2, 3)
     cast = Wx.float(), R.float(), b.float(), states
-    for arguments in (leaves, (Wx, turned, b), cast):
+    for arguments in ((Wx, turned, b), cast):
 
         def call(arguments=arguments):
             return flashrnn(*arguments, backend="cuda_fused", dtype=torch.bfloat16)

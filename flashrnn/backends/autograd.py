@@ -188,6 +188,11 @@ class PaddingBackend(MultiplyingBackend, Protocol):
         """Tensors with more units, or fewer; see :func:`flashrnn.backends.padding.resized`."""
 
 
+def has_additional_units(backend: Backend) -> bool:
+    """Whether it is one of :func:`flashrnn.padded.backend_for`'s, whose heads have more units."""
+    return hasattr(backend, "units")
+
+
 def pads(backend: Backend) -> TypeGuard[PaddingBackend]:
     """Whether a backend computes some heads with more units."""
     return hasattr(backend, "padded_units")
@@ -199,7 +204,7 @@ class RepeatingBackend(MultiplyingBackend, Protocol):
     def repeated(
         self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
     ) -> Repeated | None:
-        """What it keeps of a call without gradients and without options of sequences.
+        """What it keeps of a call's forward without options of sequences.
 
         Args:
             problem: the call's.
@@ -208,14 +213,104 @@ class RepeatingBackend(MultiplyingBackend, Protocol):
             by_time: as of ``results`` above, where those are wanted.
 
         Returns:
-            What allocates ``states``, ``last_states`` and any ``h_by_time`` and ``last_rounded``;
-            ``None``: it keeps nothing.
+            What allocates ``states``, ``last_states``, ``gates`` where a gradient is needed, and
+            any ``h_by_time`` and ``last_rounded``; ``None``: it keeps nothing.
+        """
+
+    def repeated_gradients(
+        self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
+    ) -> Repeated | None:
+        """The same of its backward.
+
+        Args:
+            problem: the call's.
+            given: ``R``, ``initial``, ``states``, ``gates``, any ``d_states`` and ``d_last``, and
+                of a layer ``x`` and ``W``, if a gradient of these is asked for.
+            needs_x: whether the gradient of x is asked for.
+            needs_W: whether that of W is.
+
+        Returns:
+            What allocates ``d_gates``, ``d_initial``, ``d_R``, ``d_b`` and any ``d_x`` and
+            ``d_W``; ``None``: it keeps nothing.
         """
 
 
 def repeats(backend: Backend) -> TypeGuard[RepeatingBackend]:
     """Whether a backend keeps what it prepares."""
     return hasattr(backend, "repeated")
+
+
+class Kept(NamedTuple):
+    """What is kept of a call without options of sequences.
+
+    Attributes:
+        backend: what computed it.
+        problem: ...
+        forward: what the backend keeps of its forward.
+        start: the initial states, if the call was given none.
+        gradients: what it keeps of backwards, by :func:`gradients_again`'s key.
+    """
+
+    backend: RepeatingBackend
+    problem: Problem
+    forward: Repeated
+    start: Tensor | None
+    gradients: dict[tuple[object, ...], Repeated | None]
+
+
+def forward_again(
+    kept: Kept | None, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """What a backend's forward returns, of a call of which that was kept."""
+    made = None if kept is None else kept.forward.run(given)
+    if made is None:
+        return None
+    return made["states"], made["last_states"], made.get("gates")
+
+
+# More strides of upstream gradients than programs have.
+_MOST_GRADIENTS = 16
+
+
+def gradients_again(
+    kept: Kept,
+    residuals: Sequence[Any],
+    d_states: Tensor | None,
+    d_last: Tensor | None,
+    factors: Factors | None = None,
+) -> Gradients | None:
+    """The gradients of a call of which something was kept; see :func:`gradients_of`.
+
+    ``None``: they are to be worked out.
+    """
+    if torch.is_grad_enabled() or recorded():
+        return None
+    R, initial, states, gates, *_ = residuals
+    x, W, needs_x, needs_W = None, None, False, False
+    if factors is not None and (factors.needs_x or factors.needs_W):
+        x, W, needs_x, needs_W, _ = factors
+    if kept.problem.returned == 0:
+        d_states = None
+    tensors = R, initial, states, gates, d_states, d_last, x, W
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not are_plain(given):
+        return None
+    key = needs_x, needs_W, *[None if tensor is None else tensor.stride() for tensor in tensors]
+    if key not in kept.gradients:
+        if len(kept.gradients) >= _MOST_GRADIENTS:
+            kept.gradients.clear()
+        named = {n: tensor for n, tensor in zip(_GIVEN, tensors, strict=True) if tensor is not None}
+        found = kept.backend.repeated_gradients(kept.problem, named, needs_x, needs_W)
+        kept.gradients[key] = found
+    repeated = kept.gradients.get(key)
+    made = None if repeated is None else repeated.run(given)
+    if made is None:
+        return None
+    of_call = made["d_gates"], made["d_initial"], made["d_R"], made["d_b"], None
+    return Gradients(*of_call, made.get("d_x"), made.get("d_W"))
+
+
+_GIVEN = "R", "initial", "states", "gates", "d_states", "d_last", "x", "W"
 
 
 class DifferentiableBackend(Backend, Protocol):
@@ -296,10 +391,10 @@ def run_directly(
     """The same for a fused backend where :func:`flashrnn.backends.is_direct` holds."""
     if sequences is not None:
         if problem.needs_gradient:
-            return apply(Scan, Wx, R, b, states, backend, problem, *sequences)
+            return apply(Scan, Wx, R, b, states, backend, problem, None, *sequences)
         return backend.forward(problem, Wx, R, b, states, sequences)[:2]
     if problem.needs_gradient:
-        return apply(Scan, Wx, R, b, states, backend, problem)
+        return apply(Scan, Wx, R, b, states, backend, problem, None)
     return backend.forward(problem, Wx, R, b, states)[:2]
 
 
@@ -631,30 +726,33 @@ class Scan(torch.autograd.Function):
         states_initial: Tensor,
         backend: FusedBackend,
         problem: Problem,
+        kept: Kept | None,
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        arguments = problem, Wx, R, b, states_initial
+        given = Wx, R, b, states_initial
         of_options = (Sequences(*options),) if options else ()
-        states, last_states, gates = backend.forward(*arguments, *of_options)
+        found = forward_again(kept, given) or backend.forward(problem, *given, *of_options)
+        states, last_states, gates = found
         output, residuals = residuals_of(problem, R, states_initial, states, gates, options)
         ctx.save_for_backward(*residuals)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.problem, ctx.given = backend, problem, len(options)
+        ctx.backend, ctx.problem, ctx.kept, ctx.given = backend, problem, kept, len(options)
         return output, last_states
 
     @staticmethod
     def backward(  # noqa: D102
         ctx: Any, d_states: Tensor | None, d_last: Tensor | None
     ) -> tuple[Any, ...]:
-        backend, problem, given = ctx.backend, ctx.problem, ctx.given
+        problem, given = ctx.problem, ctx.given
         # Autocast may be on where backward() is called.
         with without_autocast(problem.device.type):
-            found = gradients_of(backend, problem, ctx.saved_tensors, given, d_states, d_last)
+            arguments = ctx.backend, problem, ctx.saved_tensors, given, d_states, d_last
+            found = gradients_of(*arguments, ctx.kept)
         needed = _needed(ctx, problem.cell, found)
         if not given:
-            return *needed, None, None
-        of_resets = found.reset_states if ctx.needs_input_grad[7] else None
-        return *needed, None, None, None, of_resets, None, None
+            return *needed, None, None, None
+        of_resets = found.reset_states if ctx.needs_input_grad[8] else None
+        return *needed, None, None, None, None, of_resets, None, None
 
 
 def residuals_of(
@@ -687,6 +785,7 @@ def gradients_of(
     given: int,
     d_states: Tensor | None,
     d_last: Tensor | None,
+    kept: Kept | None = None,
     **further: Any,
 ) -> Gradients:
     """A node's gradients.
@@ -698,8 +797,11 @@ def gradients_of(
         given: how many of these are options.
         d_states: of the states that were returned; ``None``: zeros.
         d_last: of the last states, likewise.
+        kept: what is kept of the call, if there is something.
         further: arguments for the backend's backward.
     """
+    if kept is not None and (found := gradients_again(kept, residuals, d_states, d_last)):
+        return found
     options, part = residuals[4 : 4 + given], residuals[4 + given :]
     if problem.returned == 0:
         d_states = None
@@ -711,8 +813,8 @@ def gradients_of(
     sequences = Sequences(*options) if options else None
     tensors = R, states_initial, states.contiguous(), gates.contiguous(), d_states, d_last
     is_direct = not (with_graph or recorded()) and are_plain(x for x in tensors if x is not None)
-    # That with more units asks the same of the backend that it is for.
-    if is_direct or hasattr(backend, "units"):
+    # A backend with additional units calls this function for the backend that computes them.
+    if is_direct or has_additional_units(backend):
         return backend.backward(problem, *tensors, sequences, **further)
     # With a graph of the gradient the operator's own derivative raises an error, which says that
     # there is none.

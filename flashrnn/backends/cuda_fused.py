@@ -31,7 +31,6 @@ from flashrnn.backends.requirements import (
     too_many_numbered_rows,
     unavailable_cuda,
 )
-from flashrnn.cells.bounds import MOST_STEPS, stays_finite
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import context, launch
 from flashrnn.jit.background import compile_soon
@@ -69,25 +68,17 @@ def _padded_units(problem: Problem, features: int, precision: str, gpu: GPU) -> 
         steps = tiles_of(problem.T, max(1, problem.B))
     # A clip contains an infinite gradient, and 0 times that would be NaN before it is clipped.
     clips = problem.gradient_recurrent_clipval is not None
-    if clips or padding.too_large(problem) or not registry.may_be_padded(problem, steps):
+    if clips or padding.too_large(problem, features):
         return problem.D
     planned = _planned(problem, problem.B)
     return registry.padded_units(planned, steps, most_steps, precision, gpu, features)
 
 
-def most_units(problem: Problem, gpu: GPU | None, precision: str) -> int:
-    """With how many units heads are computed where there are as many steps as they may have.
-
-    See :func:`programs` for the arguments.
-    """
+def most_units(problem: Problem) -> int:
+    """With how many units heads may be computed, whatever the steps and a layer's features are."""
     if problem.gradient_recurrent_clipval is not None:
         return problem.D
-    planned = _planned(problem, problem.B)._replace(allow_tf32=precision == "tf32")
-    steps, largest = MOST_STEPS, torch.finfo(problem.dtype).max
-    while steps > 1 and not stays_finite(problem.cell, steps, largest):
-        steps //= 2
-    given = steps, steps, precision, gpu or _gpu(problem)
-    return registry.padded_units(planned, *given, features=problem.D)
+    return registry.wide_units(problem, steps=2)
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -235,7 +226,7 @@ def repeated(
     problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
 ) -> Repeated | None:
     """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
-    gpu, settings, is_small = _gpu(problem), _settings(problem), registry.is_small(problem.D)
+    is_small = registry.is_small(problem.D)
     if not (problem.B and problem.T) or (steps.may_be_faster(problem) and not is_small):
         return None
     tensors, product, Wx = dict(given), None, given.get("Wx")
@@ -243,8 +234,10 @@ def repeated(
         if not multiplies(problem, given["x"], given["W"]):
             return None
         Wx, product = few_rows.begun(problem, given["x"])
-    every_state, last_states, _ = autograd.new_outputs(problem, Wx)
+    every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     new = {"states": every_state, "last_states": last_states}
+    if gates is not None:
+        new["gates"] = gates
     if product is not None:
         new["Wx"] = Wx
     if by_time is not None:
@@ -252,14 +245,55 @@ def repeated(
     tensors |= new
     if not (tensors["R"].is_contiguous() and tensors["b"].is_contiguous()):
         return None
-    options = source.forward_options(False)
+    options = source.forward_options(problem.needs_gradient)
     if problem.returned is not None:
         options += source.options_of_storing(problem, every_state.shape[0])
-    _, layout = _record(problem, backward=False).read(tensors)
-    precision = source.precision_of(problem)
+    features = given["x"].shape[2] if product else 0
+    ahead = problem.needs_gradient and few_rows.gives_R(problem, features)
+    return _repeated(problem, False, tensors, new, options, product, ahead=ahead)
+
+
+def repeated_gradients(
+    problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
+) -> Repeated | None:
+    """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
+    is_small = registry.is_small(problem.D)
+    if not (problem.B and problem.T) or (steps.may_be_faster(problem) and not is_small):
+        return None
+    factors = Factors(given["x"], given["W"], needs_x, needs_W) if "x" in given else None
+    if factors is not None and not multiplies(problem, factors.x, factors.W):
+        return None
+    asked = few_rows.asked(problem, factors)
+    if factors is not None and not (asked is not None and asked.I):
+        return None
+    new = _new_gradients(problem, given["initial"], given["gates"], asked, factors)
+    if "d_R" not in new or (problem.dtype == torch.float32 and not (asked and asked.of_R)):
+        return None
+    contiguous = given["R"], given["states"], given["gates"]
+    if not all(x.is_contiguous() for x in contiguous):
+        return None
+    return _repeated(
+        problem, True, given | new, new, _backward_options(problem, given), asked=asked
+    )
+
+
+def _repeated(
+    problem: Problem,
+    backward: bool,
+    tensors: dict[str, Tensor],
+    new: dict[str, Tensor],
+    options: source.Options,
+    product: few_rows.Product | None = None,
+    asked: few_rows.Asked | None = None,
+    ahead: bool = False,
+) -> Repeated | None:
+    """What is kept of a direction; ``None`` if it copies tensors first."""
+    gpu, settings, is_small = _gpu(problem), _settings(problem), registry.is_small(problem.D)
+    _, layout = _record(problem, backward).read(tensors)
     # Tensors that begin elsewhere take another way.
     layout = layout._replace(offsets=())
-    prepared = _prepared(problem, gpu, False, precision, options, layout, product)
+    precision = source.precision_of(problem)
+    prepared = _prepared(problem, gpu, backward, precision, options, layout, product, asked, ahead)
     if prepared.copied:
         return None
 
@@ -323,31 +357,21 @@ def backward(
     if T and (plan := _steps(problem, gpu, backward=True)):
         residuals = states_initial, states, gates
         return steps.backward(problem, plan, R, *residuals, d_states, d_last_states)
-    d_gates = torch.empty_like(gates)
     if B == 0 or T == 0:
-        found = of_no_steps(problem, d_gates, d_last_states, states_initial)
+        found = of_no_steps(problem, torch.empty_like(gates), d_last_states, states_initial)
         return found._replace(reset_states=zeros_like_starts(sequences))
-    d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)
-    d_bias = states_initial.new_empty(B, len(cell.gates), N, D)
-    tensors = {
-        "R": R.contiguous(),
-        "initial": states_initial,
-        "states": states,
-        "gates": gates,
-        "d_gates": d_gates,
-        "d_initial": d_initial,
-        "d_bias": d_bias,
-    }
-    clips = problem.gradient_recurrent_clipval is not None
+    tensors = {"R": R.contiguous(), "initial": states_initial, "states": states, "gates": gates}
     if d_states is not None:
         tensors["d_states"] = d_states
     if d_last_states is not None:
         tensors["d_last"] = d_last_states
-    given = number_of(d_states), d_last_states is not None
-    options = source.backward_options(problem.gradient_recurrent_cut, clips, *given)
+    options = _backward_options(problem, tensors)
+    asked = few_rows.asked(problem, factors)
+    new = _new_gradients(problem, states_initial, gates, asked, factors)
+    tensors |= new
     d_resets, of_options = None, tables.Tables({})
     if sequences is not None:
-        idle = _idle(problem, d_gates, len(cell.gates) * N * D)
+        idle = _idle(problem, new["d_gates"], len(cell.gates) * N * D)
         problem = _as_planned(problem, sequences)
         looked_up = not registry.is_small(D) or dict(source.gradient_options(problem))["GATHERED"]
         of_options = tables.made(problem, sequences, states_initial if looked_up else None, idle)
@@ -360,27 +384,50 @@ def backward(
         tensors |= {"before_rows": of_options.before.rows, "h_starts": of_options.before.starts}
     if of_options.lengths is not None:
         tensors["lengths"] = of_options.lengths
-    d_R = d_x = d_W = None
-    asked = few_rows.asked(problem, factors)
     if asked is not None and factors is not None and asked.I:
         tensors |= {"x": factors.x, "W": factors.W}
-        if asked.of_x:
-            tensors["d_x"] = d_x = torch.empty_like(
-                factors.x, memory_format=torch.contiguous_format
-            )
-        if asked.of_W:
-            tensors["d_W"] = d_W = torch.empty_like(factors.W)
     of_R = asked is not None and asked.of_R
-    if of_R or registry.is_small(D):
-        tensors["d_R"] = d_R = d_gates.new_empty(len(cell.fed_by("R")), N, D, D)
-        if problem.dtype == torch.float32 and not of_R:
-            tensors["h_initial"] = states_initial[0].contiguous()
-    tensors["d_b"] = d_b = d_gates.new_empty(len(cell.fed_by("b")), N, D)
+    if "d_R" in new and problem.dtype == torch.float32 and not of_R:
+        tensors["h_initial"] = states_initial[0].contiguous()
     _launch(problem, gpu, True, tensors, options, asked=asked)
+    d_R = new.get("d_R")
     if d_R is None:
         before = tables.h_before(problem, of_options.before, states_initial, states)
-        d_R = recurrent_gradient(cell, d_gates, before)
-    return Gradients(d_gates, d_initial, d_R, d_b, d_resets, d_x, d_W)
+        d_R = recurrent_gradient(cell, new["d_gates"], before)
+    of_call = new["d_gates"], new["d_initial"], d_R, new["d_b"], d_resets
+    return Gradients(*of_call, new.get("d_x"), new.get("d_W"))
+
+
+def _backward_options(problem: Problem, given: dict[str, Tensor]) -> source.Options:
+    """The usual constants of a backward scan."""
+    clips, d_states = problem.gradient_recurrent_clipval is not None, given.get("d_states")
+    upstream = number_of(d_states), "d_last" in given
+    return source.backward_options(problem.gradient_recurrent_cut, clips, *upstream)
+
+
+def _new_gradients(
+    problem: Problem,
+    states_initial: Tensor,
+    gates: Tensor,
+    asked: few_rows.Asked | None,
+    factors: Factors | None,
+) -> dict[str, Tensor]:
+    """Memory for the gradients that launches give, by the operands' names."""
+    cell, (N, D) = problem.cell, (problem.N, problem.D)
+    found = {
+        "d_gates": torch.empty_like(gates),
+        "d_initial": torch.empty_like(states_initial, memory_format=torch.contiguous_format),
+        "d_bias": states_initial.new_empty(problem.B, len(cell.gates), N, D),
+    }
+    if asked is not None and factors is not None:
+        if asked.of_x:
+            found["d_x"] = torch.empty_like(factors.x, memory_format=torch.contiguous_format)
+        if asked.of_W:
+            found["d_W"] = torch.empty_like(factors.W)
+    if registry.is_small(D) or (asked is not None and asked.of_R):
+        found["d_R"] = gates.new_empty(len(cell.fed_by("R")), N, D, D)
+    found["d_b"] = gates.new_empty(len(cell.fed_by("b")), N, D)
+    return found
 
 
 def _launch(

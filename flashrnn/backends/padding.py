@@ -33,12 +33,13 @@ class Resizing(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def too_large(problem: Problem) -> bool:
-    """Whether Wx has too many elements for a launch."""
-    (rows, T), gates = problem.rows, len(problem.cell.fed_by("Wx"))
-    # The additional units take less than another half.
-    elements = 2 * rows * T * max(gates, len(problem.cell.states)) * problem.N * problem.D
-    return elements * problem.dtype.itemsize // 16 > padding.MOST_PIECES
+def too_large(problem: Problem, features: int) -> bool:
+    """Whether Wx, a layer's input or its states have too many elements for a launch."""
+    (rows, T), cell = problem.rows, problem.cell
+    # With up to 7 units or features more. States may be float32.
+    width = problem.N * (problem.D + 7)
+    of_a_row = max(features + 7, len(cell.fed_by("Wx")) * width, len(cell.states) * width)
+    return rows * T * of_a_row * torch.float32.itemsize // 16 > padding.MOST_PIECES
 
 
 def resized(given: Sequence[Resized], rows: int) -> list[Tensor]:

@@ -56,8 +56,6 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
     return min(possible, key=lambda plan: plan.estimated_cycles)
 
 
-# Of so few steps of so few sequences there is nothing to gain from additional units.
-_FEWEST_STEPS, _FEWEST_SEQUENCES = 64, 64
 # Cycles of 1.98 GHz, forward and backward. Of the host: for a call, and beyond that for padding.
 _HOST, _HOST_OF_PADDING = (240_000, 1_160_000), (160_000, 280_000)
 # Of the GPU, besides steps and products: starts, sums, and the time between launches.
@@ -70,13 +68,18 @@ _REACHED_ANYWHERE = 0.15
 _COPY_RATE = 6
 
 
-def may_be_padded(problem: Problem, steps: int) -> bool:
-    """A cheap check made before :func:`padded_units`.
+def wide_units(problem: Problem, steps: int) -> int:
+    """With how many units heads of so many steps can be computed: D, or a multiple of 16 bytes.
 
     One step is never padded, so that it has the bits of a Stepper's.
     """
-    enough = steps >= _FEWEST_STEPS or problem.B >= _FEWEST_SEQUENCES
-    return steps > 1 and problem.B > 0 and enough and not is_small(problem.D)
+    D, size, cell = problem.D, problem.dtype.itemsize, problem.cell
+    wide = tiles_of(D * size, 16) * 16 // size
+    if wide == D or steps < 2 or not problem.B or is_small(D):
+        return D
+    # R has zeros for the additional units' h, and 0 times what is infinite or NaN is NaN.
+    is_finite = stays_finite(cell, power_of_two(steps), torch.finfo(problem.dtype).max)
+    return wide if is_finite else D
 
 
 @lru_cache(maxsize=1024)
@@ -94,12 +97,8 @@ def padded_units(
         features: of a layer's input, whose product with weights Wx is, to which the units are
             added; 0: Wx is copied.
     """
-    D, size, cell = problem.D, problem.dtype.itemsize, problem.cell
-    wide = tiles_of(D * size, 16) * 16 // size
-    if wide == D or not may_be_padded(problem, steps):
-        return D
-    # R has zeros for the additional units' h, and 0 times what is infinite or NaN is NaN.
-    if not stays_finite(cell, power_of_two(most_steps), torch.finfo(problem.dtype).max):
+    D, wide = problem.D, wide_units(problem, most_steps)
+    if wide == D or steps < 2:
         return D
     directions = (False, True) if problem.needs_gradient else (False,)
     own, more = (
@@ -127,23 +126,33 @@ def _cycles_of_call(
     See :func:`padded_units` for the other arguments.
     """
     cell, B, N, D = problem.cell, problem.B, problem.N, problem.D
-    by_tensor_cores = cell_plan.matrix_rate(precision, gpu) * gpu.multiprocessors
-    reached, copied = _REACHED_ANYWHERE, 0
+    size, I = problem.dtype.itemsize, features  # noqa: E741
+    of_input, of_R = len(cell.fed_by("Wx")) * N, len(cell.fed_by("R")) * N
+    copied = copied_once = 0.0
     if units > D:
-        reached = cell_plan.REACHED
-        # Wx or the input, and the returned states, or their gradients.
-        inputs = features or len(cell.fed_by("Wx")) * N * D
+        # The input, if its rows are longer then, or Wx; the returned states, or their gradients.
         states = N * D * (len(cell.states) if problem.returned is None else 1)
-        copied = 2 * problem.dtype.itemsize * B * (inputs + states)
+        inputs = of_input * D if not I else 0 if I * size % 16 == 0 else I
+        copied = 2 * size * B * (inputs + states)
+        # Weights; backward their gradients, too.
+        weights = (of_input * I + of_R * D) * D
+        copied_once = 2 * size * weights * (2 if backward else 1)
     # Products over all steps: of the input, and for the gradients of both factors and of R.
-    factors = len(cell.fed_by("Wx")) * N * D * features
-    operations = 2 * B * factors
+    product = 2 * B * of_input * D * I * (2 if backward else 1)
+    of_a_step = product / _reached(size * I, size * of_input * D, padded=units > D)
     if backward:
-        operations = 2 * operations + 2 * B * len(cell.fed_by("R")) * N * D * D
-    of_a_step = _estimated_cycles(problem._replace(D=units), precision, gpu, backward)
-    of_a_step += operations / (reached * by_tensor_cores)
-    of_a_step += copied / (_COPY_RATE * gpu.multiprocessors)
-    return steps * of_a_step + _START[backward]
+        of_a_step += 2 * B * of_R * D * D / _reached(size * D, padded=units > D)
+    of_a_step /= cell_plan.matrix_rate(precision, gpu) * gpu.multiprocessors
+    of_a_step += _estimated_cycles(problem._replace(D=units), precision, gpu, backward)
+    copy_rate = _COPY_RATE * gpu.multiprocessors
+    return steps * (of_a_step + copied / copy_rate) + copied_once / copy_rate + _START[backward]
+
+
+def _reached(*rows: int, padded: bool = False) -> float:
+    """What a library's product reaches of the rate of tensor cores, by the bytes of its factors'
+    rows, which are whole pieces of 16 bytes if they are ``padded``."""
+    aligned = padded or all(row % 16 == 0 for row in rows)
+    return cell_plan.REACHED if aligned else _REACHED_ANYWHERE
 
 
 def _estimated_cycles(problem: Problem, precision: str, gpu: GPU, backward: bool) -> float:

@@ -141,15 +141,14 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
-    tensors = _as_scans_have_them(form.mode, x, weights)
-    again, repeated = None, None
+    tensors, again, kept = _as_scans_have_them(form.mode, x, weights), None, None
     if tensors:
         of_backend = layers.backend, form.h_by_time, *key
-        again, repeated = calls.again(of_backend, problem, [*tensors.values()], start)
-        if repeated is not None:
-            results = autograd.Results(repeated.get("h_by_time"), repeated.get("last_rounded"))
-            states, last_states = repeated["states"], repeated["last_states"]
-            return _in_forms(problem, form, states, last_states, results)
+        again, kept = calls.again(of_backend, problem, [*tensors.values()], start)
+    if kept is not None:
+        start = kept.start if start is None else start
+        assert start is not None
+        return _computed(x, start, kept.backend, kept.problem, kept, form, *weights)
     chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
         return None
@@ -157,14 +156,20 @@ def _layer(
     given_start = start is not None
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
-    if problem.needs_gradient:
-        found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, chosen, problem, form, *weights)
-        return found
-    outputs, _ = _forward(x, start, chosen, problem, form, *weights)
+    outputs = _computed(x, start, chosen, problem, None, form, *weights)
     if again is not None:
         tensors["x"] = x.transpose(0, 1) if form.x_by_time else x
         calls.keep(again, chosen, problem, tensors, start, given_start, form.h_by_time)
     return outputs
+
+
+def _computed(x: Tensor, start: Tensor, *further: Any) -> tuple[Tensor, ...]:
+    """h and each last state; the arguments are those of :func:`_forward`."""
+    _, problem, *_ = further
+    if problem.needs_gradient:
+        found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, *further)
+        return found
+    return _forward(x, start, *further)[0]
 
 
 def _as_scans_have_them(mode: str, x: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
@@ -188,12 +193,21 @@ def _forward(
     start: Tensor,
     backend: autograd.FusedBackend,
     problem: Problem,
+    kept: autograd.Kept | None,
     form: Form,
     *weights: Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """h and each last state in torch.nn's forms, and what backward needs."""
     biases: Sequence[Tensor]
     weight_ih, weight_hh, *biases = weights
+    if kept is not None:
+        tensors = _as_scans_have_them(form.mode, x, [*weights])
+        made = kept.forward.run([*tensors.values(), start])
+        if made is not None:
+            results = autograd.Results(made.get("h_by_time"), made.get("last_rounded"))
+            outputs = _in_forms(problem, form, made["states"], made["last_states"], results)
+            residuals = start, made["states"], made.get("gates"), outputs[0]
+            return outputs, (x, weight_ih, weight_hh, *residuals)
     dtype = problem.dtype
     x, weight_ih = calls.cast_to(x, dtype), calls.cast_to(weight_ih, dtype)
     weight_hh = calls.cast_to(weight_hh, dtype)
@@ -251,13 +265,14 @@ class _Node(torch.autograd.Function):
         start: Tensor,
         backend: autograd.FusedBackend,
         problem: Problem,
+        kept: autograd.Kept | None,
         form: Form,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        outputs, kept = _forward(x, start, backend, problem, form, *weights)
-        ctx.save_for_backward(*kept)
+        outputs, residuals = _forward(x, start, backend, problem, kept, form, *weights)
+        ctx.save_for_backward(*residuals)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.problem, ctx.form = backend, problem, form
+        ctx.backend, ctx.problem, ctx.kept, ctx.form = backend, problem, kept, form
         return outputs
 
     @staticmethod
@@ -273,14 +288,14 @@ class _Node(torch.autograd.Function):
             zeros = torch.zeros_like(given[0])
             d_last = torch.stack([zeros if d_state is None else d_state for d_state in d_ended])
             d_last = d_last.to(start.dtype).view(S, B, 1, N, D)
-        needs_x, needs_start, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
+        needs_x, needs_start, _, _, _, _, needs_W, needs_R, *needs_b = ctx.needs_input_grad
         copy = _copy(ctx.backend)
         R = recurrent_matrix(form.mode, weight_hh, copy).view(-1, N, D, D)
         rows = x.transpose(0, 1) if form.x_by_time else x
         factors = autograd.Factors(rows, weight_ih, needs_x, needs_W)
         with without_autocast(x.device.type):
             arguments = ctx.backend, ctx.problem, factors, (R, start, *residuals), 0
-            found = gradients_of_layer(*arguments, d_states, d_last)
+            found = gradients_of_layer(*arguments, d_states, d_last, ctx.kept)
         d_x = found.x
         d_R = found.R if needs_R else None
         d_b = found.b if any(needs_b) else None
@@ -293,4 +308,4 @@ class _Node(torch.autograd.Function):
         of_recurrence = recurrence_gradients(
             form.mode, d_R, d_b, weight_hh.shape, len(needs_b), copy
         )
-        return d_x, d_start, None, None, None, found.W, *of_recurrence
+        return d_x, d_start, None, None, None, None, found.W, *of_recurrence

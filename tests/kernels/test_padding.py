@@ -1,4 +1,4 @@
-"""Copies whose rows have other lengths than those they are of, several in one launch."""
+"""Copies of tensors into rows of another length, several in one launch."""
 
 import pytest
 import torch
@@ -66,8 +66,10 @@ def test_each_has_its_elements(fused_emulation, poisoned, drawn):  # noqa: F811
 
 def test_calls_of_too_many_elements_are_not_padded():
     problem = planned("lstm", 4096, 1, 1999, torch.bfloat16)
-    assert not padding.too_large(problem._replace(T=256))
-    assert padding.too_large(problem._replace(T=1024))
+    assert not padding.too_large(problem._replace(T=256), features=8000)
+    assert padding.too_large(problem._replace(T=1024), features=0)
+    # A layer's input may be larger.
+    assert padding.too_large(problem._replace(T=256), features=8193)
 
 
 @needs_nvrtc

@@ -1,5 +1,4 @@
-// Several tensors with more units, or without them again, in one launch: copies whose rows have other lengths
-// than those they are of.
+// Several tensors with more units, or without them again, in one launch: copies into rows of another length.
 //
 //     to[i0, i1, i2, i3, :width] = from[i0, i1, i2, i3 < rows ? i3 : 0, :columns]
 //
