@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashrnn.backends import Backend, is_direct
+from flashrnn import calls
+from flashrnn.backends import Backend, autograd, is_direct
 from flashrnn.backends.autograd import (
     Factors,
     Kind,
     PaddingBackend,
     Resized,
     Results,
-    gradients_of,
     own_units,
     pads,
 )
@@ -101,19 +101,39 @@ class _Padded:
         given = {"R": R.view(-1, N, D, D), "b": b.view(-1, N, D), "states": states}
         given |= _present(Wx=Wx, reset_states=starts, **_factors(problem, factors))
         found = self._resized(self._padded(given), self.units, launches=True)
-        weights, options = (found["R"], found["b"]), _options(sequences, found)
         wide, start = problem._replace(D=self.units), found["states"]
-        if factors is None:
-            outputs = self._backend.forward(wide, found["Wx"], *weights, start, options)
-        else:
-            x, W = found.get("x", factors.x), found["W"]
-            outputs = forward_of_layer(
-                *(self._backend, wide, x, W, *weights, start), options or (), found.get("bias")
-            )
+        if factors is not None:
+            found.setdefault("x", factors.x)
+        tensors = {name: found[name] for name in _OF_A_SCAN if name in found}
+        again, kept = calls.again((self._backend, wide), wide, [*tensors.values()], start)
+        outputs = autograd.forward_again(kept, (*tensors.values(), start))
+        if outputs is None:
+            outputs = self._computed(wide, tensors, start, _options(sequences, found))
+            if again is not None:
+                calls.keep(again, self._backend, wide, tensors, start, given_states=True)
+                calls.kept[self._of_backward(wide)] = calls.kept.get(again)
         every_state, last_states, gates = outputs
         if not problem.needs_gradient:
             every_state = own_units(problem, every_state).contiguous()
         return every_state, own_units(problem, last_states).contiguous(), gates
+
+    def _computed(
+        self,
+        wide: Problem,
+        tensors: dict[str, Tensor],
+        start: Tensor,
+        options: Sequences | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The results of a problem with all units."""
+        weights = tensors["R"], tensors["b"], start
+        if "Wx" in tensors:
+            return self._backend.forward(wide, tensors["Wx"], *weights, options)
+        factors, bias = (tensors["x"], tensors["W"]), tensors.get("bias")
+        return forward_of_layer(self._backend, wide, *factors, *weights, options or (), bias)
+
+    def _of_backward(self, wide: Problem) -> tuple[object, ...]:
+        """The key of what is kept of a call, by which backward finds it."""
+        return "backward", self._backend, wide
 
     def backward(
         self,
@@ -140,11 +160,12 @@ class _Padded:
         wide, options = problem._replace(D=self.units), _options(sequences, found) or ()
         residuals = found["R"], found["states"], states, gates, *options
         upstream = len(options), found.get("d_states"), found.get("d_last")
+        kept = None if options else calls.kept.get(self._of_backward(wide))
         if factors is None:
-            gradients = gradients_of(self._backend, wide, residuals, *upstream)
+            gradients = autograd.gradients_of(self._backend, wide, residuals, *upstream, kept)
         else:
             padded = factors._replace(x=found.get("x", factors.x), W=found["W"])
-            gradients = gradients_of_layer(self._backend, wide, padded, residuals, *upstream)
+            gradients = gradients_of_layer(self._backend, wide, padded, residuals, *upstream, kept)
         D, (of_gates, of_states, d_R, d_b, of_resets, d_x, d_W) = problem.D, gradients
         wanted = {"R": (d_R, Kind.WEIGHTS, D), "b": (d_b, Kind.STATES, D)}
         if factors is not None:
@@ -187,6 +208,7 @@ def _with_units(backend: Any, units: int) -> Any:
     return _Padded(backend, units)
 
 
+_OF_A_SCAN = "Wx", "x", "W", "bias", "R", "b"
 _OF_FEATURES = {"x", "W"}
 # All others are states or their gradients, or x.
 _KINDS = {

@@ -233,7 +233,7 @@ def test_what_is_kept_may_lie_elsewhere(padding, how):
     with torch.autograd.graph.saved_tensors_hooks(turned, lambda x: x):
         output, leaves = called(how)
     found = torch.autograd.grad(output, leaves, weights)
-    assert padding == [24, 24]
+    assert set(padding) == {24}
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 

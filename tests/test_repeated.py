@@ -10,6 +10,7 @@ from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
 from tests.layers import NAMES, layer_inputs
 from tests.problems import random_inputs
+from tests.steps import by_steps, forget
 
 pytestmark = needs_compiler
 DTYPES = torch.bfloat16, torch.float32
@@ -205,10 +206,21 @@ def test_what_is_not_kept(runs, monkeypatch):
             return flashrnn(*arguments, backend="cuda_fused", dtype=torch.bfloat16)
 
         thrice(call, runs, False)
-    monkeypatch.setattr(steps, "may_be_faster", lambda problem: True)
-    monkeypatch.setattr(cuda_fused, "_steps", lambda *_, **__: None)
+    by_steps(monkeypatch)
     thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs, False)
+    forget()
     assert set(calls.kept.values()) <= {None}
+
+
+def test_many_sequences_of_a_wide_head(runs, monkeypatch):
+    """Unless settings change by which they may be computed in steps."""
+    given = random_inputs("lstm", 3, 4, 1, 136, torch.bfloat16)
+    Wx, R, b, _ = (x.detach() for x in given.tensors().values())
+    monkeypatch.setattr(steps, "FEWEST", 1)
+    thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
+    monkeypatch.setattr(steps, "may_be_faster", lambda problem: False)
+    flashrnn(Wx, R, b, backend="cuda_fused")
+    assert runs[-1] is False
 
 
 def test_a_tensor_that_begins_elsewhere(runs):

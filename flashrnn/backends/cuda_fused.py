@@ -226,8 +226,7 @@ def repeated(
     problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
 ) -> Repeated | None:
     """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
-    is_small = registry.is_small(problem.D)
-    if not (problem.B and problem.T) or (steps.may_be_faster(problem) and not is_small):
+    if not _is_by_scan(problem, backward=False):
         return None
     tensors, product, Wx = dict(given), None, given.get("Wx")
     if Wx is None:
@@ -253,12 +252,18 @@ def repeated(
     return _repeated(problem, False, tensors, new, options, product, ahead=ahead)
 
 
+def _is_by_scan(problem: Problem, backward: bool) -> bool:
+    """Whether there is something to compute, and a persistent kernel computes it."""
+    if not (problem.B and problem.T):
+        return False
+    return registry.is_small(problem.D) or not _steps(problem, _gpu(problem), backward)
+
+
 def repeated_gradients(
     problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
 ) -> Repeated | None:
     """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
-    is_small = registry.is_small(problem.D)
-    if not (problem.B and problem.T) or (steps.may_be_faster(problem) and not is_small):
+    if not _is_by_scan(problem, backward=True):
         return None
     factors = Factors(given["x"], given["W"], needs_x, needs_W) if "x" in given else None
     if factors is not None and not multiplies(problem, factors.x, factors.W):
@@ -288,7 +293,8 @@ def _repeated(
     ahead: bool = False,
 ) -> Repeated | None:
     """What is kept of a direction; ``None`` if it copies tensors first."""
-    gpu, settings, is_small = _gpu(problem), _settings(problem), registry.is_small(problem.D)
+    gpu, is_small = _gpu(problem), registry.is_small(problem.D)
+    settings, many = _settings(problem), steps.may_be_faster(problem)
     _, layout = _record(problem, backward).read(tensors)
     # Tensors that begin elsewhere take another way.
     layout = layout._replace(offsets=())
@@ -298,7 +304,7 @@ def _repeated(
         return None
 
     def is_current() -> bool:
-        if not is_small and (_gpu(problem) != gpu or steps.may_be_faster(problem)):
+        if not is_small and (_gpu(problem) != gpu or steps.may_be_faster(problem) != many):
             return False
         return _settings(problem) == settings
 

@@ -57,7 +57,7 @@ def best_plan(problem: Problem, gpu: GPU, backward: bool) -> Plan | str:
 
 
 # Cycles of 1.98 GHz, forward and backward. Of the host: for a call, and beyond that for padding.
-_HOST, _HOST_OF_PADDING = (240_000, 1_160_000), (160_000, 280_000)
+_HOST, _HOST_OF_PADDING = (240_000, 1_160_000), (400_000, 200_000)
 # Of the GPU, besides steps and products: starts, sums, and the time between launches.
 _START = 80_000, 160_000
 # What a slow host takes for a step that is launched by itself.
