@@ -18,14 +18,14 @@ without additional units, or where R, W or a gate is, may be NaN. Calls with a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashrnn import calls
 from flashrnn.backends import Backend, autograd, is_direct
 from flashrnn.backends.autograd import (
     Factors,
@@ -102,38 +102,64 @@ class _Padded:
         given |= _present(Wx=Wx, reset_states=starts, **_factors(problem, factors))
         found = self._resized(self._padded(given), self.units, launches=True)
         wide, start = problem._replace(D=self.units), found["states"]
-        if factors is not None:
-            found.setdefault("x", factors.x)
-        tensors = {name: found[name] for name in _OF_A_SCAN if name in found}
-        again, kept = calls.again((self._backend, wide), wide, [*tensors.values()], start)
-        outputs = autograd.forward_again(kept, (*tensors.values(), start))
-        if outputs is None:
-            outputs = self._computed(wide, tensors, start, _options(sequences, found))
-            if again is not None:
-                calls.keep(again, self._backend, wide, tensors, start, given_states=True)
-                calls.kept[self._of_backward(wide)] = calls.kept.get(again)
+        weights, options = (found["R"], found["b"], start), _options(sequences, found)
+        if factors is None:
+            outputs = self._backend.forward(wide, found["Wx"], *weights, options)
+        else:
+            x, W, bias = found.get("x", factors.x), found["W"], found.get("bias")
+            outputs = forward_of_layer(self._backend, wide, x, W, *weights, options or (), bias)
         every_state, last_states, gates = outputs
         if not problem.needs_gradient:
             every_state = own_units(problem, every_state).contiguous()
         return every_state, own_units(problem, last_states).contiguous(), gates
 
-    def _computed(
-        self,
-        wide: Problem,
-        tensors: dict[str, Tensor],
-        start: Tensor,
-        options: Sequences | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The results of a problem with all units."""
-        weights = tensors["R"], tensors["b"], start
-        if "Wx" in tensors:
-            return self._backend.forward(wide, tensors["Wx"], *weights, options)
-        factors, bias = (tensors["x"], tensors["W"]), tensors.get("bias")
-        return forward_of_layer(self._backend, wide, *factors, *weights, options or (), bias)
+    def repeated(
+        self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
+    ) -> _Repeated | None:
+        """See :class:`flashrnn.backends.autograd.RepeatingBackend`; states are not turned."""
+        found, padded = self._begun(problem, given)
+        inner = self._backend.repeated(problem._replace(D=self.units), padded)
+        if inner is None:
+            return None
+        own = ["last_states"] if problem.needs_gradient else ["states", "last_states"]
+        back = tuple(_Back(name, Kind.STATES, problem.D) for name in own)
+        return found._replace(inner=inner, back=back)
 
-    def _of_backward(self, wide: Problem) -> tuple[object, ...]:
-        """The key of what is kept of a call, by which backward finds it."""
-        return "backward", self._backend, wide
+    def repeated_gradients(
+        self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
+    ) -> _Repeated | None:
+        """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
+        found, padded = self._begun(problem, given)
+        wide = problem._replace(D=self.units)
+        inner = self._backend.repeated_gradients(wide, padded, needs_x, needs_W)
+        if inner is None:
+            return None
+        back = [_Back("d_R", Kind.WEIGHTS, problem.D), _Back("d_b", Kind.STATES, problem.D)]
+        if needs_W:
+            W = given["W"]
+            back.append(_Back("d_W", Kind.WEIGHTS, W.shape[-1], tuple(W.shape)))
+        if needs_x and padded["x"] is not given["x"]:
+            back.append(_Back("d_x", Kind.STATES, given["x"].shape[-1]))
+        return found._replace(inner=inner, back=tuple(back))
+
+    def _begun(
+        self, problem: Problem, given: dict[str, Tensor]
+    ) -> tuple[_Repeated, dict[str, Tensor]]:
+        """What pads the tensors of a call like this one, and these padded."""
+        sizes, order = _sizes(problem), []
+        there: list[_There] = []
+        for place, (name, x) in enumerate(given.items()):
+            is_padded = name not in ("states", "gates") and not (
+                name == "x" and _aligned(x) == x.shape[-1]
+            )
+            order.append(len(given) + len(there) if is_padded else place)
+            if is_padded:
+                kind, of = _KINDS.get(name, Kind.STATES), sizes.get(name)
+                width = _aligned(x) if name in _OF_FEATURES else self.units
+                of = None if of is None else (*of, *([x.shape[-1]] if name == "W" else []))
+                there.append(_There(place, of, kind, width))
+        found = _Repeated(self._backend, self.units, problem.D, tuple(there), tuple(order))
+        return found, dict(zip(given, found.padded([*given.values()]), strict=True))
 
     def backward(
         self,
@@ -160,12 +186,11 @@ class _Padded:
         wide, options = problem._replace(D=self.units), _options(sequences, found) or ()
         residuals = found["R"], found["states"], states, gates, *options
         upstream = len(options), found.get("d_states"), found.get("d_last")
-        kept = None if options else calls.kept.get(self._of_backward(wide))
         if factors is None:
-            gradients = autograd.gradients_of(self._backend, wide, residuals, *upstream, kept)
+            gradients = autograd.gradients_of(self._backend, wide, residuals, *upstream)
         else:
             padded = factors._replace(x=found.get("x", factors.x), W=found["W"])
-            gradients = gradients_of_layer(self._backend, wide, padded, residuals, *upstream, kept)
+            gradients = gradients_of_layer(self._backend, wide, padded, residuals, *upstream)
         D, (of_gates, of_states, d_R, d_b, of_resets, d_x, d_W) = problem.D, gradients
         wanted = {"R": (d_R, Kind.WEIGHTS, D), "b": (d_b, Kind.STATES, D)}
         if factors is not None:
@@ -208,7 +233,6 @@ def _with_units(backend: Any, units: int) -> Any:
     return _Padded(backend, units)
 
 
-_OF_A_SCAN = "Wx", "x", "W", "bias", "R", "b"
 _OF_FEATURES = {"x", "W"}
 # All others are states or their gradients, or x.
 _KINDS = {
@@ -218,6 +242,90 @@ _KINDS = {
     "W": Kind.WEIGHTS,
     "R": Kind.WEIGHTS,
 }
+
+
+class _There(NamedTuple):
+    """A given tensor that is padded.
+
+    Attributes:
+        place: its place among the given.
+        sizes: those that it is viewed in first; ``None``: its own.
+        kind: ...
+        width: how long its rows become.
+    """
+
+    place: int
+    sizes: tuple[int, ...] | None
+    kind: Kind
+    width: int
+
+
+class _Back(NamedTuple):
+    """A result that gets back its own units.
+
+    Attributes:
+        name: ...
+        kind: ...
+        width: how long its rows become.
+        sizes: those that it is returned in; ``None``: its own.
+    """
+
+    name: str
+    kind: Kind
+    width: int
+    sizes: tuple[int, ...] | None = None
+
+
+class _Repeated(NamedTuple):
+    """What is kept of a direction of a call; see :class:`flashrnn.backends.repeated.Repeated`.
+
+    Attributes:
+        backend: what computes with all units.
+        units: how many these are.
+        D: a head's own.
+        there: the given tensors that are padded.
+        order: what the backend is given, by the places of the given tensors and, behind them,
+            of the padded ones.
+        inner: what the backend keeps.
+        back: the results that get back their own units.
+    """
+
+    backend: PaddingBackend
+    units: int
+    D: int
+    there: tuple[_There, ...]
+    order: tuple[int, ...]
+    inner: autograd.Repeatable | None = None
+    back: tuple[_Back, ...] = ()
+
+    def padded(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """What the backend is given."""
+        wanted = [
+            (given[place] if sizes is None else given[place].view(sizes), kind, width)
+            for place, sizes, kind, width in self.there
+        ]
+        found = [*given, *self.backend.resize(wanted, self.units)]
+        return [found[place] for place in self.order]
+
+    def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """See :meth:`flashrnn.backends.repeated.Repeated.run`."""
+        made = None if self.inner is None else self.inner.run(self.padded(given))
+        if made is None:
+            return None
+        wanted = [(made[name], kind, width) for name, kind, width, _ in self.back]
+        for each, own in zip(self.back, self.backend.resize(wanted, self.D), strict=True):
+            made[each.name] = own if each.sizes is None else own.view(each.sizes)
+        for name in ("d_gates", "d_initial"):
+            if name in made:
+                made[name] = _first(made[name], self.D)
+        return made
+
+
+def _sizes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """Those of weights that may be given with fewer dimensions; of W without the last."""
+    cell, N, D = problem.cell, problem.N, problem.D
+    Gw, Gr, Gb = (len(cell.fed_by(source)) for source in ("Wx", "R", "b"))
+    return {"W": (Gw, N, D), "bias": (Gw, N, D), "R": (Gr, N, D, D), "b": (Gb, N, D)}
 
 
 def _aligned(x: Tensor) -> int:
@@ -238,7 +346,7 @@ def _factors(problem: Problem, factors: Factors | None) -> dict[str, Tensor]:
     if factors is None:
         return {}
     x, W, _, _, bias = factors
-    of_gates = len(problem.cell.fed_by("Wx")), problem.N, problem.D
+    of_gates = _sizes(problem)["W"]
     found = {"W": W.view(*of_gates, W.shape[-1])}
     if bias is not None:
         found["bias"] = bias.view(of_gates)

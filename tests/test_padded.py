@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, Stepper, ahead, cell, flashrnn, nn, recurrent_layer
+from flashrnn import FlashRNNConfig, Stepper, ahead, cell, flashrnn, nn, padded, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.backends import padding as padding_launches
 from flashrnn.cells import resolve
@@ -215,6 +215,30 @@ def test_graphs_of_gradients_and_gradients_of_a_batch(padding, how):
         torch.testing.assert_close(found, torch.stack([one[k] for one in plain]))
     with pytest.raises(NotImplementedError, match="second derivative"):
         graph[0].sum().backward()
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_call_like_one_before(padding, monkeypatch, how, trained):
+    """It has the bits of the first one, and so have its gradients."""
+    found, run = [], padded._Repeated.run
+    monkeypatch.setattr(
+        padded._Repeated, "run", lambda *given: found.append(run(*given)) or found[-1]
+    )
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(trained):
+            output, leaves = called(how)
+        weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        given = torch.autograd.grad(output, leaves, weights) if trained else ()
+        runs.append([output.detach(), *given])
+        assert output.is_contiguous()
+    assert len(found) >= (2 if trained else 1) and None not in found
+    for others in runs[1:]:
+        for one, other in zip(runs[0], others, strict=True):
+            assert torch.equal(one, other) and one.shape == other.shape
 
 
 @needs_compiler

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from flashrnn.cells.spec import Cell, cell_of
 from flashrnn.cells.traced import TracedCell, parsed
 from flashrnn.problem import Problem, without_autocast
 from flashrnn.sequences import Sequences
-
-if TYPE_CHECKING:
-    from flashrnn.backends.repeated import Repeated
 
 
 class FusedBackend(Backend, Protocol):
@@ -160,6 +157,56 @@ def copies(backend: FusedBackend) -> TypeGuard[MultiplyingBackend]:
     return hasattr(backend, "copy")
 
 
+class Repeatable(Protocol):
+    """What is kept of a direction of a call, for others like it."""
+
+    def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """What it computes of tensors in the order in which they were given to what made it;
+        ``None`` where all has to be worked out anew."""
+
+
+class RepeatingBackend(MultiplyingBackend, Protocol):
+    """A backend that keeps what it prepares for a call."""
+
+    def repeated(
+        self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
+    ) -> Repeatable | None:
+        """What it keeps of a call's forward without options of sequences.
+
+        Args:
+            problem: the call's.
+            given: ``Wx``, or a layer's ``x``, ``W`` and any ``bias``, then ``R``, ``b`` and
+                ``initial``, all of the dtypes of the computation.
+            by_time: as of ``results`` above, where those are wanted.
+
+        Returns:
+            What allocates ``states``, ``last_states``, ``gates`` where a gradient is needed, and
+            any ``h_by_time`` and ``last_rounded``; ``None``: it keeps nothing.
+        """
+
+    def repeated_gradients(
+        self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
+    ) -> Repeatable | None:
+        """The same of its backward.
+
+        Args:
+            problem: the call's.
+            given: ``R``, ``initial``, ``states``, ``gates``, any ``d_states`` and ``d_last``, and
+                of a layer ``x`` and ``W``, if a gradient of these is asked for.
+            needs_x: whether the gradient of x is asked for.
+            needs_W: whether that of W is.
+
+        Returns:
+            What allocates ``d_gates``, ``d_initial``, ``d_R``, ``d_b`` and any ``d_x`` and
+            ``d_W``; ``None``: it keeps nothing.
+        """
+
+
+def repeats(backend: Backend) -> TypeGuard[RepeatingBackend]:
+    """Whether a backend keeps what it prepares."""
+    return hasattr(backend, "repeated")
+
+
 class Kind(IntEnum):
     """What a tensor has for units, or features, that it is given in addition.
 
@@ -176,7 +223,7 @@ Resized = tuple[Tensor, Kind, int]
 """A tensor, what it is, and how long its rows are to be."""
 
 
-class PaddingBackend(MultiplyingBackend, Protocol):
+class PaddingBackend(RepeatingBackend, Protocol):
     """A backend that computes some heads faster with more units than they have; see
     :mod:`flashrnn.padded`."""
 
@@ -198,48 +245,6 @@ def pads(backend: Backend) -> TypeGuard[PaddingBackend]:
     return hasattr(backend, "padded_units")
 
 
-class RepeatingBackend(MultiplyingBackend, Protocol):
-    """A backend that keeps what it prepares for a call."""
-
-    def repeated(
-        self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
-    ) -> Repeated | None:
-        """What it keeps of a call's forward without options of sequences.
-
-        Args:
-            problem: the call's.
-            given: ``Wx``, or a layer's ``x``, ``W`` and any ``bias``, then ``R``, ``b`` and
-                ``initial``, all of the dtypes of the computation.
-            by_time: as of ``results`` above, where those are wanted.
-
-        Returns:
-            What allocates ``states``, ``last_states``, ``gates`` where a gradient is needed, and
-            any ``h_by_time`` and ``last_rounded``; ``None``: it keeps nothing.
-        """
-
-    def repeated_gradients(
-        self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
-    ) -> Repeated | None:
-        """The same of its backward.
-
-        Args:
-            problem: the call's.
-            given: ``R``, ``initial``, ``states``, ``gates``, any ``d_states`` and ``d_last``, and
-                of a layer ``x`` and ``W``, if a gradient of these is asked for.
-            needs_x: whether the gradient of x is asked for.
-            needs_W: whether that of W is.
-
-        Returns:
-            What allocates ``d_gates``, ``d_initial``, ``d_R``, ``d_b`` and any ``d_x`` and
-            ``d_W``; ``None``: it keeps nothing.
-        """
-
-
-def repeats(backend: Backend) -> TypeGuard[RepeatingBackend]:
-    """Whether a backend keeps what it prepares."""
-    return hasattr(backend, "repeated")
-
-
 class Kept(NamedTuple):
     """What is kept of a call without options of sequences.
 
@@ -253,9 +258,9 @@ class Kept(NamedTuple):
 
     backend: RepeatingBackend
     problem: Problem
-    forward: Repeated
+    forward: Repeatable
     start: Tensor | None
-    gradients: dict[tuple[object, ...], Repeated | None]
+    gradients: dict[tuple[object, ...], Repeatable | None]
 
 
 def forward_again(

@@ -141,7 +141,7 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
-    tensors, again, kept = _as_scans_have_them(form.mode, x, weights), None, None
+    tensors, again, kept = _as_scans_have_them(form, x, weights), None, None
     if tensors:
         of_backend = layers.backend, form.h_by_time, *key
         again, kept = calls.again(of_backend, problem, [*tensors.values()], start)
@@ -158,7 +158,6 @@ def _layer(
         start = initial_states(problem, DEFAULT, direct=True)
     outputs = _computed(x, start, chosen, problem, None, form, *weights)
     if again is not None:
-        tensors["x"] = x.transpose(0, 1) if form.x_by_time else x
         calls.keep(again, chosen, problem, tensors, start, given_start, form.h_by_time)
     return outputs
 
@@ -172,16 +171,18 @@ def _computed(x: Tensor, start: Tensor, *further: Any) -> tuple[Tensor, ...]:
     return _forward(x, start, *further)[0]
 
 
-def _as_scans_have_them(mode: str, x: Tensor, weights: list[Tensor]) -> dict[str, Tensor]:
+def _as_scans_have_them(form: Form, x: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:
     """Input and weights by the names of a scan with its input's product, where those are the
     layer's own; else nothing."""
-    if len(weights) == 4 and mode in MODES and mode != "GRU":
-        weight_ih, weight_hh, bias_ih, bias_hh = weights
+    is_torchs = form.mode in MODES
+    if form.mode == "GRU" or len(weights) != (4 if is_torchs else 3):
+        return {}
+    x = x.transpose(0, 1) if form.x_by_time else x
+    weight_ih, weight_hh, *biases = weights
+    if is_torchs:
+        bias_ih, bias_hh = biases
         return {"x": x, "W": weight_ih, "bias": bias_ih, "R": weight_hh, "b": bias_hh}
-    if len(weights) == 3 and mode not in MODES:
-        weight_ih, weight_hh, bias = weights
-        return {"x": x, "W": weight_ih, "R": weight_hh, "b": bias}
-    return {}
+    return {"x": x, "W": weight_ih, "R": weight_hh, "b": biases[0]}
 
 
 _KIND, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
@@ -201,7 +202,7 @@ def _forward(
     biases: Sequence[Tensor]
     weight_ih, weight_hh, *biases = weights
     if kept is not None:
-        tensors = _as_scans_have_them(form.mode, x, [*weights])
+        tensors = _as_scans_have_them(form, x, weights)
         made = kept.forward.run([*tensors.values(), start])
         if made is not None:
             results = autograd.Results(made.get("h_by_time"), made.get("last_rounded"))
