@@ -7,7 +7,7 @@ call is found to fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ _MOST_PROBLEMS = 1024
 
 # By what a call's problem and backend follow from, and the tensors' strides. None: nothing is kept.
 kept: dict[tuple[object, ...], Kept | None] = {}
+# Kernels stay loaded for as long as a call of them is kept.
+_MOST_KEPT = 256
+
+
+class Again(NamedTuple):
+    """A call that may be like one before.
+
+    Attributes:
+        key: by which :func:`keep` keeps what its backend prepares.
+        states: the initial states ``[S, B, 1, N, D]``.
+        kept: what has been kept of a call like this one, if its backend would do the same now.
+    """
+
+    key: tuple[object, ...]
+    states: Tensor
+    kept: Kept | None
 
 
 def again(
@@ -37,27 +53,33 @@ def again(
     problem: Problem | None,
     tensors: Sequence[Tensor],
     states: Tensor | None,
-) -> tuple[tuple[object, ...] | None, Kept | None]:
-    """A key for :func:`keep`, and what has been kept of a call like this one.
+    config: FlashRNNConfig = DEFAULT,
+) -> Again | None:
+    """Whether a call may be like one before; ``None``: it is not of the kind of which any is kept.
 
     Args:
         key: what the problem and its backend follow from.
         problem: that of a call before that had this key.
         tensors: those given, without the initial states.
         states: the initial states, if any are given.
+        config: the call's.
     """
     if key is None or problem is None or problem.is_sequenced:
-        return None, None
-    of_states = None if states is None else states.stride()
-    key = *key, *[tensor.stride() for tensor in tensors], of_states
-    return key, kept.get(key)
+        return None
+    if states is None:
+        states = initial_states(problem, config, direct=True)
+    elif states.size(1) != problem.B:
+        states = states.expand(-1, problem.B, -1, -1, -1)
+    key = *key, *[tensor.stride() for tensor in tensors], states.stride()
+    found = kept.get(key)
+    if found is not None and not found.forward.is_current():
+        kept.pop(key, None)
+        found = None
+    return Again(key, states, found)
 
 
 def repeat(
-    found: Kept,
-    node: type[torch.autograd.Function],
-    tensors: Sequence[Tensor],
-    states: Tensor | None,
+    found: Kept, node: type[torch.autograd.Function], tensors: Sequence[Tensor], states: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The results of a call of which that was kept; ``None``: they are to be worked out.
 
@@ -65,14 +87,9 @@ def repeat(
         found: ...
         node: what computes it where a gradient is needed.
         tensors: as in :func:`again`.
-        states: ...
+        states: as it has them.
     """
     problem = found.problem
-    if states is None:
-        states = found.start
-        assert states is not None
-    elif states.size(1) != problem.B:
-        states = states.expand(-1, problem.B, -1, -1, -1)
     if problem.needs_gradient:
         results: tuple[Tensor, Tensor] = autograd.apply(
             node, *tensors, states, found.backend, problem, found
@@ -83,43 +100,36 @@ def repeat(
 
 
 def keep(
-    key: tuple[object, ...],
+    call: Again,
     backend: Backend,
     problem: Problem,
     tensors: dict[str, Tensor],
-    states: Tensor,
-    given_states: bool,
     by_time: bool | None = None,
 ) -> None:
     """Keep what a backend prepares for a call.
 
     Args:
-        key: of :func:`again`.
+        call: from :func:`again`.
         backend: the backend that computed it.
         problem: ...
         tensors: by the names of :class:`flashrnn.backends.autograd.RepeatingBackend`, without
             the initial states.
-        states: the initial states as computed with.
-        given_states: whether they were given.
         by_time: see there.
     """
-    if key in kept or not autograd.repeats(backend):
+    if call.key in kept or not autograd.repeats(backend):
         return
-    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory of this time is the graph's.
-        return
-    found = None
+    found, states = None, call.states
     of_computation = all(tensor.dtype == problem.dtype for tensor in tensors.values())
     if of_computation and states.dtype == problem.carry_dtype:
-        given = {name: tensor.detach() for name, tensor in tensors.items()}
-        given["initial"] = states.detach()
+        given = autograd.without_memory({**tensors, "initial": states})
         forward = backend.repeated(problem, given, by_time)
         if forward is not None:
-            start = None if given_states else states
-            found = Kept(backend, problem, forward, start, {})
-    if len(kept) >= _MOST_PROBLEMS:
-        kept.clear()
-    kept[key] = found
+            found = Kept(backend, problem, forward, {})
+    if len(kept) >= _MOST_KEPT:
+        # The oldest goes.
+        oldest, *_ = [*kept]
+        kept.pop(oldest, None)
+    kept[call.key] = found
 
 
 def key_of(

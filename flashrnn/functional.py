@@ -116,9 +116,9 @@ def flashrnn(
         key = calls.key_of(cell, Wx, R, b, states, config, dtype, options)
     problem, of_Wx = None if key is None else calls.problems.get(key), Wx
     of_backend = None if key is None else (backend, *key)
-    again, kept = calls.again(of_backend, problem, (Wx, R, b), states)
-    if kept is not None:
-        repeated = calls.repeat(kept, autograd.Scan, (Wx, R, b), states)
+    again = calls.again(of_backend, problem, (Wx, R, b), states, config)
+    if again is not None and again.kept is not None:
+        repeated = calls.repeat(again.kept, autograd.Scan, (Wx, R, b), again.states)
         if repeated is not None:
             return repeated
     if options is not None:
@@ -142,7 +142,7 @@ def flashrnn(
         problem = calls.accepted(cell, tensors, states, config, dtype, options)
         if key is not None:
             calls.remember(key, problem)
-    direct, given_states = key is not None, states is not None
+    direct = key is not None
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
@@ -154,7 +154,7 @@ def flashrnn(
         # None of its operations depends on autocast.
         found, last_states = autograd.run_directly(chosen, problem, *arguments)
         if again is not None:
-            calls.keep(again, chosen, problem, tensors, states, given_states)
+            calls.keep(again, chosen, problem, tensors)
         return found, last_states
     with without_autocast(problem.device.type):
         found, last_states = autograd.run(chosen, problem, *arguments, of_options, direct)

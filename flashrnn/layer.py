@@ -106,9 +106,9 @@ def recurrent_layer(
             key = *key, W.shape, W.dtype, W.device, requires_grad
     problem, of_x = None if key is None else calls.problems.get(key), x
     of_backend = None if key is None else (backend, *key)
-    again, kept = calls.again(of_backend, problem, (x, W, R, b), states)
-    if kept is not None:
-        repeated = calls.repeat(kept, Layer, (x, W, R, b), states)
+    again = calls.again(of_backend, problem, (x, W, R, b), states, config)
+    if again is not None and again.kept is not None:
+        repeated = calls.repeat(again.kept, Layer, (x, W, R, b), again.states)
         if repeated is not None:
             return repeated
     if options is not None:
@@ -118,7 +118,7 @@ def recurrent_layer(
         problem = calls.accepted(cell, tensors, states, config, dtype, options)
         if key is not None:
             calls.remember(key, problem)
-    direct, given_states = key is not None, states is not None
+    direct = key is not None
     chosen, problem, states, of_options = calls.prepared(
         problem, cell, backend, states, config, options, direct
     )
@@ -127,7 +127,7 @@ def recurrent_layer(
     found, last_states = _computed(chosen, problem, x, W, R, b, states, of_options, direct)
     if again is not None:
         tensors = {"x": x, "W": W, "R": R, "b": b}
-        calls.keep(again, chosen, problem, tensors, states, given_states)
+        calls.keep(again, chosen, problem, tensors)
     return (found if x.ndim == of_x.ndim else found.squeeze(1)), last_states
 
 

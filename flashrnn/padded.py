@@ -145,21 +145,22 @@ class _Padded:
     def _begun(
         self, problem: Problem, given: dict[str, Tensor]
     ) -> tuple[_Repeated, dict[str, Tensor]]:
-        """What pads the tensors of a call like this one, and these padded."""
-        sizes, order = _sizes(problem), []
+        """What pads the tensors of a call like this one, and these padded; none has memory."""
+        sizes, order, padded = _sizes(problem), [], dict(given)
         there: list[_There] = []
         for place, (name, x) in enumerate(given.items()):
-            is_padded = name not in ("states", "gates") and not (
-                name == "x" and _aligned(x) == x.shape[-1]
-            )
-            order.append(len(given) + len(there) if is_padded else place)
-            if is_padded:
-                kind, of = _KINDS.get(name, Kind.STATES), sizes.get(name)
-                width = _aligned(x) if name in _OF_FEATURES else self.units
-                of = None if of is None else (*of, *([x.shape[-1]] if name == "W" else []))
-                there.append(_There(place, of, kind, width))
+            if name in ("states", "gates") or (name == "x" and _aligned(x) == x.shape[-1]):
+                order.append(place)
+                continue
+            of, kind = sizes.get(name), _KINDS.get(name, Kind.STATES)
+            of = (*of, x.shape[-1]) if of is not None and name == "W" else of
+            width = _aligned(x) if name in _OF_FEATURES else self.units
+            order.append(len(given) + len(there))
+            there.append(_There(place, of, kind, width))
+            viewed = x if of is None else x.view(of)
+            padded[name] = _by_operations(viewed, kind, width, self.units).contiguous()
         found = _Repeated(self._backend, self.units, problem.D, tuple(there), tuple(order))
-        return found, dict(zip(given, found.padded([*given.values()]), strict=True))
+        return found, padded
 
     def backward(
         self,
@@ -307,8 +308,12 @@ class _Repeated(NamedTuple):
         found = [*given, *self.backend.resize(wanted, self.units)]
         return [found[place] for place in self.order]
 
+    def is_current(self) -> bool:
+        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        return self.inner is not None and self.inner.is_current()
+
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
-        """See :meth:`flashrnn.backends.repeated.Repeated.run`."""
+        """See :class:`flashrnn.backends.autograd.Repeatable`."""
         made = None if self.inner is None else self.inner.run(self.padded(given))
         if made is None:
             return None

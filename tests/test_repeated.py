@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashrnn import calls, flashrnn, nn, recurrent_layer
+from flashrnn import FlashRNNConfig, calls, flashrnn, nn, recurrent_layer
 from flashrnn.backends import cuda_fused, repeated, steps
 from flashrnn.kernels import source
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
@@ -170,6 +170,72 @@ def test_a_graph_of_the_gradient_and_a_hook_are_none_of_it(runs):
         graph[0].sum().backward()
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_each_call_has_its_own_start(runs, trained):
+    """Starts of a config are no part of what is kept, and are refused where they do not fit."""
+    leaves = [*random_inputs("lstm", 3, 4, 2, 24, torch.float32).tensors().values()][:3]
+
+    def call(values, backend="cuda_fused"):
+        config = FlashRNNConfig(initial_val=values)
+        with torch.set_grad_enabled(trained):
+            return flashrnn(*leaves, backend=backend, config=config)[0]
+
+    for values in (
+        (0.5, 0.5),
+        (0.5, 0.5),
+        (0.5, 0.5),
+        (-0.25, -0.25),
+        (1.0, 2.0),
+        (0.0, 0.0),
+        (1.0, 2.0),
+    ):
+        for _ in range(2):
+            found, right = call(values), call(values, "vanilla")
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    assert all(runs) and len(runs) > 5
+    with pytest.raises(ValueError, match="initial_val"):
+        call((1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("of", ["strided", "expanded"])
+def test_biases_that_are_copied(runs, of):
+    layer = nn.LSTM(9, 24, backend="cuda_fused")
+    bias = torch.randn(192)[::2] if of == "strided" else torch.randn(1).expand(96)
+    layer.bias_ih_l0 = torch.nn.Parameter(bias)
+    theirs, x = torch.nn.LSTM(9, 24), torch.randn(5, 4, 9)
+    theirs.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        torch.testing.assert_close(layer(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
+    assert not runs
+
+
+def test_keeping_takes_no_memory(runs, monkeypatch):
+    """The results of the second call are all that it allocates."""
+    leaves = layer_inputs("lstm", 3, 4, 9, 1, 20, torch.bfloat16)
+    counted, new_empty = [], torch.Tensor.new_empty
+
+    def counting(self, *sizes, **options):
+        counted.append(self.device.type)
+        return new_empty(self, *sizes, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", counting)
+    counts = []
+    for _ in range(2):
+        counted.clear()
+        recurrent_layer(*leaves, backend="cuda_fused")[0].sum().backward()
+        counts.append(counted.count("cpu"))
+    assert counts[1] <= counts[0]
+
+
+def test_what_is_no_longer_current_is_kept_anew(runs, monkeypatch):
+    given = random_inputs("lstm", 3, 4, 1, 24, torch.float32)
+    Wx, R, b, _ = (x.detach() for x in given.tensors().values())
+    thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
+    monkeypatch.setattr(source, "precision_of", lambda problem: "tf32")
+    runs.clear()
+    thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
+
+
 def test_each_call_asks_for_its_settings(runs, monkeypatch):
     """A kept call of float32 is not that of another precision."""
     given = random_inputs("lstm", 3, 4, 1, 24, torch.float32)
@@ -180,8 +246,8 @@ def test_each_call_asks_for_its_settings(runs, monkeypatch):
 
     first, _ = thrice(call, runs)
     monkeypatch.setattr(source, "precision_of", lambda problem: "tf32")
-    rounded = call()[0]
-    assert runs[-1] is False and not torch.equal(rounded, first)
+    before = len(runs)
+    assert not torch.equal(call()[0], first) and len(runs) == before
 
 
 def test_a_part_of_the_gpu_is_another(runs, monkeypatch):
@@ -190,8 +256,9 @@ def test_a_part_of_the_gpu_is_another(runs, monkeypatch):
     thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
     part = cuda_fused._gpu(None)._replace(multiprocessors=40)
     monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: part)
+    before = len(runs)
     flashrnn(Wx, R, b, backend="cuda_fused")
-    assert runs[-1] is False
+    assert len(runs) == before
 
 
 def test_what_is_not_kept(runs, monkeypatch):
@@ -219,8 +286,9 @@ def test_many_sequences_of_a_wide_head(runs, monkeypatch):
     monkeypatch.setattr(steps, "FEWEST", 1)
     thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
     monkeypatch.setattr(steps, "may_be_faster", lambda problem: False)
+    before = len(runs)
     flashrnn(Wx, R, b, backend="cuda_fused")
-    assert runs[-1] is False
+    assert len(runs) == before
 
 
 def test_a_tensor_that_begins_elsewhere(runs):

@@ -586,6 +586,7 @@ def test_what_records_or_transforms_a_call_is_asked_for_at_each_call(launches):
 
 def test_caches_have_a_bound(launches, monkeypatch):
     monkeypatch.setattr(calls, "_MOST_PROBLEMS", 5)
+    monkeypatch.setattr(calls, "_MOST_KEPT", 5)
     monkeypatch.setattr(initial, "_MOST_EXPANDED", 5)
     for B in range(1, 20):
         launched_by(launches, *inputs(B=B))

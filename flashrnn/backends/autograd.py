@@ -12,7 +12,7 @@ alone: each takes a fraction of the host time of the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
@@ -160,9 +160,12 @@ def copies(backend: FusedBackend) -> TypeGuard[MultiplyingBackend]:
 class Repeatable(Protocol):
     """What is kept of a direction of a call, for others like it."""
 
+    def is_current(self) -> bool:
+        """Whether the GPU, or the part of it, and PyTorch's settings are what they were."""
+
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
-        """What it computes of tensors in the order in which they were given to what made it;
-        ``None`` where all has to be worked out anew."""
+        """What it computes, if it is current, of tensors in the order in which they were given to
+        what made it; ``None`` where all has to be worked out anew."""
 
 
 class RepeatingBackend(MultiplyingBackend, Protocol):
@@ -176,7 +179,7 @@ class RepeatingBackend(MultiplyingBackend, Protocol):
         Args:
             problem: the call's.
             given: ``Wx``, or a layer's ``x``, ``W`` and any ``bias``, then ``R``, ``b`` and
-                ``initial``, all of the dtypes of the computation.
+                ``initial``, all of the dtypes of the computation, without memory.
             by_time: as of ``results`` above, where those are wanted.
 
         Returns:
@@ -192,7 +195,7 @@ class RepeatingBackend(MultiplyingBackend, Protocol):
         Args:
             problem: the call's.
             given: ``R``, ``initial``, ``states``, ``gates``, any ``d_states`` and ``d_last``, and
-                of a layer ``x`` and ``W``, if a gradient of these is asked for.
+                of a layer ``x`` and ``W``, if a gradient of these is asked for; without memory.
             needs_x: whether the gradient of x is asked for.
             needs_W: whether that of W is.
 
@@ -252,15 +255,21 @@ class Kept(NamedTuple):
         backend: what computed it.
         problem: ...
         forward: what the backend keeps of its forward.
-        start: the initial states, if the call was given none.
         gradients: what it keeps of backwards, by :func:`gradients_again`'s key.
     """
 
     backend: RepeatingBackend
     problem: Problem
     forward: Repeatable
-    start: Tensor | None
     gradients: dict[tuple[object, ...], Repeatable | None]
+
+
+def without_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same sizes, strides and dtypes, of which nothing is read."""
+    return {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        for name, x in tensors.items()
+    }
 
 
 def forward_again(
@@ -305,9 +314,13 @@ def gradients_again(
         if len(kept.gradients) >= _MOST_GRADIENTS:
             kept.gradients.clear()
         named = {n: tensor for n, tensor in zip(_GIVEN, tensors, strict=True) if tensor is not None}
+        named = without_memory(named)
         found = kept.backend.repeated_gradients(kept.problem, named, needs_x, needs_W)
         kept.gradients[key] = found
     repeated = kept.gradients.get(key)
+    if repeated is not None and not repeated.is_current():
+        kept.gradients.pop(key, None)
+        return None
     made = None if repeated is None else repeated.run(given)
     if made is None:
         return None

@@ -242,7 +242,8 @@ def repeated(
     if by_time is not None:
         new |= copies.operands(copies.results(problem, Wx, by_time))
     tensors |= new
-    if not (tensors["R"].is_contiguous() and tensors["b"].is_contiguous()):
+    read_as_they_lie = [tensors[name] for name in ("R", "b", "bias") if name in tensors]
+    if not all(tensor.is_contiguous() for tensor in read_as_they_lie):
         return None
     options = source.forward_options(problem.needs_gradient)
     if problem.returned is not None:
@@ -309,12 +310,12 @@ def _repeated(
         return _settings(problem) == settings
 
     rests_on_nothing = is_small and settings is None
-    allocated = tuple(
-        (name, New(x.shape, None if x.is_contiguous() else x.stride(), x.dtype))
-        for name, x in new.items()
-    )
+    allocated = []
+    for name, x in new.items():
+        is_plain = x.stride() == torch.empty(x.shape, device="meta").stride()
+        allocated.append((name, New(x.shape, None if is_plain else x.stride(), x.dtype)))
     launches, scratch = prepared.launches, prepared.scratch
-    return Repeated(allocated, launches, scratch, None if rests_on_nothing else is_current)
+    return Repeated(tuple(allocated), launches, scratch, None if rests_on_nothing else is_current)
 
 
 def _settings(problem: Problem) -> tuple[str, bool] | None:
@@ -883,7 +884,8 @@ def _where(problem: Problem) -> tuple[int, int] | None:
         return stream, 0 if registry.is_small(problem.D) else context.number(stream)
 
 
-# A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it.
+# A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it or a
+# call of it is kept (calls.kept).
 
 
 @lru_cache(maxsize=512)

@@ -41,18 +41,20 @@ class Repeated(NamedTuple):
         new: what it allocates, by the names that its launches have for it.
         launches: in order; their tensors are the given ones, then the new ones.
         scratch: global memory that they need besides.
-        is_current: whether what it rests on is as it was; ``None``: it rests on nothing else.
+        asked: whether what it rests on is as it was; ``None``: it rests on nothing else.
     """
 
     new: tuple[tuple[str, New], ...]
     launches: tuple[LaunchTemplate, ...]
     scratch: call.Scratch
-    is_current: Callable[[], bool] | None
+    asked: Callable[[], bool] | None
+
+    def is_current(self) -> bool:
+        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        return self.asked is None or self.asked()
 
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
         """What it allocates, written; ``None`` where all has to be worked out anew."""
-        if self.is_current is not None and not self.is_current():
-            return None
         addresses = [tensor.data_ptr() for tensor in given]
         if reduce(or_, addresses) % 16:
             return None

@@ -141,24 +141,22 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
-    tensors, again, kept = _as_scans_have_them(form, x, weights), None, None
+    tensors, again = _as_scans_have_them(form, x, weights), None
     if tensors:
         of_backend = layers.backend, form.h_by_time, *key
-        again, kept = calls.again(of_backend, problem, [*tensors.values()], start)
-    if kept is not None:
-        start = kept.start if start is None else start
-        assert start is not None
-        return _computed(x, start, kept.backend, kept.problem, kept, form, *weights)
+        again = calls.again(of_backend, problem, [*tensors.values()], start)
+    if again is not None and again.kept is not None:
+        kept = again.kept
+        return _computed(x, again.states, kept.backend, kept.problem, kept, form, *weights)
     chosen = backends.choose(layers.backend, problem, direct=True)
     if not autograd.is_fused(chosen):
         return None
     chosen = padded.backend_for(chosen, problem, features=x.shape[-1])
-    given_start = start is not None
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
     outputs = _computed(x, start, chosen, problem, None, form, *weights)
     if again is not None:
-        calls.keep(again, chosen, problem, tensors, start, given_start, form.h_by_time)
+        calls.keep(again, chosen, problem, tensors, form.h_by_time)
     return outputs
 
 
