@@ -884,8 +884,8 @@ def _where(problem: Problem) -> tuple[int, int] | None:
         return stream, 0 if registry.is_small(problem.D) else context.number(stream)
 
 
-# A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it or a
-# call of it is kept (calls.kept).
+# A kernel that leaves these caches is unloaded, unless a CUDA graph of the user's may launch it or
+# a call of it is kept (calls.kept).
 
 
 @lru_cache(maxsize=512)
