@@ -1,7 +1,7 @@
-"""Forward calls without gradients like one before, by what was prepared for that one.
+"""Calls like one before, by what was prepared for that one.
 
 A short call takes the host longer than the GPU. So all that follows from the tensors' sizes,
-strides and dtypes is kept: what to allocate, and launches that lack addresses.
+strides and dtypes is kept for each direction: what to allocate, and launches that lack addresses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class New(NamedTuple):
 
 
 class Repeated(NamedTuple):
-    """What is kept of a call.
+    """What is kept of a direction of a call.
 
     Attributes:
         new: what it allocates, by the names that its launches have for it.
