@@ -79,24 +79,34 @@ def again(
 
 
 def repeat(
-    found: Kept, node: type[torch.autograd.Function], tensors: Sequence[Tensor], states: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """The results of a call of which that was kept; ``None``: they are to be worked out.
+    key: tuple[object, ...] | None,
+    problem: Problem | None,
+    node: type[torch.autograd.Function],
+    tensors: Sequence[Tensor],
+    states: Tensor | None,
+    config: FlashRNNConfig,
+) -> tuple[Again | None, tuple[Tensor, Tensor] | None]:
+    """What :func:`again` returns, and a call's results if something has been kept of one like it.
 
     Args:
-        found: ...
-        node: what computes it where a gradient is needed.
-        tensors: as in :func:`again`.
-        states: as it has them.
+        key: as there.
+        problem: ...
+        node: what computes the call where a gradient is needed.
+        tensors: as there.
+        states: ...
+        config: ...
     """
-    problem = found.problem
-    if problem.needs_gradient:
+    found = again(key, problem, tensors, states, config)
+    if found is None or found.kept is None:
+        return found, None
+    kept, given = found.kept, (*tensors, found.states)
+    if kept.problem.needs_gradient:
         results: tuple[Tensor, Tensor] = autograd.apply(
-            node, *tensors, states, found.backend, problem, found
+            node, *given, kept.backend, kept.problem, kept
         )
-        return results
-    made = autograd.forward_again(found, (*tensors, states))
-    return None if made is None else made[:2]
+        return found, results
+    made = autograd.forward_again(kept, given)
+    return found, None if made is None else made[:2]
 
 
 def keep(

@@ -116,11 +116,9 @@ def flashrnn(
         key = calls.key_of(cell, Wx, R, b, states, config, dtype, options)
     problem, of_Wx = None if key is None else calls.problems.get(key), Wx
     of_backend = None if key is None else (backend, *key)
-    again = calls.again(of_backend, problem, (Wx, R, b), states, config)
-    if again is not None and again.kept is not None:
-        repeated = calls.repeat(again.kept, autograd.Scan, (Wx, R, b), again.states)
-        if repeated is not None:
-            return repeated
+    again, repeated = calls.repeat(of_backend, problem, autograd.Scan, (Wx, R, b), states, config)
+    if repeated is not None:
+        return repeated
     if options is not None:
         Wx = sequences.in_rows("Wx", Wx, "Gw, N, D", options)
     if problem is None:

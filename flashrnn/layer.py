@@ -106,11 +106,9 @@ def recurrent_layer(
             key = *key, W.shape, W.dtype, W.device, requires_grad
     problem, of_x = None if key is None else calls.problems.get(key), x
     of_backend = None if key is None else (backend, *key)
-    again = calls.again(of_backend, problem, (x, W, R, b), states, config)
-    if again is not None and again.kept is not None:
-        repeated = calls.repeat(again.kept, Layer, (x, W, R, b), again.states)
-        if repeated is not None:
-            return repeated
+    again, repeated = calls.repeat(of_backend, problem, Layer, (x, W, R, b), states, config)
+    if repeated is not None:
+        return repeated
     if options is not None:
         x = sequences.in_rows("x", x, "I", options)
     if problem is None:

@@ -96,9 +96,8 @@ class _Padded:
         results: Results | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
-        N, D = problem.N, problem.D
-        starts = None if sequences is None else sequences.reset_states
-        given = {"R": R.view(-1, N, D, D), "b": b.view(-1, N, D), "states": states}
+        sizes, starts = _sizes(problem), None if sequences is None else sequences.reset_states
+        given = {"R": R.view(sizes["R"]), "b": b.view(sizes["b"]), "states": states}
         given |= _present(Wx=Wx, reset_states=starts, **_factors(problem, factors))
         found = self._resized(self._padded(given), self.units, launches=True)
         wide, start = problem._replace(D=self.units), found["states"]
@@ -122,8 +121,8 @@ class _Padded:
         if inner is None:
             return None
         own = ["last_states"] if problem.needs_gradient else ["states", "last_states"]
-        back = tuple(_Back(name, Kind.STATES, problem.D) for name in own)
-        return found._replace(inner=inner, back=back)
+        to_narrow = tuple(_ToNarrow(name, Kind.STATES, problem.D) for name in own)
+        return found._replace(inner=inner, to_narrow=to_narrow)
 
     def repeated_gradients(
         self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
@@ -134,20 +133,21 @@ class _Padded:
         inner = self._backend.repeated_gradients(wide, padded, needs_x, needs_W)
         if inner is None:
             return None
-        back = [_Back("d_R", Kind.WEIGHTS, problem.D), _Back("d_b", Kind.STATES, problem.D)]
+        D = problem.D
+        to_narrow = [_ToNarrow("d_R", Kind.WEIGHTS, D), _ToNarrow("d_b", Kind.STATES, D)]
         if needs_W:
             W = given["W"]
-            back.append(_Back("d_W", Kind.WEIGHTS, W.shape[-1], tuple(W.shape)))
+            to_narrow.append(_ToNarrow("d_W", Kind.WEIGHTS, W.shape[-1], tuple(W.shape)))
         if needs_x and padded["x"] is not given["x"]:
-            back.append(_Back("d_x", Kind.STATES, given["x"].shape[-1]))
-        return found._replace(inner=inner, back=tuple(back))
+            to_narrow.append(_ToNarrow("d_x", Kind.STATES, given["x"].shape[-1]))
+        return found._replace(inner=inner, to_narrow=tuple(to_narrow))
 
     def _begun(
         self, problem: Problem, given: dict[str, Tensor]
     ) -> tuple[_Repeated, dict[str, Tensor]]:
         """What pads the tensors of a call like this one, and these padded; none has memory."""
         sizes, order, padded = _sizes(problem), [], dict(given)
-        there: list[_There] = []
+        to_pad: list[_ToPad] = []
         for place, (name, x) in enumerate(given.items()):
             if name in ("states", "gates") or (name == "x" and _aligned(x) == x.shape[-1]):
                 order.append(place)
@@ -155,11 +155,11 @@ class _Padded:
             of, kind = sizes.get(name), _KINDS.get(name, Kind.STATES)
             of = (*of, x.shape[-1]) if of is not None and name == "W" else of
             width = _aligned(x) if name in _OF_FEATURES else self.units
-            order.append(len(given) + len(there))
-            there.append(_There(place, of, kind, width))
+            order.append(len(given) + len(to_pad))
+            to_pad.append(_ToPad(place, of, kind, width))
             viewed = x if of is None else x.view(of)
             padded[name] = _by_operations(viewed, kind, width, self.units).contiguous()
-        found = _Repeated(self._backend, self.units, problem.D, tuple(there), tuple(order))
+        found = _Repeated(self._backend, self.units, problem.D, tuple(to_pad), tuple(order))
         return found, padded
 
     def backward(
@@ -245,7 +245,7 @@ _KINDS = {
 }
 
 
-class _There(NamedTuple):
+class _ToPad(NamedTuple):
     """A given tensor that is padded.
 
     Attributes:
@@ -261,8 +261,8 @@ class _There(NamedTuple):
     width: int
 
 
-class _Back(NamedTuple):
-    """A result that gets back its own units.
+class _ToNarrow(NamedTuple):
+    """A result that loses the additional units.
 
     Attributes:
         name: ...
@@ -284,26 +284,26 @@ class _Repeated(NamedTuple):
         backend: what computes with all units.
         units: how many these are.
         D: a head's own.
-        there: the given tensors that are padded.
+        to_pad: the given tensors that are padded.
         order: what the backend is given, by the places of the given tensors and, behind them,
             of the padded ones.
         inner: what the backend keeps.
-        back: the results that get back their own units.
+        to_narrow: the results that lose the additional units.
     """
 
     backend: PaddingBackend
     units: int
     D: int
-    there: tuple[_There, ...]
+    to_pad: tuple[_ToPad, ...]
     order: tuple[int, ...]
     inner: autograd.Repeatable | None = None
-    back: tuple[_Back, ...] = ()
+    to_narrow: tuple[_ToNarrow, ...] = ()
 
     def padded(self, given: Sequence[Tensor]) -> list[Tensor]:
         """What the backend is given."""
         wanted = [
             (given[place] if sizes is None else given[place].view(sizes), kind, width)
-            for place, sizes, kind, width in self.there
+            for place, sizes, kind, width in self.to_pad
         ]
         found = [*given, *self.backend.resize(wanted, self.units)]
         return [found[place] for place in self.order]
@@ -317,8 +317,8 @@ class _Repeated(NamedTuple):
         made = None if self.inner is None else self.inner.run(self.padded(given))
         if made is None:
             return None
-        wanted = [(made[name], kind, width) for name, kind, width, _ in self.back]
-        for each, own in zip(self.back, self.backend.resize(wanted, self.D), strict=True):
+        wanted = [(made[name], kind, width) for name, kind, width, _ in self.to_narrow]
+        for each, own in zip(self.to_narrow, self.backend.resize(wanted, self.D), strict=True):
             made[each.name] = own if each.sizes is None else own.view(each.sizes)
         for name in ("d_gates", "d_initial"):
             if name in made:

@@ -132,7 +132,9 @@ def _cycles_of_call(
     if units > D:
         # The input, if its rows are longer then, or Wx; the returned states, or their gradients.
         states = N * D * (len(cell.states) if problem.returned is None else 1)
-        inputs = of_input * D if not I else 0 if I * size % 16 == 0 else I
+        inputs = I if I else of_input * D
+        if I and I * size % 16 == 0:
+            inputs = 0
         copied = 2 * size * B * (inputs + states)
         # Weights; backward their gradients, too.
         weights = (of_input * I + of_R * D) * D
