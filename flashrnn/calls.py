@@ -126,7 +126,7 @@ def keep(
             the initial states.
         by_time: see there.
     """
-    if call.key in kept or not autograd.repeats(backend):
+    if call.key in kept or not autograd.keeps(backend):
         return
     found, states = None, call.states
     of_computation = all(tensor.dtype == problem.dtype for tensor in tensors.values())

@@ -205,7 +205,7 @@ class RepeatingBackend(MultiplyingBackend, Protocol):
         """
 
 
-def repeats(backend: Backend) -> TypeGuard[RepeatingBackend]:
+def keeps(backend: Backend) -> TypeGuard[RepeatingBackend]:
     """Whether a backend keeps what it prepares."""
     return hasattr(backend, "repeated")
 
@@ -488,7 +488,7 @@ def stored(problem: Problem) -> int:
     return len(problem.cell.states) if all_of_them else cast(int, problem.returned)
 
 
-def kept(problem: Problem, states: Tensor) -> Tensor:
+def returned_of(problem: Problem, states: Tensor) -> Tensor:
     """Of the states that a forward has stored those that it returns: in training all."""
     returned = problem.returned
     if returned is None or problem.needs_gradient or returned == states.shape[0]:
@@ -787,8 +787,8 @@ def residuals_of(
         output = states[: problem.returned]
     if states.shape[-1] != problem.D:
         output = own_units(problem, output).contiguous()
-    kept = R, states_initial, states, gates, *options
-    return output, (kept if output is states else (*kept, output))
+    residuals = R, states_initial, states, gates, *options
+    return output, (residuals if output is states else (*residuals, output))
 
 
 def own_units(problem: Problem, x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx, _stored(problem))
     if problem.B == 0 or problem.steps == 0:
         last_states = states.clone(memory_format=torch.contiguous_format)
-        return autograd.kept(problem, every_state.zero_()), last_states, gates
+        return autograd.returned_of(problem, every_state.zero_()), last_states, gates
     # The step's product loads vectors of 16 bytes of their rows.
     R, h = _aligned(R), _aligned(states[0].to(Wx.dtype))
     b = b.contiguous()
@@ -127,7 +127,7 @@ def forward(
     if problem.needs_gradient:
         _begin_backward(as_compiled(problem), source.precision_of(problem))
     runs.run(_stepper(*_key(problem), False, options), fields, problem.steps)
-    return autograd.kept(problem, every_state), last_states, gates
+    return autograd.returned_of(problem, every_state), last_states, gates
 
 
 def backward(

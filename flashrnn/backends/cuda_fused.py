@@ -198,7 +198,7 @@ def forward(
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     if problem.B == 0 or problem.T == 0:
         last_states = states.clone(memory_format=torch.contiguous_format)
-        return autograd.kept(problem, every_state), last_states, gates
+        return autograd.returned_of(problem, every_state), last_states, gates
     tensors |= {
         "Wx": Wx,
         "R": R.contiguous(),
@@ -219,7 +219,7 @@ def forward(
     if problem.returned is not None:
         options += source.options_of_storing(problem, every_state.shape[0])
     _launch(problem, gpu, False, tensors, options, product, ahead=ahead)
-    return autograd.kept(problem, every_state), last_states, gates
+    return autograd.returned_of(problem, every_state), last_states, gates
 
 
 def repeated(

@@ -74,7 +74,7 @@ def complete(
     of the row before.
     """
     if before is None:
-        before = _shifted(states_initial[0], states[0], repeats(problem.cell, problem.N))
+        before = _shifted(states_initial[0], states[0], copies_of_h(problem.cell, problem.N))
     d_R = recurrent_gradient(problem.cell, d_gates, before)
     return Gradients(d_gates, d_initial, d_R, bias_gradient(problem.cell, d_gates))
 
@@ -91,7 +91,7 @@ def select(gates: Tensor, dim: int, indices: tuple[int, ...]) -> Tensor:
     return torch.stack([gates.select(dim, k) for k in indices], dim)
 
 
-def repeats(cell: TracedCell, N: int) -> int:
+def copies_of_h(cell: TracedCell, N: int) -> int:
     """How many times :func:`recurrent_gradient` reads h before each step.
 
     A single head takes one product for all its gates. The gates of one of several heads are apart
@@ -107,7 +107,7 @@ def recurrent_gradient(cell: TracedCell, d_gates: Tensor, before: Tensor) -> Ten
     Args:
         cell: the cell.
         d_gates: ``[B, T, G, N, D]``.
-        before: h before each step, ``[B · T, repeats, N, D]``.
+        before: h before each step, ``[B · T, copies_of_h, N, D]``.
     """
     B, T, _, N, D = d_gates.shape
     fed = select(d_gates, 2, cell.fed_by("R"))
@@ -263,7 +263,7 @@ def gathered(problem: Problem, before: Before, h: Tensor) -> Tensor:
     if len(rows) > 1:
         backwards = runs_backwards(problem)[:, None] > 0
         found = torch.where(backwards, every[rows[1].long() % len(every)], found)
-    count = repeats(problem.cell, problem.N)
+    count = copies_of_h(problem.cell, problem.N)
     return found.unsqueeze(1).expand(-1, count, -1, -1).contiguous()
 
 

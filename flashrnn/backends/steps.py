@@ -85,7 +85,7 @@ def forward(
     for t, h in enumerate(before):
         multiply(h, factors, product)
         launches.enqueue(t, first=t == 0)
-    return autograd.kept(problem, every_state), last_states, gates
+    return autograd.returned_of(problem, every_state), last_states, gates
 
 
 def backward(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends.gradients import Before, before_steps, repeats
+from flashrnn.backends.gradients import Before, before_steps, copies_of_h
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel
 from flashrnn.jit.kernel import load as _kernel
@@ -166,7 +166,7 @@ def h_before(problem: Problem, before: Before | None, h_initial: Tensor, h: Tens
         h_initial: ``[..., B, 1, N, D]``, of ``problem.carry_dtype``, of which h is the first.
         h: ``[..., B, T, N, D]``, contiguous, likewise.
     """
-    repeated = repeats(problem.cell, problem.N)
+    repeated = copies_of_h(problem.cell, problem.N)
     found = h.new_empty(math.prod(problem.rows), repeated, problem.N, problem.D)
     tensors = {"h": h, "before": found}
     if before is None:

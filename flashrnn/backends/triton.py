@@ -89,7 +89,7 @@ def forward(
         if problem.has_idle_rows:
             every_state.zero_()
     if B == 0:
-        return autograd.kept(problem, every_state), last_states, gates
+        return autograd.returned_of(problem, every_state), last_states, gates
     alignment, wx_strides = _aligned(Wx)
     with _current(problem.device):
         fixed = _fixed(problem)
@@ -127,7 +127,7 @@ def forward(
             every_state.shape[0],
             num_warps=plan.warps,
         )
-    return autograd.kept(problem, every_state), last_states, gates
+    return autograd.returned_of(problem, every_state), last_states, gates
 
 
 def backward(

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashrnn.backends import tables
-from flashrnn.backends.gradients import repeats
+from flashrnn.backends.gradients import copies_of_h
 from flashrnn.kernels import sequence_tables
 from tests.emulation import emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
@@ -55,7 +55,7 @@ def test_h_before_steps_of_a_call_without_options(emulation, poisoned, call):  #
     found = tables.h_before(problem, None, initial, states)
     rounded = initial[0].to(problem.dtype)
     before = torch.cat([rounded, states[0]], 1)[:, :-1].flatten(0, 1)
-    assert found.shape[1] == repeats(problem.cell, problem.N)
+    assert found.shape[1] == copies_of_h(problem.cell, problem.N)
     for k in range(found.shape[1]):
         assert torch.equal(found[:, k], before)
 
