@@ -131,10 +131,11 @@ def keep(
     found, states = None, call.states
     of_computation = all(tensor.dtype == problem.dtype for tensor in tensors.values())
     if of_computation and states.dtype == problem.carry_dtype:
-        given = autograd.without_memory({**tensors, "initial": states})
-        forward = backend.repeated(problem, given, by_time)
+        names, given = (*tensors,), autograd.without_memory([*tensors.values(), states])
+        named = dict(zip((*names, "initial"), given, strict=True))
+        forward = backend.repeated(problem, named, by_time)
         if forward is not None:
-            found = Kept(backend, problem, forward, {})
+            found = Kept(backend, problem, names, forward, {})
     if len(kept) >= _MOST_KEPT:
         # The oldest goes.
         oldest, *_ = [*kept]

@@ -10,15 +10,11 @@ from torch import Tensor
 
 from flashrnn import backends, calls, checks, padded, sequences
 from flashrnn.backends import Backend, autograd
+from flashrnn.backends.library import input_product
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.problem import Problem, without_autocast
-from flashrnn.products import (
-    factors_as_computed,
-    forward_of_layer,
-    gradients_of_layer,
-    input_product,
-)
+from flashrnn.products import factors_as_computed, forward_of_layer, gradients_of_layer
 from flashrnn.sequences import Given, Sequences
 
 

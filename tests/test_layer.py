@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from flashrnn import FlashRNNConfig, flashrnn, products, recurrent_layer
+from flashrnn import FlashRNNConfig, flashrnn, recurrent_layer
+from flashrnn.backends import library
 from tests.kernels.test_triton import interpreter, needs_triton  # noqa: F401
 from tests.layers import NAMES, and_gradients, layer_inputs, results, two_nodes
 from tests.problems import BUILT_IN, random_weights, relative_error, sparse
@@ -124,7 +125,7 @@ def test_time_major_x_is_not_copied(monkeypatch):
         multiplied.append(x.data_ptr())
         return linear(x, *weights)
 
-    monkeypatch.setattr(products, "linear", noting)
+    monkeypatch.setattr(library, "linear", noting)
     x, *others = layer_inputs("lstm", 3, 2, 5, 1, 8)
     time_major = x.detach().transpose(0, 1).contiguous()
     states, _ = recurrent_layer(time_major.transpose(0, 1), *others, backend="vanilla")
@@ -337,12 +338,12 @@ def test_an_input_whose_rows_lie_evenly_is_not_copied(monkeypatch):
         copied.append(x)
         return x.contiguous()
 
-    monkeypatch.setattr(products, "contiguous", contiguous)
+    monkeypatch.setattr(library, "contiguous", contiguous)
     d_Wx, W = torch.randn(3, 4, 2, 1, 5), torch.randn(10, 6)
     sliced = torch.randn(3, 4, 9)[..., :6]
     turned = sliced.transpose(0, 1).contiguous().transpose(0, 1)
     expected = torch.einsum("btgnd,bti->gndi", d_Wx, sliced).view(10, 6)
     for x, copies in ((sliced, 0), (turned, 1)):
-        _, d_W = products.factors_gradients(d_Wx, x, W, needs_x=False, needs_W=True)
+        _, d_W = library.factors_gradients(d_Wx, x, W, needs_x=False, needs_W=True)
         torch.testing.assert_close(d_W, expected)
         assert len(copied) == copies

@@ -5,7 +5,7 @@ import torch
 
 from flashrnn import FlashRNNConfig, calls, flashrnn, nn, recurrent_layer
 from flashrnn.backends import cuda_fused, repeated, steps
-from flashrnn.kernels import source
+from flashrnn.kernels import few_rows, source
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
 from tests.layers import NAMES, layer_inputs
@@ -78,7 +78,6 @@ def test_a_layer(runs, dtype, kind, D):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_module(runs, dtype, kind, batch_first, bias):
-    """Of a GRU's weights, and of no bias, others are made first."""
     layer = getattr(nn, kind)(9, 24, batch_first=batch_first, bias=bias, backend="cuda_fused")
     layer, x = layer.to(dtype), torch.randn(5, 4, 9, dtype=dtype)
 
@@ -87,7 +86,7 @@ def test_a_module(runs, dtype, kind, batch_first, bias):
             h, last = layer(x)
             return [h, *(last if kind == "LSTM" else [last])]
 
-    thrice(call, runs, repeats=bias and kind != "GRU")
+    thrice(call, runs)
     # In place, each by itself.
     first = call()
     copies = [x.clone() for x in first]
@@ -117,8 +116,7 @@ def differentiated(call, leaves):
 @pytest.mark.parametrize("D", [24, 136])
 @pytest.mark.parametrize("start", ["none", "given", "one"])
 def test_gradients_of_a_call(runs, dtype, D, start):
-    """Of one start for all sequences, too. Where a product follows the launches, forward alone is
-    kept."""
+    """Of one start for all sequences, too."""
     leaves = [*random_inputs("lstm", 3, 4, 2, D, dtype).tensors().values()]
     states = {"none": None, "given": leaves[3], "one": leaves[3][:, :1]}[start]
     leaves = leaves if start != "none" else leaves[:3]
@@ -139,10 +137,10 @@ def test_gradients_of_a_layer(runs, dtype, kind, D, needed):
     thrice(differentiated(lambda: recurrent_layer(*leaves, **options), asked), runs)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "RNN"])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_gradients_of_a_module(runs, kind, batch_first):
-    layer = getattr(nn, kind)(9, 24, batch_first=batch_first, backend="cuda_fused").bfloat16()
+@pytest.mark.parametrize("kind", ["LSTM", "RNN", "GRU"])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
+def test_gradients_of_a_module(runs, kind, options):
+    layer = getattr(nn, kind)(9, 24, **options, backend="cuda_fused").bfloat16()
     x = torch.randn(5, 4, 9, dtype=torch.bfloat16, requires_grad=True)
 
     def call():
@@ -150,6 +148,69 @@ def test_gradients_of_a_module(runs, kind, batch_first):
         return [h, *(last if kind == "LSTM" else [last])]
 
     thrice(differentiated(call, [x, *layer.parameters()]), runs)
+
+
+@pytest.fixture(params=["all", "gradients"])
+def by_library(request, monkeypatch, runs):
+    """The library multiplies, as it does where there are many rows."""
+    monkeypatch.setattr(few_rows, "takes", lambda *_: False)
+    if request.param == "all":
+        monkeypatch.setattr(few_rows, "takes_product", lambda *_: False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("D", [20, 24, 136])
+@pytest.mark.parametrize("needed", [(), NAMES, ("W", "b"), ("x",), ("R",)], ids=str)
+@pytest.mark.usefixtures("by_library")
+def test_a_layer_by_the_library(runs, dtype, kind, D, needed):
+    """And its gradients, those that are needed; of a zero start, too."""
+    leaves = layer_inputs(kind, 3, 4, 9, 1, D, dtype)
+    for leaf, name in zip(leaves, NAMES, strict=True):
+        leaf.requires_grad_(name in needed)
+    for given in (leaves, leaves[:-1]):
+        asked = [leaf for leaf in given if leaf.requires_grad]
+        options = {"function": kind, "backend": "cuda_fused", "return_states": "h"}
+
+        def call(given=given, options=options):
+            return recurrent_layer(*given, **options)
+
+        runs.clear()
+        thrice(differentiated(call, asked) if needed else call, runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("D", [24, 136])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
+@pytest.mark.usefixtures("by_library")
+def test_a_module_by_the_library(runs, dtype, kind, D, options):
+    layer = getattr(nn, kind)(9, D, **options, backend="cuda_fused").to(dtype)
+    x = torch.randn(5, 4, 9, dtype=dtype, requires_grad=True)
+
+    def call():
+        h, last = layer(x)
+        return [h, *(last if kind == "LSTM" else [last])]
+
+    found = thrice(differentiated(call, [x, *layer.parameters()]), runs)
+    theirs = getattr(torch.nn, kind)(9, D, **options)
+    theirs.load_state_dict(layer.state_dict())
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found[0].float(), theirs(x.float())[0], rtol=limit, atol=limit)
+
+
+@pytest.mark.usefixtures("by_library")
+def test_autocast_is_none_of_a_product_that_is_kept(runs):
+    """A dtype that is asked for holds within autocast, too."""
+    leaves = [x.detach() for x in layer_inputs("lstm", 3, 4, 9, 1, 24, torch.float32)]
+    options = {"backend": "cuda_fused", "dtype": torch.float32}
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16):
+            return recurrent_layer(*leaves, **options)
+
+    found = thrice(call, runs)
+    assert torch.equal(found[0], recurrent_layer(*leaves, **options)[0])
 
 
 def test_a_graph_of_the_gradient_and_a_hook_are_none_of_it(runs):
@@ -206,7 +267,7 @@ def test_biases_that_are_copied(runs, of):
     theirs.load_state_dict(layer.state_dict())
     for _ in range(3):
         torch.testing.assert_close(layer(x)[0], theirs(x)[0], rtol=1e-4, atol=1e-5)
-    assert not runs
+    assert len(runs) == 2 and all(runs)
 
 
 def test_keeping_takes_no_memory(runs, monkeypatch):

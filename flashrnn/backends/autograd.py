@@ -12,7 +12,7 @@ alone: each takes a fraction of the host time of the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
@@ -254,22 +254,23 @@ class Kept(NamedTuple):
     Attributes:
         backend: what computed it.
         problem: ...
+        names: of the tensors that forward is given, without the initial states, which follow.
         forward: what the backend keeps of its forward.
         gradients: what it keeps of backwards, by :func:`gradients_again`'s key.
     """
 
     backend: RepeatingBackend
     problem: Problem
+    names: tuple[str, ...]
     forward: Repeatable
     gradients: dict[tuple[object, ...], Repeatable | None]
 
 
-def without_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Tensors of the same sizes, strides and dtypes, of which nothing is read."""
-    return {
-        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        for name, x in tensors.items()
-    }
+    return [
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors
+    ]
 
 
 def forward_again(
@@ -313,8 +314,8 @@ def gradients_again(
     if key not in kept.gradients:
         if len(kept.gradients) >= _MOST_GRADIENTS:
             kept.gradients.clear()
-        named = {n: tensor for n, tensor in zip(_GIVEN, tensors, strict=True) if tensor is not None}
-        named = without_memory(named)
+        names = [n for n, tensor in zip(_GIVEN, tensors, strict=True) if tensor is not None]
+        named = dict(zip(names, without_memory(given), strict=True))
         found = kept.backend.repeated_gradients(kept.problem, named, needs_x, needs_W)
         kept.gradients[key] = found
     repeated = kept.gradients.get(key)

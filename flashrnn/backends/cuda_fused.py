@@ -8,7 +8,8 @@ is computed so (:mod:`flashrnn.backends.steps`).
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from math import gcd
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ from flashrnn.backends.gradients import (
     number_of,
     of_no_steps,
     recurrent_gradient,
+    select,
 )
 from flashrnn.backends.launches import LaunchTemplate
+from flashrnn.backends.library import factors_gradients, input_product
 from flashrnn.backends.repeated import New, Repeated, scratch_memory
 from flashrnn.backends.requirements import (
     refusal,
@@ -41,7 +44,13 @@ from flashrnn.kernels.gpu import GPU, whole
 from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.kernels.plan import Plan
 from flashrnn.kernels.sizes import tiles_of
-from flashrnn.problem import Problem, as_compiled, matmul_tf32_allowed, tf32_allowed
+from flashrnn.problem import (
+    Problem,
+    as_compiled,
+    matmul_tf32_allowed,
+    tf32_allowed,
+    without_autocast,
+)
 from flashrnn.sequences import Sequences, zeros_like_starts
 
 # See `autograd.PaddingBackend`.
@@ -228,11 +237,13 @@ def repeated(
     """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
     if not _is_by_scan(problem, backward=False):
         return None
-    tensors, product, Wx = dict(given), None, given.get("Wx")
-    if Wx is None:
-        if not multiplies(problem, given["x"], given["W"]):
-            return None
+    tensors, product, begin, Wx = dict(given), None, None, given.get("Wx")
+    if Wx is None and multiplies(problem, given["x"], given["W"]):
         Wx, product = few_rows.begun(problem, given["x"])
+    elif Wx is None:
+        begin = partial(_multiplied, problem, (*given,))
+        tensors = dict(zip(_names_multiplied((*given,)), begin([*given.values()]), strict=True))
+        Wx = tensors["Wx"]
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     new = {"states": every_state, "last_states": last_states}
     if gates is not None:
@@ -250,7 +261,28 @@ def repeated(
         options += source.options_of_storing(problem, every_state.shape[0])
     features = given["x"].shape[2] if product else 0
     ahead = problem.needs_gradient and few_rows.gives_R(problem, features)
-    return _repeated(problem, False, tensors, new, options, product, ahead=ahead)
+    found = _repeated(problem, False, tensors, new, options, product, ahead=ahead)
+    return None if found is None else found._replace(begin=begin)
+
+
+_FACTORS = "x", "W", "bias"
+
+
+def _names_multiplied(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the tensors that :func:`_multiplied` gives."""
+    return "Wx", *(name for name in names if name not in _FACTORS)
+
+
+def _multiplied(
+    problem: Problem, names: tuple[str, ...], given: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Of a layer's tensors, in the order of their names, ``Wx`` by the library, and the others."""
+    tensors = dict(zip(names, given, strict=True))
+    x, W, bias = (tensors.pop(name, None) for name in _FACTORS)
+    assert x is not None and W is not None
+    with without_autocast(problem.device.type):
+        Wx = input_product(problem, x, W.flatten(0, -2), None if bias is None else bias.view(-1))
+    return [Wx, *tensors.values()]
 
 
 def _is_by_scan(problem: Problem, backward: bool) -> bool:
@@ -268,19 +300,68 @@ def repeated_gradients(
         return None
     factors = Factors(given["x"], given["W"], needs_x, needs_W) if "x" in given else None
     if factors is not None and not multiplies(problem, factors.x, factors.W):
-        return None
+        factors = None
     asked = few_rows.asked(problem, factors)
-    if factors is not None and not (asked is not None and asked.I):
-        return None
     new = _new_gradients(problem, given["initial"], given["gates"], asked, factors)
-    if "d_R" not in new or (problem.dtype == torch.float32 and not (asked and asked.of_R)):
-        return None
     contiguous = given["R"], given["states"], given["gates"]
     if not all(x.is_contiguous() for x in contiguous):
         return None
-    return _repeated(
-        problem, True, given | new, new, _backward_options(problem, given), asked=asked
-    )
+    by_library = "x" in given and not (asked is not None and asked.I)
+    tensors = {n: x for n, x in given.items() if not (by_library and n in _FACTORS)}
+    names, begin, finish = (*given,), None, None
+    copies_start = _reads_contiguous_start(problem, asked)
+    if by_library or copies_start:
+        places = tuple(map(names.index, tensors))
+        start = names.index("initial") if copies_start else None
+        begin = partial(_of_launches, places, start)
+        if copies_start:
+            tensors["h_initial"] = given["initial"][0].contiguous()
+    options = _backward_options(problem, given)
+    found = _repeated(problem, True, tensors | new, new, options, asked=asked)
+    if found is None:
+        return None
+    if by_library or "before" in new:
+        finish = partial(_finished, problem, names, needs_x, needs_W, by_library)
+    return found._replace(begin=begin, finish=finish)
+
+
+def _reads_contiguous_start(problem: Problem, asked: few_rows.Asked | None) -> bool:
+    """Whether R's gradient of small heads is computed of float32, and by a kernel of its own."""
+    by_kernel = registry.is_small(problem.D) and not (asked is not None and asked.of_R)
+    return by_kernel and problem.dtype == torch.float32
+
+
+def _of_launches(
+    places: tuple[int, ...], start: int | None, given: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The tensors at some places, and the first of the initial states, contiguous, if it is told
+    where those are."""
+    found = [given[place] for place in places]
+    return found if start is None else [*found, given[start][0].contiguous()]
+
+
+def _finished(
+    problem: Problem,
+    names: tuple[str, ...],
+    needs_x: bool,
+    needs_W: bool,
+    by_library: bool,
+    given: Sequence[Tensor],
+    made: dict[str, Tensor],
+) -> None:
+    """The gradients that are products of the library's, beside those that launches have written."""
+    cell, d_gates, before = problem.cell, made["d_gates"], made.pop("before", None)
+    if before is not None:
+        made["d_R"] = recurrent_gradient(cell, d_gates, before)
+    if not by_library:
+        return
+    x, W = (given[names.index(name)] for name in ("x", "W"))
+    d_Wx = select(d_gates, 2, cell.fed_by("Wx"))
+    d_x, d_W = factors_gradients(d_Wx, x, W.flatten(0, -2), needs_x, needs_W)
+    if d_x is not None:
+        made["d_x"] = d_x
+    if d_W is not None:
+        made["d_W"] = d_W.view(W.shape)
 
 
 def _repeated(
@@ -393,14 +474,12 @@ def backward(
         tensors["lengths"] = of_options.lengths
     if asked is not None and factors is not None and asked.I:
         tensors |= {"x": factors.x, "W": factors.W}
-    of_R = asked is not None and asked.of_R
-    if "d_R" in new and problem.dtype == torch.float32 and not of_R:
+    if _reads_contiguous_start(problem, asked):
         tensors["h_initial"] = states_initial[0].contiguous()
     _launch(problem, gpu, True, tensors, options, asked=asked)
     d_R = new.get("d_R")
     if d_R is None:
-        before = tables.h_before(problem, of_options.before, states_initial, states)
-        d_R = recurrent_gradient(cell, new["d_gates"], before)
+        d_R = recurrent_gradient(cell, new["d_gates"], new["before"])
     of_call = new["d_gates"], new["d_initial"], d_R, new["d_b"], d_resets
     return Gradients(*of_call, new.get("d_x"), new.get("d_W"))
 
@@ -433,6 +512,8 @@ def _new_gradients(
             found["d_W"] = torch.empty_like(factors.W)
     if registry.is_small(D) or (asked is not None and asked.of_R):
         found["d_R"] = gates.new_empty(len(cell.fed_by("R")), N, D, D)
+    else:
+        found["before"] = tables.new_h_before(problem, gates)
     found["d_b"] = gates.new_empty(len(cell.fed_by("b")), N, D)
     return found
 
@@ -694,6 +775,8 @@ def _prepared(
     if backward:
         if asked is None or not asked.of_R:
             launches += _after_scan(problem, of_R, precision, layout)
+        if "before" in layout.names:
+            launches.append(tables.behind_scan(problem, layout))
         if asked is not None:
             launches.append(few_rows.gradients(problem, asked, layout))
     else:

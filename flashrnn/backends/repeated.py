@@ -42,12 +42,17 @@ class Repeated(NamedTuple):
         launches: in order; their tensors are the given ones, then the new ones.
         scratch: global memory that they need besides.
         asked: whether what it rests on is as it was; ``None``: it rests on nothing else.
+        begin: what PyTorch computes before: the tensors that the launches are given, out of the
+            call's.
+        finish: what PyTorch computes behind, of the call's tensors and those written.
     """
 
     new: tuple[tuple[str, New], ...]
     launches: tuple[LaunchTemplate, ...]
     scratch: call.Scratch
     asked: Callable[[], bool] | None
+    begin: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    finish: Callable[[Sequence[Tensor], dict[str, Tensor]], None] | None = None
 
     def is_current(self) -> bool:
         """See :class:`flashrnn.backends.autograd.Repeatable`."""
@@ -55,6 +60,9 @@ class Repeated(NamedTuple):
 
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
         """What it allocates, written; ``None`` where all has to be worked out anew."""
+        of_call = given
+        if self.begin is not None:
+            given = self.begin(given)
         addresses = [tensor.data_ptr() for tensor in given]
         if reduce(or_, addresses) % 16:
             return None
@@ -73,6 +81,8 @@ class Repeated(NamedTuple):
             addresses += of_scratch
         launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in self.launches]
         launch_in_turn(launches, zeros)
+        if self.finish is not None:
+            self.finish(of_call, made)
         return made
 
 

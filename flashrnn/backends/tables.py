@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends.gradients import Before, before_steps, copies_of_h
+from flashrnn.backends.launches import LaunchTemplate
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel
 from flashrnn.jit.kernel import load as _kernel
@@ -166,8 +167,7 @@ def h_before(problem: Problem, before: Before | None, h_initial: Tensor, h: Tens
         h_initial: ``[..., B, 1, N, D]``, of ``problem.carry_dtype``, of which h is the first.
         h: ``[..., B, T, N, D]``, contiguous, likewise.
     """
-    repeated = copies_of_h(problem.cell, problem.N)
-    found = h.new_empty(math.prod(problem.rows), repeated, problem.N, problem.D)
+    found = new_h_before(problem, h)
     tensors = {"h": h, "before": found}
     if before is None:
         tensors["h_initial"] = h_initial
@@ -176,9 +176,32 @@ def h_before(problem: Problem, before: Before | None, h_initial: Tensor, h: Tens
         if problem.reverse is not False:
             tensors["runs_backwards"] = runs_backwards(problem)
     addresses, layout = call.H_BEFORE.read(tensors)
-    kernel, shape, packing = _prepared_h_before(problem._replace(longest=None), repeated, layout)
+    kernel, shape, packing = _prepared_h_before(problem._replace(longest=None), layout)
     kernel.launch(shape, packing(addresses))
     return found
+
+
+def new_h_before(problem: Problem, like: Tensor) -> Tensor:
+    """Memory for h before each step, ``[rows, copies_of_h, N, D]``."""
+    repeated = copies_of_h(problem.cell, problem.N)
+    return like.new_empty(math.prod(problem.rows), repeated, problem.N, problem.D)
+
+
+def behind_scan(problem: Problem, layout: call.Layout) -> LaunchTemplate:
+    """The launch of h before each step that follows a backward scan.
+
+    Args:
+        problem: what is computed.
+        layout: of the scan's tensors, with ``before`` among them.
+    """
+    names, strides = {"states": "h"}, layout.strides
+    if "before_rows" in layout.names:
+        strides = ()
+    else:
+        # Of the scan's operands with strides the initial states are the first: [S, B, 1, N, D].
+        names["initial"], strides = "h_initial", (strides[0][1:],)
+    named = tuple(names.get(name, name) for name in layout.names)
+    return _prepared_h_before(problem, layout._replace(names=named, strides=strides))
 
 
 # Whose rows it copies in pieces.
@@ -186,17 +209,15 @@ _IN_PIECES = ("h", "h_starts", "before")
 
 
 @lru_cache(maxsize=256)
-def _prepared_h_before(
-    problem: Problem, repeated: int, layout: call.Layout
-) -> tuple[Kernel, launch.Shape, call.Packing]:
+def _prepared_h_before(problem: Problem, layout: call.Layout) -> LaunchTemplate:
     rows, T, N, D = math.prod(problem.rows), problem.T, problem.N, problem.D
     kernel = _loaded(sequence_tables.H_BEFORE, problem.dtype, problem.device)
     size = problem.dtype.itemsize
-    numbers = {"rows": rows, "T": T, "N": N, "D": D, "repeated": repeated}
+    numbers = {"rows": rows, "T": T, "N": N, "D": D, "repeated": copies_of_h(problem.cell, N)}
     numbers["piece_bytes"] = call.H_BEFORE.piece_bytes(_IN_PIECES, layout, D, size)
     packing = call.H_BEFORE.packing(layout, **numbers)
     shape = kernel.shape._replace(grid=sequence_tables.h_before_grid(rows, N))
-    return kernel, shape, packing
+    return LaunchTemplate(kernel, shape, packing)
 
 
 @lru_cache(maxsize=64)

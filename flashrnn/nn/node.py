@@ -19,9 +19,9 @@ from torch import Tensor
 
 from flashrnn import backends, calls, padded
 from flashrnn.backends import autograd
+from flashrnn.backends.library import input_product
 from flashrnn.config import DEFAULT
 from flashrnn.initial import initial_states
-from flashrnn.nn.modes import MODES
 from flashrnn.nn.parameters import (
     RecurrentParameters,
     cell_of,
@@ -39,7 +39,7 @@ from flashrnn.nn.weights import (
     recurrent_matrix,
 )
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
-from flashrnn.products import gradients_of_layer, input_product
+from flashrnn.products import gradients_of_layer
 from flashrnn.rows import FEWEST, contiguous
 from flashrnn.sequences import Given
 
@@ -141,10 +141,8 @@ def _layer(
         tensors = {"x": rows, "W": W.view(-1, *b.shape[1:], W.shape[1]), "R": R, "b": b}
         problem = calls.accepted(cell, tensors, start, config, dtype, _H_ALONE)
         calls.remember(key, problem)
-    tensors, again = _as_scans_have_them(form, x, weights), None
-    if tensors:
-        of_backend = layers.backend, form.h_by_time, *key
-        again = calls.again(of_backend, problem, [*tensors.values()], start)
+    of_backend = layers.backend, form.h_by_time, *key
+    again = calls.again(of_backend, problem, [x, *weights], start)
     if again is not None and again.kept is not None:
         kept = again.kept
         return _computed(x, again.states, kept.backend, kept.problem, kept, form, *weights)
@@ -155,7 +153,9 @@ def _layer(
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
     outputs = _computed(x, start, chosen, problem, None, form, *weights)
-    if again is not None:
+    if again is not None and again.key not in calls.kept:
+        of_layer = autograd.without_memory([x, *weights])
+        tensors = _operands(chosen, problem, None, form, None, *of_layer)
         calls.keep(again, chosen, problem, tensors, form.h_by_time)
     return outputs
 
@@ -167,20 +167,6 @@ def _computed(x: Tensor, start: Tensor, *further: Any) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = autograd.apply(_Node, x, start, *further)
         return found
     return _forward(x, start, *further)[0]
-
-
-def _as_scans_have_them(form: Form, x: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Input and weights by the names of a scan with its input's product, where those are the
-    layer's own; else nothing."""
-    is_torchs = form.mode in MODES
-    if form.mode == "GRU" or len(weights) != (4 if is_torchs else 3):
-        return {}
-    x = x.transpose(0, 1) if form.x_by_time else x
-    weight_ih, weight_hh, *biases = weights
-    if is_torchs:
-        bias_ih, bias_hh = biases
-        return {"x": x, "W": weight_ih, "bias": bias_ih, "R": weight_hh, "b": bias_hh}
-    return {"x": x, "W": weight_ih, "R": weight_hh, "b": biases[0]}
 
 
 _KIND, _REQUIRES_GRAD = attrgetter("shape", "dtype", "device"), attrgetter("requires_grad")
@@ -197,40 +183,67 @@ def _forward(
     *weights: Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """h and each last state in torch.nn's forms, and what backward needs."""
-    biases: Sequence[Tensor]
-    weight_ih, weight_hh, *biases = weights
-    if kept is not None:
-        tensors = _as_scans_have_them(form, x, weights)
-        made = kept.forward.run([*tensors.values(), start])
-        if made is not None:
-            results = autograd.Results(made.get("h_by_time"), made.get("last_rounded"))
-            outputs = _in_forms(problem, form, made["states"], made["last_states"], results)
-            residuals = start, made["states"], made.get("gates"), outputs[0]
-            return outputs, (x, weight_ih, weight_hh, *residuals)
-    dtype = problem.dtype
+    dtype, (weight_ih, weight_hh, *biases) = problem.dtype, weights
     x, weight_ih = calls.cast_to(x, dtype), calls.cast_to(weight_ih, dtype)
     weight_hh = calls.cast_to(weight_hh, dtype)
-    rows = x.transpose(0, 1) if form.x_by_time else x
-    N, D = problem.N, problem.D
-    own, bias, results = None, None, autograd.Results()
-    if autograd.multiplies(backend, problem, rows, weight_ih):
-        own, (bias, biases) = backend, of_input(form.mode, biases)
-        results = backend.results(problem, x, form.h_by_time)
-    R, b = recurrence(form.mode, problem.cell, N, weight_hh, biases, _copy(backend))
-    b, start = calls.cast_to(b, dtype), calls.cast_to(start, problem.carry_dtype)
-    if own is None:
-        Wx, R, b = input_product(problem, rows, weight_ih), R.view(-1, N, D, D), b.view(-1, N, D)
-        states, last_states, gates = backend.forward(problem, Wx, R, b, start)
+    copy, of_layer = _copy(backend), (x, weight_ih, weight_hh, *biases)
+    operands = _operands(backend, problem, kept, form, copy, *of_layer)
+    made = None if kept is None else kept.forward.run([*operands.values(), start])
+    if made is not None:
+        states, last_states, gates = made["states"], made["last_states"], made.get("gates")
+        results = autograd.Results(made.get("h_by_time"), made.get("last_rounded"))
     else:
-        if bias is not None:
-            bias = calls.cast_to(bias, dtype).contiguous()
-        factors = autograd.Factors(rows, weight_ih, bias=bias)
-        found = own.forward(problem, None, R, b, start, factors=factors, results=results)
+        start, results = calls.cast_to(start, problem.carry_dtype), autograd.Results()
+        N, D = problem.N, problem.D
+        rows, weight_ih, R, b = (operands[name] for name in ("x", "W", "R", "b"))
+        if autograd.multiplies(backend, problem, rows, weight_ih):
+            results = backend.results(problem, x, form.h_by_time)
+            factors = autograd.Factors(rows, weight_ih, bias=operands.get("bias"))
+            found = backend.forward(problem, None, R, b, start, factors=factors, results=results)
+        else:
+            of_scan = R.view(-1, N, D, D), b.view(-1, N, D), start
+            Wx = input_product(problem, rows, weight_ih)
+            if autograd.copies(backend):
+                results = backend.results(problem, x, form.h_by_time)
+                found = backend.forward(problem, Wx, *of_scan, results=results)
+            else:
+                found = backend.forward(problem, Wx, *of_scan)
         states, last_states, gates = found
     outputs = _in_forms(problem, form, states, last_states, results)
     # The weights themselves: views of them would not be found changed where these are. And h, which
     # the node returns: by it a graph of the gradient finds the node.
     return outputs, (x, weight_ih, weight_hh, start, states, gates, outputs[0])
+
+
+def _operands(
+    backend: autograd.FusedBackend,
+    problem: Problem,
+    kept: autograd.Kept | None,
+    form: Form,
+    copy: Copies | None,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    *biases: Tensor,
+) -> dict[str, Tensor]:
+    """Input and weights by the names of a scan with its input's product, in their order.
+
+    ``x`` and the matrices are of the dtype of the computation. ``bias`` is among them where the
+    backend adds it to the product.
+    """
+    rows, bias = x.transpose(0, 1) if form.x_by_time else x, None
+    of_scan: Sequence[Tensor] = biases
+    if kept is None:
+        adds = autograd.multiplies(backend, problem, rows, weight_ih)
+    else:
+        adds = "bias" in kept.names
+    if adds:
+        bias, of_scan = of_input(form.mode, biases)
+    R, b = recurrence(form.mode, problem.cell, problem.N, weight_hh, of_scan, copy)
+    found = {"x": rows, "W": weight_ih, "R": R, "b": calls.cast_to(b, problem.dtype)}
+    if bias is not None:
+        found["bias"] = calls.cast_to(bias, problem.dtype).contiguous()
+    return found
 
 
 def _in_forms(

@@ -150,8 +150,9 @@ def recurrent_matrix(mode: str, weight_hh: Tensor, copy: Copies | None = None) -
         turned = weight_hh.new_empty(weight_hh.shape)
         copy(*_turned(weight_hh, turned, 1), turned.dtype, turned.device)
         return turned
-    # torch.nn has (r, z, g) there, the cell gru (g, r, z).
-    return weight_hh.view(3, -1, weight_hh.shape[1]).roll(1, 0)
+    # torch.nn has (r, z, g) there, the cell gru (g, r, z). roll() would take twice as long.
+    of_rz = len(weight_hh) // 3 * 2
+    return torch.cat([weight_hh[of_rz:], weight_hh[:of_rz]])
 
 
 def bias(mode: str, biases: Sequence[Tensor]) -> Tensor:
@@ -193,7 +194,7 @@ def recurrence_gradients(
     ):
         return [*_gru_gradients(d_R, d_b, shape, copy)]
     if d_R is not None:
-        d_R = (d_R.roll(-1, 0) if mode == "GRU" else d_R).view(shape)
+        d_R = (torch.cat([d_R[1:], d_R[:1]]) if mode == "GRU" else d_R).view(shape)
     if d_b is None or not count:
         return [d_R, *[None] * count]
     d_b = d_b.reshape(-1)  # Not by flatten(), which gradients of a batch do not have.
