@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flashrnn import nn
-from flashrnn.backends import cuda_fused, steps
+from flashrnn.backends import steps
+from flashrnn.backends.fused import plans
 from flashrnn.bench.case import Case, tf32_allowed
 from flashrnn.bench.contender import BOTH, FORWARD
 from flashrnn.bench.layers import Stack
@@ -59,15 +60,15 @@ ROWS = [
 def way(name: str) -> Iterator[None]:
     """Within it ``cuda_fused`` computes as is chosen, by persistent kernels, or step by step."""
     ways: dict[str, Callable[..., CellPlan | None]] = {
-        "chosen": cuda_fused._steps,
+        "chosen": plans.steps_of,
         "persistent": lambda problem, gpu, backward: None,
         "steps": lambda problem, gpu, backward: CellPlan(backward, problem.D),
     }
-    before, cuda_fused._steps = cuda_fused._steps, ways[name]
+    before, plans.steps_of = plans.steps_of, ways[name]
     try:
         yield
     finally:
-        cuda_fused._steps = before
+        plans.steps_of = before
 
 
 def microseconds(run: Callable[[], Any], count: int) -> tuple[float, float]:
@@ -95,7 +96,7 @@ def parts_of_a_step(row: Row) -> None:
     problem = Problem(
         *(cell.traced, case.B, case.T, 1, case.D, case.dtype, device), needs_gradient=True
     )
-    gpu, precision = cuda_fused._gpu(problem), source.precision_of(problem)
+    gpu, precision = plans.gpu_of(problem), source.precision_of(problem)
     S, Gr = len(cell.states), len(cell.fed_by("R"))
 
     def normal(*sizes: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -123,7 +124,7 @@ def parts_of_a_step(row: Row) -> None:
         without, _ = microseconds(scan, case.T)
         steps.multiply = multiply
         cautious = estimated_cycles(problem, precision, gpu, backward) / GPU_CLOCK
-        persistent = registry.best_plan(cuda_fused._planned(problem, case.B), gpu, backward)
+        persistent = registry.best_plan(plans.planned(problem, case.B), gpu, backward)
         print(
             f"  {'backward' if backward else 'forward'}, a step, us: {whole:.1f}; "
             f"cell alone {without:.1f} (predicted {row.cells[backward]}), "

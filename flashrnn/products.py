@@ -1,4 +1,4 @@
-"""A layer's input product and its gradients, beside a scan and the scan's."""
+"""A layer's forward, its input product and its scan, and its gradients."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 
 from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import plans
 from flashrnn.bench.timing import measure
 from flashrnn.cells import resolve
 from flashrnn.functional import flashrnn
@@ -91,23 +92,23 @@ def main() -> None:
         problem = Problem(
             resolve(kind).traced, B, LONG, 1, D, torch.bfloat16, device, needs_gradient=True
         )
-        gpu = cuda_fused._gpu(problem)
+        gpu = plans.gpu_of(problem)
         for name, regime in REGIMES.items():
             plan = regime(problem, gpu, True)
             if isinstance(plan, str):
                 print(f"{kind} B={B} 1x{D} | {name} | {plan}", flush=True)
                 continue
-            plans = [plan]
+            taken = [plan]
             if isinstance(plan, cluster.ClusterWgmmaBackwardPlan) and "all" in sys.argv[1:]:
                 values = wgmma_backward_plan.Values.of(problem.cell)
-                plans = [
+                taken = [
                     replace(
                         x,
                         estimated_cycles=wgmma_backward_plan.estimated_cycles(x, values, B, 1, gpu),
                     )
                     for x in wgmma_backward_plan.possible_plans(values, D, gpu)
                 ]
-            for chosen in plans:
+            for chosen in taken:
                 force(chosen)
                 hold_to_vanilla("cuda_fused", kind, B, 5, 1, D, torch.bfloat16, "cuda")
                 short, long = (milliseconds(kind, B, T, D) for T in (SHORT, LONG))

@@ -31,6 +31,7 @@ from flashrnn.backends import (
     steps,
     tables,
 )
+from flashrnn.backends.fused import compiled, plans, scans
 from flashrnn.jit import launch, nvrtc
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import runs
@@ -204,7 +205,7 @@ class EmulatedKernel:
 
 def plan_taken(problem: Problem, backward: bool) -> Plan:
     """The plan by which ``cuda_fused`` computes a problem."""
-    return cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
+    return plans.plan_of(problem, backward, plans.gpu_of(problem))
 
 
 @cache
@@ -235,15 +236,15 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) ->
 
 def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
-    for module in (copies, cuda_fused, few_rows, padding, steps, tables):
+    for module in (copies, few_rows, padding, scans, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
-    for module in (copies, cuda_fused, few_rows, padding, repeated):
+    for module in (copies, few_rows, padding, repeated, scans):
         monkeypatch.setattr(module, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
 
 
 def begin_nothing(problem, gpu, precision, of_few_rows) -> None:
-    """Stands in for ``cuda_fused._begin_backward``."""
+    """Stands in for ``compiled.begin_backward``."""
 
 
 def one_by_one(launches, zeros=None) -> None:
@@ -259,10 +260,10 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend ``cuda_fused`` runs on the CPU, by the plans of an H200."""
 
     def forget() -> None:
-        plans = (registry.best_plan, registry.plan_steps, registry.padded_units)
-        plans += (cuda_fused._padded_units,)
+        of_plans = (registry.best_plan, registry.plan_steps, registry.padded_units)
+        of_plans += (cuda_fused._padded_units,)
         of_rows = (few_rows._taken, few_rows._input, few_rows._asked, few_rows.gives_R)
-        for cached in (*plans, *of_rows, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
+        for cached in (*of_plans, *of_rows, *cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS):
             cached.cache_clear()
         calls.kept.clear()
 
@@ -270,10 +271,10 @@ def fused_emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _emulate_kernels(monkeypatch)
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_fused, "unsupported", lambda problem: None)
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     monkeypatch.setattr(few_rows, "whole", lambda device: H200)
-    monkeypatch.setattr(cuda_fused, "_where", lambda problem: (0, 0))
-    monkeypatch.setattr(cuda_fused, "_begin_backward", begin_nothing)
+    monkeypatch.setattr(plans, "stream_of", lambda problem: (0, 0))
+    monkeypatch.setattr(compiled, "begin_backward", begin_nothing)
     yield
     forget()
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from flashrnn.backends import cuda, cuda_fused
+from flashrnn.backends.fused import plans, stepper
 from flashrnn.cells import elman, lstm
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch, nvrtc
@@ -203,12 +204,12 @@ def no_clusters_where_none_fit(driver):
             Problem(lstm.traced, B, 1, N, D, torch.bfloat16, torch.device("cuda", 0), True)
             for B, N, D in sizes
         )
-        plans = [
-            cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
+        taken = [
+            plans.plan_of(problem, backward, plans.gpu_of(problem))
             for problem in problems
             for backward in (False, True)
         ]
-        return sum(plan.cluster_size > 0 for plan in plans)
+        return sum(plan.cluster_size > 0 for plan in taken)
 
     assert clusters()
     driver.set("replies_of_clusters", 0)
@@ -435,17 +436,17 @@ def steps_begin_within_inference_mode(driver):
 
 def steps_on_many_streams_level_off(driver):
     run, *tensors = steps()
-    for _ in range(2 * cuda_fused._MOST_STEPS):
+    for _ in range(2 * stepper.MOST_STEPS):
         with driver.on_stream(driver.stream_of(driver.primary(0))):
             run(*tensors)
-    assert len(run._prepared) == cuda_fused._MOST_STEPS
+    assert len(run._prepared) == stepper.MOST_STEPS
 
 
 def unaligned_steps_are_copied_where_they_must_be(driver):
     for D in (64, 256, 768):
         run, wx, states, out = steps(D=D)
         odd = torch.zeros(wx.numel() + 1, dtype=wx.dtype)[1:].view_as(wx)
-        plan = cuda_fused._plan(run._problem, False, cuda_fused._gpu(run._problem))
+        plan = plans.plan_of(run._problem, False, plans.gpu_of(run._problem))
         copied = plan.ROW_ALIGNMENT > 1
         for _ in range(2):
             given = step_arguments(driver, run, odd, states, out)

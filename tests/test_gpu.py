@@ -12,6 +12,7 @@ import torch
 
 from flashrnn import Stepper, flashrnn, recurrent_layer
 from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import plans, scans
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry
 from flashrnn.kernels.cluster import ClusterWgmmaBackwardPlan, wgmma_backward_plan, wgmma_plan
@@ -172,7 +173,7 @@ def test_heads_that_clusters_share(kind, sizes):
 @contextmanager
 def preferred(monkeypatch, module, rank):
     """A regime's plans are chosen by this rank, whatever they take, and before other regimes'."""
-    caches = (module.best_plan, registry.best_plan, registry.plan_steps, cuda_fused._prepared)
+    caches = (module.best_plan, registry.best_plan, registry.plan_steps, scans.prepare)
 
     def forget():
         for cache in caches:
@@ -190,7 +191,7 @@ def taken(kind, sizes, dtype, expected):
     backward = expected is ClusterWgmmaBackwardPlan
     device = torch.device("cuda")
     problem = Problem(resolve(kind).traced, B, T, N, D, dtype, device, needs_gradient=True)
-    plan = cuda_fused._plan(problem, backward, cuda_fused._gpu(problem))
+    plan = plans.plan_of(problem, backward, plans.gpu_of(problem))
     if not isinstance(plan, expected):
         pytest.skip(f"this GPU does not compute such a head by a {expected.__name__}")
 

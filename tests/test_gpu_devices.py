@@ -11,6 +11,7 @@ import torch
 
 from flashrnn import FlashRNNConfig, cell, flashrnn
 from flashrnn.backends import cuda, cuda_fused, steps, tables
+from flashrnn.backends.fused import plans, scans
 from flashrnn.cells import lstm
 from flashrnn.jit import context, launch, nvrtc
 from flashrnn.kernels.per_step import runs
@@ -152,7 +153,7 @@ def test_the_driver_tells_clusters():
     """As many as it launched at once on an H100 and an H200, or nearly."""
     device = torch.device("cuda", 0)
     major = torch.cuda.get_device_capability(device)[0]
-    clusters = cuda_fused._gpu(Problem(lstm.traced, 1, 1, 1, 256, torch.bfloat16, device)).clusters
+    clusters = plans.gpu_of(Problem(lstm.traced, 1, 1, 1, 256, torch.bfloat16, device)).clusters
     if major not in (9, 10):
         assert clusters == ()
         return
@@ -273,11 +274,11 @@ def _resident():
 def test_equal_cells_made_anew_share_their_kernels():
     inputs = random_inputs("lstm", 4, 3, 1, 40, torch.bfloat16, "cuda")
     gradients(call("lstm", inputs, backend="cuda_fused"), inputs)
-    before = cuda_fused._scan_kernel.cache_info().misses
+    before = scans.scan_kernel.cache_info().misses
     problem = Problem(
         replace(lstm.traced), 4, 3, 1, 40, torch.bfloat16, torch.device("cuda", 0), True
     )
     with torch.no_grad():
         states = torch.zeros(2, 4, 1, 1, 40, device="cuda")
         cuda_fused.forward(problem, inputs.Wx, inputs.R, inputs.b, states)
-    assert cuda_fused._scan_kernel.cache_info().misses == before
+    assert scans.scan_kernel.cache_info().misses == before

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, flashrnn
-from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import scans
 from tests.fused import (  # noqa: F401
     DTYPES,
     LAYOUTS,
@@ -130,7 +130,7 @@ def test_clips(backend, clipval):
 
 @pytest.mark.parametrize("D", [32, 256, 768])
 def test_a_schedule_of_clips_loads_no_kernel(D):
-    caches = cuda_fused._scan_kernel, cuda_fused._gradient_kernel, cuda_fused._sums_kernel
+    caches = scans.scan_kernel, scans.gradient_kernel, scans.sums_kernel
     inputs = random_inputs("lstm", 4, 3, 1, D, torch.bfloat16, "cuda")
     counts = set()
     for step in range(5):

@@ -7,6 +7,7 @@ import torch
 
 from flashrnn import FlashRNNConfig, flashrnn
 from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import plans
 from flashrnn.kernels import grid, registry
 from tests.fused import OPTIONS, at_odd_address, nobody_waits, poisoned, strided  # noqa: F401
 from tests.gpus import planned
@@ -128,13 +129,13 @@ def test_large_heads_by_groups_all_over_the_gpu(monkeypatch, regime, kinds):
 
     # The other is for calls of few sequences: whether there is a plan is asked with one.
     monkeypatch.setattr(registry, "LARGE_HEADS", (taken, grid.plan_scan))
-    caches = (registry.best_plan, cuda_fused._refused, cuda_fused._without_plan)
+    caches = (registry.best_plan, plans.refused, plans.without_plan)
     for cached in (*caches, *cuda_fused.KERNELS):
         cached.cache_clear()
     try:
         case = random_ragged("lstm", 300, 20, 1, 768, dtype=torch.bfloat16, device="cuda", **kinds)
         problem = planned("lstm", 300, 1, 768, torch.bfloat16)
-        if isinstance(reason := taken(problem, cuda_fused._gpu(problem), False), str):
+        if isinstance(reason := taken(problem, plans.gpu_of(problem), False), str):
             pytest.skip(f"the kernel is not for this GPU: {reason}")
         hold_ragged_to_vanilla("cuda_fused", case)
     finally:

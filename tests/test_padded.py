@@ -9,6 +9,7 @@ import torch
 from flashrnn import FlashRNNConfig, Stepper, ahead, cell, flashrnn, nn, padded, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.backends import padding as padding_launches
+from flashrnn.backends.fused import plans
 from flashrnn.cells import resolve
 from flashrnn.cells.bounds import stays_finite
 from flashrnn.kernels import registry
@@ -420,7 +421,7 @@ def test_programs_compiled_ahead_are_those_of_calls(shape, sizes):
 
 def test_steps_of_packed_sequences(monkeypatch):
     """Of lengths that only the GPU knows: the rows, shared equally."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     asked = []
 
     def noting(problem, steps, most_steps, *others):

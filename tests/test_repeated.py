@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, calls, flashrnn, nn, recurrent_layer
-from flashrnn.backends import cuda_fused, repeated, steps
+from flashrnn.backends import repeated, steps
+from flashrnn.backends.fused import plans
 from flashrnn.kernels import few_rows, source
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
@@ -315,8 +316,8 @@ def test_a_part_of_the_gpu_is_another(runs, monkeypatch):
     given = random_inputs("lstm", 2, 3, 1, 136, torch.bfloat16)
     Wx, R, b, _ = (x.detach() for x in given.tensors().values())
     thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs)
-    part = cuda_fused._gpu(None)._replace(multiprocessors=40)
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: part)
+    part = plans.gpu_of(None)._replace(multiprocessors=40)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: part)
     before = len(runs)
     flashrnn(Wx, R, b, backend="cuda_fused")
     assert len(runs) == before

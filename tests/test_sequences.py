@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrnn import flashrnn, recurrent_layer, sequences
-from flashrnn.backends import autograd, cuda_fused
+from flashrnn.backends import autograd
+from flashrnn.backends.fused import plans
 from flashrnn.cells import lstm, resolve
 from flashrnn.problem import Problem
 from flashrnn.sequences import runs_backwards
@@ -296,7 +297,7 @@ def test_large_heads_of_cuda_fused_have_each_option(option, dtype):
     )
     problem = problem._replace(**OF_A_PROBLEM[option])
     for gpu in ("sm_80", "sm_90a"):
-        assert cuda_fused._refused(problem, GPUS[gpu]) is None
+        assert plans.refused(problem, GPUS[gpu]) is None
 
 
 @pytest.mark.parametrize(

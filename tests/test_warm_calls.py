@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
 from flashrnn.backends import autograd, copies, cuda_fused, few_rows, repeated, steps, tables
+from flashrnn.backends.fused import compiled, plans, scans
 from flashrnn.kernels import call, registry
 from flashrnn.kernels import copies as copies_of_a_launch
 from tests.emulation import begin_nothing, one_by_one
@@ -72,7 +73,7 @@ def named(launched):
 
 
 def forget():
-    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, cuda_fused._refused, registry.best_plan):
+    for cached in (*cuda_fused.KERNELS, *tables.KERNELS, plans.refused, registry.best_plan):
         cached.cache_clear()
     calls.problems.clear()
     calls.kept.clear()
@@ -85,9 +86,9 @@ def launches(monkeypatch):
     found = Launches()
     forget()
     monkeypatch.setattr(cuda_fused, "unavailable", lambda device: None)
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: found.gpu)
-    monkeypatch.setattr(cuda_fused, "_kernel", found.kernel)
-    monkeypatch.setattr(cuda_fused, "launch_in_turn", one_by_one)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: found.gpu)
+    monkeypatch.setattr(scans, "_kernel", found.kernel)
+    monkeypatch.setattr(scans, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "_kernel", found.kernel)
     monkeypatch.setattr(few_rows, "launch_in_turn", one_by_one)
     monkeypatch.setattr(copies, "_kernel", found.kernel)
@@ -95,7 +96,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(repeated, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
-    monkeypatch.setattr(cuda_fused, "_begin_backward", begin_nothing)
+    monkeypatch.setattr(compiled, "begin_backward", begin_nothing)
     yield found
     forget()
 
@@ -271,7 +272,7 @@ def test_what_is_compiled_meanwhile_is_what_a_call_with_options_runs(launches, k
     There are so many rows that R's gradient is in parts.
     """
     begun = []
-    monkeypatch.setattr(cuda_fused, "_begin_backward", lambda *problem: begun.append(problem))
+    monkeypatch.setattr(compiled, "begin_backward", lambda *problem: begun.append(problem))
     case = random_ragged("lstm", 3, 1000, 2, 64, dtype=torch.bfloat16, **kind)
     every_state, last_states = case.call("cuda_fused")
     asked = last_states if kind.get("return_states") == "last" else every_state
@@ -593,7 +594,7 @@ def test_caches_have_a_bound(launches, monkeypatch):
         launched_by(launches, *inputs(B=B))
         assert len(calls.problems) <= 5 and len(initial._expanded_zeros) <= 5
         assert len(calls.kept) <= 5
-    for cached in (*cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS, cuda_fused._refused):
+    for cached in (*cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS, plans.refused):
         assert cached.cache_info().maxsize is not None
 
 

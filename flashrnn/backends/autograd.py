@@ -268,9 +268,7 @@ class Kept(NamedTuple):
 
 def without_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Tensors of the same sizes, strides and dtypes, of which nothing is read."""
-    return [
-        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors
-    ]
+    return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors]
 
 
 def forward_again(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashrnn import Cell
-from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import plans, scans
 from flashrnn.kernels import cluster, grid, registry, single_cta, streamed
 from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
 from flashrnn.kernels.gpu import GPU
@@ -416,12 +416,12 @@ def take(
     poison(monkeypatch)
 
     def take(regime: Regime) -> Regime:
-        plans = (regime.plans,)
-        monkeypatch.setattr(registry, "SMALL_HEADS", plans)
-        monkeypatch.setattr(registry, "LARGE_HEADS", plans)
-        monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: regime.gpu)
+        regimes = (regime.plans,)
+        monkeypatch.setattr(registry, "SMALL_HEADS", regimes)
+        monkeypatch.setattr(registry, "LARGE_HEADS", regimes)
+        monkeypatch.setattr(plans, "gpu_of", lambda problem: regime.gpu)
         registry.best_plan.cache_clear()
-        cuda_fused._prepared.cache_clear()
+        scans.prepare.cache_clear()
         if regime.by_steps:
             by_steps(monkeypatch)
         return regime

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from flashrnn import nn, recurrent_layer
 from flashrnn.backends import autograd, cuda_fused, few_rows
+from flashrnn.backends.fused import scans
 from flashrnn.cells import resolve
+from flashrnn.kernels import call
 from flashrnn.kernels import few_rows as kernels
 from flashrnn.problem import Problem
 from tests.emulation import fused_emulation, needs_compiler, one_by_one  # noqa: F401
@@ -160,7 +162,7 @@ def test_gradients(
         "sums": torch.full((sums, 4), torch.nan),
     }
     given |= {name: memory for name, memory in scratch.items() if len(memory)}
-    addresses, layout = cuda_fused.call.BACKWARD.read({**given, **found})
+    addresses, layout = call.BACKWARD.read({**given, **found})
     kernel, shape, packing = few_rows.gradients(problem, asked, layout)
     one_by_one([(kernel, shape, packing(addresses))])
 
@@ -238,7 +240,7 @@ def test_launches(fused_emulation, monkeypatch, N, D):  # noqa: F811
         launched.append(len(launches))
         one_by_one(launches, zeros)
 
-    monkeypatch.setattr(cuda_fused, "launch_in_turn", count)
+    monkeypatch.setattr(scans, "launch_in_turn", count)
     with torch.profiler.profile() as profile:
         results(recurrent_layer, inputs, NAMES, "lstm", "cuda_fused")
     assert launched == [2, 2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import scans
 from flashrnn.cells import resolve
 from flashrnn.kernels import call, gradient_sums, source
 from flashrnn.problem import Problem
@@ -35,7 +35,7 @@ def test_sums(fused_emulation, poisoned, sizes, kind, dtype):  # noqa: F811
     found = {name: torch.full(x.shape, torch.nan, dtype=dtype) for name, x in truths.items()}
     given = {"parts": parts} if P else {}
     addresses, layout = call.GRADIENT_SUMS.read({"d_bias": d_bias, **given, **found})
-    launches = cuda_fused._sums(problem, source.precision_of(problem), P, layout)
+    launches = scans.sums(problem, source.precision_of(problem), P, layout)
     one_by_one([(to.kernel, to.shape, to.packing(addresses)) for to in launches])
     for name, truth in truths.items():
         given, largest = found[name], max(P, B) ** 0.5
@@ -71,10 +71,10 @@ def test_gradients_of_R_and_b(fused_emulation, poisoned, rows, kind, dtype):  # 
         tensors["h_initial"] = initial[0]
     addresses, layout = call.BACKWARD.read(tensors)
     precision = source.precision_of(problem)
-    of_R = cuda_fused._plan_of_R(problem, GPUS["sm_90a"])
-    units = cuda_fused._units_of_parts(problem, of_R)
+    of_R = scans.plan_of_R(problem, GPUS["sm_90a"])
+    units = scans.units_of_parts(problem, of_R)
     layout = layout.with_scratch(call.Scratch(parts=units))
-    launches = cuda_fused._after_scan(problem, of_R, precision, layout)
+    launches = scans.after_scan(problem, of_R, precision, layout)
     assert (len(launches) == 1) == (units == 0)
     parts = torch.full((units, 4), torch.nan)
     addresses += [parts.data_ptr()] if units else []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, Stepper, flashrnn
-from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import scans
 from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
 from flashrnn.kernels.grid import GridPlan
@@ -302,7 +302,7 @@ def test_a_single_step_has_the_bits_of_a_sequences_first(prefer, monkeypatch, in
         cooperative.extend(shape.cooperative for _, shape, _ in launches)
         one_by_one(launches, zeros)
 
-    monkeypatch.setattr(cuda_fused, "launch_in_turn", launched)
+    monkeypatch.setattr(scans, "launch_in_turn", launched)
     inputs = random_inputs("lstm", 19, 2, 2, 140, dtype)
     Wx, R, b, states = (x.detach() for x in inputs.tensors().values())
     states[0, 3, 0, 1, 7] = torch.inf
@@ -334,7 +334,7 @@ def test_no_kernel_of_its_own_for_a_length(take):  # noqa: F811
     for T in (2, 5):
         inputs = random_inputs("elman", 1, T, 1, 129, torch.bfloat16)
         gradients(call("elman", inputs, backend="cuda_fused"), inputs)
-    assert cuda_fused._scan_kernel.cache_info().currsize == 2
+    assert scans.scan_kernel.cache_info().currsize == 2
 
 
 @needs_compiler

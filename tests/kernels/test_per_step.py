@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashrnn.backends import cuda, cuda_fused, requirements
+from flashrnn.backends.fused import plans
 from flashrnn.cells import resolve
 from flashrnn.jit import nvrtc
 from flashrnn.kernels import source
@@ -113,7 +114,7 @@ def test_the_compiler_that_is_missing_is_named_with_the_command(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cuda", "cuda_fused"])
 def test_sizes_beyond_what_kernels_count_to_are_refused(name, monkeypatch):
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     backend = {"cuda": cuda, "cuda_fused": cuda_fused}[name]
     device = torch.device("cuda")
 
@@ -137,7 +138,7 @@ def test_sizes_beyond_what_kernels_count_to_are_refused(name, monkeypatch):
 @pytest.mark.parametrize("backend", [cuda, cuda_fused], ids=["cuda", "cuda_fused"])
 def test_rows_that_32_bits_do_not_number_are_refused(backend, monkeypatch):
     """With resets, rows and what sequences start with have numbers of one range."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     cell, device = resolve("elman").traced, torch.device("cuda")
 
     def reason(T, **options):

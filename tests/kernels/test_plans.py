@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import plans
 from flashrnn.cells import resolve
 from flashrnn.kernels import cluster, grid, registry, single_cta, streamed
 from flashrnn.kernels.cluster import (
@@ -225,7 +226,7 @@ def test_backward_scans_multiply_by_wgmma_where_they_have_many_sequences(
     monkeypatch, sizes, chosen
 ):
     """By estimates. An H200 was measured to be faster so at 1×768 from 128 sequences on."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), True)
     assert isinstance(plan, ClusterWgmmaBackwardPlan) == chosen
 
@@ -311,7 +312,7 @@ def hold_for_all_batches(kinds, heads, dtypes, gpu, backward):
 
 def test_the_batch_does_not_decide_for_any_regime(monkeypatch):
     """Where a batch that is small has no plan, one that is large has none either."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     for D in (768, 1024, 3168, 4096):
         refused = [
             isinstance(registry.best_plan(problem, H200, False), str)
@@ -423,7 +424,7 @@ def test_several_tiles_take_registers_that_only_some_gpus_shift():
 )
 def test_clusters_multiply_by_wgmma_where_it_is_fastest(monkeypatch, sizes, chosen):
     """As measured on an H200; at B = 72 and 136 others are estimated to take half the rounds."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     plan = plan_taken(planned("lstm", *sizes, torch.bfloat16), False)
     assert isinstance(plan, ClusterWgmmaPlan) == chosen
 
@@ -481,7 +482,7 @@ def test_large_heads_take_a_regime_that_is_among_the_fastest(timed):
 )
 def test_sequences_are_in_two_parts_where_that_is_faster(monkeypatch, kind, sizes, parts):
     """As measured on an H200: many sequences, and R in registers."""
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: H200)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: H200)
     plan = plan_taken(planned(kind, *sizes, torch.bfloat16), False)
     assert isinstance(plan, ClusterWgmmaPlan) and plan.parts == parts
 
@@ -524,7 +525,7 @@ def test_the_backend_says_why_it_cannot(monkeypatch):
     if not torch.cuda.is_available():
         assert "NVIDIA GPU" in cuda_fused.unavailable(torch.device("cuda"))
     assert "cpu" in cuda_fused.unavailable(torch.device("cpu"))
-    monkeypatch.setattr(cuda_fused, "_gpu", lambda problem: RTX_4090)
+    monkeypatch.setattr(plans, "gpu_of", lambda problem: RTX_4090)
     assert "float64" in cuda_fused.unsupported(planned("lstm", 1, 1, 16, torch.float64))
     assert "2048 units" in cuda_fused.unsupported(planned("lstm", 1, 1, 2048, torch.float32))
     assert "shared memory" in cuda_fused.unsupported(planned("lstm", 1, 1, 128, torch.float32))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig
-from flashrnn.backends import cuda_fused, tables
+from flashrnn.backends import tables
+from flashrnn.backends.fused import scans
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry, sequence_tables, source
 from flashrnn.kernels.per_step.plan import plan_step
@@ -313,8 +314,8 @@ def test_no_kernel_of_its_own_for_lengths_or_directions(on_the_cpu):
         options = {"reverse": [seed == 1, seed == 2], "lengths": torch.tensor([3, seed])}
         case = replace(case, options=case.options | options)
         gradients_of(case, case.call("cuda_fused"))
-    assert cuda_fused._scan_kernel.cache_info().currsize == 2
-    assert cuda_fused._gradient_kernel.cache_info().currsize == 1
+    assert scans.scan_kernel.cache_info().currsize == 2
+    assert scans.gradient_kernel.cache_info().currsize == 1
 
 
 FIELDS = [

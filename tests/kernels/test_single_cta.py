@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, cell
 from flashrnn.backends import cuda_fused
+from flashrnn.backends.fused import scans
 from flashrnn.backends.gradients import select
 from flashrnn.cells import resolve
 from flashrnn.kernels import registry, source
@@ -217,7 +218,7 @@ def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
 
         monkeypatch.setattr(registry, "SMALL_HEADS", (plan,))
         registry.best_plan.cache_clear()
-        cuda_fused._prepared.cache_clear()
+        scans.prepare.cache_clear()
         outputs = call(kind, inputs, backend="cuda_fused")
         return [*outputs, *gradients(outputs, inputs).values()]
 
@@ -295,9 +296,9 @@ def test_no_kernel_of_its_own_for_a_length(on_the_cpu):
     for T in (2, 40, 520):  # In parts, whose sums are of a second kernel, only the last.
         inputs = random_inputs("elman", 1, T, 1, 16, torch.bfloat16)
         gradients(call("elman", inputs, backend="cuda_fused"), inputs)
-    assert cuda_fused._scan_kernel.cache_info().currsize == 2
-    assert cuda_fused._gradient_kernel.cache_info().currsize == 1
-    assert cuda_fused._sums_kernel.cache_info().currsize == 1
+    assert scans.scan_kernel.cache_info().currsize == 2
+    assert scans.gradient_kernel.cache_info().currsize == 1
+    assert scans.sums_kernel.cache_info().currsize == 1
 
 
 @needs_compiler
@@ -355,7 +356,7 @@ def test_resets_to_what_float16_cannot_hold(on_the_cpu, value):
 def test_a_schedule_of_clips_compiles_once(on_the_cpu):
     for clipval in (0.1, 0.2, 1e39, 1e-50):
         check_clipped("cuda_fused", clipval)
-    assert cuda_fused._scan_kernel.cache_info().currsize == 2
+    assert scans.scan_kernel.cache_info().currsize == 2
     assert registry.best_plan.cache_info().currsize == 2
 
 

@@ -1,0 +1,1 @@
+"""The parts of backend ``cuda_fused``."""
