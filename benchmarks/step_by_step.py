@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn import nn
+from flashrnn import calls, nn
 from flashrnn.backends import steps
 from flashrnn.backends.fused import plans
 from flashrnn.bench.case import Case, tf32_allowed
@@ -65,10 +65,12 @@ def way(name: str) -> Iterator[None]:
         "steps": lambda problem, gpu, backward: CellPlan(backward, problem.D),
     }
     before, plans.steps_of = plans.steps_of, ways[name]
+    calls.kept.clear()
     try:
         yield
     finally:
         plans.steps_of = before
+        calls.kept.clear()
 
 
 def microseconds(run: Callable[[], Any], count: int) -> tuple[float, float]:

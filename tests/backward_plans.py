@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 
+from flashrnn import calls
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.fused import plans
 from flashrnn.bench.timing import measure
@@ -66,6 +67,7 @@ def force(plan: Plan | None) -> None:
     registry.plan_steps = steps
     for cache in (registry.best_plan, *cuda_fused.KERNELS):
         cache.cache_clear()
+    calls.kept.clear()
 
 
 def milliseconds(kind: str, B: int, T: int, D: int) -> float:

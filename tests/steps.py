@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from flashrnn import calls
 from flashrnn.backends import cuda, steps
 from flashrnn.kernels import registry
 from flashrnn.kernels.per_step import cell_plan
@@ -16,6 +17,7 @@ def forget() -> None:
     """Empty the caches of what is chosen by estimated times."""
     registry.plan_steps.cache_clear()
     cuda._planned_steps.cache_clear()
+    calls.kept.clear()
 
 
 def by_steps(monkeypatch: pytest.MonkeyPatch, backward: Sequence[bool] = (False, True)) -> None:

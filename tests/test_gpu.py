@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from flashrnn import Stepper, flashrnn, recurrent_layer
+from flashrnn import Stepper, calls, flashrnn, recurrent_layer
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.fused import plans, scans
 from flashrnn.cells import resolve
@@ -178,6 +178,7 @@ def preferred(monkeypatch, module, rank):
     def forget():
         for cache in caches:
             cache.cache_clear()
+        calls.kept.clear()
 
     monkeypatch.setattr(module, "estimated_cycles", lambda plan, *_: rank(plan) - 1000)
     forget()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, cell, flashrnn
+from flashrnn import FlashRNNConfig, calls, cell, flashrnn
 from flashrnn.backends import cuda, cuda_fused, steps, tables
 from flashrnn.backends.fused import plans, scans
 from flashrnn.cells import lstm
@@ -211,6 +211,7 @@ def _forget():
     of_cuda = cuda._stepper, cuda._shared_stepper, cuda._program
     for cached in (*cuda_fused.KERNELS, *steps.KERNELS, *tables.KERNELS, *of_cuda):
         cached.cache_clear()
+    calls.kept.clear()
     runs._steppers.clear()
     gc.collect()
     parts = {"k": 'extern "C" __global__ void k() {}'}

@@ -1,13 +1,13 @@
-"""Calls without gradients like one before, by what their backend has kept of that one."""
+"""Calls like one before, and their gradients, by what their backend has kept of that one."""
 
 import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, calls, flashrnn, nn, recurrent_layer
-from flashrnn.backends import repeated, steps
+from flashrnn.backends import autograd, library, repeated, steps
 from flashrnn.backends.fused import plans
 from flashrnn.kernels import few_rows, source
-from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
+from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
 from tests.layers import NAMES, layer_inputs
 from tests.problems import random_inputs
@@ -198,6 +198,30 @@ def test_a_module_by_the_library(runs, dtype, kind, D, options):
     theirs.load_state_dict(layer.state_dict())
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found[0].float(), theirs(x.float())[0], rtol=limit, atol=limit)
+
+
+def test_nothing_is_multiplied_twice(runs, monkeypatch):
+    """Where a tensor begins at an address that launches that are kept cannot take."""
+    monkeypatch.setattr(few_rows, "takes_product", lambda *_: False)
+    multiplied, linear = [], library.linear
+    monkeypatch.setattr(library, "linear", lambda *x: multiplied.append(x) or linear(*x))
+    x, W, R, b, _ = (x.detach() for x in layer_inputs("lstm", 3, 4, 9, 1, 24, torch.bfloat16))
+    shifted = torch.empty(R.numel() + 1, dtype=R.dtype)[1:].view(R.shape).copy_(R)
+    for given, done in ((R, [True]), (shifted, [])):
+        thrice(lambda given=given: recurrent_layer(x, W, given, b, backend="cuda_fused"), [True])
+        multiplied.clear()
+        runs.clear()
+        recurrent_layer(x, W, given, b, backend="cuda_fused")
+        assert [each for each in runs if each] == done and len(multiplied) == 1
+
+
+@pytest.mark.usefixtures("emulation")
+def test_backends_that_keep_nothing_prepare_nothing(monkeypatch):
+    monkeypatch.setattr(autograd, "without_memory", lambda tensors: pytest.fail("prepared"))
+    layer, x = nn.LSTM(9, 24, backend="cuda"), torch.randn(5, 4, 9)
+    for _ in range(3):
+        layer(x)
+    assert not calls.kept
 
 
 @pytest.mark.usefixtures("by_library")

@@ -127,7 +127,7 @@ class MultiplyingBackend(FusedBackend, Protocol):
         results: Results | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """With ``factors`` in the place of ``Wx``, where R and b may have fewer dimensions that are
-        as many elements, and with ``results`` that it writes."""
+        as many elements; and, with either, ``results`` that it writes."""
 
     def backward(
         self,
@@ -153,7 +153,7 @@ def multiplies(
 
 
 def copies(backend: FusedBackend) -> TypeGuard[MultiplyingBackend]:
-    """Whether a backend has copies of its own."""
+    """Whether a backend has copies of its own, and writes :class:`Results`."""
     return hasattr(backend, "copy")
 
 

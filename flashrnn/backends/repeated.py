@@ -43,7 +43,7 @@ class Repeated(NamedTuple):
         scratch: global memory that they need besides.
         asked: whether what it rests on is as it was; ``None``: it rests on nothing else.
         begin: what PyTorch computes before: the tensors that the launches are given, out of the
-            call's.
+            call's; ``None`` where all has to be worked out anew.
         finish: what PyTorch computes behind, of the call's tensors and those written.
     """
 
@@ -51,7 +51,7 @@ class Repeated(NamedTuple):
     launches: tuple[LaunchTemplate, ...]
     scratch: call.Scratch
     asked: Callable[[], bool] | None
-    begin: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    begin: Callable[[Sequence[Tensor]], Sequence[Tensor] | None] | None = None
     finish: Callable[[Sequence[Tensor], dict[str, Tensor]], None] | None = None
 
     def is_current(self) -> bool:
@@ -62,7 +62,10 @@ class Repeated(NamedTuple):
         """What it allocates, written; ``None`` where all has to be worked out anew."""
         of_call = given
         if self.begin is not None:
-            given = self.begin(given)
+            begun = self.begin(given)
+            if begun is None:
+                return None
+            given = begun
         addresses = [tensor.data_ptr() for tensor in given]
         if reduce(or_, addresses) % 16:
             return None
@@ -74,14 +77,15 @@ class Repeated(NamedTuple):
                 one = like.new_empty_strided(sizes, strides, dtype=dtype)
             made[name] = one
             addresses.append(one.data_ptr())
-        zeros = None
+        held, zeros = None, None
         if any(self.scratch):
             # Held until all is enqueued.
-            _held, of_scratch, zeros = scratch_memory(self.scratch, like)
+            held, of_scratch, zeros = scratch_memory(self.scratch, like)
             addresses += of_scratch
         launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in self.launches]
         launch_in_turn(launches, zeros)
         if self.finish is not None:
+            del held
             self.finish(of_call, made)
         return made
 

@@ -153,7 +153,7 @@ def _layer(
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
     outputs = _computed(x, start, chosen, problem, None, form, *weights)
-    if again is not None and again.key not in calls.kept:
+    if again is not None and autograd.keeps(chosen) and again.key not in calls.kept:
         of_layer = autograd.without_memory([x, *weights])
         tensors = _operands(chosen, problem, None, form, None, *of_layer)
         calls.keep(again, chosen, problem, tensors, form.h_by_time)
@@ -228,8 +228,8 @@ def _operands(
 ) -> dict[str, Tensor]:
     """Input and weights by the names of a scan with its input's product, in their order.
 
-    ``x`` and the matrices are of the dtype of the computation. ``bias`` is among them where the
-    backend adds it to the product.
+    ``bias`` is among them where the backend adds it to the product. ``x`` and the matrices keep the
+    dtypes that they have: by these :func:`flashrnn.calls.keep` knows whether a call casts.
     """
     rows, bias = x.transpose(0, 1) if form.x_by_time else x, None
     of_scan: Sequence[Tensor] = biases

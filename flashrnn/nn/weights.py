@@ -150,8 +150,8 @@ def recurrent_matrix(mode: str, weight_hh: Tensor, copy: Copies | None = None) -
         turned = weight_hh.new_empty(weight_hh.shape)
         copy(*_turned(weight_hh, turned, 1), turned.dtype, turned.device)
         return turned
-    # torch.nn has (r, z, g) there, the cell gru (g, r, z). roll() would take twice as long.
-    of_rz = len(weight_hh) // 3 * 2
+    # torch.nn has (r, z, g) there, the cell gru (g, r, z). roll() takes 2 to 4 times as long.
+    of_rz = weight_hh.shape[0] // 3 * 2
     return torch.cat([weight_hh[of_rz:], weight_hh[:of_rz]])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from flashrnn import Cell
+from flashrnn import Cell, calls
 from flashrnn.backends.fused import plans, scans
 from flashrnn.kernels import cluster, grid, registry, single_cta, streamed
 from flashrnn.kernels.cluster import mma_plan, wgmma_backward_plan, wgmma_plan
@@ -422,6 +422,7 @@ def take(
         monkeypatch.setattr(plans, "gpu_of", lambda problem: regime.gpu)
         registry.best_plan.cache_clear()
         scans.prepare.cache_clear()
+        calls.kept.clear()
         if regime.by_steps:
             by_steps(monkeypatch)
         return regime

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, Stepper, flashrnn
+from flashrnn import FlashRNNConfig, Stepper, calls, flashrnn
 from flashrnn.backends.fused import scans
 from flashrnn.cells import resolve
 from flashrnn.kernels import grid, source
@@ -146,6 +146,7 @@ def prefer(take, monkeypatch):  # noqa: F811
 
         monkeypatch.setattr(planning, "estimated_cycles", cycles)
         planning.best_plan.cache_clear()
+        calls.kept.clear()
 
     yield prefer
     planning.best_plan.cache_clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashrnn import FlashRNNConfig, cell
+from flashrnn import FlashRNNConfig, calls, cell
 from flashrnn.backends import cuda_fused
 from flashrnn.backends.fused import scans
 from flashrnn.backends.gradients import select
@@ -219,6 +219,7 @@ def test_no_tiling_decides_a_bit(on_the_cpu, monkeypatch, kind):
         monkeypatch.setattr(registry, "SMALL_HEADS", (plan,))
         registry.best_plan.cache_clear()
         scans.prepare.cache_clear()
+        calls.kept.clear()
         outputs = call(kind, inputs, backend="cuda_fused")
         return [*outputs, *gradients(outputs, inputs).values()]
 

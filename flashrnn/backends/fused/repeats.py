@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ def repeated(
         Wx, product = few_rows.begun(problem, given["x"])
     elif Wx is None:
         begin = partial(_multiplied, problem, (*given,))
-        tensors = dict(zip(_names_multiplied((*given,)), begin([*given.values()]), strict=True))
+        begun = begin([*given.values()])
+        assert begun is not None, "tensors without memory begin nowhere"
+        tensors = dict(zip(_names_multiplied((*given,)), begun, strict=True))
         Wx = tensors["Wx"]
     every_state, last_states, gates = autograd.new_outputs(problem, Wx)
     new = {"states": every_state, "last_states": last_states}
@@ -62,11 +65,16 @@ def _names_multiplied(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _multiplied(
     problem: Problem, names: tuple[str, ...], given: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Of a layer's tensors, in the order of their names, ``Wx`` by the library, and the others."""
+) -> Sequence[Tensor] | None:
+    """Of a layer's tensors, in the order of their names, ``Wx`` by the library, and the others.
+
+    ``None`` where launches cannot be given one of those, so that nothing is multiplied twice.
+    """
     tensors = dict(zip(names, given, strict=True))
     x, W, bias = (tensors.pop(name, None) for name in _FACTORS)
     assert x is not None and W is not None
+    if reduce(or_, map(Tensor.data_ptr, tensors.values())) % 16:
+        return None
     with without_autocast(problem.device.type):
         Wx = input_product(problem, x, W.flatten(0, -2), None if bias is None else bias.view(-1))
     return [Wx, *tensors.values()]
@@ -133,9 +141,11 @@ def _finished(
     made: dict[str, Tensor],
 ) -> None:
     """The gradients that are products of the library's, beside those that launches have written."""
-    cell, d_gates, before = problem.cell, made["d_gates"], made.pop("before", None)
-    if before is not None:
-        made["d_R"] = recurrent_gradient(cell, d_gates, before)
+    cell, d_gates = problem.cell, made["d_gates"]
+    # What is not needed any more makes room.
+    made.pop("d_bias", None)
+    if "before" in made:
+        made["d_R"] = recurrent_gradient(cell, d_gates, made.pop("before"))
     if not by_library:
         return
     x, W = (given[names.index(name)] for name in ("x", "W"))
