@@ -18,7 +18,7 @@ without additional units, or where R, W or a gate is, may be NaN. Calls with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -116,19 +116,19 @@ class _Padded:
         self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
     ) -> _Repeated | None:
         """See :class:`flashrnn.backends.autograd.RepeatingBackend`; states are not turned."""
-        found, padded = self._begun(problem, given)
+        pad, padded = self._begun(problem, given)
         inner = self._backend.repeated(problem._replace(D=self.units), padded)
         if inner is None:
             return None
         own = ["last_states"] if problem.needs_gradient else ["states", "last_states"]
         to_narrow = tuple(_ToNarrow(name, Kind.STATES, problem.D) for name in own)
-        return found._replace(inner=inner, to_narrow=to_narrow)
+        return _Repeated(self._backend, problem.D, pad, inner, to_narrow)
 
     def repeated_gradients(
         self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
     ) -> _Repeated | None:
         """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
-        found, padded = self._begun(problem, given)
+        pad, padded = self._begun(problem, given)
         wide = problem._replace(D=self.units)
         inner = self._backend.repeated_gradients(wide, padded, needs_x, needs_W)
         if inner is None:
@@ -140,14 +140,13 @@ class _Padded:
             to_narrow.append(_ToNarrow("d_W", Kind.WEIGHTS, W.shape[-1], tuple(W.shape)))
         if needs_x and padded["x"] is not given["x"]:
             to_narrow.append(_ToNarrow("d_x", Kind.STATES, given["x"].shape[-1]))
-        return found._replace(inner=inner, to_narrow=tuple(to_narrow))
+        return _Repeated(self._backend, problem.D, pad, inner, tuple(to_narrow))
 
-    def _begun(
-        self, problem: Problem, given: dict[str, Tensor]
-    ) -> tuple[_Repeated, dict[str, Tensor]]:
+    def _begun(self, problem: Problem, given: dict[str, Tensor]) -> tuple[_Pad, dict[str, Tensor]]:
         """What pads the tensors of a call like this one, and these padded; none has memory."""
         sizes, order, padded = _sizes(problem), [], dict(given)
-        to_pad: list[_ToPad] = []
+        places: list[int] = []
+        wanted: list[Resized] = []
         for place, (name, x) in enumerate(given.items()):
             if name in ("states", "gates") or (name == "x" and _aligned(x) == x.shape[-1]):
                 order.append(place)
@@ -155,12 +154,12 @@ class _Padded:
             of, kind = sizes.get(name), _KINDS.get(name, Kind.STATES)
             of = (*of, x.shape[-1]) if of is not None and name == "W" else of
             width = _aligned(x) if name in _OF_FEATURES else self.units
-            order.append(len(given) + len(to_pad))
-            to_pad.append(_ToPad(place, of, kind, width))
-            viewed = x if of is None else x.view(of)
-            padded[name] = _by_operations(viewed, kind, width, self.units).contiguous()
-        found = _Repeated(self._backend, self.units, problem.D, tuple(to_pad), tuple(order))
-        return found, padded
+            order.append(len(given) + len(places))
+            places.append(place)
+            wanted.append((x if of is None else x.view(of), kind, width))
+            padded[name] = _by_operations(*wanted[-1], self.units).contiguous()
+        resize = self._backend.resizing(wanted, self.units, problem.device)
+        return _Pad(tuple(places), resize, tuple(order)), padded
 
     def backward(
         self,
@@ -223,7 +222,9 @@ class _Padded:
     def _resized(self, wanted: dict[str, Resized], rows: int, launches: bool) -> dict[str, Tensor]:
         """Tensors with more units or fewer, by a launch, or by operations of PyTorch's."""
         if launches:
-            found = self._backend.resize([*wanted.values()], rows)
+            given = [x for x, _, _ in wanted.values()]
+            resize = self._backend.resizing([*wanted.values()], rows, given[0].device)
+            found = resize(given)
         else:
             found = [_by_operations(*each, rows).contiguous() for each in wanted.values()]
         return dict(zip(wanted, found, strict=True))
@@ -245,20 +246,24 @@ _KINDS = {
 }
 
 
-class _ToPad(NamedTuple):
-    """A given tensor that is padded.
+class _Pad(NamedTuple):
+    """What pads some of a call's tensors.
 
     Attributes:
-        place: its place among the given.
-        sizes: those that it is viewed in first; ``None``: its own.
-        kind: ...
-        width: how long its rows become.
+        places: theirs among the given.
+        resize: what gives them all units.
+        order: what the backend is given, by the places of the given tensors and, behind them,
+            of the padded ones.
     """
 
-    place: int
-    sizes: tuple[int, ...] | None
-    kind: Kind
-    width: int
+    places: tuple[int, ...]
+    resize: Callable[[Sequence[Tensor]], list[Tensor]]
+    order: tuple[int, ...]
+
+    def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """What the backend is given."""
+        found = [*given, *self.resize([given[place] for place in self.places])]
+        return [found[place] for place in self.order]
 
 
 class _ToNarrow(NamedTuple):
@@ -277,52 +282,49 @@ class _ToNarrow(NamedTuple):
     sizes: tuple[int, ...] | None = None
 
 
-class _Repeated(NamedTuple):
-    """What is kept of a direction of a call; see :class:`flashrnn.backends.repeated.Repeated`.
+class _Repeated:
+    """What is kept of a direction of a call; see :class:`flashrnn.backends.repeated.Repeated`."""
 
-    Attributes:
-        backend: what computes with all units.
-        units: how many these are.
-        D: a head's own.
-        to_pad: the given tensors that are padded.
-        order: what the backend is given, by the places of the given tensors and, behind them,
-            of the padded ones.
-        inner: what the backend keeps.
-        to_narrow: the results that lose the additional units.
-    """
+    def __init__(
+        self,
+        backend: PaddingBackend,
+        D: int,
+        pad: _Pad,
+        inner: autograd.Repeatable,
+        to_narrow: tuple[_ToNarrow, ...],
+    ) -> None:
+        """Keep it.
 
-    backend: PaddingBackend
-    units: int
-    D: int
-    to_pad: tuple[_ToPad, ...]
-    order: tuple[int, ...]
-    inner: autograd.Repeatable | None = None
-    to_narrow: tuple[_ToNarrow, ...] = ()
-
-    def padded(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """What the backend is given."""
-        wanted = [
-            (given[place] if sizes is None else given[place].view(sizes), kind, width)
-            for place, sizes, kind, width in self.to_pad
-        ]
-        found = [*given, *self.backend.resize(wanted, self.units)]
-        return [found[place] for place in self.order]
+        Args:
+            backend: what computes with all units.
+            D: a head's own units.
+            pad: what gives the call's tensors all units.
+            inner: what the backend keeps.
+            to_narrow: the results that lose the additional units.
+        """
+        self._backend, self._D, self._pad, self._inner = backend, D, pad, inner
+        self._to_narrow = to_narrow
+        # Out of the first results, which all others are like.
+        self._narrow: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
 
     def is_current(self) -> bool:
         """See :class:`flashrnn.backends.autograd.Repeatable`."""
-        return self.inner is not None and self.inner.is_current()
+        return self._inner.is_current()
 
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
         """See :class:`flashrnn.backends.autograd.Repeatable`."""
-        made = None if self.inner is None else self.inner.run(self.padded(given))
+        made = self._inner.run(self._pad(given))
         if made is None:
             return None
-        wanted = [(made[name], kind, width) for name, kind, width, _ in self.to_narrow]
-        for each, own in zip(self.to_narrow, self.backend.resize(wanted, self.D), strict=True):
+        results = [made[each.name] for each in self._to_narrow]
+        if self._narrow is None:
+            wanted = [(x, o.kind, o.width) for x, o in zip(results, self._to_narrow, strict=True)]
+            self._narrow = self._backend.resizing(wanted, self._D, results[0].device)
+        for each, own in zip(self._to_narrow, self._narrow(results), strict=True):
             made[each.name] = own if each.sizes is None else own.view(each.sizes)
         for name in ("d_gates", "d_initial"):
             if name in made:
-                made[name] = _first(made[name], self.D)
+                made[name] = _first(made[name], self._D)
         return made
 
 

@@ -234,8 +234,10 @@ class PaddingBackend(RepeatingBackend, Protocol):
         """With how many units heads are computed, by the arguments of
         :func:`flashrnn.padded.backend_for`; D: with their own."""
 
-    def resize(self, given: Sequence[Resized], rows: int) -> list[Tensor]:
-        """Tensors with more units, or fewer; see :func:`flashrnn.backends.padding.resized`."""
+    def resizing(
+        self, given: Sequence[Resized], rows: int, device: torch.device
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """What gives tensors more units, or fewer (:func:`flashrnn.backends.padding.resizing`)."""
 
 
 def has_additional_units(backend: Backend) -> bool:

@@ -25,7 +25,7 @@ from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
 
 # See `autograd.PaddingBackend`.
-multiplies, copy, resize = few_rows.multiplies, copies.enqueue, padding.resized
+multiplies, copy, resizing = few_rows.multiplies, copies.enqueue, padding.resizing
 repeated, repeated_gradients = repeats.repeated, repeats.repeated_gradients
 
 programs = compiled.programs

@@ -32,6 +32,18 @@ class Resizing(NamedTuple):
     sizes: tuple[tuple[int, ...], ...]
     numbers: tuple[int, ...]
 
+    def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """The new tensors, contiguous. Of those given the addresses alone are asked for."""
+        found: list[Tensor] = []
+        addresses: list[int] = []
+        for x, size in zip(given, self.sizes, strict=True):
+            to = x.new_empty(size)
+            found.append(to)
+            addresses += x.data_ptr(), to.data_ptr()
+        absent = (0,) * (len(padding.RECORD.operands) - len(addresses))
+        launch_in_turn([(self.kernel, self.shape, (*addresses, *absent, *self.numbers))])
+        return found
+
 
 def too_large(problem: Problem, features: int) -> bool:
     """Whether Wx, a layer's input or its states have too many elements for a launch."""
@@ -42,27 +54,19 @@ def too_large(problem: Problem, features: int) -> bool:
     return rows * T * of_a_row * torch.float32.itemsize // 16 > padding.MOST_PIECES
 
 
-def resized(given: Sequence[Resized], rows: int) -> list[Tensor]:
-    """New contiguous tensors.
+def resizing(given: Sequence[Resized], rows: int, device: torch.device) -> Resizing:
+    """What makes new tensors of some that are like those given.
 
     Args:
-        given: up to ``padding.MOST`` tensors of up to five dimensions, of one device, of 16 or 32
-            bits an element; what each is, and how long its rows are to be.
+        given: up to ``padding.MOST`` tensors of up to five dimensions, of 16 or 32 bits an element;
+            what each is, and how long its rows are to be. They may have no memory.
         rows: how many rows a head's weights are to have.
+        device: where the tensors will be.
     """
     of: list[Any] = []
     for x, kind, width in given:
         of += x.shape, x.stride(), x.dtype, kind, width
-    kernel, shape, sizes, numbers = _prepared(rows, given[0][0].device, *of)
-    found: list[Tensor] = []
-    addresses: list[int] = []
-    for (x, *_), size in zip(given, sizes, strict=True):
-        to = x.new_empty(size)
-        found.append(to)
-        addresses += x.data_ptr(), to.data_ptr()
-    absent = (0,) * (len(padding.RECORD.operands) - len(addresses))
-    launch_in_turn([(kernel, shape, (*addresses, *absent, *numbers))])
-    return found
+    return _prepared(rows, device, *of)
 
 
 @lru_cache(maxsize=512)
