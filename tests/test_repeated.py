@@ -5,11 +5,12 @@ import torch
 
 from flashrnn import FlashRNNConfig, calls, flashrnn, nn, recurrent_layer
 from flashrnn.backends import autograd, library, repeated, steps
-from flashrnn.backends.fused import plans
+from flashrnn.backends.fused import plans, repeats
 from flashrnn.kernels import few_rows, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
 from tests.layers import NAMES, layer_inputs
+from tests.padding import with_additional_units
 from tests.problems import random_inputs
 from tests.steps import by_steps, forget
 
@@ -348,7 +349,7 @@ def test_a_part_of_the_gpu_is_another(runs, monkeypatch):
 
 
 def test_what_is_not_kept(runs, monkeypatch):
-    """Calls of tensors that are copied or cast first, or that may be computed by steps."""
+    """Calls of tensors that are copied or cast first."""
     given = random_inputs("lstm", 3, 4, 1, 136, torch.bfloat16)
     Wx, R, b, states = (x.detach() for x in given.tensors().values())
     turned = R.transpose(2, 3).contiguous().transpose(2, 3)
@@ -359,10 +360,72 @@ def test_what_is_not_kept(runs, monkeypatch):
             return flashrnn(*arguments, backend="cuda_fused", dtype=torch.bfloat16)
 
         thrice(call, runs, False)
-    by_steps(monkeypatch)
-    thrice(lambda: flashrnn(Wx, R, b, backend="cuda_fused"), runs, False)
-    forget()
     assert set(calls.kept.values()) <= {None}
+
+
+@pytest.fixture(params=[(False,), (True,), (False, True)], ids=["forward", "backward", "both"])
+def step_by_step(request, monkeypatch, runs):
+    """Directions that are computed so; ``runs`` has the kept ones."""
+    run = repeats._Steps.run
+
+    def noting(self, given):
+        assert self.plan.backward in request.param
+        runs.append(run(self, given))
+        return runs[-1]
+
+    monkeypatch.setattr(repeats._Steps, "run", noting)
+    by_steps(monkeypatch, request.param)
+    yield request.param
+    forget()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("D", [136, 133])
+def test_step_by_step(runs, step_by_step, monkeypatch, dtype, kind, multiplies, D):
+    """With and without gradients, and a layer's product by kernels and by the library; heads of 133
+    units with more of them."""
+    with_additional_units(monkeypatch)
+    if not multiplies:
+        monkeypatch.setattr(few_rows, "takes_product", lambda *_: False)
+    monkeypatch.setattr(steps, "multiply", lambda a, b, to: to.copy_(a.float() @ b.float()))
+    leaves = layer_inputs(kind, 3, 4, 9, 1, D, dtype)
+    Wx = random_inputs(kind, 3, 4, 1, D, dtype).Wx
+    options = {"function": kind, "backend": "cuda_fused", "return_states": "h"}
+
+    def layer():
+        return recurrent_layer(*leaves, **options)
+
+    def scan():
+        return flashrnn(Wx, *leaves[2:], **options)
+
+    for call, given in ((layer, leaves), (scan, [Wx, *leaves[2:]])):
+        runs.clear()
+        thrice(differentiated(call, given), runs)
+        with torch.no_grad():
+            runs.clear()
+            thrice(call, runs)
+    if False in step_by_step:
+        # Products of PyTorch's that are not as the call wants them.
+        monkeypatch.setattr(steps, "may_be_faster", lambda problem: False)
+        before = len(runs)
+        with torch.no_grad():
+            layer()
+        assert len(runs) == before
+
+
+def test_modules_step_by_step(runs, step_by_step, monkeypatch):
+    monkeypatch.setattr(steps, "multiply", lambda a, b, to: to.copy_(a.float() @ b.float()))
+    for kind in ("LSTM", "GRU"):
+        layer = getattr(nn, kind)(9, 136, backend="cuda_fused").bfloat16()
+        x = torch.randn(5, 4, 9, dtype=torch.bfloat16, requires_grad=True)
+
+        def call(layer=layer, x=x):
+            return layer(x)[:1]
+
+        runs.clear()
+        thrice(differentiated(call, [x, *layer.parameters()]), runs)
 
 
 def test_many_sequences_of_a_wide_head(runs, monkeypatch):

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import or_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd, copies, few_rows, steps
-from flashrnn.backends.autograd import Factors
+from flashrnn.backends.autograd import Factors, Repeatable
 from flashrnn.backends.fused import plans, scans
 from flashrnn.backends.gradients import recurrent_gradient, select
 from flashrnn.backends.library import factors_gradients, input_product
 from flashrnn.backends.repeated import New, Repeated
 from flashrnn.kernels import registry, source
+from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.problem import Problem, matmul_tf32_allowed, without_autocast
 
 
 def repeated(
     problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
-) -> Repeated | None:
+) -> Repeatable | None:
     """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
-    if not _is_by_scan(problem, backward=False):
+    if not (problem.B and problem.T):
         return None
+    if plan := _steps_of(problem, backward=False):
+        return _Steps(problem, plan, (*given,), _rests_on(problem))
     tensors, product, begin, Wx = dict(given), None, None, given.get("Wx")
     if Wx is None and few_rows.multiplies(problem, given["x"], given["W"]):
         Wx, product = few_rows.begun(problem, given["x"])
@@ -71,38 +75,35 @@ def _multiplied(
     ``None`` where launches cannot be given one of those, so that nothing is multiplied twice.
     """
     tensors = dict(zip(names, given, strict=True))
-    x, W, bias = (tensors.pop(name, None) for name in _FACTORS)
-    assert x is not None and W is not None
-    if reduce(or_, map(Tensor.data_ptr, tensors.values())) % 16:
+    others = [x for name, x in tensors.items() if name not in _FACTORS]
+    if reduce(or_, map(Tensor.data_ptr, others)) % 16:
         return None
-    with without_autocast(problem.device.type):
-        Wx = input_product(problem, x, W.flatten(0, -2), None if bias is None else bias.view(-1))
-    return [Wx, *tensors.values()]
+    return [_by_library(problem, tensors), *others]
 
 
-def _is_by_scan(problem: Problem, backward: bool) -> bool:
-    """Whether there is something to compute, and a persistent kernel computes it."""
-    if not (problem.B and problem.T):
-        return False
-    return registry.is_small(problem.D) or not plans.steps_of(
-        problem, plans.gpu_of(problem), backward
-    )
+def _steps_of(problem: Problem, backward: bool) -> CellPlan | None:
+    """The plan of a direction that is computed step by step; ``None``: a persistent kernel is."""
+    if registry.is_small(problem.D):
+        return None
+    return plans.steps_of(problem, plans.gpu_of(problem), backward)
 
 
 def repeated_gradients(
     problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
-) -> Repeated | None:
+) -> Repeatable | None:
     """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
-    if not _is_by_scan(problem, backward=True):
+    if not (problem.B and problem.T):
         return None
+    contiguous = given["R"], given["states"], given["gates"]
+    if not all(x.is_contiguous() for x in contiguous):
+        return None
+    if plan := _steps_of(problem, backward=True):
+        return _Steps(problem, plan, (*given,), _rests_on(problem), needs_x, needs_W)
     factors = Factors(given["x"], given["W"], needs_x, needs_W) if "x" in given else None
     if factors is not None and not few_rows.multiplies(problem, factors.x, factors.W):
         factors = None
     asked = few_rows.asked(problem, factors)
     new = scans.new_gradients(problem, given["initial"], given["gates"], asked, factors)
-    contiguous = given["R"], given["states"], given["gates"]
-    if not all(x.is_contiguous() for x in contiguous):
-        return None
     by_library = "x" in given and not (asked is not None and asked.I)
     tensors = {n: x for n, x in given.items() if not (by_library and n in _FACTORS)}
     names, begin, finish = (*given,), None, None
@@ -146,15 +147,85 @@ def _finished(
     made.pop("d_bias", None)
     if "before" in made:
         made["d_R"] = recurrent_gradient(cell, d_gates, made.pop("before"))
-    if not by_library:
-        return
-    x, W = (given[names.index(name)] for name in ("x", "W"))
-    d_Wx = select(d_gates, 2, cell.fed_by("Wx"))
+    if by_library:
+        _finish_factors(problem, dict(zip(names, given, strict=True)), needs_x, needs_W, made)
+
+
+def _finish_factors(
+    problem: Problem,
+    given: dict[str, Tensor],
+    needs_x: bool,
+    needs_W: bool,
+    made: dict[str, Tensor],
+) -> None:
+    """The gradients of x and W, of those that are needed, by the library."""
+    x, W = given["x"], given["W"]
+    d_Wx = select(made["d_gates"], 2, problem.cell.fed_by("Wx"))
     d_x, d_W = factors_gradients(d_Wx, x, W.flatten(0, -2), needs_x, needs_W)
     if d_x is not None:
         made["d_x"] = d_x
     if d_W is not None:
         made["d_W"] = d_W.view(W.shape)
+
+
+class _Steps(NamedTuple):
+    """What is kept of a direction that is computed step by step; it is current as long as its plan.
+
+    Attributes:
+        problem: ...
+        plan: ...
+        names: those of the tensors that it is given.
+        asked: whether what the plan rests on is as it was.
+        needs_x: whether the gradient of x is asked for.
+        needs_W: whether that of W is.
+    """
+
+    problem: Problem
+    plan: CellPlan
+    names: tuple[str, ...]
+    asked: Callable[[], bool]
+    needs_x: bool = False
+    needs_W: bool = False
+
+    def is_current(self) -> bool:
+        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        return self.asked()
+
+    def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        named, problem = dict(zip(self.names, given, strict=True)), self.problem
+        if self.plan.backward:
+            R, initial, states, gates = map(named.__getitem__, _RESIDUALS)
+            upstream = named.get("d_states"), named.get("d_last")
+            found = steps.backward(problem, self.plan, R, initial, states, gates, *upstream)
+            gradients = {"d_gates": found.gates, "d_initial": found.states}
+            gradients |= {"d_R": found.R, "d_b": found.b}
+            if "x" in named:
+                _finish_factors(problem, named, self.needs_x, self.needs_W, gradients)
+            return gradients
+        Wx = named["Wx"] if "Wx" in named else _product(problem, named)
+        R = named["R"].view(-1, problem.N, problem.D, problem.D)
+        outputs = steps.forward(problem, self.plan, Wx, R, named["b"], named["initial"])
+        made = zip(("states", "last_states", "gates"), outputs, strict=True)
+        return {name: x for name, x in made if x is not None}
+
+
+_RESIDUALS = "R", "initial", "states", "gates"
+
+
+def _product(problem: Problem, given: dict[str, Tensor]) -> Tensor:
+    """``Wx`` of a layer's tensors, by this package's kernel where there are few rows."""
+    x, W = given["x"], given["W"]
+    if few_rows.multiplies(problem, x, W):
+        return few_rows.multiply(problem, Factors(x, W, bias=given.get("bias")))
+    return _by_library(problem, given)
+
+
+def _by_library(problem: Problem, given: dict[str, Tensor]) -> Tensor:
+    """The same by PyTorch's library."""
+    x, W, bias = given["x"], given["W"], given.get("bias")
+    with without_autocast(problem.device.type):
+        return input_product(problem, x, W.flatten(0, -2), None if bias is None else bias.view(-1))
 
 
 def _repeated(
@@ -169,7 +240,6 @@ def _repeated(
 ) -> Repeated | None:
     """What is kept of a direction; ``None`` if it copies tensors first."""
     gpu, is_small = plans.gpu_of(problem), registry.is_small(problem.D)
-    settings, many = _settings(problem), steps.may_be_faster(problem)
     _, layout = scans.record_of(problem, backward).read(tensors)
     # Tensors that begin elsewhere take another way.
     layout = layout._replace(offsets=())
@@ -179,19 +249,28 @@ def _repeated(
     )
     if prepared.copied:
         return None
-
-    def is_current() -> bool:
-        if not is_small and (plans.gpu_of(problem) != gpu or steps.may_be_faster(problem) != many):
-            return False
-        return _settings(problem) == settings
-
-    rests_on_nothing = is_small and settings is None
+    rests_on_nothing = is_small and problem.dtype != torch.float32
     allocated = []
     for name, x in new.items():
         is_plain = x.stride() == torch.empty(x.shape, device="meta").stride()
         allocated.append((name, New(x.shape, None if is_plain else x.stride(), x.dtype)))
     launches, scratch = prepared.launches, prepared.scratch
-    return Repeated(tuple(allocated), launches, scratch, None if rests_on_nothing else is_current)
+    return Repeated(
+        tuple(allocated), launches, scratch, None if rests_on_nothing else _rests_on(problem)
+    )
+
+
+def _rests_on(problem: Problem) -> Callable[[], bool]:
+    """Whether the GPU, or the part of it, and the settings that a call rests on are as now."""
+    gpu, is_small = plans.gpu_of(problem), registry.is_small(problem.D)
+    settings, many = _settings(problem), steps.may_be_faster(problem)
+
+    def are_as_then() -> bool:
+        if not is_small and (plans.gpu_of(problem) != gpu or steps.may_be_faster(problem) != many):
+            return False
+        return _settings(problem) == settings
+
+    return are_as_then
 
 
 def _settings(problem: Problem) -> tuple[str, bool] | None:
