@@ -1,16 +1,17 @@
 """Calls like one before, and their gradients, by what their backend has kept of that one."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from flashrnn import FlashRNNConfig, calls, flashrnn, nn, recurrent_layer
-from flashrnn.backends import autograd, library, repeated, steps
+from flashrnn import FlashRNNConfig, calls, flashrnn, nn, padded, recurrent_layer
+from flashrnn.backends import autograd, cuda_fused, library, repeated, steps
 from flashrnn.backends.fused import plans, repeats
-from flashrnn.kernels import few_rows, source
+from flashrnn.kernels import few_rows, registry, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401
 from tests.layers import NAMES, layer_inputs
-from tests.padding import with_additional_units
 from tests.problems import random_inputs
 from tests.steps import by_steps, forget
 
@@ -363,60 +364,71 @@ def test_what_is_not_kept(runs, monkeypatch):
     assert set(calls.kept.values()) <= {None}
 
 
+class StepByStep(NamedTuple):
+    """Which directions are computed so, and those of the calls that were repeated: backward?"""
+
+    directions: tuple[bool, ...]
+    repeated: list[bool]
+
+
 @pytest.fixture(params=[(False,), (True,), (False, True)], ids=["forward", "backward", "both"])
 def step_by_step(request, monkeypatch, runs):
-    """Directions that are computed so; ``runs`` has the kept ones."""
-    run = repeats._Steps.run
+    """``runs`` has these calls, too."""
+    found, run = StepByStep(request.param, []), repeats._Steps.run
 
     def noting(self, given):
-        assert self.plan.backward in request.param
+        found.repeated.append(self.plan.backward)
         runs.append(run(self, given))
         return runs[-1]
 
     monkeypatch.setattr(repeats._Steps, "run", noting)
+    # The CPU has no product of 16 bits that it gives in float32.
+    monkeypatch.setattr(steps, "multiply", lambda a, b, to: to.copy_(a.float() @ b.float()))
     by_steps(monkeypatch, request.param)
-    yield request.param
+    yield found
     forget()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("lstm", torch.bfloat16), ("gru", torch.float32)], ids=str
+)
 @pytest.mark.parametrize("multiplies", [True, False])
 @pytest.mark.parametrize("D", [136, 133])
-def test_step_by_step(runs, step_by_step, monkeypatch, dtype, kind, multiplies, D):
+@pytest.mark.parametrize("needed", [NAMES, ("x",), ("W", "b"), ("R",)], ids=str)
+def test_step_by_step(runs, step_by_step, monkeypatch, dtype, kind, multiplies, D, needed):
     """With and without gradients, and a layer's product by kernels and by the library; heads of 133
     units with more of them."""
-    with_additional_units(monkeypatch)
+    monkeypatch.setattr(
+        cuda_fused, "padded_units", lambda problem, _: registry.wide_units(problem, problem.steps)
+    )
     if not multiplies:
         monkeypatch.setattr(few_rows, "takes_product", lambda *_: False)
-    monkeypatch.setattr(steps, "multiply", lambda a, b, to: to.copy_(a.float() @ b.float()))
-    leaves = layer_inputs(kind, 3, 4, 9, 1, D, dtype)
-    Wx = random_inputs(kind, 3, 4, 1, D, dtype).Wx
+    leaves = dict(zip(NAMES, layer_inputs(kind, 3, 4, 9, 1, D, dtype), strict=True))
+    leaves["Wx"] = random_inputs(kind, 3, 4, 1, D, dtype).Wx
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in needed or (name == "Wx" and "x" in needed))
     options = {"function": kind, "backend": "cuda_fused", "return_states": "h"}
+    for function, names in ((recurrent_layer, NAMES), (flashrnn, ("Wx", *NAMES[2:]))):
+        given = [leaves[name] for name in names]
+        asked = [leaf for leaf in given if leaf.requires_grad]
 
-    def layer():
-        return recurrent_layer(*leaves, **options)
+        def call(function=function, given=given):
+            return function(*given, **options)
 
-    def scan():
-        return flashrnn(Wx, *leaves[2:], **options)
-
-    for call, given in ((layer, leaves), (scan, [Wx, *leaves[2:]])):
         runs.clear()
-        thrice(differentiated(call, given), runs)
+        step_by_step.repeated.clear()
+        thrice(differentiated(call, asked), runs)
+        assert {*step_by_step.repeated} == {*step_by_step.directions}
+        runs.clear()
+        step_by_step.repeated.clear()
         with torch.no_grad():
-            runs.clear()
             thrice(call, runs)
-    if False in step_by_step:
-        # Products of PyTorch's that are not as the call wants them.
-        monkeypatch.setattr(steps, "may_be_faster", lambda problem: False)
-        before = len(runs)
-        with torch.no_grad():
-            layer()
-        assert len(runs) == before
+        assert {*step_by_step.repeated} == {*step_by_step.directions} - {True}
+    forwards = {type(each.forward) for each in calls.kept.values()}
+    assert (padded._Repeated in forwards) == (D == 133)
 
 
-def test_modules_step_by_step(runs, step_by_step, monkeypatch):
-    monkeypatch.setattr(steps, "multiply", lambda a, b, to: to.copy_(a.float() @ b.float()))
+def test_modules_step_by_step(runs, step_by_step):
     for kind in ("LSTM", "GRU"):
         layer = getattr(nn, kind)(9, 136, backend="cuda_fused").bfloat16()
         x = torch.randn(5, 4, 9, dtype=torch.bfloat16, requires_grad=True)
@@ -425,7 +437,35 @@ def test_modules_step_by_step(runs, step_by_step, monkeypatch):
             return layer(x)[:1]
 
         runs.clear()
+        step_by_step.repeated.clear()
         thrice(differentiated(call, [x, *layer.parameters()]), runs)
+        assert {*step_by_step.repeated} == {*step_by_step.directions}
+
+
+@pytest.mark.parametrize("changed", ["products", "precision", "GPU"])
+def test_what_steps_rest_on(step_by_step, monkeypatch, changed):
+    """It may change between forward and backward."""
+    leaves = layer_inputs("lstm", 3, 4, 9, 1, 136, torch.float32)
+
+    def call():
+        return recurrent_layer(*leaves, backend="cuda_fused", return_states="h")[0]
+
+    upstream = torch.ones(1, 3, 4, 1, 136)
+    for _ in range(3):
+        torch.autograd.grad(call(), leaves, upstream)
+    assert {*step_by_step.repeated} == {*step_by_step.directions}
+    output = call()
+    step_by_step.repeated.clear()
+    if changed == "products":
+        monkeypatch.setattr(steps, "may_be_faster", lambda problem: False)
+    elif changed == "precision":
+        monkeypatch.setattr(source, "precision_of", lambda problem: "tf32")
+    else:
+        part = plans.gpu_of(None)._replace(multiprocessors=40)
+        monkeypatch.setattr(plans, "gpu_of", lambda problem: part)
+    torch.autograd.grad(output, leaves, upstream)
+    call()
+    assert not step_by_step.repeated
 
 
 def test_many_sequences_of_a_wide_head(runs, monkeypatch):

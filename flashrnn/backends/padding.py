@@ -33,7 +33,10 @@ class Resizing(NamedTuple):
     numbers: tuple[int, ...]
 
     def __call__(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """The new tensors, contiguous. Of those given the addresses alone are asked for."""
+        """The new tensors, contiguous.
+
+        Those given are like those that this was made for: nobody asks for their sizes and strides.
+        """
         found: list[Tensor] = []
         addresses: list[int] = []
         for x, size in zip(given, self.sizes, strict=True):

@@ -169,7 +169,7 @@ def _finish_factors(
 
 
 class _Steps(NamedTuple):
-    """What is kept of a direction that is computed step by step; it is current as long as its plan.
+    """What is kept of a direction that is computed step by step: that it is.
 
     Attributes:
         problem: ...
