@@ -25,8 +25,8 @@ from torch.nn.functional import linear
 
 from flashrnn import nn, recurrent_layer
 from flashrnn.backends import few_rows, tables
-from flashrnn.backends.autograd import Factors
 from flashrnn.backends.gradients import recurrent_gradient
+from flashrnn.backends.protocols import Factors
 from flashrnn.bench import clocks
 from flashrnn.cells import resolve
 from flashrnn.jit.kernel import launch_in_turn

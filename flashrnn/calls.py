@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends, checks, sequences
-from flashrnn.backends import Backend, autograd
-from flashrnn.backends.autograd import Kept
+from flashrnn.backends import Backend, autograd, kept_calls, protocols
+from flashrnn.backends.kept_calls import Kept
 from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import TracedCell
 from flashrnn.config import DEFAULT, FlashRNNConfig
@@ -105,7 +105,7 @@ def repeat(
             node, *given, kept.backend, kept.problem, kept
         )
         return found, results
-    made = autograd.forward_again(kept, given)
+    made = kept_calls.forward_again(kept, given)
     return found, None if made is None else made[:2]
 
 
@@ -122,16 +122,16 @@ def keep(
         call: from :func:`again`.
         backend: the backend that computed it.
         problem: ...
-        tensors: by the names of :class:`flashrnn.backends.autograd.RepeatingBackend`, without
+        tensors: by the names of :class:`flashrnn.backends.protocols.RepeatingBackend`, without
             the initial states.
         by_time: see there.
     """
-    if call.key in kept or not autograd.keeps(backend):
+    if call.key in kept or not protocols.keeps(backend):
         return
     found, states = None, call.states
     of_computation = all(tensor.dtype == problem.dtype for tensor in tensors.values())
     if of_computation and states.dtype == problem.carry_dtype:
-        names, given = (*tensors,), autograd.without_memory([*tensors.values(), states])
+        names, given = (*tensors,), kept_calls.without_memory([*tensors.values(), states])
         named = dict(zip((*names, "initial"), given, strict=True))
         forward = backend.repeated(problem, named, by_time)
         if forward is not None:
@@ -298,7 +298,7 @@ def prepared(
         states = initial_states(problem, config, direct)
     elif states.size(1) != problem.B:
         states = states.expand(-1, problem.B, -1, -1, -1)  # One start was given for all.
-    if not autograd.is_fused(chosen):
+    if not protocols.is_fused(chosen):
         problem = problem._replace(step=cell.step)
     return chosen, problem, states, tensors
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends, calls, checks, padded, sequences
-from flashrnn.backends import autograd
+from flashrnn.backends import autograd, protocols
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.compat.order import by_position
 from flashrnn.config import FlashRNNConfig
@@ -148,7 +148,7 @@ def flashrnn(
         chosen = padded.backend_for(chosen, problem)
     tensors = {"Wx": Wx, "R": R, "b": b}
     arguments = calls.as_computed(problem, Wx, R, b, states)
-    if direct and of_options is None and autograd.is_fused(chosen):
+    if direct and of_options is None and protocols.is_fused(chosen):
         # None of its operations depends on autocast.
         found, last_states = autograd.run_directly(chosen, problem, *arguments)
         if again is not None:

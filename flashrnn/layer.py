@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends, calls, checks, padded, sequences
-from flashrnn.backends import Backend, autograd
+from flashrnn.backends import Backend, autograd, kept_calls, protocols
 from flashrnn.backends.library import input_product
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
@@ -138,7 +138,7 @@ def _computed(
 ) -> tuple[Tensor, Tensor]:
     """A layer's results; see :func:`flashrnn.backends.autograd.run`."""
     with without_autocast(problem.device.type):
-        if not (direct and autograd.is_fused(backend)):
+        if not (direct and protocols.is_fused(backend)):
             x, W = factors_as_computed(problem, x, W)
             Wx = input_product(problem, x, W.flatten(0, 2))
             arguments = calls.as_computed(problem, Wx, R, b, states)
@@ -171,16 +171,16 @@ class Layer(torch.autograd.Function):
         R: Tensor,
         b: Tensor,
         states: Tensor,
-        backend: autograd.FusedBackend,
+        backend: protocols.FusedBackend,
         problem: Problem,
-        kept: autograd.Kept | None,
+        kept: kept_calls.Kept | None,
         *options: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # Autograd casts the gradients back to the dtypes of what is given here.
         x, W = factors_as_computed(problem, x, W)
         R, b, states = calls.weights_as_computed(problem, R, b, states)
         given = x, W, R, b, states
-        found = autograd.forward_again(kept, given)
+        found = kept_calls.forward_again(kept, given)
         found = found or forward_of_layer(backend, problem, *given, options)
         every_state, last_states, gates = found
         output, residuals = autograd.residuals_of(problem, R, states, every_state, gates, options)
@@ -196,7 +196,7 @@ class Layer(torch.autograd.Function):
         problem, given = ctx.problem, ctx.given
         x, W, *residuals = ctx.saved_tensors
         needs_x, needs_W, needs_R, needs_b, needs_states, *further = ctx.needs_input_grad
-        factors = autograd.Factors(x, W, needs_x, needs_W)
+        factors = protocols.Factors(x, W, needs_x, needs_W)
         with without_autocast(problem.device.type):
             arguments = ctx.backend, problem, factors, residuals, given, d_states, d_last
             found = gradients_of_layer(*arguments, ctx.kept)

@@ -26,17 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashrnn.backends import Backend, autograd, is_direct
-from flashrnn.backends.autograd import (
-    Factors,
-    Kind,
-    PaddingBackend,
-    Resized,
-    Results,
-    own_units,
-    pads,
-)
+from flashrnn.backends import Backend, autograd, is_direct, protocols
+from flashrnn.backends.autograd import own_units
 from flashrnn.backends.gradients import Gradients
+from flashrnn.backends.protocols import Factors, Kind, PaddingBackend, Resized, Results, pads
 from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem
 from flashrnn.products import forward_of_layer, gradients_of_layer
@@ -63,7 +56,7 @@ def backend_for(backend: AnyBackend, problem: Problem, features: int = 0) -> Any
 class _Padded:
     """A fused backend for problems of heads with fewer units than those it computes.
 
-    It takes and gives what a :class:`flashrnn.backends.autograd.MultiplyingBackend` does, but for
+    It takes and gives what a :class:`flashrnn.backends.protocols.MultiplyingBackend` does, but for
     the states and gates of a forward that backward needs: these have all units.
     """
 
@@ -95,7 +88,7 @@ class _Padded:
         factors: Factors | None = None,
         results: Results | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
+        """See :class:`flashrnn.backends.protocols.MultiplyingBackend`."""
         sizes, starts = _sizes(problem), None if sequences is None else sequences.reset_states
         given = {"R": R.view(sizes["R"]), "b": b.view(sizes["b"]), "states": states}
         given |= _present(Wx=Wx, reset_states=starts, **_factors(problem, factors))
@@ -115,7 +108,7 @@ class _Padded:
     def repeated(
         self, problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
     ) -> _Repeated | None:
-        """See :class:`flashrnn.backends.autograd.RepeatingBackend`; states are not turned."""
+        """See :class:`flashrnn.backends.protocols.RepeatingBackend`; states are not turned."""
         pad, padded = self._begun(problem, given)
         inner = self._backend.repeated(problem._replace(D=self.units), padded)
         if inner is None:
@@ -127,7 +120,7 @@ class _Padded:
     def repeated_gradients(
         self, problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
     ) -> _Repeated | None:
-        """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
+        """See :class:`flashrnn.backends.protocols.RepeatingBackend`."""
         pad, padded = self._begun(problem, given)
         wide = problem._replace(D=self.units)
         inner = self._backend.repeated_gradients(wide, padded, needs_x, needs_W)
@@ -173,7 +166,7 @@ class _Padded:
         sequences: Sequences | None = None,
         factors: Factors | None = None,
     ) -> Gradients:
-        """See :class:`flashrnn.backends.autograd.MultiplyingBackend`.
+        """See :class:`flashrnn.backends.protocols.MultiplyingBackend`.
 
         It may be called where nothing can be launched, as for a graph of the gradient.
         """
@@ -290,7 +283,7 @@ class _Repeated:
         backend: PaddingBackend,
         D: int,
         pad: _Pad,
-        inner: autograd.Repeatable,
+        inner: protocols.Repeatable,
         to_narrow: tuple[_ToNarrow, ...],
     ) -> None:
         """Keep it.
@@ -308,11 +301,11 @@ class _Repeated:
         self._narrow: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
 
     def is_current(self) -> bool:
-        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        """See :class:`flashrnn.backends.protocols.Repeatable`."""
         return self._inner.is_current()
 
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
-        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        """See :class:`flashrnn.backends.protocols.Repeatable`."""
         made = self._inner.run(self._pad(given))
         if made is None:
             return None

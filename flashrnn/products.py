@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from flashrnn import backends, calls
-from flashrnn.backends import autograd
+from flashrnn.backends import autograd, kept_calls, protocols
 from flashrnn.backends.gradients import Gradients, select
 from flashrnn.backends.library import factors_gradients, input_product
 from flashrnn.problem import Problem
@@ -21,7 +21,7 @@ def factors_as_computed(problem: Problem, x: Tensor, W: Tensor) -> tuple[Tensor,
 
 
 def forward_of_layer(
-    backend: autograd.FusedBackend,
+    backend: protocols.FusedBackend,
     problem: Problem,
     x: Tensor,
     W: Tensor,
@@ -37,31 +37,31 @@ def forward_of_layer(
     product; it has W's dimensions but the last.
     """
     of_scan = R, b, states, Sequences(*options) if options else None
-    if autograd.multiplies(backend, problem, x, W):
-        return backend.forward(problem, None, *of_scan, autograd.Factors(x, W, bias=bias))
+    if protocols.multiplies(backend, problem, x, W):
+        return backend.forward(problem, None, *of_scan, protocols.Factors(x, W, bias=bias))
     Wx = input_product(problem, x, W.flatten(0, -2), None if bias is None else bias.view(-1))
     return backend.forward(problem, Wx, *of_scan)
 
 
 def gradients_of_layer(
-    backend: autograd.FusedBackend,
+    backend: protocols.FusedBackend,
     problem: Problem,
-    factors: autograd.Factors,
+    factors: protocols.Factors,
     residuals: Sequence[Any],
     given: int,
     d_states: Tensor | None,
     d_last: Tensor | None,
-    kept: autograd.Kept | None = None,
+    kept: kept_calls.Kept | None = None,
 ) -> Gradients:
     """The same backward, from what a node has kept; see :func:`autograd.gradients_of`."""
     if kept is not None:
-        again = autograd.gradients_again(kept, residuals, d_states, d_last, factors)
+        again = kept_calls.gradients_again(kept, residuals, d_states, d_last, factors)
         if again is not None:
             return again
     arguments = backend, problem, residuals, given, d_states, d_last
     x, W, needs_x, needs_W, _ = factors
     # A hook on saved tensors may have changed these, too.
-    if backends.are_plain((x, W)) and autograd.multiplies(backend, problem, x, W):
+    if backends.are_plain((x, W)) and protocols.multiplies(backend, problem, x, W):
         found = autograd.gradients_of(*arguments, factors=factors)
     else:
         found = autograd.gradients_of(*arguments)

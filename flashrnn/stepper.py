@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends, calls, checks
-from flashrnn.backends import Run, Runs, autograd
+from flashrnn.backends import Run, Runs, autograd, protocols
 from flashrnn.cells.spec import Cell, resolve
 from flashrnn.config import FlashRNNConfig
 from flashrnn.functional import flashrnn
@@ -169,13 +169,13 @@ class Stepper:
         return known.run(wx, calls.cast_to(states, self.carry_dtype), out)
 
     def _prepare(self, problem: Problem) -> None:
-        if not autograd.is_fused(self._chosen):
+        if not protocols.is_fused(self._chosen):
             problem = problem._replace(step=self.cell.step)
         self._problem = problem
         if hasattr(self._chosen, "stepper"):
             self._runs: Runs = cast(Any, self._chosen).stepper(problem, self._R, self._b)
         else:
-            fused = cast(autograd.FusedBackend, self._chosen)
+            fused = cast(protocols.FusedBackend, self._chosen)
             self._runs = autograd.by_scans(fused.forward, problem, self._R, self._b)
         # By the layouts of a call's tensors.
         self._known: dict[_Layouts, _Known] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import Cell, FlashRNNConfig
-from flashrnn.backends import autograd, load
+from flashrnn.backends import load, protocols
 from flashrnn.cells import resolve
 from flashrnn.problem import Problem
 from tests.problems import (
@@ -181,7 +181,7 @@ def absent_gradients_are_zeros(backend: str, *sizes: int, device: str = "cpu") -
 
     They are absent of the last states, of every step's states, and of all these but ``h``.
     """
-    module, (B, T, N, D) = cast(autograd.FusedBackend, load(backend)), sizes
+    module, (B, T, N, D) = cast(protocols.FusedBackend, load(backend)), sizes
     inputs = random_inputs("lstm", *sizes, torch.bfloat16, device)
     Wx, R, b, initial = (x.detach() for x in inputs.tensors().values())
     problem = Problem(resolve("lstm").traced, B, T, N, D, Wx.dtype, Wx.device, needs_gradient=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, calls, flashrnn, nn, padded, recurrent_layer
-from flashrnn.backends import autograd, cuda_fused, library, repeated, steps
+from flashrnn.backends import cuda_fused, kept_calls, library, repeated, steps
 from flashrnn.backends.fused import plans, repeats
 from flashrnn.kernels import few_rows, registry, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
@@ -219,7 +219,7 @@ def test_nothing_is_multiplied_twice(runs, monkeypatch):
 
 @pytest.mark.usefixtures("emulation")
 def test_backends_that_keep_nothing_prepare_nothing(monkeypatch):
-    monkeypatch.setattr(autograd, "without_memory", lambda tensors: pytest.fail("prepared"))
+    monkeypatch.setattr(kept_calls, "without_memory", lambda tensors: pytest.fail("prepared"))
     layer, x = nn.LSTM(9, 24, backend="cuda"), torch.randn(5, 4, 9)
     for _ in range(3):
         layer(x)

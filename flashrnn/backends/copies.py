@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flashrnn.backends.autograd import Results
 from flashrnn.backends.launches import LaunchTemplate
+from flashrnn.backends.protocols import Results
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel, launch_in_turn
 from flashrnn.jit.kernel import load as _kernel

@@ -89,7 +89,7 @@ def forward(
     states: Tensor,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    """See :class:`flashrnn.backends.protocols.FusedBackend`."""
     if problem.steps and (plan := _steps(problem, backward=False)):
         if problem.needs_gradient:
             _begin_backward(as_compiled(problem), source.precision_of(problem))
@@ -140,7 +140,7 @@ def backward(
     d_last_states: Tensor | None,
     sequences: Sequences | None = None,
 ) -> Gradients:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    """See :class:`flashrnn.backends.protocols.FusedBackend`."""
     if problem.steps and (plan := _steps(problem, backward=True)):
         residuals = states_initial, states, gates
         return steps.backward(problem, plan, R, *residuals, d_states, d_last_states)

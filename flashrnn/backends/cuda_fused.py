@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import Run, Runs, autograd, copies, few_rows, padding, steps, tables
-from flashrnn.backends.autograd import Factors, Results
 from flashrnn.backends.fused import compiled, plans, repeats, scans
 from flashrnn.backends.fused.stepper import Steps
 from flashrnn.backends.gradients import Gradients, of_no_steps, recurrent_gradient
+from flashrnn.backends.protocols import Factors, Results
 from flashrnn.backends.requirements import unavailable_cuda
 from flashrnn.kernels import registry, source
 from flashrnn.kernels.gpu import GPU
@@ -24,7 +24,7 @@ from flashrnn.kernels.sizes import tiles_of
 from flashrnn.problem import Problem, as_compiled
 from flashrnn.sequences import Sequences, zeros_like_starts
 
-# See `autograd.PaddingBackend`.
+# See `protocols.PaddingBackend`.
 multiplies, copy, resizing = few_rows.multiplies, copies.enqueue, padding.resizing
 repeated, repeated_gradients = repeats.repeated, repeats.repeated_gradients
 
@@ -42,7 +42,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def padded_units(problem: Problem, features: int) -> int:
-    """See :class:`flashrnn.backends.autograd.PaddingBackend`."""
+    """See :class:`flashrnn.backends.protocols.PaddingBackend`."""
     if registry.is_small(problem.D):
         return problem.D
     return _padded_units(problem, features, source.precision_of(problem), plans.gpu_of(problem))
@@ -79,7 +79,7 @@ def forward(
     factors: Factors | None = None,
     results: Results | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`.
+    """See :class:`flashrnn.backends.protocols.MultiplyingBackend`.
 
     ``factors``, for which ``multiplies`` holds, are given in the place of ``Wx``.
     """
@@ -142,7 +142,7 @@ def stepper(problem: Problem, R: Tensor, b: Tensor) -> Runs:
 
 
 def results(problem: Problem, like: Tensor, by_time: bool) -> Results:
-    """See :class:`flashrnn.backends.autograd.MultiplyingBackend`."""
+    """See :class:`flashrnn.backends.protocols.MultiplyingBackend`."""
     # The first question spares the second what it asks of the GPU.
     if steps.may_be_faster(problem) and plans.steps_of(
         problem, plans.gpu_of(problem), backward=False
@@ -172,7 +172,7 @@ def backward(
     sequences: Sequences | None = None,
     factors: Factors | None = None,
 ) -> Gradients:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`.
+    """See :class:`flashrnn.backends.protocols.FusedBackend`.
 
     The gradients of ``factors``, for which ``multiplies`` holds, are among those that it gives,
     unless it computes step by step.

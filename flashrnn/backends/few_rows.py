@@ -14,8 +14,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flashrnn.backends.autograd import Factors
 from flashrnn.backends.launches import LaunchTemplate
+from flashrnn.backends.protocols import Factors
 from flashrnn.cells.traced import TracedCell
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel, launch_in_turn
@@ -79,7 +79,7 @@ def multiplies(problem: Problem, x: Tensor, W: Tensor) -> bool:
     Args:
         problem: the scan's.
         x: ``[B, T, I]`` of ``problem.dtype``.
-        W: see :class:`flashrnn.backends.autograd.Factors`.
+        W: see :class:`flashrnn.backends.protocols.Factors`.
     """
     return W.is_contiguous() and _input(problem, x.shape, x.stride()) is not None
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashrnn.backends.autograd import Kind, Resized
+from flashrnn.backends.protocols import Kind, Resized
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel, launch_in_turn
 from flashrnn.jit.kernel import load as _kernel

@@ -55,7 +55,7 @@ class Repeated(NamedTuple):
     finish: Callable[[Sequence[Tensor], dict[str, Tensor]], None] | None = None
 
     def is_current(self) -> bool:
-        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        """See :class:`flashrnn.backends.protocols.Repeatable`."""
         return self.asked is None or self.asked()
 
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:

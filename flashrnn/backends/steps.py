@@ -61,7 +61,7 @@ def forward(
     b: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`; no size is 0."""
+    """See :class:`flashrnn.backends.protocols.FusedBackend`; no size is 0."""
     every_state, last_states, gates = autograd.new_outputs(problem, Wx, _stored(problem))
     B, N, D, recurrent = problem.B, problem.N, problem.D, len(problem.cell.fed_by("R"))
     product = Wx.new_empty(N, B, recurrent * D, dtype=torch.float32)
@@ -98,7 +98,7 @@ def backward(
     d_states: Tensor | None,
     d_last_states: Tensor | None,
 ) -> Gradients:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`; no size is 0."""
+    """See :class:`flashrnn.backends.protocols.FusedBackend`; no size is 0."""
     (B, T, G, N, D), fed = gates.shape, problem.cell.fed_by("R")
     cut, clipval = problem.gradient_recurrent_cut, problem.gradient_recurrent_clipval
     d_gates = torch.empty_like(gates)

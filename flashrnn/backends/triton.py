@@ -76,7 +76,7 @@ def forward(
     states: Tensor,
     sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    """See :class:`flashrnn.backends.protocols.FusedBackend`."""
     cell, (B, T, N, D) = problem.cell, (problem.B, problem.T, problem.N, problem.D)
     # Where R does not stay in registers, h is read where the step before has stored it.
     stored = 1 if problem.returned == 0 and not problem.needs_gradient else None
@@ -140,7 +140,7 @@ def backward(
     d_last_states: Tensor | None,
     sequences: Sequences | None = None,
 ) -> Gradients:
-    """See :class:`flashrnn.backends.autograd.FusedBackend`."""
+    """See :class:`flashrnn.backends.protocols.FusedBackend`."""
     cell, (B, N, D) = problem.cell, (problem.B, problem.N, problem.D)
     d_gates = torch.empty_like(gates)
     d_initial = torch.empty_like(states_initial, memory_format=torch.contiguous_format)

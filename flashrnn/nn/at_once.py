@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashrnn import backends
-from flashrnn.backends.autograd import is_fused
+from flashrnn.backends.protocols import is_fused
 from flashrnn.cells.spec import Cell
 from flashrnn.cells.traced import TracedCell
 from flashrnn.functional import flashrnn

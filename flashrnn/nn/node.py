@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashrnn import backends, calls, padded
-from flashrnn.backends import autograd
+from flashrnn.backends import autograd, kept_calls, protocols
 from flashrnn.backends.library import input_product
 from flashrnn.config import DEFAULT
 from flashrnn.initial import initial_states
@@ -147,14 +147,14 @@ def _layer(
         kept = again.kept
         return _computed(x, again.states, kept.backend, kept.problem, kept, form, *weights)
     chosen = backends.choose(layers.backend, problem, direct=True)
-    if not autograd.is_fused(chosen):
+    if not protocols.is_fused(chosen):
         return None
     chosen = padded.backend_for(chosen, problem, features=x.shape[-1])
     if start is None:
         start = initial_states(problem, DEFAULT, direct=True)
     outputs = _computed(x, start, chosen, problem, None, form, *weights)
-    if again is not None and autograd.keeps(chosen) and again.key not in calls.kept:
-        of_layer = autograd.without_memory([x, *weights])
+    if again is not None and protocols.keeps(chosen) and again.key not in calls.kept:
+        of_layer = kept_calls.without_memory([x, *weights])
         tensors = _operands(chosen, problem, None, form, None, *of_layer)
         calls.keep(again, chosen, problem, tensors, form.h_by_time)
     return outputs
@@ -176,9 +176,9 @@ _H_ALONE = Given(None, None, None, None, False, "h")
 def _forward(
     x: Tensor,
     start: Tensor,
-    backend: autograd.FusedBackend,
+    backend: protocols.FusedBackend,
     problem: Problem,
-    kept: autograd.Kept | None,
+    kept: kept_calls.Kept | None,
     form: Form,
     *weights: Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -191,19 +191,19 @@ def _forward(
     made = None if kept is None else kept.forward.run([*operands.values(), start])
     if made is not None:
         states, last_states, gates = made["states"], made["last_states"], made.get("gates")
-        results = autograd.Results(made.get("h_by_time"), made.get("last_rounded"))
+        results = protocols.Results(made.get("h_by_time"), made.get("last_rounded"))
     else:
-        start, results = calls.cast_to(start, problem.carry_dtype), autograd.Results()
+        start, results = calls.cast_to(start, problem.carry_dtype), protocols.Results()
         N, D = problem.N, problem.D
         rows, weight_ih, R, b = (operands[name] for name in ("x", "W", "R", "b"))
-        if autograd.multiplies(backend, problem, rows, weight_ih):
+        if protocols.multiplies(backend, problem, rows, weight_ih):
             results = backend.results(problem, x, form.h_by_time)
-            factors = autograd.Factors(rows, weight_ih, bias=operands.get("bias"))
+            factors = protocols.Factors(rows, weight_ih, bias=operands.get("bias"))
             found = backend.forward(problem, None, R, b, start, factors=factors, results=results)
         else:
             of_scan = R.view(-1, N, D, D), b.view(-1, N, D), start
             Wx = input_product(problem, rows, weight_ih)
-            if autograd.copies(backend):
+            if protocols.copies(backend):
                 results = backend.results(problem, x, form.h_by_time)
                 found = backend.forward(problem, Wx, *of_scan, results=results)
             else:
@@ -216,9 +216,9 @@ def _forward(
 
 
 def _operands(
-    backend: autograd.FusedBackend,
+    backend: protocols.FusedBackend,
     problem: Problem,
-    kept: autograd.Kept | None,
+    kept: kept_calls.Kept | None,
     form: Form,
     copy: Copies | None,
     x: Tensor,
@@ -234,7 +234,7 @@ def _operands(
     rows, bias = x.transpose(0, 1) if form.x_by_time else x, None
     of_scan: Sequence[Tensor] = biases
     if kept is None:
-        adds = autograd.multiplies(backend, problem, rows, weight_ih)
+        adds = protocols.multiplies(backend, problem, rows, weight_ih)
     else:
         adds = "bias" in kept.names
     if adds:
@@ -247,7 +247,7 @@ def _operands(
 
 
 def _in_forms(
-    problem: Problem, form: Form, states: Tensor, last_states: Tensor, results: autograd.Results
+    problem: Problem, form: Form, states: Tensor, last_states: Tensor, results: protocols.Results
 ) -> tuple[Tensor, ...]:
     """h and each last state in torch.nn's forms, out of a scan's results."""
     (B, T), S, N, D = problem.rows, len(problem.cell.states), problem.N, problem.D
@@ -262,9 +262,9 @@ def _in_forms(
     return h, *last.unsafe_split(1)
 
 
-def _copy(backend: autograd.FusedBackend) -> Copies | None:
+def _copy(backend: protocols.FusedBackend) -> Copies | None:
     """A backend's several copies in one launch, if it has that."""
-    return backend.copy if autograd.copies(backend) else None
+    return backend.copy if protocols.copies(backend) else None
 
 
 class _Node(torch.autograd.Function):
@@ -275,9 +275,9 @@ class _Node(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         start: Tensor,
-        backend: autograd.FusedBackend,
+        backend: protocols.FusedBackend,
         problem: Problem,
-        kept: autograd.Kept | None,
+        kept: kept_calls.Kept | None,
         form: Form,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -304,7 +304,7 @@ class _Node(torch.autograd.Function):
         copy = _copy(ctx.backend)
         R = recurrent_matrix(form.mode, weight_hh, copy).view(-1, N, D, D)
         rows = x.transpose(0, 1) if form.x_by_time else x
-        factors = autograd.Factors(rows, weight_ih, needs_x, needs_W)
+        factors = protocols.Factors(rows, weight_ih, needs_x, needs_W)
         with without_autocast(x.device.type):
             arguments = ctx.backend, ctx.problem, factors, (R, start, *residuals), 0
             found = gradients_of_layer(*arguments, d_states, d_last, ctx.kept)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashrnn.backends import copies
-from flashrnn.backends.autograd import Results
+from flashrnn.backends.protocols import Results
 from flashrnn.cells import resolve
 from flashrnn.kernels import call
 from flashrnn.kernels import copies as plan

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashrnn import nn, recurrent_layer
-from flashrnn.backends import autograd, cuda_fused, few_rows
+from flashrnn.backends import cuda_fused, few_rows, protocols
 from flashrnn.backends.fused import scans
 from flashrnn.cells import resolve
 from flashrnn.kernels import call
@@ -75,7 +75,7 @@ def test_input_product(fused_emulation, poisoned, sizes, dtype, tf32, layout):  
     bias = random(4 * N * D + 1, dtype=dtype, seed=2)[1:].view(4, N, D)
     truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
     for plus, added in ((None, 0.0), (bias, bias.double())):
-        Wx = few_rows.multiply(problem, autograd.Factors(x, W, bias=plus))
+        Wx = few_rows.multiply(problem, protocols.Factors(x, W, bias=plus))
         assert relative_error(Wx, truth + added) <= tolerance(dtype)
 
 
@@ -94,7 +94,7 @@ def test_a_ring_of_fewer_chunks(fused_emulation, poisoned, monkeypatch, dtype): 
     monkeypatch.setattr(few_rows, "launch_in_turn", keep)
     problem = problem_of("lstm", 3, 2, 1, 17, dtype)
     x, W = random(3, 2, 1000, dtype=dtype), random(4, 1, 17, 1000, dtype=dtype, seed=1)
-    Wx = few_rows.multiply(problem, autograd.Factors(x, W))
+    Wx = few_rows.multiply(problem, protocols.Factors(x, W))
     ((_, shape, _),) = launched
     assert shape.shared_memory < GPUS["sm_89"].shared_memory
     truth = torch.einsum("bti,gndi->btgnd", x.double(), W.double())
@@ -142,7 +142,7 @@ def test_gradients(
     given = {"initial": initial, "states": states, "d_gates": d_gates, "d_bias": d_bias}
     factors = None
     if is_layer:
-        factors = autograd.Factors(x, W, needs_x=True, needs_W=True)
+        factors = protocols.Factors(x, W, needs_x=True, needs_W=True)
         given |= {"x": x, "W": W}
         found |= {"d_x": torch.full_like(x, torch.nan), "d_W": torch.full_like(W, torch.nan)}
         found["d_x"] = found["d_x"].contiguous()
@@ -186,12 +186,12 @@ def test_infinite_factors(fused_emulation, poisoned, value):  # noqa: F811
     problem = problem_of("lstm", 4, 2, 1, 5, torch.float32)
     x, W = random(4, 2, 3), random(4, 1, 5, 3, seed=1)
     x[1, 1, 2] = value
-    Wx = few_rows.multiply(problem, autograd.Factors(x, W))
+    Wx = few_rows.multiply(problem, protocols.Factors(x, W))
     truth = torch.einsum("bti,gndi->btgnd", x, W)
     torch.testing.assert_close(Wx, truth, equal_nan=True)
     bias = random(4, 1, 5, seed=2)
     bias[2, 0, 3] = value
-    Wx = few_rows.multiply(problem, autograd.Factors(x, W, bias=bias))
+    Wx = few_rows.multiply(problem, protocols.Factors(x, W, bias=bias))
     torch.testing.assert_close(Wx, truth + bias, equal_nan=True)
 
 
@@ -270,7 +270,7 @@ def test_many_rows_are_left_to_the_library(fused_emulation, monkeypatch):  # noq
     """First the gradients, whose sums run over all rows, then the product as well."""
     problem = problem_of("lstm", 3, 4, 2, 20, torch.bfloat16)
     x, W = random(3, 4, 8, dtype=torch.bfloat16), random(4, 2, 20, 8, dtype=torch.bfloat16)
-    factors = autograd.Factors(x, W, True, True)
+    factors = protocols.Factors(x, W, True, True)
 
     def taken(problem):
         for kept in CHOICES:

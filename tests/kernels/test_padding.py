@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashrnn.backends import padding
-from flashrnn.backends.autograd import Kind
+from flashrnn.backends.protocols import Kind
 from flashrnn.kernels import padding as plan
 from tests.emulation import fused_emulation, needs_compiler  # noqa: F401
 from tests.fused import poisoned  # noqa: F401

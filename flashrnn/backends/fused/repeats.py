@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import autograd, copies, few_rows, steps
-from flashrnn.backends.autograd import Factors, Repeatable
 from flashrnn.backends.fused import plans, scans
 from flashrnn.backends.gradients import recurrent_gradient, select
 from flashrnn.backends.library import factors_gradients, input_product
+from flashrnn.backends.protocols import Factors, Repeatable
 from flashrnn.backends.repeated import New, Repeated
 from flashrnn.kernels import registry, source
 from flashrnn.kernels.per_step.cell_plan import CellPlan
@@ -24,7 +24,7 @@ from flashrnn.problem import Problem, matmul_tf32_allowed, without_autocast
 def repeated(
     problem: Problem, given: dict[str, Tensor], by_time: bool | None = None
 ) -> Repeatable | None:
-    """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
+    """See :class:`flashrnn.backends.protocols.RepeatingBackend`."""
     if not (problem.B and problem.T):
         return None
     if plan := _steps_of(problem, backward=False):
@@ -91,7 +91,7 @@ def _steps_of(problem: Problem, backward: bool) -> CellPlan | None:
 def repeated_gradients(
     problem: Problem, given: dict[str, Tensor], needs_x: bool, needs_W: bool
 ) -> Repeatable | None:
-    """See :class:`flashrnn.backends.autograd.RepeatingBackend`."""
+    """See :class:`flashrnn.backends.protocols.RepeatingBackend`."""
     if not (problem.B and problem.T):
         return None
     contiguous = given["R"], given["states"], given["gates"]
@@ -188,11 +188,11 @@ class _Steps(NamedTuple):
     needs_W: bool = False
 
     def is_current(self) -> bool:
-        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        """See :class:`flashrnn.backends.protocols.Repeatable`."""
         return self.asked()
 
     def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
-        """See :class:`flashrnn.backends.autograd.Repeatable`."""
+        """See :class:`flashrnn.backends.protocols.Repeatable`."""
         named, problem = dict(zip(self.names, given, strict=True)), self.problem
         if self.plan.backward:
             R, initial, states, gates = map(named.__getitem__, _RESIDUALS)

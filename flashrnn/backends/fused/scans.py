@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends import copies, few_rows, tables
-from flashrnn.backends.autograd import Factors
 from flashrnn.backends.fused import compiled, plans
 from flashrnn.backends.gradients import number_of
 from flashrnn.backends.launches import LaunchTemplate
+from flashrnn.backends.protocols import Factors
 from flashrnn.backends.repeated import scratch_memory
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch
