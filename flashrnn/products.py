@@ -30,17 +30,20 @@ def forward_of_layer(
     states: Tensor,
     options: Sequence[Tensor | None] = (),
     bias: Tensor | None = None,
+    results: protocols.Results | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A fused backend's forward of a layer: the backend computes the product too, where it can.
 
     All tensors are of the dtypes of the computation. ``bias``, if there is one, is added to the
-    product; it has W's dimensions but the last.
+    product; it has W's dimensions but the last. ``results`` are for backends that write them.
     """
     of_scan = R, b, states, Sequences(*options) if options else None
+    further: dict[str, Any] = {} if results is None else {"results": results}
     if protocols.multiplies(backend, problem, x, W):
-        return backend.forward(problem, None, *of_scan, protocols.Factors(x, W, bias=bias))
+        factors = protocols.Factors(x, W, bias=bias)
+        return backend.forward(problem, None, *of_scan, factors, **further)
     Wx = input_product(problem, x, W.flatten(0, -2), None if bias is None else bias.view(-1))
-    return backend.forward(problem, Wx, *of_scan)
+    return backend.forward(problem, Wx, *of_scan, **further)
 
 
 def gradients_of_layer(

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flashrnn import backends, calls, padded
 from flashrnn.backends import autograd, kept_calls, protocols
-from flashrnn.backends.library import input_product
 from flashrnn.config import DEFAULT
 from flashrnn.initial import initial_states
 from flashrnn.nn.parameters import (
@@ -39,7 +38,7 @@ from flashrnn.nn.weights import (
     recurrent_matrix,
 )
 from flashrnn.problem import Problem, autocast_dtype, without_autocast
-from flashrnn.products import gradients_of_layer
+from flashrnn.products import forward_of_layer, gradients_of_layer
 from flashrnn.rows import FEWEST, contiguous
 from flashrnn.sequences import Given
 
@@ -193,22 +192,15 @@ def _forward(
         states, last_states, gates = made["states"], made["last_states"], made.get("gates")
         results = protocols.Results(made.get("h_by_time"), made.get("last_rounded"))
     else:
-        start, results = calls.cast_to(start, problem.carry_dtype), protocols.Results()
-        N, D = problem.N, problem.D
+        start, N, D = calls.cast_to(start, problem.carry_dtype), problem.N, problem.D
         rows, weight_ih, R, b = (operands[name] for name in ("x", "W", "R", "b"))
-        if protocols.multiplies(backend, problem, rows, weight_ih):
+        of_scan = R.view(-1, N, D, D), b.view(-1, N, D), start
+        bias, results = operands.get("bias"), None
+        if protocols.copies(backend):
             results = backend.results(problem, x, form.h_by_time)
-            factors = protocols.Factors(rows, weight_ih, bias=operands.get("bias"))
-            found = backend.forward(problem, None, R, b, start, factors=factors, results=results)
-        else:
-            of_scan = R.view(-1, N, D, D), b.view(-1, N, D), start
-            Wx = input_product(problem, rows, weight_ih)
-            if protocols.copies(backend):
-                results = backend.results(problem, x, form.h_by_time)
-                found = backend.forward(problem, Wx, *of_scan, results=results)
-            else:
-                found = backend.forward(problem, Wx, *of_scan)
-        states, last_states, gates = found
+        states, last_states, gates = forward_of_layer(
+            backend, problem, rows, weight_ih, *of_scan, bias=bias, results=results
+        )
     outputs = _in_forms(problem, form, states, last_states, results)
     # The weights themselves: views of them would not be found changed where these are. And h, which
     # the node returns: by it a graph of the gradient finds the node.
@@ -247,11 +239,15 @@ def _operands(
 
 
 def _in_forms(
-    problem: Problem, form: Form, states: Tensor, last_states: Tensor, results: protocols.Results
+    problem: Problem,
+    form: Form,
+    states: Tensor,
+    last_states: Tensor,
+    results: protocols.Results | None,
 ) -> tuple[Tensor, ...]:
     """h and each last state in torch.nn's forms, out of a scan's results."""
     (B, T), S, N, D = problem.rows, len(problem.cell.states), problem.N, problem.D
-    h, last = results
+    h, last = results or protocols.Results()
     if h is None:
         h = autograd.own_units(problem, states[0] if len(states) > 1 else states)
         h = h.reshape(B, T, N * D)
