@@ -276,7 +276,7 @@ class _ToNarrow(NamedTuple):
 
 
 class _Repeated:
-    """What is kept of a direction of a call; see :class:`flashrnn.backends.repeated.Repeated`."""
+    """What is kept of a direction; see :class:`flashrnn.backends.protocols.Repeatable`."""
 
     def __init__(
         self,

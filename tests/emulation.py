@@ -27,7 +27,6 @@ from flashrnn.backends import (
     cuda_fused,
     few_rows,
     padding,
-    repeated,
     steps,
     tables,
 )
@@ -238,7 +237,7 @@ def _emulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let programs of one kernel, and the library between them, run on the CPU."""
     for module in (copies, few_rows, padding, scans, steps, tables):
         monkeypatch.setattr(module, "_kernel", _emulated_kernel)
-    for module in (copies, few_rows, padding, repeated, scans):
+    for module in (copies, few_rows, padding, scans):
         monkeypatch.setattr(module, "launch_in_turn", one_by_one)
     monkeypatch.setattr(steps, "multiply", _multiply)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashrnn import FlashRNNConfig, calls, flashrnn, nn, padded, recurrent_layer
-from flashrnn.backends import cuda_fused, kept_calls, library, repeated, steps
+from flashrnn.backends import cuda_fused, kept_calls, library, steps
 from flashrnn.backends.fused import plans, repeats
 from flashrnn.kernels import few_rows, registry, source
 from tests.emulation import emulation, fused_emulation, needs_compiler  # noqa: F401
@@ -22,14 +22,14 @@ DTYPES = torch.bfloat16, torch.float32
 @pytest.fixture
 def runs(monkeypatch, fused_emulation, poisoned):  # noqa: F811
     """Which calls were repeated: whether each had its results."""
-    found, run = [], repeated.Repeated.run
+    found, run = [], repeats.Repeated.run
 
     def noting(self, given):
         made = run(self, given)
         found.append(made is not None)
         return made
 
-    monkeypatch.setattr(repeated.Repeated, "run", noting)
+    monkeypatch.setattr(repeats.Repeated, "run", noting)
     return found
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashrnn import FlashRNNConfig, backends, calls, cell, flashrnn, initial, nn, recurrent_layer
-from flashrnn.backends import autograd, copies, cuda_fused, few_rows, repeated, steps, tables
+from flashrnn.backends import autograd, copies, cuda_fused, few_rows, steps, tables
 from flashrnn.backends.fused import compiled, plans, scans
 from flashrnn.kernels import call, registry
 from flashrnn.kernels import copies as copies_of_a_launch
@@ -93,7 +93,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(few_rows, "launch_in_turn", one_by_one)
     monkeypatch.setattr(copies, "_kernel", found.kernel)
     monkeypatch.setattr(copies, "launch_in_turn", one_by_one)
-    monkeypatch.setattr(repeated, "launch_in_turn", one_by_one)
     monkeypatch.setattr(few_rows, "whole", lambda device: found.gpu)
     monkeypatch.setattr(tables, "_kernel", found.kernel)
     monkeypatch.setattr(compiled, "begin_backward", begin_nothing)

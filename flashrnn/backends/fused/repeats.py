@@ -1,4 +1,8 @@
-"""What ``cuda_fused`` keeps of a call, for others like it (:mod:`flashrnn.backends.repeated`)."""
+"""What ``cuda_fused`` keeps of a call, for others like it.
+
+A short call takes the host longer than the GPU. So all that follows from the tensors' sizes,
+strides and dtypes is kept for each direction: what to allocate, and launches that lack addresses.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,70 @@ from flashrnn.backends.fused import plans, scans
 from flashrnn.backends.gradients import recurrent_gradient, select
 from flashrnn.backends.library import factors_gradients, input_product
 from flashrnn.backends.protocols import Factors, Repeatable
-from flashrnn.backends.repeated import New, Repeated
 from flashrnn.kernels import registry, source
 from flashrnn.kernels.per_step.cell_plan import CellPlan
 from flashrnn.problem import Problem, matmul_tf32_allowed, without_autocast
+
+
+class New(NamedTuple):
+    """A tensor that a call allocates.
+
+    Attributes:
+        sizes: ...
+        strides: ``None``: it is contiguous.
+        dtype: ...
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+
+
+class Repeated(NamedTuple):
+    """What is kept of a direction that a persistent kernel computes.
+
+    Attributes:
+        new: what it allocates, by the names that its launches have for it.
+        prepared: its launches; their tensors are the given ones, then the new ones.
+        asked: whether what it rests on is as it was; ``None``: it rests on nothing else.
+        begin: what PyTorch computes before: the tensors that the launches are given, out of the
+            call's; ``None`` where all has to be worked out anew.
+        finish: what PyTorch computes behind, of the call's tensors and those written.
+    """
+
+    new: tuple[tuple[str, New], ...]
+    prepared: scans.Prepared
+    asked: Callable[[], bool] | None
+    begin: Callable[[Sequence[Tensor]], Sequence[Tensor] | None] | None = None
+    finish: Callable[[Sequence[Tensor], dict[str, Tensor]], None] | None = None
+
+    def is_current(self) -> bool:
+        """See :class:`flashrnn.backends.protocols.Repeatable`."""
+        return self.asked is None or self.asked()
+
+    def run(self, given: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """What it allocates, written; ``None`` where all has to be worked out anew."""
+        of_call = given
+        if self.begin is not None:
+            begun = self.begin(given)
+            if begun is None:
+                return None
+            given = begun
+        addresses = [tensor.data_ptr() for tensor in given]
+        if reduce(or_, addresses) % 16:
+            return None
+        like, made = given[0], {}
+        for name, (sizes, strides, dtype) in self.new:
+            if strides is None:
+                one = like.new_empty(sizes, dtype=dtype)
+            else:
+                one = like.new_empty_strided(sizes, strides, dtype=dtype)
+            made[name] = one
+            addresses.append(one.data_ptr())
+        self.prepared.enqueue(addresses, like)
+        if self.finish is not None:
+            self.finish(of_call, made)
+        return made
 
 
 def repeated(
@@ -169,7 +233,9 @@ def _finish_factors(
 
 
 class _Steps(NamedTuple):
-    """What is kept of a direction that is computed step by step: that it is.
+    """What is kept of a direction that is computed step by step: its plan.
+
+    Its launches are looked up at each call (:mod:`flashrnn.backends.steps`).
 
     Attributes:
         problem: ...
@@ -254,10 +320,7 @@ def _repeated(
     for name, x in new.items():
         is_plain = x.stride() == torch.empty(x.shape, device="meta").stride()
         allocated.append((name, New(x.shape, None if is_plain else x.stride(), x.dtype)))
-    launches, scratch = prepared.launches, prepared.scratch
-    return Repeated(
-        tuple(allocated), launches, scratch, None if rests_on_nothing else _rests_on(problem)
-    )
+    return Repeated(tuple(allocated), prepared, None if rests_on_nothing else _rests_on(problem))
 
 
 def _rests_on(problem: Problem) -> Callable[[], bool]:

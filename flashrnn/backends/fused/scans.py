@@ -18,7 +18,6 @@ from flashrnn.backends.fused import compiled, plans
 from flashrnn.backends.gradients import number_of
 from flashrnn.backends.launches import LaunchTemplate
 from flashrnn.backends.protocols import Factors
-from flashrnn.backends.repeated import scratch_memory
 from flashrnn.cells.traced import TracedCell, clipped
 from flashrnn.jit import launch
 from flashrnn.jit.kernel import Kernel, launch_in_turn
@@ -42,6 +41,36 @@ class Prepared(NamedTuple):
     launches: tuple[LaunchTemplate, ...]
     scratch: call.Scratch = call.Scratch()
     copied: tuple[str, ...] = ()
+
+    def enqueue(self, addresses: list[int], like: Tensor) -> None:
+        """Launch them, for tensors at these addresses, of which ``like`` is one."""
+        zeros = None
+        if any(self.scratch):
+            # Held until all is enqueued.
+            _held, of_scratch, zeros = scratch_memory(self.scratch, like)
+            addresses = addresses + of_scratch
+        launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in self.launches]
+        launch_in_turn(launches, zeros)
+
+
+def scratch_memory(
+    scratch: call.Scratch, like: Tensor
+) -> tuple[list[Tensor], list[int], launch.Zeros | None]:
+    """The memory that launches need for themselves, its addresses, and what of it is to be zero."""
+    packets, counters, *others = scratch
+    memory, addresses, zeros = [], [], None
+    if packets or counters:
+        # Flags and counters count from 1, and h that nobody sends is zero.
+        memory.append(like.new_empty(packets + counters, 4, dtype=torch.int32))
+        first = memory[0].data_ptr()
+        zeros = launch.Zeros(first, 4 * (packets + counters))
+        addresses += [first] if packets else []
+        addresses += [first + 16 * packets] if counters else []
+    for size in others:
+        if size:
+            memory.append(like.new_empty(size, 4, dtype=torch.int32))
+            addresses.append(memory[-1].data_ptr())
+    return memory, addresses, zeros
 
 
 def enqueue(
@@ -77,13 +106,7 @@ def enqueue(
             tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         addresses, layout = record.read(tensors)
         prepared = prepare(*given, layout, product, asked, ahead)
-    zeros = None
-    if any(prepared.scratch):
-        # Held until all is enqueued.
-        _held, of_scratch, zeros = scratch_memory(prepared.scratch, tensors["R"])
-        addresses += of_scratch
-    launches = [(kernel, shape, pack(addresses)) for kernel, shape, pack in prepared.launches]
-    launch_in_turn(launches, zeros)
+    prepared.enqueue(addresses, tensors["R"])
 
 
 def record_of(problem: Problem, backward: bool) -> call.Record:

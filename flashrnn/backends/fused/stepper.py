@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flashrnn.backends.fused import plans, scans
-from flashrnn.backends.repeated import scratch_memory
 from flashrnn.jit import launch
 from flashrnn.kernels import call, source
 from flashrnn.problem import Problem
@@ -94,7 +93,7 @@ class Steps:
             return self._prepare(precision, copy, states, out, in_place)._replace(copies_wx=True)
         with torch.inference_mode(False):
             # Later steps write it too, within inference mode or not.
-            memory, of_scratch, zeros = scratch_memory(prepared.scratch, wx)
+            memory, of_scratch, zeros = scans.scratch_memory(prepared.scratch, wx)
         addresses += of_scratch
         ((kernel, shape, packing),) = prepared.launches
         return _Step(
